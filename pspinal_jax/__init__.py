@@ -1,0 +1,43 @@
+"""ProgressiveSpinalNet heads for JAX and Flax, with a compiled training path and the paper's recipes.
+
+The names below are loaded on first use, so ``import pspinal_jax`` costs nothing and
+``pspinal_jax.ProgressiveSpinalHead`` pulls in jax and flax only.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pspinal_jax.heads import (
+        DenseHead,
+        MLPHead,
+        ProgressiveSpinalHead,
+        SpinalHead,
+        pack_batch_stats,
+        pack_params,
+        unpack_batch_stats,
+        unpack_params,
+    )
+
+__all__ = [
+    "DenseHead",
+    "MLPHead",
+    "ProgressiveSpinalHead",
+    "SpinalHead",
+    "pack_batch_stats",
+    "pack_params",
+    "unpack_batch_stats",
+    "unpack_params",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("pspinal_jax.heads"), name)
+    raise AttributeError(f"module 'pspinal_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,18 @@
+"""The heads: from features [..., D] to logits [..., C]. Nothing here imports more than jax and flax."""
+
+from pspinal_jax.heads.dense import DenseHead
+from pspinal_jax.heads.mlp import MLPHead
+from pspinal_jax.heads.packing import pack_batch_stats, pack_params, unpack_batch_stats, unpack_params
+from pspinal_jax.heads.progressive import ProgressiveSpinalHead
+from pspinal_jax.heads.spinal import SpinalHead
+
+__all__ = [
+    "DenseHead",
+    "MLPHead",
+    "ProgressiveSpinalHead",
+    "SpinalHead",
+    "pack_batch_stats",
+    "pack_params",
+    "unpack_batch_stats",
+    "unpack_params",
+]

@@ -1,0 +1,216 @@
+"""The ProgressiveSpinalNet head as a linen module."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pspinal_jax.heads.declare import (
+    Linear,
+    LinearVariables,
+    as_rows,
+    check_choice,
+    check_count,
+    check_rate,
+)
+from pspinal_jax.heads.initializers import Initializer
+from pspinal_jax.heads.norm import check_rows
+from pspinal_jax.heads.packing import (
+    PACKED_PARAMS,
+    is_packed,
+    pack_batch_stats,
+    pack_params,
+    unpack_batch_stats,
+    unpack_params,
+)
+from pspinal_jax.heads.scan import apply_scan
+from pspinal_jax.heads.spec import Activation, HeadSpec, Tree, layer_name
+from pspinal_jax.heads.unrolled import apply_unrolled
+
+Implementation = Literal["unrolled", "scan"]
+
+
+class ProgressiveSpinalHead(nn.Module):
+    """Fully connected head in which every layer sees the features and the outputs of all earlier layers.
+
+    With features x [..., D], L = `num_layers`, W = `layer_width`, C = `num_classes` (P. Chopra, "ProgressiveSpinalNet
+    architecture for FC layers", arXiv 2103.11373, and its published scripts)::
+
+        u      = dropout(x, dropout_rate)                    one mask, shared by all that see u
+        y_1    = act(norm(W_1 x + b_1))                      layer 1 sees x itself
+        y_i    = act(norm(W_i [u, y_1 .. y_{i-1}] + b_i))    i = 2 .. L
+        logits = W_{L+1} [u, y_1 .. y_L] + b_{L+1}
+
+    Example::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from pspinal_jax import ProgressiveSpinalHead
+        >>> head = ProgressiveSpinalHead(num_classes=10, layer_width=128)
+        >>> features = jnp.ones((64, 784))
+        >>> variables = head.init(jax.random.key(0), features, train=False)
+        >>> logits = head.apply(variables, features, train=True, rngs={'dropout': jax.random.key(1)})
+        >>> logits.shape
+        (64, 10)
+
+    With ``norm='batch'``, training updates running statistics:
+    ``logits, new = head.apply(variables, features, train=True, rngs=..., mutable=['batch_stats'])``.
+
+    Parameters are the same tree for every implementation: ``layer_1`` .. ``layer_L`` with ``kernel``
+    [D + (i - 1) W, W], ``bias`` [W] and, with batch norm, ``norm/scale`` and ``norm/bias`` [W]; ``output`` with
+    ``kernel`` [D + L W, C] and ``bias`` [C]. ``batch_stats``: ``layer_i/norm/mean`` and ``.../var`` [W]. In place of
+    the tree, ``apply`` also takes what `pack_params` and `pack_batch_stats` make of it; a training loop over many
+    layers may keep that form, which compiles in a time that hardly depends on L.
+
+    Attributes:
+      num_classes: C, number of logits.
+      layer_width: W, width of each hidden layer.
+      num_layers: L, number of hidden layers.
+      dropout_rate: probability of dropping a feature in u. One mask per forward pass.
+      layer_dropout_rate: probability of dropping an entry of the whole input of a layer, or of the output, drawn
+        afresh for each and on top of u's mask (QMNIST script; layer 1 then sees its own dropout of x, not u).
+      norm: None, or 'batch' for batch norm before the activation with torch's conventions (epsilon 1e-5, running
+        averages with weight 0.9 on the old value, unbiased running variance).
+      activation: elementwise function, ReLU by default.
+      implementation: 'unrolled' writes the layers one after the other; 'scan' runs one lax.scan whose program does not
+        grow with L and whose backward pass keeps one buffer [N, L W] (reverse-mode derivatives only). Both give the
+        same logits, gradients and statistics, with the same masks from the same key.
+      dtype: dtype to compute in and of the logits; None for the wider of the features' and `param_dtype`.
+        Batch norm always computes in float32 or wider.
+      param_dtype: dtype of the parameters.
+      kernel_init: initializer of the kernels; None for uniform in ±1/sqrt(fan_in), torch.nn.Linear's default.
+      bias_init: initializer of the biases; None for the same as torch.nn.Linear's.
+
+    Raises:
+      ValueError: on an attribute outside its range, features without a last axis, or a training batch of one row with
+        batch norm.
+      TypeError: if the features are not floating-point.
+    """
+
+    num_classes: int
+    layer_width: int
+    num_layers: int = 4
+    dropout_rate: float = 0.2
+    layer_dropout_rate: float = 0.0
+    norm: Literal["batch"] | None = None
+    activation: Activation = nn.relu
+    implementation: Implementation = "unrolled"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+
+    def __post_init__(self) -> None:
+        check_count("num_classes", self.num_classes)
+        check_count("layer_width", self.layer_width)
+        check_count("num_layers", self.num_layers)
+        check_rate("dropout_rate", self.dropout_rate)
+        check_rate("layer_dropout_rate", self.layer_dropout_rate)
+        check_choice("norm", self.norm, (None, "batch"))
+        check_choice("implementation", self.implementation, ("unrolled", "scan"))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, features: jax.Array, train: bool) -> jax.Array:
+        """Logits [..., C] of features [..., D].
+
+        Args:
+          features: floating-point array [..., D]; every axis but the last is batch.
+          train: True draws dropout masks (from the ``'dropout'`` rng, needed only where a rate is above 0) and
+            normalises with batch statistics; False drops nothing and uses the running statistics.
+
+        Returns:
+          Logits [..., C] in the compute dtype.
+        """
+        rows = as_rows(features, self.dtype, self.param_dtype)
+        if self.norm and train and not self.is_initializing():
+            check_rows(features.shape)
+        drops = train and (self.dropout_rate > 0.0 or self.layer_dropout_rate > 0.0)
+        dropout_key = self.make_rng("dropout") if drops and not self.is_initializing() else None
+        arguments: dict[str, Any] = {"train": train, "dropout_key": dropout_key}
+        if self.has_variable("params", "hidden_kernel"):
+            logits = self._apply_to_packed(rows, arguments)
+        else:
+            logits = self._apply_to_tree(rows, arguments)
+        return logits.reshape(*features.shape[:-1], self.num_classes)
+
+    @property
+    def spec(self) -> HeadSpec:
+        """What this head computes, as the functional forms take it."""
+        return HeadSpec(
+            num_classes=self.num_classes,
+            layer_width=self.layer_width,
+            num_layers=self.num_layers,
+            dropout_rate=self.dropout_rate,
+            layer_dropout_rate=self.layer_dropout_rate,
+            batch_norm=self.norm == "batch",
+            activation=self.activation,
+        )
+
+    def _apply_to_tree(self, features: jax.Array, arguments: dict[str, Any]) -> jax.Array:
+        params: Tree = {}
+        running: dict[str, dict[str, nn.Variable]] = {}
+        for index in range(1, self.num_layers + 1):
+            fan_in = features.shape[1] + (index - 1) * self.layer_width
+            name = layer_name(index)
+            params[name], running[name] = self._linear(fan_in, self.layer_width, self.norm == "batch", name)
+        fan_in = features.shape[1] + self.num_layers * self.layer_width
+        params["output"], _ = self._linear(fan_in, self.num_classes, False, "output")
+
+        stats: Tree = {}
+        if self.norm:
+            stats = {
+                name: {"norm": {key: variable.value for key, variable in variables.items()}}
+                for name, variables in running.items()
+            }
+        logits, new_stats = self._run(params, stats, features, arguments)
+        if arguments["train"] and self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            for name, layer in new_stats.items():
+                for key, value in layer["norm"].items():
+                    running[name][key].value = value
+        return logits
+
+    def _apply_to_packed(self, features: jax.Array, arguments: dict[str, Any]) -> jax.Array:
+        names = PACKED_PARAMS + (("norm_scale", "norm_bias") if self.norm else ())
+        params = {name: self.get_variable("params", name) for name in names}
+        self._check_packed(params, features.shape[1])
+        stats = {}
+        if self.norm:
+            stats = {name: self.get_variable("batch_stats", name) for name in ("norm_mean", "norm_var")}
+        logits, new_stats = self._run(params, stats, features, arguments)
+        if arguments["train"] and self.is_mutable_collection("batch_stats"):
+            for name, value in new_stats.items():
+                self.put_variable("batch_stats", name, value)
+        return logits
+
+    def _check_packed(self, params: Tree, num_features: int) -> None:
+        shape = params["hidden_kernel"].shape
+        hidden_width = self.num_layers * self.layer_width
+        expected = (self.num_layers, hidden_width, self.layer_width)
+        first = (num_features, self.layer_width)
+        if shape != expected or params["first_kernel"].shape != first:
+            raise ValueError(
+                f"packed parameters do not fit this head: hidden_kernel is {shape} and first_kernel "
+                f"{params['first_kernel'].shape}, expected {expected} and {first}"
+            )
+
+    def _linear(self, fan_in: int, width: int, batch_norm: bool, name: str) -> tuple[Tree, dict[str, nn.Variable]]:
+        linear = Linear(width, batch_norm, self.param_dtype, self.kernel_init, self.bias_init)
+        return LinearVariables(fan_in, linear, name=name)()
+
+    def _run(self, params: Tree, stats: Tree, features: jax.Array, arguments: dict[str, Any]) -> tuple[jax.Array, Tree]:
+        """Logits and new statistics, in the form (tree or packed) that `params` and `stats` came in."""
+        packed = is_packed(params)
+        if self.implementation == "scan":
+            if packed:
+                return apply_scan(self.spec, params, stats, features, **arguments)
+            logits, new_stats = apply_scan(
+                self.spec, pack_params(params), pack_batch_stats(stats), features, **arguments
+            )
+            return logits, unpack_batch_stats(new_stats)
+        if not packed:
+            return apply_unrolled(self.spec, params, stats, features, **arguments)
+        logits, new_stats = apply_unrolled(
+            self.spec, unpack_params(params), unpack_batch_stats(stats), features, **arguments
+        )
+        return logits, pack_batch_stats(new_stats)
