@@ -8,7 +8,7 @@ import jax.numpy as jnp
 _LEVELS = 1 << 16
 
 
-def keep_scale(key: jax.Array, rate: float, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+def keep_scale(key: jax.Array, rate: float, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """What dropout multiplies its input with: 0 with probability `rate`, else 1 / (1 - rate).
 
     Two 16-bit draws are cut from every 32 random bits, which halves the cost of the random numbers. The

@@ -1,5 +1,7 @@
 """torch.nn.Linear's default initialisation, which the published scripts rely on."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +19,8 @@ def torch_linear_init(fan_in: int) -> Initializer:
     """
     bound = fan_in**-0.5
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def init(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
+        values = jax.random.uniform(key, shape, dtype or jnp.float32, -bound, bound)
+        return values if out_sharding is None else jax.lax.with_sharding_constraint(values, out_sharding)
 
     return init

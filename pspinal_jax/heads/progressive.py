@@ -172,9 +172,9 @@ class ProgressiveSpinalHead(nn.Module):
 
     def _apply_to_packed(self, features: jax.Array, arguments: dict[str, Any]) -> jax.Array:
         names = PACKED_PARAMS + (("norm_scale", "norm_bias") if self.norm else ())
-        params = {name: self.get_variable("params", name) for name in names}
+        params: Tree = {name: self.get_variable("params", name) for name in names}
         self._check_packed(params, features.shape[1])
-        stats = {}
+        stats: Tree = {}
         if self.norm:
             stats = {name: self.get_variable("batch_stats", name) for name in ("norm_mean", "norm_var")}
         logits, new_stats = self._run(params, stats, features, arguments)

@@ -65,8 +65,8 @@ def apply_scan(
 
     keys = None
     first_inputs = features
-    if masks_layers:
-        keys = jax.vmap(partial(layer_key, dropout_key))(jnp.arange(1, num_layers + 2))
+    if dropout_key is not None and masks_layers:
+        keys = jax.vmap(layer_key, (None, 0))(dropout_key, jnp.arange(1, num_layers + 2))
         full_width = num_features + num_layers * width
         scales = [
             keep_scale(keys[index], spec.layer_dropout_rate, (rows, full_width), dtype) for index in (0, num_layers)
@@ -103,9 +103,8 @@ def apply_scan(
         logits = of_features[:, split:] + buffer @ cast["output_kernel"] + cast["output_bias"]
     if not (spec.batch_norm and train):
         return logits, packed_stats
-    new_mean, new_var = norm.update_running(
-        packed_stats["norm_mean"], packed_stats["norm_var"], *lax.stop_gradient(statistics), rows
-    )
+    mean, var = statistics
+    new_mean, new_var = norm.update_running(packed_stats["norm_mean"], packed_stats["norm_var"], mean, var, rows)
     return logits, {"norm_mean": new_mean, "norm_var": new_var}
 
 
@@ -113,10 +112,12 @@ def _finish_layer(static: _Static, pre: jax.Array, layer_norm: Tree) -> tuple[ja
     """act(norm(pre)) of one layer, pre [N, W], and the batch statistics (mean, var) that it used, () without norm."""
     if not static.batch_norm:
         return static.activation(pre), ()
-    running = (layer_norm["norm_mean"], layer_norm["norm_var"]) if not static.train else None
-    statistics = running or norm.batch_statistics(pre)
-    normalized = norm.normalize(pre, *statistics, layer_norm["norm_scale"], layer_norm["norm_bias"])
-    return static.activation(normalized), statistics
+    if static.train:
+        mean, var = norm.batch_statistics(pre)
+    else:
+        mean, var = layer_norm["norm_mean"], layer_norm["norm_var"]
+    normalized = norm.normalize(pre, mean, var, layer_norm["norm_scale"], layer_norm["norm_bias"])
+    return static.activation(normalized), (mean, var)
 
 
 def _masked(static: _Static, buffer: jax.Array, key: jax.Array | None) -> jax.Array:
