@@ -1,0 +1,24 @@
+"""Augmentation of image batches on the device, inside the compiled step. Nothing here imports more than jax and numpy.
+
+What torchvision does to one Pillow image at a time, with the same pixels: RandomPerspective (bilinear, fill 0), then
+RandomRotation (nearest, fill 0, about the centre). Random numbers and warps are apart: `draw_perspective` and
+`draw_angles` are functions of a key alone, `warp_perspective` and `rotate` of their parameters alone.
+"""
+
+from pspinal_jax.augment.draws import draw_angles, draw_perspective
+from pspinal_jax.augment.perspective import perspective_coefficients, warp_perspective
+from pspinal_jax.augment.pipeline import Augmentation, Warp, apply_warp, augment, draw_warp
+from pspinal_jax.augment.rotation import rotate
+
+__all__ = [
+    "Augmentation",
+    "Warp",
+    "apply_warp",
+    "augment",
+    "draw_angles",
+    "draw_perspective",
+    "draw_warp",
+    "perspective_coefficients",
+    "rotate",
+    "warp_perspective",
+]

@@ -1,0 +1,150 @@
+"""Saving and restoring through Orbax: separate items, a checksum over all, fallback to the newest whole checkpoint."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
+from pspinal_jax.errors import RunError
+
+Trees = dict[str, Any]
+"""Trees of arrays by the name of their item: params, batch_stats, opt_state, best."""
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose content is not what was saved."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run; use in a `with`, or the last save is lost.
+
+    Saves are asynchronous: `save` returns when the arrays have been copied. The two newest are kept, so that one stays
+    when the other is damaged; the best parameters so far travel inside each.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        )
+        self._last_time = -float("inf")
+        self._last_cost = 0.0
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            self._manager.close()
+        except (OSError, ValueError) as error:  # the last save failed in the background
+            if kind is None:
+                raise self._cannot_write(error) from error
+
+    def due(self, seconds: float) -> bool:
+        """Whether `seconds` have passed since the last save, and enough more to keep saving below 5 % of the time."""
+        return time.monotonic() - self._last_time >= max(seconds, 20 * self._last_cost)
+
+    def save(self, step: int, trees: Trees, position: dict[str, Any]) -> None:
+        """Save `trees` and the JSON value `position` as checkpoint `step`; does nothing if there is one of that step.
+
+        Raises:
+          RunError: if the disk is full or not writable; what was saved before stays.
+        """
+        start = time.monotonic()
+        trees = {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+        # The copy is taken before the next step donates these buffers.
+        trees = jax.tree.map(lambda leaf: leaf.copy(), trees)
+        record = {
+            "position": position,
+            "position_checksum": json_checksum(position),
+            "checksums": {name: tree_checksums(tree) for name, tree in trees.items()},
+        }
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **items))
+        except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+            raise self._cannot_write(error) from error
+        self._last_time = time.monotonic()
+        self._last_cost = self._last_time - start
+
+    def _cannot_write(self, error: Exception) -> RunError:
+        reason = " ".join(str(error).split())[:300]
+        return RunError(
+            f"a checkpoint cannot be written to {self._manager.directory}: {reason}; earlier checkpoints are kept, "
+            "so make room and run the same command again"
+        )
+
+    def restore(self, abstract: Callable[[dict[str, Any]], Trees]) -> tuple[Trees, dict[str, Any]] | None:
+        """The newest whole checkpoint, see `read_newest`; damaged newer ones are deleted. None if there are none."""
+        if not self._manager.all_steps():
+            return None
+        step, trees, position = _newest(self._manager, abstract)
+        for newer in [other for other in self._manager.all_steps() if other > step]:
+            self._manager.delete(newer)
+        return trees, position
+
+
+def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) -> tuple[Trees, dict[str, Any]]:
+    """The newest whole checkpoint in `directory`, which is left as it is.
+
+    Args:
+      directory: a run's checkpoints folder.
+      abstract: position -> the trees wanted, as jax.ShapeDtypeStruct with shardings; other items are not read.
+
+    Returns:
+      (trees, position).
+
+    Raises:
+      RunError: if there is no checkpoint, or none is whole.
+    """
+    if not directory.is_dir():
+        raise RunError(f"{directory} does not exist: the run has no checkpoint yet")
+    with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        if not manager.all_steps():
+            raise RunError(f"{directory} holds no checkpoint")
+        _, trees, position = _newest(manager, abstract)
+        return trees, position
+
+
+def _newest(
+    manager: ocp.CheckpointManager, abstract: Callable[[dict[str, Any]], Trees]
+) -> tuple[int, Trees, dict[str, Any]]:
+    """(step, trees, position) of the newest whole checkpoint; every damaged one is named on standard error."""
+    problems = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            trees, position = _read(manager, step, abstract)
+        except RunError:
+            raise
+        except Exception as error:  # Orbax raises bare exceptions of many kinds on damaged files
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            problems.append(f"checkpoint {step} in {manager.directory} is damaged ({reason})")
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; using checkpoint {step} instead", file=sys.stderr)
+        return step, trees, position
+    raise RunError(f"{'; '.join(problems)}; no whole checkpoint is left: train again in another --workdir")
+
+
+def _read(
+    manager: ocp.CheckpointManager, step: int, abstract: Callable[[dict[str, Any]], Trees]
+) -> tuple[Trees, dict[str, Any]]:
+    record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    if not isinstance(record, dict) or json_checksum(record["position"]) != record["position_checksum"]:
+        raise DamagedCheckpoint("its position does not match its checksum")
+    wanted = abstract(record["position"])
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items() if jax.tree.leaves(tree)}
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    trees = {name: restored[name] if name in items else tree for name, tree in wanted.items()}
+    for name, tree in trees.items():
+        for path, checksum in tree_checksums(tree).items():
+            if record["checksums"][name].get(path) != checksum:
+                raise DamagedCheckpoint(f"{name}/{path} does not match its checksum")
+    return trees, record["position"]

@@ -1,0 +1,40 @@
+"""Reading a data set from one .npz file."""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from pspinal_jax.data.arrays import Dataset, make_dataset
+from pspinal_jax.errors import DataError
+
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def read_npz(path: Path, num_classes: int | None) -> Dataset:
+    """The data set in `path`: train_images, train_labels, test_images, test_labels, and class_names if it has them.
+
+    Images are uint8 [N, H, W] or [N, H, W, C]; 2-D float arrays are features [N, D].
+
+    Raises:
+      DataError: if the file is missing, unreadable, lacks an array or holds arrays that do not fit.
+    """
+    try:
+        # Never unpickle: object arrays are refused by allow_pickle=False, the default.
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} is a single array, expected an .npz file with {', '.join(ARRAYS)}")
+            missing = [name for name in ARRAYS if name not in archive.files]
+            if missing:
+                found = ", ".join(archive.files) or "none"
+                raise DataError(f"{path} lacks {', '.join(missing)}; it has: {found}")
+            arrays = {name: archive[name] for name in ARRAYS}
+            names = archive["class_names"].tolist() if "class_names" in archive.files else None
+    except FileNotFoundError:
+        raise DataError(f"data file {path} does not exist; give --data.path an .npz file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
+    splits = {name: (arrays[f"{name}_images"], arrays[f"{name}_labels"]) for name in ("train", "test")}
+    class_names = None if names is None else tuple(map(str, names))
+    return make_dataset(splits, str(path), num_classes, class_names)

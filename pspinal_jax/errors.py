@@ -1,0 +1,21 @@
+"""Errors that a user can act on. The command line prints their one line and nothing else."""
+
+
+class PSpinalError(Exception):
+    """Something the user has to know: the thing, its value, what was expected, what to do."""
+
+    exit_status = 1
+
+
+class UsageError(PSpinalError):
+    """The command itself asks for something that does not exist or does not fit."""
+
+    exit_status = 2
+
+
+class DataError(PSpinalError):
+    """A data set is missing, unreadable or not what it says it is."""
+
+
+class RunError(PSpinalError):
+    """A run directory or a checkpoint in it cannot be used."""

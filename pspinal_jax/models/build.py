@@ -1,0 +1,50 @@
+"""From a recipe's model configuration to a linen module."""
+
+import math
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
+from pspinal_jax.heads.mlp import matching_width
+from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.recipes.schema import Recipe
+
+
+def build_model(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> Classifier:
+    """The model of `recipe` for inputs of `input_shape` (one example's) and `num_classes` classes."""
+    dtype = jnp.dtype(recipe.dtype)
+    head = _build_head(recipe, math.prod(input_shape), num_classes, dtype)
+    return Classifier(head=head, mean=recipe.data.mean, std=recipe.data.std, dtype=dtype)
+
+
+def count_parameters(params: Any) -> int:
+    """Number of trainable parameters in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any) -> nn.Module:
+    model = recipe.model
+    norm: Literal["batch"] | None = "batch" if model.norm == "batch" else None
+    progressive = ProgressiveSpinalHead(
+        num_classes,
+        model.layer_width,
+        num_layers=model.num_layers,
+        dropout_rate=model.dropout_rate,
+        layer_dropout_rate=model.layer_dropout_rate,
+        norm=norm,
+        implementation=model.implementation,
+        dtype=dtype,
+    )
+    if model.head == "progressive":
+        return progressive
+    if model.head == "spinal":
+        return SpinalHead(num_classes, model.layer_width, model.num_layers, model.dropout_rate, norm, dtype=dtype)
+    if model.head == "dense":
+        return DenseHead(num_classes, model.dropout_rate, dtype=dtype)
+    features = jax.ShapeDtypeStruct((2, num_features), dtype)
+    variables = jax.eval_shape(lambda x: progressive.init(jax.random.key(0), x, train=False), features)
+    width = matching_width(count_parameters(variables["params"]), num_features, num_classes, norm is not None)
+    return MLPHead(num_classes, width, model.dropout_rate, norm, dtype=dtype)

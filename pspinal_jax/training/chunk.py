@@ -1,0 +1,102 @@
+"""Many steps as one compiled program, over data that lies on the device."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pspinal_jax.training import keys
+from pspinal_jax.training.state import Totals, TrainState
+from pspinal_jax.training.step import Evaluation
+
+Batch = tuple[Any, Any]
+"""(inputs, labels), on the host or on devices."""
+Step = Callable[[TrainState, Totals, Batch, jax.Array, jax.Array], tuple[TrainState, Totals]]
+
+
+class EpochPlan(NamedTuple):
+    """What an epoch will do, as arrays.
+
+    Attributes:
+      order: int32 [N], the examples in the order of their visit; entries past the epoch's examples are not used.
+      learning_rates: float32 [S], of each step of the epoch.
+    """
+
+    order: Any
+    learning_rates: Any
+
+
+def run_chunk(
+    step: Step,
+    batch_size: int,
+    stride: int,
+    state: TrainState,
+    totals: Totals,
+    seed: jax.Array,
+    plan: EpochPlan,
+    first: jax.Array,
+    num_steps: jax.Array,
+    data: Batch,
+) -> tuple[TrainState, Totals]:
+    """Consecutive training steps of an epoch.
+
+    The number of steps is an operand, not part of the program: one compilation serves every chunk length, and since
+    every length runs the very same instructions, results do not depend on how an epoch is cut into chunks. (A lax.scan
+    is the same loop with its length compiled in.)
+
+    Args:
+      step: the training step.
+      batch_size: examples per step.
+      stride: where step i of the epoch starts in the order, divided by i; `batch_size` but for a smaller last batch.
+      state: state before the chunk.
+      totals: the epoch's sums before the chunk.
+      seed: uint32 scalar.
+      plan: the epoch's order and learning rates.
+      first: int32 scalar, the chunk's first step, counted within the epoch.
+      num_steps: int32 scalar.
+      data: all training examples, (inputs [N, ...], labels [N]).
+
+    Returns:
+      (state, totals) after the chunk.
+    """
+    inputs, labels = data
+
+    def body(index: jax.Array, carry: tuple[TrainState, Totals]) -> tuple[TrainState, Totals]:
+        state, totals = carry
+        rows = lax.dynamic_slice(plan.order, (index * stride,), (batch_size,))
+        batch = (inputs.at[rows].get(mode="promise_in_bounds"), labels.at[rows].get(mode="promise_in_bounds"))
+        return step(state, totals, batch, plan.learning_rates[index], keys.step_key(seed, state.step))
+
+    return lax.fori_loop(first, first + num_steps, body, (state, totals))
+
+
+def evaluate_split(
+    step: Callable[[Batch, jax.Array], Evaluation], batch_size: int, data: Batch, count: jax.Array
+) -> Evaluation:
+    """Exact evaluation of a split whose arrays are padded to whole batches.
+
+    Args:
+      step: evaluation of one batch (inputs, labels) under a mask bool [B].
+      batch_size: B.
+      data: (inputs [M, ...], labels [M]), M a multiple of B.
+      count: int32 scalar, how many of the M are real; batches without a real example are not computed.
+
+    Returns:
+      Sums over the real examples, and the predictions [M].
+    """
+    inputs, labels = data
+
+    def body(index: jax.Array, sums: Evaluation) -> Evaluation:
+        start = index * batch_size
+        batch = tuple(lax.dynamic_slice_in_dim(array, start, batch_size) for array in (inputs, labels))
+        result = step(batch, start + jnp.arange(batch_size) < count)  # type: ignore[arg-type]
+        return Evaluation(
+            loss=sums.loss + result.loss,
+            correct=sums.correct + result.correct,
+            predictions=lax.dynamic_update_slice_in_dim(sums.predictions, result.predictions, start, 0),
+        )
+
+    nothing = Evaluation(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros(len(labels), jnp.int32))
+    return lax.fori_loop(0, (count + batch_size - 1) // batch_size, body, nothing)

@@ -1,0 +1,21 @@
+"""Every random number of a run, as a function of (seed, epoch, step): resuming equals never having stopped."""
+
+import jax
+
+Seed = jax.Array | int
+
+
+def init_key(seed: Seed) -> jax.Array:
+    """Key of the initial parameters."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def step_key(seed: Seed, step: jax.Array | int) -> jax.Array:
+    """Key of all random numbers of training step `step`, counted from the start of the run."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
+
+
+def epoch_order(seed: Seed, epoch: jax.Array | int, num_examples: int) -> jax.Array:
+    """Order int32 [num_examples] in which epoch `epoch` visits the training examples."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), epoch)
+    return jax.random.permutation(key, num_examples)

@@ -1,0 +1,43 @@
+"""Optimisers and learning-rate schedules by their recipe.
+
+The learning rate is an operand of the training step, so schedules run outside the compiled program: another peak or
+another number of epochs needs no new compilation.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from pspinal_jax.recipes.schema import OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The direction of descent of `config`, to be scaled by minus the learning rate; decay applies to kernels only."""
+    if config.name == "sgd":
+        return optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
+    adam = optax.scale_by_adam(b1=config.momentum, nesterov=config.nesterov)
+    if config.name == "adam":
+        return adam
+    return optax.chain(adam, optax.add_decayed_weights(config.weight_decay, mask=_kernels))
+
+
+def learning_rates(config: OptimizerConfig, first_step: int, num_steps: int, total_steps: int) -> np.ndarray:
+    """Learning rates float32 [num_steps] of the steps from `first_step` on, in a run of `total_steps`."""
+    steps = np.arange(first_step, first_step + num_steps)
+    return np.broadcast_to(np.asarray(_schedule(config, total_steps)(steps), np.float32), steps.shape)
+
+
+def _schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    peak = config.learning_rate
+    if config.schedule == "constant":
+        return optax.constant_schedule(peak)
+    if config.schedule == "cosine":
+        return optax.cosine_decay_schedule(peak, total_steps)
+    warmup = max(1, round(config.warmup_fraction * total_steps))
+    return optax.warmup_cosine_decay_schedule(peak / 25, peak, warmup, max(warmup + 1, total_steps))
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -1,0 +1,163 @@
+"""The one place where jit, donation and shardings are decided."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pspinal_jax.data.arrays import Split
+from pspinal_jax.training import keys
+from pspinal_jax.training.chunk import Batch, EpochPlan, evaluate_split, run_chunk
+from pspinal_jax.training.state import Totals, TrainState
+from pspinal_jax.training.step import Evaluation, eval_step, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled pieces of a run. With `vectorized`, states, seeds, totals and orders have a leading seed axis.
+
+    Attributes:
+      mesh: all local devices on one axis, 'data'.
+      init: seed -> state.
+      zero_totals: seed -> totals.
+      chunk: (state, totals, seed, plan, first, num_steps, data) -> (state, totals); state and totals are donated.
+      tail: number of examples -> the same program for one last batch of so many.
+      evaluate: (variables, data, count) -> Evaluation.
+      keep: (best, candidate, improved) -> best; the older best is donated.
+      vectorized: whether all seeds run as one program.
+    """
+
+    mesh: Mesh
+    init: Callable[..., TrainState]
+    zero_totals: Callable[..., Totals]
+    chunk: Callable[..., tuple[TrainState, Totals]]
+    tail: Callable[[int], Callable[..., tuple[TrainState, Totals]]]
+    evaluate: Callable[..., Evaluation]
+    keep: Callable[..., Any]
+    vectorized: bool
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of what every device holds whole."""
+        return replicated_on(self.mesh)
+
+    def replicate(self, tree: Any) -> Any:
+        """`tree` on every device of the mesh, whole."""
+        return jax.device_put(tree, self.replicated)
+
+
+def data_mesh() -> Mesh:
+    """A mesh of all local devices with the one axis 'data'."""
+    return jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated_on(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device of `mesh` holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def build_programs(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    input_shape: tuple[int, ...],
+    input_dtype: Any,
+    batch_size: int,
+    eval_batch_size: int,
+    label_smoothing: float,
+    vectorized: bool,
+) -> Programs:
+    """Everything that a run calls, jitted for a mesh over all local devices.
+
+    The batch is sharded over the mesh, parameters and data are replicated; XLA inserts the reductions, so batch norm
+    sees the whole batch.
+
+    Args:
+      model: called as ``model.apply(variables, inputs, train=...)``.
+      optimizer: gives the direction of descent.
+      input_shape: one example's shape.
+      input_dtype: its dtype.
+      batch_size: examples per step over all devices, a multiple of their number.
+      eval_batch_size: examples per evaluation step, a multiple of the number of devices.
+      label_smoothing: see `cross_entropy`.
+      vectorized: run all seeds as one program, over a leading axis.
+    """
+    mesh = data_mesh()
+    replicated = replicated_on(mesh)
+    replicated = replicated_on(mesh)
+    by_batch = NamedSharding(mesh, PartitionSpec("data"))
+
+    def init(seed: jax.Array) -> TrainState:
+        inputs = jnp.zeros((2, *input_shape), input_dtype)
+        variables = model.init(keys.init_key(seed), inputs, train=False)
+        params = variables["params"]
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, variables.get("batch_stats", {}), optimizer.init(params))
+
+    def sharded(batch: Batch) -> Batch:
+        return jax.lax.with_sharding_constraint(batch, by_batch)
+
+    def step(state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array) -> Any:
+        return train_step(model.apply, optimizer, label_smoothing, state, totals, sharded(batch), rate, key)
+
+    def tail_step(state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array) -> Any:
+        return train_step(model.apply, optimizer, label_smoothing, state, totals, batch, rate, key)
+
+    def evaluate(variables: Any, data: Batch, count: jax.Array) -> Evaluation:
+        def one(batch: Batch, mask: jax.Array) -> Evaluation:
+            return eval_step(model.apply, variables, sharded(batch), mask)
+
+        return evaluate_split(one, eval_batch_size, data, count)
+
+    def keep(best: Any, candidate: Any, improved: jax.Array) -> Any:
+        return jax.tree.map(partial(jnp.where, improved), candidate, best)
+
+    def seeds(function: Callable[..., Any], axes: tuple[Any, ...]) -> Callable[..., Any]:
+        return jax.vmap(function, axes) if vectorized else function
+
+    chunk_axes = (0, 0, 0, EpochPlan(0, None), None, None, None)
+    chunk = partial(run_chunk, step, batch_size, batch_size)
+
+    @cache
+    def tail(size: int) -> Callable[..., tuple[TrainState, Totals]]:
+        return jit(seeds(partial(run_chunk, tail_step, size, batch_size), chunk_axes), donate_argnums=(0, 1))
+
+    jit = partial(jax.jit, out_shardings=replicated)
+    return Programs(
+        mesh=mesh,
+        init=jit(seeds(init, (0,))),
+        zero_totals=jit(seeds(lambda seed: Totals.zero(), (0,))),
+        chunk=jit(seeds(chunk, chunk_axes), donate_argnums=(0, 1)),
+        tail=tail,
+        evaluate=jit(seeds(evaluate, (0, None, None))),
+        keep=jit(seeds(keep, (0, 0, 0)), donate_argnums=0),
+        vectorized=vectorized,
+    )
+
+
+def make_order(subset: np.ndarray, length: int, vectorized: bool) -> Callable[..., jax.Array]:
+    """(seed, epoch) -> int32 [length]: the examples `subset` in the epoch's order, then zeros.
+
+    The fixed length lets every stage of a run, with its own subset, use the same compiled chunk.
+    """
+
+    def order(seed: jax.Array, epoch: jax.Array) -> jax.Array:
+        shuffled = jnp.asarray(subset, jnp.int32)[keys.epoch_order(seed, epoch, len(subset))]
+        return jnp.pad(shuffled, (0, length - len(subset)))
+
+    return jax.jit(jax.vmap(order, (0, None)) if vectorized else order)
+
+
+def padded_split(split: Split, batch_size: int) -> Batch:
+    """Host arrays of `split`, padded with zeros to a multiple of `batch_size`."""
+    extra = -len(split) % batch_size
+    return (
+        np.pad(split.inputs, [(0, extra)] + [(0, 0)] * (split.inputs.ndim - 1)),
+        np.pad(split.labels, (0, extra)),
+    )

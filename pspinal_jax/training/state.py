@@ -1,0 +1,44 @@
+"""What training carries from step to step."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a training step changes.
+
+    Attributes:
+      step: int32 scalar, steps taken since the start of the run.
+      params: parameters of the model.
+      batch_stats: its running statistics, {} where it has none.
+      opt_state: state of the optimiser.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class Totals:
+    """Sums over the training examples of an epoch so far.
+
+    Attributes:
+      loss: float32, sum of the examples' losses.
+      correct: int32, examples classified correctly while training.
+      count: int32, examples seen.
+    """
+
+    loss: Any
+    correct: Any
+    count: Any
+
+    @classmethod
+    def zero(cls) -> "Totals":
+        """Sums over nothing."""
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
