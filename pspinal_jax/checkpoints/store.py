@@ -11,6 +11,9 @@ import orbax.checkpoint as ocp
 
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.errors import RunError
+from pspinal_jax.log_filter import quiet_absl
+
+quiet_absl()
 
 Trees = dict[str, Any]
 """Trees of arrays by the name of their item: params, batch_stats, opt_state, best."""
@@ -32,7 +35,7 @@ class CheckpointStore:
             directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         )
         self._last_time = -float("inf")
-        self._last_cost = 0.0
+        self._last_cost: float | None = None
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -46,7 +49,7 @@ class CheckpointStore:
 
     def due(self, seconds: float) -> bool:
         """Whether `seconds` have passed since the last save, and enough more to keep saving below 5 % of the time."""
-        return time.monotonic() - self._last_time >= max(seconds, 20 * self._last_cost)
+        return time.monotonic() - self._last_time >= max(seconds, 20 * (self._last_cost or 0.0))
 
     def save(self, step: int, trees: Trees, position: dict[str, Any]) -> None:
         """Save `trees` and the JSON value `position` as checkpoint `step`; does nothing if there is one of that step.
@@ -72,7 +75,8 @@ class CheckpointStore:
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
             raise self._cannot_write(error) from error
         self._last_time = time.monotonic()
-        self._last_cost = self._last_time - start
+        # The first save of a process also pays for Orbax's set-up, which says nothing about the next.
+        self._last_cost = 0.0 if self._last_cost is None else self._last_time - start
 
     def _cannot_write(self, error: Exception) -> RunError:
         reason = " ".join(str(error).split())[:300]

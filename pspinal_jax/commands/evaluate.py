@@ -26,7 +26,6 @@ def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     parsed = parse(
         EvaluateArguments,
-        tyro.MISSING,
         args,
         prog="pspinal-jax evaluate",
         description="Evaluate the selected parameters of a run on the test split.",

@@ -10,10 +10,17 @@ import tyro
 
 from pspinal_jax.errors import UsageError
 
-_FRAME = re.compile(r"[╭╮╰╯│─]+")
+_FRAME = re.compile(r"[╭╮╰╯│─]+|-{4,}")
 
 
-def parse(arguments_class: type, default: Any, args: Sequence[str], prog: str, description: str) -> Any:
+def parse(
+    arguments_class: type,
+    args: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default: Any = tyro.MISSING_NONPROP,
+) -> Any:
     """An instance of the dataclass `arguments_class` from `args`; `--help` prints the flags and exits with 0.
 
     Raises:

@@ -34,10 +34,10 @@ def main(args: Sequence[str]) -> int:
     flags = args if asks_help else args[1:]
     parsed = parse(
         _Arguments,
-        _Arguments(recipe, RunOptions()),
         flags,
         prog=f"pspinal-jax train {'RECIPE' if asks_help else name}",
         description=f"Train {name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
+        default=_Arguments(recipe, RunOptions()),
     )
     return _train(parsed.recipe, parsed.options, ["train", *args])
 

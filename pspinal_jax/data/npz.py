@@ -22,7 +22,7 @@ def read_npz(path: Path, num_classes: int | None) -> Dataset:
     """
     try:
         # Never unpickle: object arrays are refused by allow_pickle=False, the default.
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is a single array, expected an .npz file with {', '.join(ARRAYS)}")
             missing = [name for name in ARRAYS if name not in archive.files]

@@ -1,6 +1,7 @@
 """Reading a data set that TFDS prepared as array_record, without TensorFlow."""
 
 import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from pspinal_jax.data.arrays import Dataset, make_dataset
 from pspinal_jax.errors import DataError
+from pspinal_jax.log_filter import quiet_absl
 
 
 def import_tfds() -> Any:
@@ -18,6 +20,7 @@ def import_tfds() -> Any:
         raise DataError(
             f"tensorflow-datasets is not installed ({error}); install it, or give --data.path an .npz file"
         ) from error
+    quiet_absl()
     return tfds
 
 
@@ -81,6 +84,7 @@ def prepare(builder: Any) -> None:
 def _quiet(tfds: Any) -> Any:
     tfds.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         tfds.enable_progress_bar()
