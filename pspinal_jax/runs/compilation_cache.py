@@ -1,0 +1,37 @@
+"""JAX's persistent compilation cache, on by default: a program is compiled once per machine, not once per start."""
+
+import os
+from pathlib import Path
+
+import jax
+
+SWITCH = "PSPINAL_JAX_CACHE"
+"""Environment variable: a folder for the cache, or 'off'."""
+
+
+def enable_compilation_cache() -> Path | None:
+    """Turn the cache on, in the user's cache folder, unless the user said otherwise.
+
+    The folder is $PSPINAL_JAX_CACHE, or else $XDG_CACHE_HOME/pspinal_jax/xla, or else ~/.cache/pspinal_jax/xla.
+    PSPINAL_JAX_CACHE=off turns it off. A cache that JAX is already configured with (JAX_COMPILATION_CACHE_DIR) is kept.
+
+    Returns:
+      The folder, or None where there is no cache.
+    """
+    choice = os.environ.get(SWITCH)
+    if choice == "off":
+        return None
+    configured = jax.config.values["jax_compilation_cache_dir"]
+    if configured:
+        return Path(configured)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(choice) if choice else home / "pspinal_jax" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written is no reason not to train
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX's own thresholds skip programs that compile in under a second, which here are most of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder

@@ -1,0 +1,126 @@
+"""The files of a run directory, written so that a kill at any moment leaves each of them whole.
+
+  config.json     recipe, classes, data and versions; written when the run starts, checked when it resumes
+  metrics.jsonl   a line an epoch
+  result.json     written when the run is finished
+  curves.png      loss and accuracy by epoch
+  checkpoints/    see pspinal_jax.checkpoints
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pspinal_jax.errors import RunError, UsageError
+
+
+class RunDirectory:
+    """The paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_path = path / "config.json"
+        self.metrics_path = path / "metrics.jsonl"
+        self.result_path = path / "result.json"
+        self.curves_path = path / "curves.png"
+        self.checkpoints_path = path / "checkpoints"
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make the directory for a run of `config`, or check that it holds one of the same.
+
+        Raises:
+          RunError: if it cannot be written, or holds other files.
+          UsageError: if it holds a run of another configuration; the differences are named.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config_path.exists():
+                self._check_same(config)
+                return
+            others = [entry.name for entry in self.path.iterdir() if not entry.name.endswith(".part")]
+            if others:
+                raise RunError(f"{self.path} holds {others[0]} but no config.json: it is no run; choose another --workdir")
+            write_json(self.config_path, config)
+        except OSError as error:
+            raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error
+
+    def config(self) -> dict[str, Any]:
+        """The configuration of the run in this directory.
+
+        Raises:
+          RunError: if there is none.
+        """
+        if not self.config_path.is_file():
+            raise RunError(f"{self.path} is no run directory: it has no config.json; give the --workdir of a `train`")
+        return read_json(self.config_path)
+
+    def _check_same(self, config: dict[str, Any]) -> None:
+        there = read_json(self.config_path)
+        before, now = flatten(there.get("identity", {})), flatten(config["identity"])
+        name = before.get("card.name")
+        if name != now.get("card.name"):
+            raise UsageError(
+                f"{self.path} holds a run of the recipe {name}, not {now.get('card.name')}; choose another --workdir"
+            )
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if changed:
+            listed = ", ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            raise UsageError(f"{self.path} holds another run: {listed}{more}; choose another --workdir")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+        if not self.metrics_path.exists():
+            return []
+        lines = []
+        for text in self.metrics_path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def keep_metrics(self, count: int) -> None:
+        """Cut metrics.jsonl to its first `count` lines: the epochs that the restored checkpoint knows of."""
+        lines = self.metrics()[:count]
+        _write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`.
+
+    Raises:
+      RunError: if it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path`, whole or not at all."""
+    _write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

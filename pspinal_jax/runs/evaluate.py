@@ -1,0 +1,71 @@
+"""`evaluate`: what a run's selected parameters do on the test split."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pspinal_jax.data import load_dataset
+from pspinal_jax.errors import UsageError
+from pspinal_jax.runs.compilation_cache import enable_compilation_cache
+from pspinal_jax.runs.directory import RunDirectory, write_json
+from pspinal_jax.runs.plots import plot_confusion
+from pspinal_jax.runs.restore import load_recipe_of, load_variables
+from pspinal_jax.runs.setup import build_run_programs, check_devices, place_split
+
+
+def evaluate(run: Path, seed_index: int | None = None, data_path: Path | None = None) -> dict[str, Any]:
+    """Evaluate a run exactly, every test example once, and write evaluation.json and confusion.png into it.
+
+    Args:
+      run: run directory.
+      seed_index: which of its seeds; by default the best on validation.
+      data_path: a data set whose test split is taken in place of the run's own.
+
+    Returns:
+      accuracy 0 .. 1, correct, examples, loss (nats), class_accuracy by name (None for a class without examples) and
+      confusion, rows the true class.
+
+    Raises:
+      PSpinalError: if the run or the data cannot be read or do not fit each other.
+    """
+    enable_compilation_cache()
+    variables, config = load_variables(run, seed_index)
+    recipe = dataclasses.replace(load_recipe_of(config), num_seeds=1)
+    check_devices(recipe)
+    names = config["class_names"]
+    source = recipe.data if data_path is None else dataclasses.replace(recipe.data, path=data_path)
+    data = load_dataset(dataclasses.replace(source, num_classes=len(names)))
+    shape = list(data.test.inputs.shape[1:])
+    if shape != config["input_shape"] or str(data.test.inputs.dtype) != config["input_dtype"]:
+        raise UsageError(
+            f"{data.source} has inputs of shape {shape} ({data.test.inputs.dtype}), but the run was trained on "
+            f"{config['input_shape']} ({config['input_dtype']})"
+        )
+    _, programs = build_run_programs(recipe, tuple(shape), data.test.inputs.dtype, len(names))
+    split = place_split(programs, data.test, recipe.eval_batch_size)
+    result = programs.evaluate(programs.replicate(variables), split.arrays, np.int32(split.count))
+    predictions = np.asarray(result.predictions)[: split.count]
+    report = _report(predictions, data.test.labels, names) | {"loss": float(result.loss) / split.count}
+    directory = RunDirectory(run)
+    write_json(directory.path / "evaluation.json", report)
+    title = f"{recipe.card.name}: {100 * report['accuracy']:.2f} % of {split.count} test examples"
+    plot_confusion(np.asarray(report["confusion"]), names, directory.path / "confusion.png", title)
+    return report
+
+
+def _report(predictions: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, Any]:
+    confusion = np.zeros((len(names), len(names)), int)
+    np.add.at(confusion, (labels, predictions), 1)
+    totals = confusion.sum(1)
+    hits = np.diag(confusion)
+    return {
+        "accuracy": float(hits.sum() / len(labels)),
+        "correct": int(hits.sum()),
+        "examples": len(labels),
+        "class_accuracy": {
+            name: float(hits[index] / totals[index]) if totals[index] else None for index, name in enumerate(names)
+        },
+        "confusion": confusion.tolist(),
+    }

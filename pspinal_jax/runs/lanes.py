@@ -1,0 +1,151 @@
+"""The training states of all seeds of a run, whether they run one after the other or as one program."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pspinal_jax.training.chunk import Batch, EpochPlan
+from pspinal_jax.training.programs import Programs
+from pspinal_jax.training.state import Totals, TrainState
+
+
+@dataclasses.dataclass
+class _Lane:
+    """One program's worth of state: a seed, or all of them along a leading axis."""
+
+    seed: jax.Array
+    state: TrainState
+    totals: Totals
+    best: Any
+    plan: EpochPlan | None = None
+
+
+class Lanes:
+    """K seeds in training.
+
+    One lane per seed when they run one after the other; a single lane with a leading axis when vectorised. Either way
+    the checkpointed trees are the same: plain for one seed, with a leading axis of length K for more.
+    """
+
+    def __init__(self, programs: Programs, seeds: list[int]) -> None:
+        self._programs = programs
+        self.seeds = seeds
+        groups: list[Any] = [seeds] if programs.vectorized else seeds
+        self._lanes = [self._start(programs.replicate(np.asarray(group, np.uint32))) for group in groups]
+
+    def _start(self, seed: jax.Array) -> _Lane:
+        state = self._programs.init(seed)
+        return _Lane(seed, state, self._programs.zero_totals(seed), _variables(state, copy=True))
+
+    def set_params(self, params: Any) -> None:
+        """Start every seed from these parameters (of one seed) in place of its own initialisation."""
+        for lane in self._lanes:
+            fresh = jax.tree.map(
+                lambda new, old: self._programs.replicate(jnp.broadcast_to(new, old.shape) + jnp.zeros_like(old)),
+                params,
+                lane.state.params,
+            )
+            lane.state = lane.state.replace(params=fresh)  # type: ignore[attr-defined]
+            lane.best = _variables(lane.state, copy=True)
+
+    def plan_epoch(self, order: Any, epoch: int, rates: np.ndarray) -> None:
+        """Fix the order and the learning rates of the coming epoch, counted from 0."""
+        rates = self._programs.replicate(rates)
+        for lane in self._lanes:
+            indices = self._programs.replicate(order(lane.seed, np.int32(epoch)))
+            lane.plan = EpochPlan(indices, rates)
+
+    def warm_up(self, data: Batch, evaluated: list[Batch], tail_size: int) -> None:
+        """Compile what an epoch calls, by calling it for no steps and no examples: results stay as they are."""
+        self.run_chunk(0, 0, data)
+        if tail_size:
+            self.run_chunk(0, 0, data, tail_size=tail_size)
+        for split in evaluated:
+            self.evaluate(split, 0)
+        for lane in self._lanes:
+            lane.best = self._programs.keep(lane.best, _variables(lane.state), np.zeros(lane.seed.shape, bool))
+
+    def run_chunk(self, first: int, num_steps: int, data: Batch, *, tail_size: int = 0) -> None:
+        """`num_steps` steps of the epoch, from step `first` on, for every seed; returns when they are done."""
+        program = self._programs.tail(tail_size) if tail_size else self._programs.chunk
+        for lane in self._lanes:
+            lane.state, lane.totals = program(
+                lane.state, lane.totals, lane.seed, lane.plan, np.int32(first), np.int32(num_steps), data
+            )
+        jax.block_until_ready([lane.totals for lane in self._lanes])
+
+    def totals(self) -> dict[str, list[Any]]:
+        """The epoch's sums so far: loss, correct and count, each with an entry per seed."""
+        fields = ("loss", "correct", "count")
+        return {name: self._gather([getattr(lane.totals, name) for lane in self._lanes]).tolist() for name in fields}
+
+    def set_totals(self, totals: dict[str, list[Any]] | None) -> None:
+        """Set the epoch's sums, to zero for None."""
+        for index, lane in enumerate(self._lanes):
+            if totals is None:
+                lane.totals = self._programs.zero_totals(lane.seed)
+                continue
+            pick = slice(None) if self._programs.vectorized else index
+            lane.totals = self._programs.replicate(
+                Totals(
+                    loss=np.asarray(totals["loss"], np.float32)[pick],
+                    correct=np.asarray(totals["correct"], np.int32)[pick],
+                    count=np.asarray(totals["count"], np.int32)[pick],
+                )
+            )
+
+    def evaluate(self, data: Batch, count: int, *, best: bool = False) -> dict[str, np.ndarray]:
+        """loss and correct [K], predictions [K, M], of the current or the best parameters on a padded split."""
+        results = [
+            self._programs.evaluate(lane.best if best else _variables(lane.state), data, np.int32(count))
+            for lane in self._lanes
+        ]
+        return {name: self._gather([getattr(result, name) for result in results]) for name in results[0]._fields}
+
+    def keep_best(self, improved: np.ndarray) -> None:
+        """Make the current parameters the best of every seed where `improved` bool [K] says so."""
+        for index, lane in enumerate(self._lanes):
+            flags = improved if self._programs.vectorized else improved[index]
+            if np.any(flags):
+                lane.best = self._programs.keep(lane.best, _variables(lane.state), flags)
+
+    def trees(self) -> dict[str, Any]:
+        """The arrays of a checkpoint, by item."""
+        states = [lane.state for lane in self._lanes]
+        return {
+            "params": self._stack([state.params for state in states]),
+            "batch_stats": self._stack([state.batch_stats for state in states]),
+            "opt_state": self._stack([state.opt_state for state in states]),
+            "best": self._stack([lane.best for lane in self._lanes]),
+        }
+
+    def set_trees(self, trees: dict[str, Any], step: int) -> None:
+        """Go on from a checkpoint's arrays, taken `step` steps into the stage."""
+        for index, lane in enumerate(self._lanes):
+            picked = {name: self._pick(tree, index) for name, tree in trees.items()}
+            lane.best = picked.pop("best")
+            steps = jnp.full_like(lane.state.step, step)
+            lane.state = self._programs.replicate(TrainState(step=steps, **picked))
+
+    def _stack(self, trees: list[Any]) -> Any:
+        if len(trees) == 1:
+            return trees[0]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def _pick(self, tree: Any, index: int) -> Any:
+        if len(self._lanes) == 1:
+            return tree
+        return jax.tree.map(lambda leaf: leaf[index], tree)
+
+    def _gather(self, values: list[jax.Array]) -> np.ndarray:
+        if self._programs.vectorized:
+            return np.asarray(values[0])
+        return np.stack([np.asarray(value) for value in values])
+
+
+def _variables(state: TrainState, *, copy: bool = False) -> dict[str, Any]:
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return jax.tree.map(jnp.copy, variables) if copy else variables

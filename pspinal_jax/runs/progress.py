@@ -1,0 +1,40 @@
+"""Progress on standard error: steps, rate, loss, time left."""
+
+import sys
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line every ten seconds. Use in a `with`."""
+
+    def __init__(self, total_steps: int, done: int, description: str) -> None:
+        live = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps,
+            initial=done,
+            desc=description,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.1 if live else _SECONDS_BETWEEN_LINES,
+            leave=True,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def advance(self, steps: int, **values: str) -> None:
+        """Book `steps` more, and show `values` (loss, accuracy) beside them."""
+        if values:
+            self._bar.set_postfix(values, refresh=False)
+        self._bar.update(steps)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(line, file=sys.stderr)

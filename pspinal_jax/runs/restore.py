@@ -1,0 +1,76 @@
+"""Reading a run back: its recipe, and the parameters that it selected."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pspinal_jax.checkpoints import read_newest
+from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.models.build import build_model
+from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
+from pspinal_jax.runs.directory import RunDirectory, read_json
+from pspinal_jax.runs.results import best_seed_index, leading_seed
+from pspinal_jax.training.programs import data_mesh, replicated_on
+
+
+def load_recipe_of(config: dict[str, Any]) -> Recipe:
+    """The recipe that a run's config.json records, its data location included."""
+    settings = dict(config["identity"])
+    data = dict(settings["data"])
+    for key, value in config["data_location"].items():
+        data[key] = None if value == "None" else Path(value)
+    fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key not in _NESTED}
+    return Recipe(
+        card=Card(name=settings["card"]["name"], row="", model=""),
+        data=DataConfig(**data),
+        model=ModelConfig(**settings["model"]),
+        optimizer=OptimizerConfig(**settings["optimizer"]),
+        **fields,
+    )
+
+
+_NESTED = ("card", "data", "model", "optimizer")
+
+
+def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The selected parameters and running statistics of a run.
+
+    Args:
+      run: a run directory.
+      seed_index: which of the run's seeds; by default the best on validation.
+
+    Returns:
+      ({'params': .., 'batch_stats': ..}, config.json). The variables are what the run's model applies.
+
+    Raises:
+      RunError: if `run` is no run directory or holds no whole checkpoint.
+      UsageError: if there is no such seed.
+    """
+    directory = RunDirectory(run)
+    config = directory.config()
+    recipe = load_recipe_of(config)
+    count = recipe.num_seeds
+    result = read_json(directory.result_path) if directory.result_path.exists() else None
+    if seed_index is None:
+        seed_index = best_seed_index(config, result, directory.metrics())
+    if not 0 <= seed_index < count:
+        raise UsageError(f"--seed-index is {seed_index}, expected 0 .. {count - 1}: the run has {count} seeds")
+    model = build_model(recipe, tuple(config["input_shape"]), len(config["class_names"]))
+    inputs = jax.ShapeDtypeStruct((2, *config["input_shape"]), config["input_dtype"])
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
+    lead = (count,) if count > 1 else ()
+    sharding = replicated_on(data_mesh())
+
+    def wanted(position: dict[str, Any]) -> dict[str, Any]:
+        if not any(position["best_epoch"]):
+            raise RunError(f"{run} has not finished an epoch yet; run `train` again to go on")
+        best = {name: shapes.get(name, {}) for name in ("params", "batch_stats")}
+        return {
+            "best": jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(lead + leaf.shape, leaf.dtype, sharding=sharding), best
+            )
+        }
+
+    trees, _ = read_newest(directory.checkpoints_path, wanted)
+    return leading_seed(trees["best"], seed_index, count), config

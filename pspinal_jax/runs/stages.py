@@ -1,0 +1,87 @@
+"""What a run does one after the other, and how far it has come."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from pspinal_jax.recipes.schema import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training from scratch.
+
+    Attributes:
+      name: 'train', or 'retrain' for the second one, on train + validation.
+      subset: indices of the training examples that it uses.
+      evaluates: 'validation', 'test' (the paper's protocol) or None: what is evaluated after every epoch.
+      steps_per_epoch: steps of whole batches, and one for the tail if it is kept.
+      whole_steps: steps of whole batches.
+      tail_size: examples in the tail, 0 for none.
+    """
+
+    name: str
+    subset: np.ndarray
+    evaluates: str | None
+    steps_per_epoch: int
+    whole_steps: int
+    tail_size: int
+
+
+def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[Stage]:
+    """The stages of a run, from the indices of its training and validation examples."""
+
+    def stage(name: str, subset: np.ndarray, evaluates: str | None) -> Stage:
+        whole, tail = divmod(len(subset), recipe.batch_size)
+        tail = 0 if recipe.data.drop_remainder else tail
+        return Stage(name, subset, evaluates, whole + (tail > 0), whole, tail)
+
+    everything = np.sort(np.concatenate([train, validation]))
+    if recipe.protocol == "paper":
+        return [stage("train", everything, "test")]
+    if not len(validation):
+        return [stage("train", everything, None)]
+    stages = [stage("train", train, "validation")]
+    if recipe.retrain:
+        stages.append(stage("retrain", everything, None))
+    return stages
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a run has come; stored with every checkpoint. Lists have an entry per seed.
+
+    Attributes:
+      stage: index of the stage under way.
+      epoch: finished epochs of that stage.
+      step: finished steps of the epoch under way.
+      serial: steps taken in all stages together; numbers the checkpoints.
+      lines: lines of metrics.jsonl written.
+      seconds: seconds spent on the epoch under way.
+      total_seconds: seconds spent on all finished epochs and evaluations.
+      totals: the epoch's sums so far: loss, correct, count.
+      best_epoch: the epoch whose parameters are kept, 0 for none yet.
+      best_accuracy: its accuracy on what the stage evaluates, 0 .. 1.
+      last_accuracy: accuracy after the newest epoch.
+      selected_epoch: the first stage's selection, [] while it lasts.
+      selected_accuracy: its validation accuracy.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    serial: int = 0
+    lines: int = 0
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+    totals: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    best_epoch: list[int] = dataclasses.field(default_factory=list)
+    best_accuracy: list[float] = dataclasses.field(default_factory=list)
+    last_accuracy: list[float] = dataclasses.field(default_factory=list)
+    selected_epoch: list[int] = dataclasses.field(default_factory=list)
+    selected_accuracy: list[float] = dataclasses.field(default_factory=list)
+
+    def stage_epochs(self, recipe: Recipe) -> int:
+        """Epochs of the stage under way: as many as the recipe says, or as any seed selected."""
+        return recipe.epochs if self.stage == 0 else max(self.selected_epoch)

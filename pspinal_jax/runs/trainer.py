@@ -1,0 +1,240 @@
+"""The training loop: stages, epochs, chunks, evaluation, selection, checkpoints."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pspinal_jax.checkpoints import CheckpointStore
+from pspinal_jax.errors import RunError
+from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.lanes import Lanes
+from pspinal_jax.runs.metrics import epoch_line
+from pspinal_jax.runs.progress import Progress
+from pspinal_jax.runs.setup import Setup, abstract_trees, longest_epoch, padded_rates, total_steps
+from pspinal_jax.runs.signals import StopRequest
+from pspinal_jax.runs.stages import Position, Stage
+from pspinal_jax.training.optimizers import learning_rates
+from pspinal_jax.training.programs import make_order
+
+CHUNK_SECONDS = 2.0
+"""Longest time between two looks at the clock and at signals."""
+FIRST_CHUNK = 8
+"""Steps of the first chunk, which tells how many fit."""
+
+
+class Stopped(Exception):
+    """The user asked to stop, and the run was saved."""
+
+
+class Trainer:
+    """One run, from its start or its newest checkpoint to its end.
+
+    Attributes:
+      setup: what the run works with.
+      lanes: the seeds' states.
+      position: how far the run has come.
+      directory: where the run's files are.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        directory: RunDirectory,
+        store: CheckpointStore,
+        stop: StopRequest,
+        checkpoint_seconds: float,
+        start_params: Any = None,
+    ) -> None:
+        self.setup = setup
+        self.position = Position()
+        self.directory = directory
+        self._store = store
+        self._stop = stop
+        self._checkpoint_seconds = checkpoint_seconds
+        self._start_params = start_params
+        self._steps_per_second = 0.0
+        self._compile_seconds = 0.0
+        self.lanes = self._fresh_lanes()
+
+    @property
+    def stage(self) -> Stage:
+        """The stage under way."""
+        return self.setup.stages[self.position.stage]
+
+    def run(self) -> None:
+        """Train to the end, from the newest whole checkpoint if there is one.
+
+        Raises:
+          Stopped: after SIGINT or SIGTERM, once the run is saved.
+          RunError: if a loss stops being finite, or a checkpoint cannot be written or read.
+        """
+        self._restore()
+        self._run_stage()
+        while self.position.stage + 1 < len(self.setup.stages):
+            self._next_stage()
+            self._run_stage()
+        self._save()
+
+    def _fresh_lanes(self) -> Lanes:
+        recipe = self.setup.recipe
+        lanes = Lanes(self.setup.programs, [recipe.seed + index for index in range(recipe.num_seeds)])
+        if self._start_params is not None:
+            lanes.set_params(self._start_params)
+        return lanes
+
+    def _restore(self) -> None:
+        def wanted(position: dict[str, Any]) -> dict[str, Any]:
+            return abstract_trees(jax.eval_shape(self.lanes.trees), self.setup.programs)
+
+        found = self._store.restore(wanted)
+        if found is None:
+            self.directory.keep_metrics(0)
+            return
+        trees, position = found
+        self.position = Position(**position)
+        self.lanes.set_trees(trees, self.position.epoch * self.stage.steps_per_epoch + self.position.step)
+        self.lanes.set_totals(self.position.totals or None)
+        self.directory.keep_metrics(self.position.lines)
+
+    def _save(self) -> None:
+        self.position.totals = self.lanes.totals() if self.position.step else {}
+        self._store.save(self.position.serial, self.lanes.trees(), dataclasses.asdict(self.position))
+
+    def _next_stage(self) -> None:
+        position = self.position
+        self.position = Position(
+            stage=position.stage + 1,
+            serial=position.serial,
+            lines=position.lines,
+            total_seconds=position.total_seconds,
+            selected_epoch=position.best_epoch,
+            selected_accuracy=position.best_accuracy,
+        )
+        self.lanes = self._fresh_lanes()
+
+    def _run_stage(self) -> None:
+        stage, position, recipe = self.stage, self.position, self.setup.recipe
+        epochs = position.stage_epochs(recipe)
+        if position.epoch >= epochs:
+            return
+        order = make_order(stage.subset, len(self.setup.train[1]), self.setup.programs.vectorized)
+        self._plan_epoch(order)
+        self._warm_up()
+        done = position.epoch * stage.steps_per_epoch + position.step
+        with Progress(epochs * stage.steps_per_epoch, done, stage.name) as progress:
+            while True:
+                self._run_epoch(progress)
+                self._finish_epoch(epochs, progress)
+                if position.epoch >= epochs:
+                    return
+                if position.epoch == 1 or self._store.due(self._checkpoint_seconds):
+                    self._save()
+                self._check_stop()
+                self._plan_epoch(order)
+
+    def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
+        stage, recipe, epoch = self.stage, self.setup.recipe, self.position.epoch
+        steps = stage.steps_per_epoch
+        rates = learning_rates(recipe.optimizer, epoch * steps, steps, total_steps(recipe, stage))
+        self._last_rate = float(rates[-1])
+        self.lanes.plan_epoch(order, epoch, padded_rates(rates, longest_epoch(self.setup.stages)))
+
+    def _warm_up(self) -> None:
+        start = time.perf_counter()
+        evaluates = self.stage.evaluates
+        evaluated = [self.setup.splits[evaluates].arrays] if evaluates else []
+        self.lanes.warm_up(self.setup.train, evaluated, self.stage.tail_size)
+        self._compile_seconds = time.perf_counter() - start
+
+    def _run_epoch(self, progress: Progress) -> None:
+        stage, position = self.stage, self.position
+        if position.step == 0:
+            self.lanes.set_totals(None)
+        while position.step < stage.steps_per_epoch:
+            start = time.perf_counter()
+            steps = self._chunk_steps(stage.whole_steps - position.step)
+            if steps:
+                self.lanes.run_chunk(position.step, steps, self.setup.train)
+            else:
+                steps = 1
+                self.lanes.run_chunk(position.step, 1, self.setup.train, tail_size=stage.tail_size)
+            seconds = time.perf_counter() - start
+            if steps > 1:
+                self._steps_per_second = steps / seconds
+            position.seconds += seconds
+            position.step += steps
+            position.serial += steps
+            progress.advance(steps, **self._shown())
+            if position.step < stage.steps_per_epoch:
+                self._check_stop()
+                if self._store.due(self._checkpoint_seconds):
+                    self._save()
+
+    def _chunk_steps(self, remaining: int) -> int:
+        fitting = int(CHUNK_SECONDS * self._steps_per_second) if self._steps_per_second else FIRST_CHUNK
+        return min(remaining, max(1, fitting))
+
+    def _shown(self) -> dict[str, str]:
+        totals = self.lanes.totals()
+        losses = np.divide(totals["loss"], totals["count"])
+        shown = {"loss": f"{losses.mean():.4f}"}
+        if self.position.last_accuracy:
+            shown[str(self.stage.evaluates)] = f"{np.mean(self.position.last_accuracy):.4f}"
+        return shown
+
+    def _finish_epoch(self, epochs: int, progress: Progress) -> None:
+        """Evaluate, select, and write the epoch's line."""
+        stage, position = self.stage, self.position
+        totals = self.lanes.totals()
+        self._check_finite(totals)
+        start = time.perf_counter()
+        evaluation: dict[str, list[float]] = {}
+        if stage.evaluates:
+            split = self.setup.splits[stage.evaluates]
+            sums = self.lanes.evaluate(split.arrays, split.count)
+            evaluation = {"accuracy": (sums["correct"] / split.count).tolist()}
+            evaluation["loss"] = (sums["loss"] / split.count).tolist()
+        position.epoch += 1
+        self._select(evaluation.get("accuracy"), epochs)
+        line = epoch_line(
+            stage, position, totals, evaluation, learning_rate=self._last_rate, compile_seconds=self._compile_seconds
+        )
+        self.directory.append_metrics(line)
+        progress.advance(0, **self._shown())
+        position.total_seconds += position.seconds + time.perf_counter() - start
+        position.lines += 1
+        position.step, position.seconds, self._compile_seconds = 0, 0.0, 0.0
+
+    def _select(self, accuracy: list[float] | None, epochs: int) -> None:
+        position, count = self.position, self.setup.recipe.num_seeds
+        before = np.asarray(position.best_accuracy or [-1.0] * count)
+        best_epoch = np.asarray(position.best_epoch or [0] * count)
+        if accuracy is not None:
+            position.last_accuracy = accuracy
+            improved = np.asarray(accuracy) > before
+            position.best_accuracy = np.where(improved, accuracy, before).tolist()
+        elif position.selected_epoch:
+            improved = np.asarray(position.selected_epoch) == position.epoch
+        else:
+            improved = np.full(count, position.epoch == epochs)
+        position.best_epoch = np.where(improved, position.epoch, best_epoch).tolist()
+        self.lanes.keep_best(improved)
+
+    def _check_finite(self, totals: dict[str, list[Any]]) -> None:
+        for index, loss in enumerate(totals["loss"]):
+            if not math.isfinite(loss):
+                seed = self.setup.recipe.seed + index
+                raise RunError(
+                    f"the training loss of seed {seed} became {loss} in epoch {self.position.epoch + 1}; the last "
+                    "checkpoint before it is kept; lower --optimizer.learning-rate"
+                )
+
+    def _check_stop(self) -> None:
+        if self._stop.received is not None:
+            self._save()
+            raise Stopped(self._stop.received.name)
