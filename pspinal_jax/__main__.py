@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a recipe, or go on with an unfinished run of it",
     "evaluate": "evaluate a run: accuracy, accuracy by class, confusion matrix",
     "recipes": "list the recipes",
+    "benchmark": "time a training step beside its peers",
 }
 
 

@@ -170,9 +170,7 @@ def damage(run, how):
 # Orbax gives up on a damaged file while tensorstore still reads; its late callbacks find their event loop closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["truncated", "flipped", "emptied"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
-    finished, recipe, tmp_path, capsys, how
-):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, recipe, tmp_path, capsys, how):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     step = damage(run, how)
@@ -220,7 +218,7 @@ def test_seed_j_equals_the_single_run_with_that_seed(recipe, tmp_path, mode):
     # The default seed is the best on validation.
     best = int(np.argmax(result["validation_accuracy"]["each"]))
     chex.assert_trees_all_equal(load_variables(tmp_path / "both")[0], load_variables(tmp_path / "both", best)[0])
-    with pytest.raises(UsageError, match="seed-index is 2, expected 0 .. 1"):
+    with pytest.raises(UsageError, match=r"seed-index is 2, expected 0 \.\. 1"):
         load_variables(tmp_path / "both", 2)
 
 

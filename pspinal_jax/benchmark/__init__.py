@@ -1,0 +1,1 @@
+"""Measurements: alternatives side by side in one run, against named peers."""

@@ -1,0 +1,93 @@
+"""Timing alternatives fairly: warm, blocked, interleaved (A B C A B C ..)."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Work = Callable[[int], Any]
+"""Does so many repetitions of the work, and returns when they are done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds per repetition of one alternative.
+
+    Attributes:
+      seconds: one value per round.
+      first_call: seconds of the first call of all, compilation included.
+    """
+
+    seconds: np.ndarray
+    first_call: float
+
+    def summary(self) -> dict[str, Any]:
+        """median, its 95 % confidence interval, quartiles, number of rounds and first_call, in seconds."""
+        low, high = median_interval(self.seconds)
+        return {
+            "median": float(np.median(self.seconds)),
+            "interval_95": [low, high],
+            "quartiles": np.quantile(self.seconds, [0.25, 0.75]).tolist(),
+            "rounds": len(self.seconds),
+            "first_call": self.first_call,
+        }
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % confidence interval of the median, by bootstrap with a fixed seed."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(values, (2000, len(values))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def ratio(peer: Timing, ours: Timing) -> dict[str, Any]:
+    """How many times faster `ours` is than `peer`: median over rounds of the ratio, and its 95 % interval.
+
+    Both were timed in every round, so a slow spell of the machine hits both sides of a ratio.
+    """
+    ratios = peer.seconds / ours.seconds
+    low, high = median_interval(ratios)
+    return {"median": float(np.median(ratios)), "interval_95": [low, high]}
+
+
+def time_interleaved(
+    work: Mapping[str, Work], *, rounds: int = 15, seconds_per_round: float = 0.3, most_repetitions: int = 1_000_000
+) -> dict[str, Timing]:
+    """Time every alternative once per round, in turn.
+
+    Args:
+      work: the alternatives by name. Each must block until its work is done.
+      rounds: how often each is timed.
+      seconds_per_round: repetitions per timing are chosen so that it takes about so long.
+      most_repetitions: upper bound on them.
+
+    Returns:
+      A `Timing` for each.
+    """
+    first_call, repetitions = {}, {}
+    for name, do in work.items():
+        start = time.perf_counter()
+        do(1)
+        first_call[name] = time.perf_counter() - start
+        repetitions[name] = _calibrate(do, seconds_per_round, most_repetitions)
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, do in work.items():
+            start = time.perf_counter()
+            do(repetitions[name])
+            seconds[name].append((time.perf_counter() - start) / repetitions[name])
+    return {name: Timing(np.asarray(values), first_call[name]) for name, values in seconds.items()}
+
+
+def _calibrate(do: Work, seconds: float, most: int) -> int:
+    count = 1
+    while True:
+        start = time.perf_counter()
+        do(count)
+        elapsed = time.perf_counter() - start
+        if elapsed > seconds / 4 or count >= most:
+            return max(1, min(most, round(count * seconds / max(elapsed, 1e-9))))
+        count = min(most, count * 4)

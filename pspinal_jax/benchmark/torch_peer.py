@@ -1,0 +1,82 @@
+"""The PyTorch side of the measurements: the same head and training step, eager or compiled. Imports torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class TorchProgressiveHead(nn.Module):
+    """The progressive head of SPEC's equation in PyTorch, on features [N, D]."""
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        layer_width: int,
+        num_layers: int = 4,
+        dropout_rate: float = 0.2,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [num_features + index * layer_width for index in range(num_layers + 1)]
+        self.layers = nn.ModuleList(nn.Linear(width, layer_width) for width in widths[:-1])
+        self.norms = nn.ModuleList(nn.BatchNorm1d(layer_width) for _ in range(num_layers)) if batch_norm else None
+        self.output = nn.Linear(widths[-1], num_classes)
+        self.dropout_rate = dropout_rate
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C] of features [N, D]."""
+        dropped = functional.dropout(features, self.dropout_rate, self.training)
+        outputs: list[torch.Tensor] = []
+        for index, layer in enumerate(self.layers):
+            hidden = layer(torch.cat([dropped, *outputs], 1) if outputs else features)
+            if self.norms is not None:
+                hidden = self.norms[index](hidden)
+            outputs.append(functional.relu(hidden))
+        return self.output(torch.cat([dropped, *outputs], 1))
+
+    def load(self, params: dict[str, Any]) -> None:
+        """Take over the parameters of a `ProgressiveSpinalHead`, given as its documented tree."""
+
+        def copy(module: nn.Module, name: str, array: Any) -> None:
+            getattr(module, name).data.copy_(torch.from_numpy(np.array(array)))
+
+        layers = [(layer, params[f"layer_{index + 1}"]) for index, layer in enumerate(self.layers)]
+        for layer, tree in [*layers, (self.output, params["output"])]:
+            copy(layer, "weight", np.asarray(tree["kernel"]).T)
+            copy(layer, "bias", tree["bias"])
+        if self.norms is not None:
+            for norm, (_, tree) in zip(self.norms, layers, strict=True):
+                copy(norm, "weight", tree["norm"]["scale"])
+                copy(norm, "bias", tree["norm"]["bias"])
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    mean: float,
+    std: float,
+    compiled: bool,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A training step on the examples at the given indices, which returns the loss; data lie on the model's device."""
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        inputs = (images[rows].float() / 255 - mean) / std
+        return functional.cross_entropy(model(inputs), labels[rows])
+
+    forward = torch.compile(loss_of) if compiled else loss_of
+
+    def step(rows: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = forward(rows)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
