@@ -1,10 +1,10 @@
 """The files of a run directory, written so that a kill at any moment leaves each of them whole.
 
-  config.json     recipe, classes, data and versions; written when the run starts, checked when it resumes
-  metrics.jsonl   a line an epoch
-  result.json     written when the run is finished
-  curves.png      loss and accuracy by epoch
-  checkpoints/    see pspinal_jax.checkpoints
+config.json     recipe, classes, data and versions; written when the run starts, checked when it resumes
+metrics.jsonl   a line an epoch
+result.json     written when the run is finished
+curves.png      loss and accuracy by epoch
+checkpoints/    see pspinal_jax.checkpoints
 """
 
 import json
@@ -40,7 +40,9 @@ class RunDirectory:
                 return
             others = [entry.name for entry in self.path.iterdir() if not entry.name.endswith(".part")]
             if others:
-                raise RunError(f"{self.path} holds {others[0]} but no config.json: it is no run; choose another --workdir")
+                raise RunError(
+                    f"{self.path} holds {others[0]} but no config.json: it is no run; choose another --workdir"
+                )
             write_json(self.config_path, config)
         except OSError as error:
             raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error

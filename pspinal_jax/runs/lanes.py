@@ -98,7 +98,7 @@ class Lanes:
             )
 
     def evaluate(self, data: Batch, count: int, *, best: bool = False) -> dict[str, np.ndarray]:
-        """loss and correct [K], predictions [K, M], of the current or the best parameters on a padded split."""
+        """Loss and correct [K], predictions [K, M], of the current or the best parameters on a padded split."""
         results = [
             self._programs.evaluate(lane.best if best else _variables(lane.state), data, np.int32(count))
             for lane in self._lanes

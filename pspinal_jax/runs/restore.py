@@ -34,7 +34,7 @@ _NESTED = ("card", "data", "model", "optimizer")
 
 
 def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The selected parameters and running statistics of a run.
+    """The parameters and running statistics that a run's result stands for: selected, or the last (paper's protocol).
 
     Args:
       run: a run directory.
@@ -65,12 +65,13 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
     def wanted(position: dict[str, Any]) -> dict[str, Any]:
         if not any(position["best_epoch"]):
             raise RunError(f"{run} has not finished an epoch yet; run `train` again to go on")
-        best = {name: shapes.get(name, {}) for name in ("params", "batch_stats")}
-        return {
-            "best": jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(lead + leaf.shape, leaf.dtype, sharding=sharding), best
-            )
-        }
+        model_trees = {name: shapes.get(name, {}) for name in ("params", "batch_stats")}
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(lead + leaf.shape, leaf.dtype, sharding=sharding), model_trees
+        )
+        return abstract if takes_last else {"best": abstract}
 
+    # Under the paper's protocol the result is the last epoch's; its "best" was selected on the test split.
+    takes_last = recipe.protocol == "paper"
     trees, _ = read_newest(directory.checkpoints_path, wanted)
-    return leading_seed(trees["best"], seed_index, count), config
+    return leading_seed(trees if takes_last else trees["best"], seed_index, count), config

@@ -41,7 +41,7 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
     return result | {
         "published_accuracy_percent": recipe.card.published_accuracy,
         "parameters": count_parameters(params) // recipe.num_seeds,
-        "train_examples": int(len(trainer.stage.subset)),
+        "train_examples": len(trainer.stage.subset),
         "test_examples": setup.splits["test"].count,
         "epochs": recipe.epochs,
         "seconds": round(position.total_seconds, 3),

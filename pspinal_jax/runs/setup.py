@@ -47,8 +47,8 @@ class Setup:
     stages: list[Stage]
 
 
-def set_up(recipe: Recipe, data: Dataset) -> Setup:
-    """Build the model and its programs, split the data and bring it to the devices.
+def split_examples(recipe: Recipe, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (train, validation) into the training data; validation is empty where nothing is held out.
 
     Raises:
       UsageError: if a batch or the validation part does not fit the data or the devices.
@@ -61,6 +61,12 @@ def set_up(recipe: Recipe, data: Dataset) -> Setup:
             f"batch_size is {recipe.batch_size}, but only {len(train)} examples are left to train on; "
             "choose a smaller --batch-size"
         )
+    return train, validation
+
+
+def set_up(recipe: Recipe, data: Dataset) -> Setup:
+    """Build the model and its programs, split the data and bring it to the devices; raises as `split_examples`."""
+    train, validation = split_examples(recipe, data)
     input_shape = data.train.inputs.shape[1:]
     model, programs = build_run_programs(recipe, input_shape, data.train.inputs.dtype, data.num_classes)
     splits = {"test": place_split(programs, data.test, recipe.eval_batch_size)}
@@ -105,7 +111,9 @@ def check_devices(recipe: Recipe) -> None:
     for name in ("batch_size", "eval_batch_size"):
         size = getattr(recipe, name)
         if size % devices:
-            raise UsageError(f"{name} is {size}, expected a multiple of the {devices} devices; change --{name.replace('_', '-')}")
+            raise UsageError(
+                f"{name} is {size}, expected a multiple of the {devices} devices; change --{name.replace('_', '-')}"
+            )
 
 
 def runs_vectorized(recipe: Recipe) -> bool:

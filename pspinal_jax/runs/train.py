@@ -17,7 +17,7 @@ from pspinal_jax.runs.options import RunOptions
 from pspinal_jax.runs.plots import plot_curves
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.results import make_result
-from pspinal_jax.runs.setup import set_up
+from pspinal_jax.runs.setup import set_up, split_examples
 from pspinal_jax.runs.signals import StopRequest
 from pspinal_jax.runs.tensorboard import check_installed, write_events
 from pspinal_jax.runs.trainer import Trainer
@@ -36,6 +36,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     data = load_dataset(recipe.data)
+    split_examples(recipe, data)  # what does not fit is refused before anything is written
     directory.create(_config(recipe, options, data))
     if directory.result_path.exists():
         return read_json(directory.result_path)

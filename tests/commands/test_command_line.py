@@ -121,6 +121,7 @@ def test_sizes_that_do_not_fit_get_one_line(capsys, tmp_path, npz_path):
         train_on(capsys, tmp_path, npz_path, "--batch-size", 97), 2, "batch_size is 97", "76 examples", "--batch-size"
     )
     assert_refused(train_on(capsys, tmp_path / "b", npz_path, "--data.num-validation", 96), 2, "num_validation is 96")
+    assert not list(tmp_path.rglob("config.json"))
 
 
 def test_a_run_directory_of_another_recipe_gets_one_line(capsys, trained, npz_path):

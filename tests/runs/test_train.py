@@ -244,6 +244,7 @@ def test_the_papers_protocol_reports_last_and_best_on_test(recipe, tmp_path):
     assert result["last_test_accuracy"]["each"] == [accuracies[-1]] == result["test_accuracy"]["each"]
     assert result["best_on_test_accuracy"]["each"] == [max(accuracies)]
     assert "selected on the test split" in result["selection"]
+    assert evaluate(tmp_path / "run")["accuracy"] == accuracies[-1]
 
 
 def test_without_validation_data_the_last_epoch_is_taken(recipe, tmp_path):
