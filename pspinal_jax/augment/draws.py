@@ -34,8 +34,8 @@ def draw_perspective(
     """
     _check_share("distortion", distortion)
     _check_share("probability", probability)
-    # One call for all nine numbers of an image: the random bits are half the time of compiling an augmentation.
-    numbers = jax.random.uniform(key, (count, 9), jnp.float32)
+    # All nine numbers of an image in one flat draw: with axes, or in two draws, it takes four times as long to compile.
+    numbers = jax.random.uniform(key, (count * 9,), jnp.float32).reshape(count, 9)
     furthest = np.array([int(distortion * (side // 2)) for side in (width, height)], np.float32)
     # The largest number below 1 times a whole number rounds to less than that, so no corner goes too far.
     offsets = jnp.floor(numbers[:, 1:].reshape(count, 4, 2) * (furthest + 1)).astype(jnp.int32)

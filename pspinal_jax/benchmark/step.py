@@ -30,7 +30,7 @@ class JaxStep:
     """Our training step: inside the compiled epoch, and as a jitted step called from a Python loop."""
 
     def __init__(self, recipe: Recipe, data: tuple[np.ndarray, np.ndarray]) -> None:
-        model, programs = build_run_programs(recipe, (28, 28, 1), np.uint8, 10)
+        _, programs = build_run_programs(recipe, (28, 28, 1), np.uint8, 10)
         self.programs = programs
         self.seed = programs.replicate(np.uint32(0))
         self.state = programs.init(self.seed)

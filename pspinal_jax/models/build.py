@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, NUM_FEATURES, VGG5
+from pspinal_jax.errors import UsageError
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.heads.mlp import matching_width
 from pspinal_jax.models.classifier import Classifier
@@ -14,15 +16,29 @@ from pspinal_jax.recipes.schema import Recipe
 
 
 def build_model(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> Classifier:
-    """The model of `recipe` for inputs of `input_shape` (one example's) and `num_classes` classes."""
+    """The model of `recipe` for inputs of `input_shape` (one example's) and `num_classes` classes.
+
+    Raises:
+      UsageError: if the backbone does not take such inputs.
+    """
     dtype = jnp.dtype(recipe.dtype)
-    head = _build_head(recipe, math.prod(input_shape), num_classes, dtype)
-    return Classifier(head=head, mean=recipe.data.mean, std=recipe.data.std, dtype=dtype)
+    backbone = _build_backbone(recipe, input_shape, dtype)
+    num_features = math.prod(input_shape) if backbone is None else NUM_FEATURES
+    head = _build_head(recipe, num_features, num_classes, dtype)
+    return Classifier(head=head, backbone=backbone, mean=recipe.data.mean, std=recipe.data.std, dtype=dtype)
 
 
 def count_parameters(params: Any) -> int:
     """Number of trainable parameters in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) -> nn.Module | None:
+    if recipe.model.backbone == "none":
+        return None
+    if input_shape != IMAGE_SHAPE:
+        raise UsageError(f"the backbone vgg5 takes images of shape {IMAGE_SHAPE}, the data set has {input_shape}")
+    return VGG5(dtype=dtype)
 
 
 def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any) -> nn.Module:

@@ -45,6 +45,10 @@ class DataConfig:
     """Examples held out of train to select the epoch by; 0 trains on all and takes the last epoch."""
     split_seed: int = 0
     """Seed of the choice of those examples, the same for every training seed."""
+    augment: Literal["none", "perspective_rotation"] = "none"
+    """perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees)."""
+    transposed: bool = False
+    """Swap rows and columns of every image: EMNIST as it is stored, and as the published scripts saw it."""
     drop_remainder: bool = True
     """Leave out the last, smaller training batch of an epoch (other examples each epoch)."""
 
@@ -53,8 +57,8 @@ class DataConfig:
 class ModelConfig:
     """Backbone and head."""
 
-    backbone: Literal["none"] = "none"
-    """'none': the head sees the pixels or features as they are."""
+    backbone: Literal["none", "vgg5"] = "none"
+    """'none': the head sees the pixels or features as they are; 'vgg5': 28x28 grey images to 256 features."""
     head: Literal["progressive", "spinal", "mlp", "dense"] = "progressive"
     """'mlp' gets the width at which it has as many parameters as the progressive head would have."""
     layer_width: int = 128
@@ -89,6 +93,9 @@ class OptimizerConfig:
     """cosine: down to 0 over the run; one_cycle: linear warm-up over `warmup_fraction`, then cosine to 0."""
     warmup_fraction: float = 0.3
     """Share of the steps that one_cycle warms up for."""
+    steering: Literal["none", "best_on_test"] = "none"
+    """best_on_test: as the published VGG-5 scripts, an epoch that does not beat the best TEST accuracy so far draws a
+    new learning rate, the scheduled one times U(0,1)^3, kept until the next such draw; paper's protocol only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +125,9 @@ class Recipe:
     protocol: Literal["validation", "paper"] = "validation"
     """validation: the epoch is selected on held-out training data and the test split is evaluated once.
     paper: trains on all training data and evaluates the test split every epoch; last and best are both reported."""
+    rounds: int = 1
+    """paper's protocol: trainings of `epochs` one after the other, each from the parameters that were best on test in
+    the one before, with a fresh optimiser (QMNIST's chain)."""
     retrain: bool = False
     """validation protocol: train again on train + validation, for the selected number of epochs, before the test."""
 
@@ -142,6 +152,11 @@ class Recipe:
         _require(optimizer.weight_decay >= 0.0, "optimizer.weight_decay", optimizer.weight_decay, "at least 0")
         fraction = optimizer.warmup_fraction
         _require(0.0 <= fraction < 1.0, "optimizer.warmup_fraction", fraction, "in [0, 1)")
+        paper = self.protocol == "paper"
+        _require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        _require(self.rounds == 1 or paper, "rounds", self.rounds, "1 unless --protocol paper")
+        steered = optimizer.steering == "best_on_test"
+        _require(not steered or paper, "optimizer.steering", optimizer.steering, "none unless --protocol paper")
         _require(
             not self.retrain or (self.protocol == "validation" and self.data.num_validation > 0),
             "retrain",

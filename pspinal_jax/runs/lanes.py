@@ -51,12 +51,20 @@ class Lanes:
             lane.state = lane.state.replace(params=fresh)  # type: ignore[attr-defined]
             lane.best = _variables(lane.state, copy=True)
 
+    def continue_from_best(self, other: "Lanes") -> None:
+        """Start every seed from the parameters and statistics that were best in `other`."""
+        for lane, finished in zip(self._lanes, other._lanes, strict=True):
+            lane.state = lane.state.replace(  # type: ignore[attr-defined]
+                step=finished.state.step, **jax.tree.map(jnp.copy, finished.best)
+            )
+            lane.best = _variables(lane.state, copy=True)
+
     def plan_epoch(self, order: Any, epoch: int, rates: np.ndarray) -> None:
-        """Fix the order and the learning rates of the coming epoch, counted from 0."""
-        rates = self._programs.replicate(rates)
-        for lane in self._lanes:
+        """Fix the order and the learning rates [K, S] of the coming epoch, counted from 0."""
+        for index, lane in enumerate(self._lanes):
             indices = self._programs.replicate(order(lane.seed, np.int32(epoch)))
-            lane.plan = EpochPlan(indices, rates)
+            lane_rates = rates if self._programs.vectorized else rates[index]
+            lane.plan = EpochPlan(indices, self._programs.replicate(lane_rates))
 
     def warm_up(self, data: Batch, evaluated: list[Batch], tail_size: int) -> None:
         """Compile what an epoch calls, by calling it for no steps and no examples: results stay as they are."""

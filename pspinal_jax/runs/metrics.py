@@ -13,7 +13,7 @@ def epoch_line(
     totals: dict[str, list[Any]],
     evaluation: dict[str, list[float]],
     *,
-    learning_rate: float,
+    learning_rates: list[float],
     compile_seconds: float,
 ) -> dict[str, Any]:
     """A line of metrics.jsonl; values that differ by seed are lists where there is more than one.
@@ -28,7 +28,7 @@ def epoch_line(
         "stage": stage.name,
         "epoch": position.epoch,
         "step": position.epoch * stage.steps_per_epoch,
-        "learning_rate": learning_rate,
+        "learning_rate": per_seed(learning_rates),
         "train_loss": per_seed((np.asarray(totals["loss"]) / count).tolist()),
         "train_accuracy": per_seed((np.asarray(totals["correct"]) / count).tolist()),
     }

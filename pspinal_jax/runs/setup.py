@@ -1,6 +1,7 @@
 """From a recipe and its data to everything that the loop works with."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,8 +97,18 @@ def build_run_programs(
         eval_batch_size=recipe.eval_batch_size,
         label_smoothing=recipe.label_smoothing,
         vectorized=runs_vectorized(recipe),
+        augment=augmentation(recipe),
     )
     return model, programs
+
+
+def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """The augmentation (key, images) -> images that `recipe` asks for, None for none."""
+    if recipe.data.augment == "none":
+        return None
+    from pspinal_jax.augment import augment
+
+    return augment
 
 
 def place_split(programs: Programs, split: Split, batch_size: int) -> EvaluatedSplit:

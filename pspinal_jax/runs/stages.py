@@ -10,10 +10,10 @@ from pspinal_jax.recipes.schema import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training from scratch.
+    """One training, from scratch or, in the paper's chain of rounds, from the best of the one before.
 
     Attributes:
-      name: 'train', or 'retrain' for the second one, on train + validation.
+      name: 'train', 'retrain' for the second one on train + validation, or 'round_1' .. of the paper's chain.
       subset: indices of the training examples that it uses.
       evaluates: 'validation', 'test' (the paper's protocol) or None: what is evaluated after every epoch.
       steps_per_epoch: steps of whole batches, and one for the tail if it is kept.
@@ -39,7 +39,8 @@ def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> li
 
     everything = np.sort(np.concatenate([train, validation]))
     if recipe.protocol == "paper":
-        return [stage("train", everything, "test")]
+        names = ["train"] if recipe.rounds == 1 else [f"round_{index + 1}" for index in range(recipe.rounds)]
+        return [stage(name, everything, "test") for name in names]
     if not len(validation):
         return [stage("train", everything, None)]
     stages = [stage("train", train, "validation")]
@@ -64,6 +65,8 @@ class Position:
       best_epoch: the epoch whose parameters are kept, 0 for none yet.
       best_accuracy: its accuracy on what the stage evaluates, 0 .. 1.
       last_accuracy: accuracy after the newest epoch.
+      epochs_before: epochs of earlier rounds of the paper's chain: orders and random numbers go on counting.
+      rate_scale: what the learning rate is multiplied with, where it is steered.
       selected_epoch: the first stage's selection, [] while it lasts.
       selected_accuracy: its validation accuracy.
     """
@@ -73,15 +76,21 @@ class Position:
     step: int = 0
     serial: int = 0
     lines: int = 0
+    epochs_before: int = 0
     seconds: float = 0.0
     total_seconds: float = 0.0
     totals: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     best_epoch: list[int] = dataclasses.field(default_factory=list)
     best_accuracy: list[float] = dataclasses.field(default_factory=list)
     last_accuracy: list[float] = dataclasses.field(default_factory=list)
+    rate_scale: list[float] = dataclasses.field(default_factory=list)
     selected_epoch: list[int] = dataclasses.field(default_factory=list)
     selected_accuracy: list[float] = dataclasses.field(default_factory=list)
 
+    def steps_taken(self, stage: Stage) -> int:
+        """Steps since the parameters were initialised, rounds before included."""
+        return (self.epochs_before + self.epoch) * stage.steps_per_epoch + self.step
+
     def stage_epochs(self, recipe: Recipe) -> int:
-        """Epochs of the stage under way: as many as the recipe says, or as any seed selected."""
-        return recipe.epochs if self.stage == 0 else max(self.selected_epoch)
+        """Epochs of the stage under way: as many as the recipe says or, to retrain, as any seed selected."""
+        return max(self.selected_epoch) if self.selected_epoch else recipe.epochs

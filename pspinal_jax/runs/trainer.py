@@ -97,7 +97,7 @@ class Trainer:
             return
         trees, position = found
         self.position = Position(**position)
-        self.lanes.set_trees(trees, self.position.epoch * self.stage.steps_per_epoch + self.position.step)
+        self.lanes.set_trees(trees, self.position.steps_taken(self.stage))
         self.lanes.set_totals(self.position.totals or None)
         self.directory.keep_metrics(self.position.lines)
 
@@ -112,10 +112,15 @@ class Trainer:
             serial=position.serial,
             lines=position.lines,
             total_seconds=position.total_seconds,
-            selected_epoch=position.best_epoch,
-            selected_accuracy=position.best_accuracy,
         )
-        self.lanes = self._fresh_lanes()
+        if self.stage.name == "retrain":
+            self.position.selected_epoch = position.best_epoch
+            self.position.selected_accuracy = position.best_accuracy
+            self.lanes = self._fresh_lanes()
+        else:
+            self.position.epochs_before = position.epochs_before + position.epoch
+            best, self.lanes = self.lanes, self._fresh_lanes()
+            self.lanes.continue_from_best(best)
 
     def _run_stage(self) -> None:
         stage, position, recipe = self.stage, self.position, self.setup.recipe
@@ -141,8 +146,10 @@ class Trainer:
         stage, recipe, epoch = self.stage, self.setup.recipe, self.position.epoch
         steps = stage.steps_per_epoch
         rates = learning_rates(recipe.optimizer, epoch * steps, steps, total_steps(recipe, stage))
-        self._last_rate = float(rates[-1])
-        self.lanes.plan_epoch(order, epoch, padded_rates(rates, longest_epoch(self.setup.stages)))
+        scale = np.asarray(self.position.rate_scale or [1.0] * recipe.num_seeds, np.float32)
+        self._last_rates = (scale * rates[-1]).tolist()
+        padded = padded_rates(rates, longest_epoch(self.setup.stages))
+        self.lanes.plan_epoch(order, self.position.epochs_before + epoch, scale[:, None] * padded)
 
     def _warm_up(self) -> None:
         start = time.perf_counter()
@@ -202,7 +209,7 @@ class Trainer:
         position.epoch += 1
         self._select(evaluation.get("accuracy"), epochs)
         line = epoch_line(
-            stage, position, totals, evaluation, learning_rate=self._last_rate, compile_seconds=self._compile_seconds
+            stage, position, totals, evaluation, learning_rates=self._last_rates, compile_seconds=self._compile_seconds
         )
         self.directory.append_metrics(line)
         progress.advance(0, **self._shown())
@@ -217,6 +224,7 @@ class Trainer:
         if accuracy is not None:
             position.last_accuracy = accuracy
             improved = np.asarray(accuracy) > before
+            self._steer(improved)
             position.best_accuracy = np.where(improved, accuracy, before).tolist()
         elif position.selected_epoch:
             improved = np.asarray(position.selected_epoch) == position.epoch
@@ -224,6 +232,17 @@ class Trainer:
             improved = np.full(count, position.epoch == epochs)
         position.best_epoch = np.where(improved, position.epoch, best_epoch).tolist()
         self.lanes.keep_best(improved)
+
+    def _steer(self, improved: np.ndarray) -> None:
+        """The published VGG-5 scripts' way with the learning rate; see `OptimizerConfig.steering`."""
+        recipe, position = self.setup.recipe, self.position
+        if recipe.optimizer.steering == "none":
+            return
+        scales = position.rate_scale or [1.0] * recipe.num_seeds
+        draws = [
+            np.random.default_rng((seed, position.stage, position.epoch)).uniform() ** 3 for seed in self.lanes.seeds
+        ]
+        position.rate_scale = np.where(improved, scales, draws).tolist()
 
     def _check_finite(self, totals: dict[str, list[Any]]) -> None:
         for index, loss in enumerate(totals["loss"]):

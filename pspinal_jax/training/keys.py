@@ -15,6 +15,11 @@ def step_key(seed: Seed, step: jax.Array | int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
 
 
+def augment_key(step_key: jax.Array) -> jax.Array:
+    """Key of a step's augmentation, apart from the one of its dropout masks."""
+    return jax.random.fold_in(step_key, 1 << 20)
+
+
 def epoch_order(seed: Seed, epoch: jax.Array | int, num_examples: int) -> jax.Array:
     """Order int32 [num_examples] in which epoch `epoch` visits the training examples."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), epoch)

@@ -72,6 +72,7 @@ def build_programs(
     eval_batch_size: int,
     label_smoothing: float,
     vectorized: bool,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Programs:
     """Everything that a run calls, jitted for a mesh over all local devices.
 
@@ -87,6 +88,7 @@ def build_programs(
       eval_batch_size: examples per evaluation step, a multiple of the number of devices.
       label_smoothing: see `cross_entropy`.
       vectorized: run all seeds as one program, over a leading axis.
+      augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
     """
     mesh = data_mesh()
     replicated = replicated_on(mesh)
@@ -103,11 +105,13 @@ def build_programs(
     def sharded(batch: Batch) -> Batch:
         return jax.lax.with_sharding_constraint(batch, by_batch)
 
-    def step(state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array) -> Any:
-        return train_step(model.apply, optimizer, label_smoothing, state, totals, sharded(batch), rate, key)
-
     def tail_step(state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array) -> Any:
+        if augment is not None:
+            batch = (augment(keys.augment_key(key), batch[0]), batch[1])
         return train_step(model.apply, optimizer, label_smoothing, state, totals, batch, rate, key)
+
+    def step(state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array) -> Any:
+        return tail_step(state, totals, sharded(batch), rate, key)
 
     def evaluate(variables: Any, data: Batch, count: jax.Array) -> Evaluation:
         def one(batch: Batch, mask: jax.Array) -> Evaluation:
@@ -121,7 +125,7 @@ def build_programs(
     def seeds(function: Callable[..., Any], axes: tuple[Any, ...]) -> Callable[..., Any]:
         return jax.vmap(function, axes) if vectorized else function
 
-    chunk_axes = (0, 0, 0, EpochPlan(0, None), None, None, None)
+    chunk_axes = (0, 0, 0, EpochPlan(0, 0), None, None, None)
     chunk = partial(run_chunk, step, batch_size, batch_size)
 
     @cache

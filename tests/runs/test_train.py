@@ -247,6 +247,27 @@ def test_the_papers_protocol_reports_last_and_best_on_test(recipe, tmp_path):
     assert evaluate(tmp_path / "run")["accuracy"] == accuracies[-1]
 
 
+def test_rounds_go_on_from_the_best_and_steering_follows_the_test_accuracy(recipe, tmp_path):
+    """The published QMNIST chain, and the published scripts' way with the learning rate."""
+    optimizer = dataclasses.replace(recipe.optimizer, name="adam", schedule="constant", steering="best_on_test")
+    paper = dataclasses.replace(recipe, protocol="paper", rounds=2, optimizer=optimizer)
+    result = train(paper, options(tmp_path / "run"))
+    lines = metrics(tmp_path / "run")
+    assert [line["stage"] for line in lines] == ["round_1"] * 4 + ["round_2"] * 4
+    first, second = ([line["test_accuracy"] for line in part] for part in (lines[:4], lines[4:]))
+    assert result["last_test_accuracy"]["each"] == [second[-1]]
+    assert result["best_on_test_accuracy"]["each"] == [max(second)]
+    for part, accuracies in ((lines[:4], first), (lines[4:], second)):
+        rates = [line["learning_rate"] for line in part]
+        assert rates[0] == pytest.approx(optimizer.learning_rate)
+        for epoch in range(1, 4):
+            beaten = accuracies[epoch - 1] > max(accuracies[: epoch - 1], default=-1.0)
+            assert (rates[epoch] == rates[epoch - 1]) == beaten
+            assert rates[epoch] <= optimizer.learning_rate * (1 + 1e-6)
+    # The second round starts from round 1's best: its first epoch cannot be a beginner's.
+    assert lines[4]["train_loss"] < lines[0]["train_loss"]
+
+
 def test_without_validation_data_the_last_epoch_is_taken(recipe, tmp_path):
     plain = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_validation=0), epochs=2)
     result = train(plain, options(tmp_path / "run"))

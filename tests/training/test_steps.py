@@ -114,7 +114,7 @@ def test_vectorized_seeds_equal_single_ones():
         run.init(seeds),
         run.zero_totals(seeds),
         seeds,
-        EpochPlan(orders, np.full(6, 0.05, np.float32)),
+        EpochPlan(orders, np.full((2, 6), 0.05, np.float32)),
         np.int32(0),
         np.int32(6),
         DATA,

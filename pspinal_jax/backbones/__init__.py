@@ -1,0 +1,5 @@
+"""The backbones: from images [N, H, W, C] to features [N, D]. Nothing here imports more than jax, flax and numpy."""
+
+from pspinal_jax.backbones.vgg5 import VGG5
+
+__all__ = ["VGG5"]
