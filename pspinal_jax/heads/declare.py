@@ -92,6 +92,7 @@ def as_rows(features: jax.Array, dtype: Any, param_dtype: Any) -> jax.Array:
         )
     if features.ndim < 1 or features.shape[-1] < 1:
         raise ValueError(f"features must have shape [..., D] with D >= 1, got {features.shape}")
+    features = jnp.asarray(features)  # NumPy's float64 becomes what JAX computes in
     if dtype is None:
         dtype = jnp.promote_types(features.dtype, param_dtype)
     return features.reshape(-1, features.shape[-1]).astype(dtype)

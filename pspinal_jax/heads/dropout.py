@@ -26,8 +26,9 @@ def keep_scale(key: jax.Array, rate: float, shape: tuple[int, ...], dtype: jnp.d
     """
     threshold = min(round(rate * _LEVELS), _LEVELS - 1)
     rows, columns = shape
-    words = jax.random.bits(key, (rows, math.ceil(columns / 2)), jnp.uint32)
-    draws = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(rows, -1)[:, :columns]
+    pairs = math.ceil(columns / 2)
+    words = jax.random.bits(key, (rows, pairs), jnp.uint32)
+    draws = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(rows, 2 * pairs)[:, :columns]
     scale = jnp.asarray(_LEVELS / (_LEVELS - threshold), dtype)
     return jnp.where(draws >= threshold, scale, jnp.zeros((), dtype))
 

@@ -25,6 +25,24 @@ _NORM_PARAMS = {"norm_scale": "scale", "norm_bias": "bias"}
 _NORM_STATS = {"norm_mean": "mean", "norm_var": "var"}
 
 
+def packed_shapes(
+    num_features: int, width: int, num_layers: int, num_classes: int, batch_norm: bool
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the packed form of a head: ``{'params': {name: shape}, 'batch_stats': {name: shape}}``."""
+    hidden = num_layers * width
+    params: dict[str, tuple[int, ...]] = {
+        "first_kernel": (num_features, width),
+        "features_kernel": (num_features, hidden - width + num_classes),
+        "hidden_kernel": (num_layers, hidden, width),
+        "output_kernel": (hidden, num_classes),
+        "hidden_bias": (num_layers, width),
+        "output_bias": (num_classes,),
+    }
+    norm: dict[str, tuple[int, ...]] = dict.fromkeys(_NORM_PARAMS, (num_layers, width)) if batch_norm else {}
+    stats: dict[str, tuple[int, ...]] = dict.fromkeys(_NORM_STATS, (num_layers, width)) if batch_norm else {}
+    return {"params": params | norm, "batch_stats": stats}
+
+
 def is_packed(params: Tree) -> bool:
     """Whether `params` is the packed form rather than the documented tree."""
     return "hidden_kernel" in params

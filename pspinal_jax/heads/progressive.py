@@ -17,10 +17,10 @@ from pspinal_jax.heads.declare import (
 from pspinal_jax.heads.initializers import Initializer
 from pspinal_jax.heads.norm import check_rows
 from pspinal_jax.heads.packing import (
-    PACKED_PARAMS,
     is_packed,
     pack_batch_stats,
     pack_params,
+    packed_shapes,
     unpack_batch_stats,
     unpack_params,
 )
@@ -171,28 +171,23 @@ class ProgressiveSpinalHead(nn.Module):
         return logits
 
     def _apply_to_packed(self, features: jax.Array, arguments: dict[str, Any]) -> jax.Array:
-        names = PACKED_PARAMS + (("norm_scale", "norm_bias") if self.norm else ())
-        params: Tree = {name: self.get_variable("params", name) for name in names}
-        self._check_packed(params, features.shape[1])
-        stats: Tree = {}
-        if self.norm:
-            stats = {name: self.get_variable("batch_stats", name) for name in ("norm_mean", "norm_var")}
+        expected = packed_shapes(
+            features.shape[1], self.layer_width, self.num_layers, self.num_classes, bool(self.norm)
+        )
+        params: Tree = {name: self.get_variable("params", name) for name in expected["params"]}
+        stats: Tree = {name: self.get_variable("batch_stats", name) for name in expected["batch_stats"]}
+        found = {name: getattr(array, "shape", None) for name, array in {**params, **stats}.items()}
+        fitting = {**expected["params"], **expected["batch_stats"]}
+        wrong = [
+            f"{name} is {found[name]}, expected {shape}" for name, shape in fitting.items() if found[name] != shape
+        ]
+        if wrong:
+            raise ValueError(f"packed variables do not fit this head: {'; '.join(wrong)}")
         logits, new_stats = self._run(params, stats, features, arguments)
         if arguments["train"] and self.is_mutable_collection("batch_stats"):
             for name, value in new_stats.items():
                 self.put_variable("batch_stats", name, value)
         return logits
-
-    def _check_packed(self, params: Tree, num_features: int) -> None:
-        shape = params["hidden_kernel"].shape
-        hidden_width = self.num_layers * self.layer_width
-        expected = (self.num_layers, hidden_width, self.layer_width)
-        first = (num_features, self.layer_width)
-        if shape != expected or params["first_kernel"].shape != first:
-            raise ValueError(
-                f"packed parameters do not fit this head: hidden_kernel is {shape} and first_kernel "
-                f"{params['first_kernel'].shape}, expected {expected} and {first}"
-            )
 
     def _linear(self, fan_in: int, width: int, batch_norm: bool, name: str) -> tuple[Tree, dict[str, nn.Variable]]:
         linear = Linear(width, batch_norm, self.param_dtype, self.kernel_init, self.bias_init)
