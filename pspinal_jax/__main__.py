@@ -9,6 +9,7 @@ from pspinal_jax import __version__
 from pspinal_jax.errors import PSpinalError, UsageError
 
 COMMANDS = {
+    "prepare": "download a data set, or take its raw files, and make it ready to train on",
     "train": "train a recipe, or go on with an unfinished run of it",
     "evaluate": "evaluate a run: accuracy, accuracy by class, confusion matrix",
     "recipes": "list the recipes",

@@ -3,11 +3,9 @@
 import contextlib
 import gzip
 import io
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -20,11 +18,11 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK = 1 << 20
 
 
-def read_idx(source: Path | bytes | IO[bytes], where: str, dtype: np.dtype, item_shape: tuple[int, ...]) -> np.ndarray:
+def read_idx(source: Path | bytes, where: str, dtype: np.dtype, item_shape: tuple[int, ...]) -> np.ndarray:
     """The array in an IDX file, plain or gzip (told by its content, not its name).
 
     Args:
-      source: a path, the file's bytes, or an open binary stream that can seek.
+      source: a path, or the file's bytes.
       where: what to call the file in errors.
       dtype: UINT8 or INT32, as the file must say.
       item_shape: shape of one item, () for labels, as the file must say.
@@ -40,24 +38,23 @@ def read_idx(source: Path | bytes | IO[bytes], where: str, dtype: np.dtype, item
             return _parse(stream, where, dtype, item_shape)
     except EOFError:
         raise DataError(f"{where} is cut short: its gzip stream has no end; get the file again") from None
-    # NotImplementedError and RuntimeError: a zip entry that is encrypted or compressed in a way Python cannot undo.
-    except (OSError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (OSError, zlib.error) as error:
         raise DataError(f"{where} cannot be read: {error}; get the file again") from error
 
 
 @contextlib.contextmanager
-def _decompressed(source: Path | bytes | IO[bytes]) -> Iterator[IO[bytes]]:
-    with contextlib.ExitStack() as stack:
-        if isinstance(source, Path):
-            stream: IO[bytes] = stack.enter_context(source.open("rb"))
-        else:
-            stream = io.BytesIO(source) if isinstance(source, bytes) else source
+def _decompressed(source: Path | bytes) -> Iterator[io.BufferedIOBase]:
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
         is_gzip = stream.read(2) == _GZIP_MAGIC
         stream.seek(0)
-        yield stack.enter_context(gzip.GzipFile(fileobj=stream)) if is_gzip else stream  # type: ignore[misc]
+        if not is_gzip:
+            yield stream
+            return
+        with gzip.open(stream) as decompressed:
+            yield decompressed
 
 
-def _parse(stream: IO[bytes], where: str, dtype: np.dtype, item_shape: tuple[int, ...]) -> np.ndarray:
+def _parse(stream: io.BufferedIOBase, where: str, dtype: np.dtype, item_shape: tuple[int, ...]) -> np.ndarray:
     expected = bytes([0, 0, _CODES[dtype], 1 + len(item_shape)])
     magic = stream.read(4)
     if magic != expected:
@@ -79,13 +76,13 @@ def _parse(stream: IO[bytes], where: str, dtype: np.dtype, item_shape: tuple[int
         raise DataError(
             f"{where} says it holds {count} items ({num_bytes} bytes) but has {len(values)} bytes; get the file again"
         )
-    # Reading on to the end is also what makes gzip and zip compare their checksums.
+    # Reading on to the end is also what makes gzip compare its checksum.
     if stream.read(1):
         raise DataError(f"{where} goes on after the {count} items that it says it holds; get the file again")
     return np.frombuffer(values, dtype).astype(dtype.newbyteorder("="), copy=False).reshape(count, *item_shape)
 
 
-def _read_up_to(stream: IO[bytes], num_bytes: int) -> bytearray:
+def _read_up_to(stream: io.BufferedIOBase, num_bytes: int) -> bytearray:
     """At most `num_bytes`, piece by piece: a header that lies must not make us allocate what it says."""
     values = bytearray()
     while len(values) < num_bytes:

@@ -1,10 +1,13 @@
 """From a recipe's data configuration to arrays, whatever the source."""
 
+import shlex
 from pathlib import Path
 
 from pspinal_jax.data.arrays import Dataset
+from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.data.prepared import import_tfds, prepare, read_builder, read_prepared
+from pspinal_jax.data.prepare import prepare_data_set
+from pspinal_jax.data.prepared import STOCK_EMNIST, default_data_dir, find_prepared, find_versions, read_prepared
 from pspinal_jax.errors import DataError
 from pspinal_jax.recipes.schema import DataConfig
 
@@ -14,7 +17,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 
     Args:
       config: with `path`, that .npz file or prepared TFDS directory is read. Without, the TFDS data set `name` is
-        read from `data_dir`; 'digits' is prepared there on first use, from scikit-learn's copy.
+        read from `data_dir`; one that needs no files (digits) is prepared there on first use.
 
     Raises:
       DataError: if it is not there or not readable; the message says what to do.
@@ -22,22 +25,23 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.path is not None:
         path = config.path.expanduser()
         return read_prepared(path, config.num_classes) if path.is_dir() else read_npz(path, config.num_classes)
-    tfds = import_tfds()
-    data_dir = None if config.data_dir is None else str(config.data_dir.expanduser())
-    if config.name == "digits":
-        from pspinal_jax.data.digits import Digits
+    if config.name.split("/")[0] == "emnist":
+        raise DataError(f"{config.name}: {STOCK_EMNIST}")
+    known = CATALOGUE.get(config.name)
+    if known is not None and not known.files:
+        return read_prepared(prepare_data_set(known, config.data_dir).directory, config.num_classes)
+    root = default_data_dir() if config.data_dir is None else config.data_dir.expanduser()
+    # Where no version is readable, reading the newest says why.
+    directory = find_prepared(root, config.name) or next(reversed(find_versions(root, config.name)), None)
+    if directory is None:
+        raise _not_prepared(config, root)
+    return read_prepared(directory, config.num_classes)
 
-        try:
-            builder = Digits(data_dir=data_dir, file_format="array_record")
-            prepare(builder)
-        except OSError as error:
-            raise DataError(f"digits cannot be prepared: {error}; choose another folder with --data.data-dir") from None
-        return read_builder(builder, config.num_classes)
-    root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    versions = sorted(path.parent for path in (root / config.name).glob("*/dataset_info.json"))
-    if not versions:
-        raise DataError(
-            f"data set {config.name} is not prepared in {root}; give --data.path an .npz file or a directory that TFDS "
-            "prepared as array_record, or set --data.data-dir"
-        )
-    return read_prepared(versions[-1], config.num_classes)
+
+def _not_prepared(config: DataConfig, root: Path) -> DataError:
+    folder = "" if config.data_dir is None else f" --data-dir {shlex.quote(str(config.data_dir))}"
+    first = f"run: pspinal-jax prepare {config.name}{folder}; or " if config.name in CATALOGUE else ""
+    return DataError(
+        f"data set {config.name} is not prepared in {root}; {first}give --data.path an .npz file or a directory that "
+        "TFDS prepared as array_record, or set --data.data-dir"
+    )

@@ -1,15 +1,22 @@
-"""Reading a data set that TFDS prepared as array_record, without TensorFlow."""
+"""Finding and reading a data set that TFDS prepared as array_record, without TensorFlow."""
 
-import contextlib
-import io
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pspinal_jax.data.arrays import Dataset, make_dataset
+from pspinal_jax.data.cache import read_through_cache
 from pspinal_jax.errors import DataError
 from pspinal_jax.log_filter import quiet_absl
+
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+STOCK_EMNIST = (
+    "TFDS's own emnist cannot be used: its images are transposed, and its letters count 37 classes and hold 88,800 of "
+    "the 124,800 training images; prepare ours with: pspinal-jax prepare emnist_letters (or emnist_digits)"
+)
 
 
 def import_tfds() -> Any:
@@ -24,12 +31,43 @@ def import_tfds() -> Any:
     return tfds
 
 
+def default_data_dir() -> Path:
+    """TFDS's own data folder: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return Path(import_tfds().core.constants.DATA_DIR).expanduser()
+
+
+def find_versions(data_dir: Path, name: str) -> list[Path]:
+    """The prepared versions of data set `name` in `data_dir`, oldest first.
+
+    A folder that TFDS was still writing has another kind of name, whatever it holds.
+    """
+    found = []
+    for path in (data_dir / name).glob("*/dataset_info.json"):
+        if match := _VERSION.fullmatch(path.parent.name):
+            found.append((tuple(map(int, match.groups())), path.parent))
+    return [directory for _, directory in sorted(found)]
+
+
+def find_prepared(data_dir: Path, name: str) -> Path | None:
+    """The newest version of data set `name` in `data_dir` that is stored as array_record, or None."""
+    readable = [directory for directory in find_versions(data_dir, name) if _is_array_record(directory)]
+    return readable[-1] if readable else None
+
+
+def _is_array_record(directory: Path) -> bool:
+    try:
+        info = json.loads((directory / "dataset_info.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(info, dict) and info.get("fileFormat") == "array_record"
+
+
 def read_prepared(directory: Path, num_classes: int | None) -> Dataset:
     """The data set whose dataset_info.json stands in `directory`, as arrays.
 
     Raises:
-      DataError: if it was not prepared as array_record, has no train and test split of images with labels, or cannot
-        be read.
+      DataError: if it was not prepared as array_record, has no train and test split of images with labels, cannot be
+        read, or is TFDS's own emnist.
     """
     tfds = import_tfds()
     try:
@@ -43,6 +81,8 @@ def read_builder(builder: Any, num_classes: int | None) -> Dataset:
     """The data set of a prepared TFDS `builder`, as arrays; see `read_prepared`."""
     info = builder.info
     source = f"{info.full_name} in {builder.data_dir}"
+    if info.name == "emnist":
+        raise DataError(f"{source}: {STOCK_EMNIST}")
     file_format = getattr(info.file_format, "value", info.file_format)
     if file_format != "array_record":
         raise DataError(f"{source} is stored as {file_format}; prepare it again with file_format='array_record'")
@@ -50,7 +90,9 @@ def read_builder(builder: Any, num_classes: int | None) -> Dataset:
     if missing or not {"image", "label"} <= set(info.features):
         raise DataError(f"{source} needs the splits train and test and the features image and label")
     try:
-        splits = {name: _read_split(builder, name) for name in ("train", "test")}
+        splits = read_through_cache(
+            Path(builder.data_dir), lambda: {name: _read_split(builder, name) for name in ("train", "test")}
+        )
     except Exception as error:  # a damaged file surfaces as one of many kinds
         raise DataError(f"{source} cannot be read: {error}; delete it and prepare it again") from error
     label = info.features["label"]
@@ -63,28 +105,3 @@ def _read_split(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
     examples = [source[index] for index in range(len(source))]
     images = np.stack([example["image"] for example in examples])
     return images, np.asarray([example["label"] for example in examples], np.int64)
-
-
-def prepare(builder: Any) -> None:
-    """Prepare `builder` as array_record where it is not yet; safe when several processes do so at once."""
-    tfds = import_tfds()
-    if builder.is_prepared():
-        return
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    try:
-        with _quiet(tfds):
-            builder.download_and_prepare(file_format="array_record", download_config=config)
-    except OSError as error:
-        # Another process finished first: TFDS renames its complete folder into place, and the second rename fails.
-        if not builder.is_prepared():
-            raise DataError(f"{builder.name} cannot be prepared in {builder.data_dir}: {error}") from error
-
-
-@contextlib.contextmanager
-def _quiet(tfds: Any) -> Any:
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()

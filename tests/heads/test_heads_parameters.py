@@ -371,10 +371,10 @@ def test_parameters_of_another_head_are_refused(implementation):
         head = ProgressiveSpinalHead(
             **({"num_classes": 4, "layer_width": 3, "implementation": implementation} | attributes)
         )
-        with pytest.raises(ValueError, match="packed variables do not fit this head: first_kernel is"):
+        with pytest.raises(ValueError, match=r"packed variables do not fit this head: .*hidden_kernel is"):
             head.apply({"params": pack_params(params)}, features, train=False)
     head = ProgressiveSpinalHead(4, 3, implementation=implementation)
-    with pytest.raises(ValueError, match=r"packed parameters do not fit this head: .* first_kernel"):
+    with pytest.raises(ValueError, match=r"packed variables do not fit this head: first_kernel is"):
         head.apply({"params": pack_params(params)}, jnp.zeros((2, 7)), train=False)
     with pytest.raises(flax.errors.ScopeParamShapeError, match="layer_1"):
         head.apply({"params": params}, jnp.zeros((2, 7)), train=False)
