@@ -1,12 +1,13 @@
-"""What the tests of the heads share: variables drawn at random, and comparison on each tensor's own scale."""
+"""What the tests of the heads share: variables drawn at random, comparison on each tensor's own scale, kernels that show."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from pspinal_jax import ProgressiveSpinalHead, pack_batch_stats, pack_params
+from pspinal_jax import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead, pack_batch_stats, pack_params
 
 IMPLEMENTATIONS = ("unrolled", "scan")
 # Compiling is what these tests wait for, and LLVM's optimisation is half of it.
@@ -136,3 +137,85 @@ def layer_masks(num_features, width, num_layers, rows, rate, seed):
         for mask, values in zip(masks, seen, strict=True):
             mask[:, start : start + width] = values[:, : max(0, mask.shape[1] - start)]
     return [*masks, np.asarray(logits)]
+
+
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+KEY = jax.random.key(0)
+
+
+def draw(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def showing_head(num_features, num_layers, **attributes):
+    """A head of W = D whose logits are [u, y_1 .. y_L] as the output sees them, and its zero layer kernels."""
+    total = (num_layers + 1) * num_features
+    head = ProgressiveSpinalHead(total, num_features, num_layers, activation=identity, **attributes)
+    variables = zero_variables(head, num_features)
+    variables["params"]["output"]["kernel"][:] = np.eye(total)
+    return head, variables
+
+
+def shown(head, variables, features, seed=0, train=True):
+    """[L + 1, N, D]: u, y_1 .. y_L of a `showing_head`."""
+    logits = apply(head, variables, features, train=train, key=jax.random.key(seed))
+    return np.asarray(logits).reshape(len(features), -1, features.shape[1]).swapaxes(0, 1)
+
+
+def copy_features(variables, layers, num_features):
+    for i in layers:
+        variables["params"][f"layer_{i}"]["kernel"][:num_features] = np.eye(num_features)
+
+
+def copy_previous(variables, layers, num_features):
+    for i in layers:
+        start = (i - 1) * num_features
+        variables["params"][f"layer_{i}"]["kernel"][start:] = np.eye(num_features)
+
+
+def assert_fraction(values, expected):
+    """The share of true entries is `expected` within five standard deviations."""
+    deviation = (expected * (1 - expected) / values.size) ** 0.5
+    assert abs(values.mean() - expected) < 5 * deviation, (values.mean(), expected)
+
+
+HEADS = {
+    "unrolled": lambda **kw: ProgressiveSpinalHead(num_classes=4, layer_width=6, **kw),
+    "scan": lambda **kw: ProgressiveSpinalHead(num_classes=4, layer_width=6, implementation="scan", **kw),
+    "spinal": lambda **kw: SpinalHead(num_classes=4, layer_width=6, **kw),
+    "mlp": lambda **kw: MLPHead(num_classes=4, layer_width=6, **kw),
+    "dense": lambda **kw: DenseHead(num_classes=4, **kw),
+}
+
+
+every_head = pytest.mark.parametrize("name", HEADS)
+
+
+def numpy_norm(pre, layer, running, train):
+    mean, var = (pre.mean(0), pre.var(0)) if train else (running["mean"], running["var"])
+    return (pre - mean) / np.sqrt(var + 1e-5) * layer["scale"] + layer["bias"]
+
+
+def assert_identical(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+
+
+def head_params(**attributes):
+    return random_variables(ProgressiveSpinalHead(4, 3, **attributes), 8, np.random.default_rng(0))["params"]
+
+
+def without(tree, *names):
+    return {name: value for name, value in tree.items() if name not in names}
+
+
+ALL_HEADS = {
+    "progressive": (ProgressiveSpinalHead, {"num_classes": 4, "layer_width": 3}),
+    "spinal": (SpinalHead, {"num_classes": 4, "layer_width": 3}),
+    "mlp": (MLPHead, {"num_classes": 4, "layer_width": 3}),
+    "dense": (DenseHead, {"num_classes": 4}),
+}

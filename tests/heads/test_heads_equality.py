@@ -55,7 +55,7 @@ def cases(norm, mode, max_layers, leading, least_rows):
         Case,
         num_features=among([5, *range(1, 13)]),
         layer_width=among([3, *range(1, 7)]),
-        num_layers=among([3, *range(1, max_layers + 1)]),
+        num_layers=among([3, 1, 2, 4, max_layers]),
         num_classes=among([4, *range(1, 8)]),
         leading=among([shape for shape in leading if not (norm and train) or math.prod(shape) >= least_rows]),
         norm=st.just(norm),
@@ -171,7 +171,7 @@ def test_implementations_agree_at_the_ends(case):
 @pytest.mark.slow
 @with_norm
 @in_every_mode
-@settings(FAST, max_examples=25)
+@settings(FAST, max_examples=10)
 @given(data=st.data())
 def test_implementations_agree_in_float64_at_length(norm, mode, data):
     check_float64(data.draw(cases(norm, mode, 16, **FLOAT_64)))
@@ -180,7 +180,7 @@ def test_implementations_agree_in_float64_at_length(norm, mode, data):
 @pytest.mark.slow
 @with_norm
 @in_every_mode
-@settings(FAST, max_examples=25)
+@settings(FAST, max_examples=10)
 @given(data=st.data())
 def test_implementations_agree_in_float32_at_length(norm, mode, data):
     check_float32(data.draw(cases(norm, mode, 16, **FLOAT_32)))
