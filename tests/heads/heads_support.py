@@ -1,4 +1,4 @@
-"""What the tests of the heads share: variables drawn at random, comparison on each tensor's own scale, kernels that show."""
+"""What the tests of the heads share: random variables, kernels that show, comparison on each tensor's own scale."""
 
 import functools
 

@@ -1,0 +1,157 @@
+"""Preparing a data set of the catalogue: from raw files, an .npz file or a download to array_record, all or nothing."""
+
+import contextlib
+import dataclasses
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pspinal_jax.data.catalogue import DataSet
+from pspinal_jax.data.digits import read_digits
+from pspinal_jax.data.download import check_reachable, download, missing_downloads
+from pspinal_jax.data.lock import locked
+from pspinal_jax.data.npz import read_npz
+from pspinal_jax.data.prepared import default_data_dir, find_prepared, import_tfds
+from pspinal_jax.data.progress import progress_bar
+from pspinal_jax.data.raw import Arrays, read_raw
+from pspinal_jax.errors import DataError, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Where a data set is prepared, and whether it was before."""
+
+    directory: Path
+    was_there: bool
+
+
+def prepare_data_set(
+    data_set: DataSet,
+    data_dir: Path | None = None,
+    raw: Path | None = None,
+    npz: Path | None = None,
+    show_progress: bool = False,
+) -> Preparation:
+    """Prepare `data_set` in `data_dir` unless it is there already.
+
+    The directory appears by one rename once all is written: killed before that, nothing looks prepared, and the next
+    call clears away what was left. Several processes may call at once: one prepares, the others wait for it.
+
+    Args:
+      data_set: an entry of the catalogue.
+      data_dir: TFDS data folder; TFDS's own by default.
+      raw: folder with the files as published; see `read_raw`.
+      npz: in place of `raw`, an .npz file with train_images, train_labels, test_images and test_labels: images upright,
+        labels from 0. With neither, the files are downloaded.
+      show_progress: whether to show bars on standard error.
+
+    Raises:
+      UsageError: if `raw` or `npz` is given for a set that needs no files, or both are.
+      DataError: if the files are missing, damaged, not reachable, or the folder cannot be written.
+    """
+    _check_sources(data_set, raw, npz)
+    root = default_data_dir() if data_dir is None else data_dir.expanduser()
+    if there := find_prepared(root, data_set.name):
+        return Preparation(there, was_there=True)
+    # All that can be wrong with the input is found before anything is written.
+    splits = _read(data_set, raw, npz)
+    downloads = root / "downloads" / "manual" / data_set.folder
+    if splits is None:
+        check_reachable(data_set, missing_downloads(data_set, downloads))
+    try:
+        with locked(root, f"preparing data in {root}") as held:
+            if there := find_prepared(root, data_set.name):
+                return Preparation(there, was_there=True)
+            if held:
+                _clear_leftovers(root / data_set.name, downloads)
+            if splits is None:
+                download(data_set, missing_downloads(data_set, downloads), downloads, show_progress)
+                splits = read_raw(data_set, downloads)
+            return Preparation(_write(data_set, root, splits, show_progress), was_there=False)
+    except OSError as error:
+        raise DataError(f"{data_set.name} cannot be prepared in {root}: {error}; choose another data folder") from error
+
+
+def _check_sources(data_set: DataSet, raw: Path | None, npz: Path | None) -> None:
+    if raw is not None and npz is not None:
+        raise UsageError("give --raw or --npz, not both")
+    if not data_set.files and (raw is not None or npz is not None):
+        raise UsageError(f"{data_set.name} comes with scikit-learn and takes neither --raw nor --npz")
+
+
+def _read(data_set: DataSet, raw: Path | None, npz: Path | None) -> Arrays | None:
+    """The splits from what the user or scikit-learn gives; None if they have to be downloaded."""
+    if not data_set.files:
+        return read_digits()
+    if raw is not None:
+        return read_raw(data_set, raw.expanduser())
+    if npz is None:
+        return None
+    path = npz.expanduser()
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is no file; give --npz an .npz file")
+    data = read_npz(path, data_set.num_classes)
+    shape, dtype = data.train.inputs.shape[1:], data.train.inputs.dtype
+    if shape != data_set.image_shape or dtype != "uint8":
+        raise DataError(f"{path} holds {dtype} of shape {shape}, expected uint8 {data_set.image_shape}")
+    return {name: (split.inputs, split.labels) for name, split in (("train", data.train), ("test", data.test))}
+
+
+def _write(data_set: DataSet, root: Path, splits: Arrays, show_progress: bool) -> Path:
+    from pspinal_jax.data.builder import OUR_VERSION, make_builder
+
+    directory = root / data_set.name / OUR_VERSION
+    if directory.exists():
+        raise DataError(f"{directory} exists but is no complete data set; delete it and prepare again")
+    splits = splits | _cut_parts(data_set, splits)
+    total = sum(len(labels) for _, labels in splits.values())
+    tfds = import_tfds()
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    with progress_bar(total, f"prepare {data_set.name}", "image", show_progress) as bar:
+        builder = make_builder(data_set, root, splits, bar.update)
+        try:
+            with _quiet(tfds):
+                builder.download_and_prepare(file_format="array_record", download_config=config)
+        except OSError:
+            # Without locks, another process may have finished first: its folder is in place, and our rename fails.
+            if find_prepared(root, data_set.name) is None:
+                raise
+        finally:
+            _remove_if_empty(root / data_set.name)
+    return directory
+
+
+def _cut_parts(data_set: DataSet, splits: Arrays) -> Arrays:
+    parts = {}
+    for name, (split, start, end) in data_set.parts.items():
+        images, labels = splits[split]
+        parts[name] = (images[start:end], labels[start:end])
+    # TFDS has no empty splits; one arises where a file holds fewer examples than the published one.
+    return {name: arrays for name, arrays in parts.items() if len(arrays[1])}
+
+
+def _clear_leftovers(directory: Path, downloads: Path) -> None:
+    """Remove what killed processes were writing; only while holding the lock, and only our own version's folders."""
+    from pspinal_jax.data.builder import OUR_VERSION
+
+    for leftover in directory.glob(f"incomplete.*_{OUR_VERSION}"):
+        shutil.rmtree(leftover)
+    for leftover in downloads.glob(".*.part"):
+        leftover.unlink()
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+@contextlib.contextmanager
+def _quiet(tfds: Any) -> Iterator[None]:
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
