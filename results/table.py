@@ -46,7 +46,18 @@ def row(folder: Path) -> str:
 
 def main() -> None:
     """Print the page."""
-    columns = "recipe|head|parameters|paper %|ours %|selection|seconds|hardware|command|folder".split("|")
+    columns = [
+        "recipe",
+        "head",
+        "parameters",
+        "paper %",
+        "ours %",
+        "selection",
+        "seconds",
+        "hardware",
+        "command",
+        "folder",
+    ]
     print(HEADER)
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
