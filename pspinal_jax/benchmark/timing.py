@@ -10,6 +10,8 @@ import numpy as np
 Work = Callable[[int], Any]
 """Does so many repetitions of the work, and returns when they are done."""
 
+_SETTLE_SECONDS = 0.2
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -56,7 +58,7 @@ def ratio(peer: Timing, ours: Timing) -> dict[str, Any]:
 def time_interleaved(
     work: Mapping[str, Work], *, rounds: int = 15, seconds_per_round: float = 0.3, most_repetitions: int = 1_000_000
 ) -> dict[str, Timing]:
-    """Time every alternative once per round, in turn.
+    """Time every alternative once per round, in turn, each after a pause and a tenth of its work untimed.
 
     Args:
       work: the alternatives by name. Each must block until its work is done.
@@ -76,6 +78,9 @@ def time_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, do in work.items():
+            # The peer's threads spin for a while after its work; let them sleep, then warm up our own.
+            time.sleep(_SETTLE_SECONDS)
+            do(max(1, repetitions[name] // 10))
             start = time.perf_counter()
             do(repetitions[name])
             seconds[name].append((time.perf_counter() - start) / repetitions[name])

@@ -158,14 +158,18 @@ def test_implementations_agree_in_float32(norm, mode, data):
     check_float32(data.draw(cases(norm, mode, 4, **FLOAT_32)))
 
 
-SMALLEST = Case(1, 1, 1, 1, (), None, 0.5, 0.0, True, "scan", True)
-DEEP = Case(8, 4, 16, 3, (8,), "batch", 0.2, 0.0, True, "scan", True)
+ENDS = {
+    "smallest": Case(1, 1, 1, 1, (), None, 0.5, 0.0, True, "scan", True),
+    "one layer": Case(4, 3, 1, 2, (8,), "batch", 0.2, 0.5, True, "scan", True),
+    "reference on packed": Case(4, 3, 2, 2, (8,), "batch", 0.2, 0.5, True, "unrolled", True),
+    "deep": Case(8, 4, 16, 3, (8,), "batch", 0.2, 0.0, True, "scan", True),
+}
 
 
-@pytest.mark.parametrize("case", [SMALLEST, DEEP], ids=["smallest", "deep"])
-def test_implementations_agree_at_the_ends(case):
-    check_float64(case)
-    check_float32(case)
+@pytest.mark.parametrize("name", ENDS)
+def test_implementations_agree_at_the_ends(name):
+    check_float64(ENDS[name])
+    check_float32(ENDS[name])
 
 
 @pytest.mark.slow
