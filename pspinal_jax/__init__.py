@@ -15,8 +15,10 @@ if TYPE_CHECKING:
         MLPHead,
         ProgressiveSpinalHead,
         SpinalHead,
+        fuse_params,
         pack_batch_stats,
         pack_params,
+        unfuse_params,
         unpack_batch_stats,
         unpack_params,
     )
@@ -26,8 +28,10 @@ __all__ = [
     "MLPHead",
     "ProgressiveSpinalHead",
     "SpinalHead",
+    "fuse_params",
     "pack_batch_stats",
     "pack_params",
+    "unfuse_params",
     "unpack_batch_stats",
     "unpack_params",
 ]

@@ -1,6 +1,7 @@
 """The heads: from features [..., D] to logits [..., C]. Nothing here imports more than jax and flax."""
 
 from pspinal_jax.heads.dense import DenseHead
+from pspinal_jax.heads.fusing import fuse_params, unfuse_params
 from pspinal_jax.heads.mlp import MLPHead
 from pspinal_jax.heads.packing import pack_batch_stats, pack_params, unpack_batch_stats, unpack_params
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead
@@ -11,8 +12,10 @@ __all__ = [
     "MLPHead",
     "ProgressiveSpinalHead",
     "SpinalHead",
+    "fuse_params",
     "pack_batch_stats",
     "pack_params",
+    "unfuse_params",
     "unpack_batch_stats",
     "unpack_params",
 ]

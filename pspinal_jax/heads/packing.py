@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pspinal_jax.heads.spec import Tree, layer_name
+from pspinal_jax.heads.tree import read_layers
 
 PACKED_PARAMS = ("first_kernel", "features_kernel", "hidden_kernel", "output_kernel", "hidden_bias", "output_bias")
 _NORM_PARAMS = {"norm_scale": "scale", "norm_bias": "bias"}
@@ -61,16 +62,10 @@ def pack_params(params: Tree) -> Tree:
     Raises:
       ValueError: if `params` is not such a tree.
     """
-    if "output" not in params or layer_name(1) not in params:
-        raise ValueError(
-            f"pack_params expects layer_1 .. layer_L and output, got {sorted(params)}; "
-            "pass the head's own entry of the params collection"
-        )
-    layers = _layers(params)
+    layers, output = read_layers(params, "pack_params")
     num_features, width = layers[0]["kernel"].shape
     hidden_width = len(layers) * width
-    output = params["output"]["kernel"]
-    features = [layer["kernel"][:num_features] for layer in layers[1:]] + [output[:num_features]]
+    features = [layer["kernel"][:num_features] for layer in layers[1:]] + [output["kernel"][:num_features]]
     hidden = [
         jnp.pad(kernel, ((0, hidden_width - kernel.shape[0]), (0, 0)))
         for kernel in (layer["kernel"][num_features:] for layer in layers)
@@ -79,9 +74,9 @@ def pack_params(params: Tree) -> Tree:
         "first_kernel": layers[0]["kernel"],
         "features_kernel": jnp.concatenate(features, axis=1),
         "hidden_kernel": jnp.stack(hidden),
-        "output_kernel": output[num_features:],
+        "output_kernel": output["kernel"][num_features:],
         "hidden_bias": jnp.stack([layer["bias"] for layer in layers]),
-        "output_bias": params["output"]["bias"],
+        "output_bias": output["bias"],
     }
     if "norm" in layers[0]:
         packed |= _stack(layers, _NORM_PARAMS)

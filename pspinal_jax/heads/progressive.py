@@ -14,21 +14,15 @@ from pspinal_jax.heads.declare import (
     check_count,
     check_rate,
 )
+from pspinal_jax.heads.forms import NATIVE_FORM, check_shapes, convert_batch_stats, convert_params, form_of
+from pspinal_jax.heads.fused import apply_fused
 from pspinal_jax.heads.initializers import Initializer
 from pspinal_jax.heads.norm import check_rows
-from pspinal_jax.heads.packing import (
-    is_packed,
-    pack_batch_stats,
-    pack_params,
-    packed_shapes,
-    unpack_batch_stats,
-    unpack_params,
-)
 from pspinal_jax.heads.scan import apply_scan
 from pspinal_jax.heads.spec import Activation, HeadSpec, Tree, layer_name
 from pspinal_jax.heads.unrolled import apply_unrolled
 
-Implementation = Literal["unrolled", "scan"]
+Implementation = Literal["unrolled", "fused", "scan"]
 
 
 class ProgressiveSpinalHead(nn.Module):
@@ -59,8 +53,8 @@ class ProgressiveSpinalHead(nn.Module):
     Parameters are the same tree for every implementation: ``layer_1`` .. ``layer_L`` with ``kernel``
     [D + (i - 1) W, W], ``bias`` [W] and, with batch norm, ``norm/scale`` and ``norm/bias`` [W]; ``output`` with
     ``kernel`` [D + L W, C] and ``bias`` [C]. ``batch_stats``: ``layer_i/norm/mean`` and ``.../var`` [W]. In place of
-    the tree, ``apply`` also takes what `pack_params` and `pack_batch_stats` make of it; a training loop over many
-    layers may keep that form, which compiles in a time that hardly depends on L.
+    the tree, ``apply`` also takes what `fuse_params`, or `pack_params` and `pack_batch_stats`, make of it; a training
+    loop may keep the form that its implementation computes with, and so save a copy of the parameters per step.
 
     Attributes:
       num_classes: C, number of logits.
@@ -72,9 +66,11 @@ class ProgressiveSpinalHead(nn.Module):
       norm: None, or 'batch' for batch norm before the activation with torch's conventions (epsilon 1e-5, running
         averages with weight 0.9 on the old value, unbiased running variance).
       activation: elementwise function, ReLU by default.
-      implementation: 'unrolled' writes the layers one after the other; 'scan' runs one lax.scan whose program does not
-        grow with L and whose backward pass keeps one buffer [N, L W] (reverse-mode derivatives only). Both give the
-        same logits, gradients and statistics, with the same masks from the same key.
+      implementation: 'unrolled' writes the layers one after the other; 'fused' makes one matrix product of whatever
+        shares an input, the fastest for shallow heads (its own form: `fuse_params`); 'scan' runs one lax.scan whose
+        program does not grow with L and whose backward pass keeps one buffer [N, L W] (reverse-mode derivatives only;
+        its own form: `pack_params`). All give the same logits, gradients and statistics, with the same masks from
+        the same key.
       dtype: dtype to compute in and of the logits; None for the wider of the features' and `param_dtype`.
         Batch norm always computes in float32 or wider.
       param_dtype: dtype of the parameters.
@@ -107,7 +103,7 @@ class ProgressiveSpinalHead(nn.Module):
         check_rate("dropout_rate", self.dropout_rate)
         check_rate("layer_dropout_rate", self.layer_dropout_rate)
         check_choice("norm", self.norm, (None, "batch"))
-        check_choice("implementation", self.implementation, ("unrolled", "scan"))
+        check_choice("implementation", self.implementation, ("unrolled", "fused", "scan"))
         super().__post_init__()
 
     @nn.compact
@@ -128,8 +124,8 @@ class ProgressiveSpinalHead(nn.Module):
         drops = train and (self.dropout_rate > 0.0 or self.layer_dropout_rate > 0.0)
         dropout_key = self.make_rng("dropout") if drops and not self.is_initializing() else None
         arguments: dict[str, Any] = {"train": train, "dropout_key": dropout_key}
-        if self.has_variable("params", "hidden_kernel"):
-            logits = self._apply_to_packed(rows, arguments)
+        if self.has_variable("params", "first_kernel"):
+            logits = self._apply_to_converted(rows, arguments)
         else:
             logits = self._apply_to_tree(rows, arguments)
         return logits.reshape(*features.shape[:-1], self.num_classes)
@@ -170,19 +166,12 @@ class ProgressiveSpinalHead(nn.Module):
                     running[name][key].value = value
         return logits
 
-    def _apply_to_packed(self, features: jax.Array, arguments: dict[str, Any]) -> jax.Array:
-        expected = packed_shapes(
-            features.shape[1], self.layer_width, self.num_layers, self.num_classes, bool(self.norm)
-        )
-        params: Tree = {name: self.get_variable("params", name) for name in expected["params"]}
-        stats: Tree = {name: self.get_variable("batch_stats", name) for name in expected["batch_stats"]}
-        found = {name: getattr(array, "shape", None) for name, array in {**params, **stats}.items()}
-        fitting = {**expected["params"], **expected["batch_stats"]}
-        wrong = [
-            f"{name} is {found[name]}, expected {shape}" for name, shape in fitting.items() if found[name] != shape
-        ]
-        if wrong:
-            raise ValueError(f"packed variables do not fit this head: {'; '.join(wrong)}")
+    def _apply_to_converted(self, features: jax.Array, arguments: dict[str, Any]) -> jax.Array:
+        """With variables that are packed or fused: linen declared none of them, so they are taken as they are."""
+        params = dict(self.variables["params"])
+        stats = dict(self.variables.get("batch_stats", {}))
+        sizes = (features.shape[1], self.layer_width, self.num_layers, self.num_classes, bool(self.norm))
+        check_shapes(params, stats, *sizes)
         logits, new_stats = self._run(params, stats, features, arguments)
         if arguments["train"] and self.is_mutable_collection("batch_stats"):
             for name, value in new_stats.items():
@@ -194,18 +183,10 @@ class ProgressiveSpinalHead(nn.Module):
         return LinearVariables(fan_in, linear, name=name)()
 
     def _run(self, params: Tree, stats: Tree, features: jax.Array, arguments: dict[str, Any]) -> tuple[jax.Array, Tree]:
-        """Logits and new statistics, in the form (tree or packed) that `params` and `stats` came in."""
-        packed = is_packed(params)
-        if self.implementation == "scan":
-            if packed:
-                return apply_scan(self.spec, params, stats, features, **arguments)
-            logits, new_stats = apply_scan(
-                self.spec, pack_params(params), pack_batch_stats(stats), features, **arguments
-            )
-            return logits, unpack_batch_stats(new_stats)
-        if not packed:
-            return apply_unrolled(self.spec, params, stats, features, **arguments)
-        logits, new_stats = apply_unrolled(
-            self.spec, unpack_params(params), unpack_batch_stats(stats), features, **arguments
+        """Logits, and new statistics in the form that `stats` came in."""
+        apply = {"unrolled": apply_unrolled, "fused": apply_fused, "scan": apply_scan}[self.implementation]
+        native = NATIVE_FORM[self.implementation]
+        logits, new_stats = apply(
+            self.spec, convert_params(params, native), convert_batch_stats(stats, native), features, **arguments
         )
-        return logits, pack_batch_stats(new_stats)
+        return logits, convert_batch_stats(new_stats, form_of(params))

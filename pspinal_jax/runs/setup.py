@@ -10,6 +10,7 @@ import numpy as np
 from pspinal_jax.data.arrays import Dataset, Split
 from pspinal_jax.data.splits import hold_out
 from pspinal_jax.errors import UsageError
+from pspinal_jax.heads.forms import NATIVE_FORM
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
@@ -98,6 +99,7 @@ def build_run_programs(
         label_smoothing=recipe.label_smoothing,
         vectorized=runs_vectorized(recipe),
         augment=augmentation(recipe),
+        head_form=NATIVE_FORM[recipe.model.implementation] if recipe.model.head == "progressive" else "tree",
     )
     return model, programs
 

@@ -62,12 +62,14 @@ def run_chunk(
       (state, totals) after the chunk.
     """
     inputs, labels = data
+    # All keys of the epoch at once: on CPU the few dozen tiny kernels of a key cost as much as a layer's product.
+    step_keys = keys.step_keys(seed, state.step - first, len(plan.learning_rates))
 
     def body(index: jax.Array, carry: tuple[TrainState, Totals]) -> tuple[TrainState, Totals]:
         state, totals = carry
         rows = lax.dynamic_slice(plan.order, (index * stride,), (batch_size,))
         batch = (inputs.at[rows].get(mode="promise_in_bounds"), labels.at[rows].get(mode="promise_in_bounds"))
-        return step(state, totals, batch, plan.learning_rates[index], keys.step_key(seed, state.step))
+        return step(state, totals, batch, plan.learning_rates[index], step_keys[index])
 
     return lax.fori_loop(first, first + num_steps, body, (state, totals))
 

@@ -40,4 +40,5 @@ def _schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def _kernels(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    """Which leaves are kernels: by name, for in some forms of a head's parameters biases are matrices too."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in path[-1].key, params)

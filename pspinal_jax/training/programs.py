@@ -12,8 +12,10 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pspinal_jax.data.arrays import Split
+from pspinal_jax.heads.forms import Form
 from pspinal_jax.training import keys
-from pspinal_jax.training.chunk import Batch, EpochPlan, evaluate_split, run_chunk
+from pspinal_jax.training.chunk import Batch, EpochPlan, Step, evaluate_split, run_chunk
+from pspinal_jax.training.run_form import convert_state
 from pspinal_jax.training.state import Totals, TrainState
 from pspinal_jax.training.step import Evaluation, eval_step, train_step
 
@@ -73,6 +75,7 @@ def build_programs(
     label_smoothing: float,
     vectorized: bool,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    head_form: Form = "tree",
 ) -> Programs:
     """Everything that a run calls, jitted for a mesh over all local devices.
 
@@ -89,9 +92,9 @@ def build_programs(
       label_smoothing: see `cross_entropy`.
       vectorized: run all seeds as one program, over a leading axis.
       augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
+      head_form: the form of the head's parameters inside a chunk; all that goes in and out is the documented tree.
     """
     mesh = data_mesh()
-    replicated = replicated_on(mesh)
     replicated = replicated_on(mesh)
     by_batch = NamedSharding(mesh, PartitionSpec("data"))
 
@@ -125,19 +128,26 @@ def build_programs(
     def seeds(function: Callable[..., Any], axes: tuple[Any, ...]) -> Callable[..., Any]:
         return jax.vmap(function, axes) if vectorized else function
 
-    chunk_axes = (0, 0, 0, EpochPlan(0, 0), None, None, None)
-    chunk = partial(run_chunk, step, batch_size, batch_size)
+    def steps(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
+        def run(state: TrainState, *arguments: Any) -> tuple[TrainState, Totals]:
+            if head_form == "tree":
+                return run_chunk(step, size, batch_size, state, *arguments)
+            state, totals = run_chunk(step, size, batch_size, convert_state(state, head_form), *arguments)
+            return convert_state(state, "tree"), totals
+
+        chunk_axes = (0, 0, 0, EpochPlan(0, 0), None, None, None)
+        return jit(seeds(run, chunk_axes), donate_argnums=(0, 1))
 
     @cache
     def tail(size: int) -> Callable[..., tuple[TrainState, Totals]]:
-        return jit(seeds(partial(run_chunk, tail_step, size, batch_size), chunk_axes), donate_argnums=(0, 1))
+        return steps(tail_step, size)
 
     jit = partial(jax.jit, out_shardings=replicated)
     return Programs(
         mesh=mesh,
         init=jit(seeds(init, (0,))),
         zero_totals=jit(seeds(lambda seed: Totals.zero(), (0,))),
-        chunk=jit(seeds(chunk, chunk_axes), donate_argnums=(0, 1)),
+        chunk=steps(step, batch_size),
         tail=tail,
         evaluate=jit(seeds(evaluate, (0, None, None))),
         keep=jit(seeds(keep, (0, 0, 0)), donate_argnums=0),

@@ -9,7 +9,7 @@ import pytest
 
 from pspinal_jax import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead, pack_batch_stats, pack_params
 
-IMPLEMENTATIONS = ("unrolled", "scan")
+IMPLEMENTATIONS = ("unrolled", "fused", "scan")
 # Compiling is what these tests wait for, and LLVM's optimisation is half of it.
 COMPILE_FAST = {"xla_backend_optimization_level": 0}
 
@@ -139,7 +139,7 @@ def layer_masks(num_features, width, num_layers, rows, rate, seed):
     return [*masks, np.asarray(logits)]
 
 
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 KEY = jax.random.key(0)
@@ -183,6 +183,7 @@ def assert_fraction(values, expected):
 
 HEADS = {
     "unrolled": lambda **kw: ProgressiveSpinalHead(num_classes=4, layer_width=6, **kw),
+    "fused": lambda **kw: ProgressiveSpinalHead(num_classes=4, layer_width=6, implementation="fused", **kw),
     "scan": lambda **kw: ProgressiveSpinalHead(num_classes=4, layer_width=6, implementation="scan", **kw),
     "spinal": lambda **kw: SpinalHead(num_classes=4, layer_width=6, **kw),
     "mlp": lambda **kw: MLPHead(num_classes=4, layer_width=6, **kw),

@@ -10,7 +10,7 @@ from heads_support import (
     KEY,
     apply,
     assert_tree_close,
-    both,
+    every_implementation,
     pack,
     random_variables,
 )
@@ -30,7 +30,7 @@ def gradient_and_logits(head, variables, features, key):
     return jax.jit(jax.grad(loss, has_aux=True), compiler_options=COMPILE_FAST)(variables["params"])
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize(("norm", "layer_dropout_rate", "packed"), [(None, 0.0, False), ("batch", 0.5, True)])
 def test_bfloat16_compute_with_float32_parameters(implementation, norm, layer_dropout_rate, packed):
     rates = {"layer_dropout_rate": layer_dropout_rate}

@@ -6,8 +6,8 @@ import pytest
 from heads_support import (
     IMPLEMENTATIONS,
     apply,
-    both,
     draw,
+    every_implementation,
     features_mask,
     identity,
     initialise,
@@ -118,7 +118,7 @@ def numpy_head(variables, features, num_layers, train, features_mask=1.0, masks=
         outputs.append(np.maximum(pre, 0))
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize(
     ("norm", "layer_dropout_rate", "train"),
     [(None, 0.0, True), (None, 0.4, True), ("batch", 0.4, True), ("batch", 0.4, False)],

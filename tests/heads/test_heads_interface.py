@@ -12,9 +12,9 @@ from heads_support import (
     KEY,
     abstract_variables,
     apply,
-    both,
     draw,
     every_head,
+    every_implementation,
     initialise,
     random_variables,
     zero_variables,
@@ -23,7 +23,7 @@ from heads_support import (
 from pspinal_jax import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize("leading", [(2, 3), (1, 3, 2)])
 def test_leading_axes_are_one_batch(implementation, leading):
     head = ProgressiveSpinalHead(4, 3, norm="batch", implementation=implementation)
@@ -127,7 +127,7 @@ def test_defaults():
             ProgressiveSpinalHead(**missing)
 
 
-@both
+@every_implementation
 def test_default_activation_is_relu_and_another_can_be_chosen(implementation):
     features = draw(8, 4)
     for activation, expected in (({}, np.maximum(features, 0)), ({"activation": jnp.tanh}, np.tanh(features))):

@@ -11,7 +11,7 @@ from heads_support import (
     KEY,
     assert_identical,
     assert_tree_close,
-    both,
+    every_implementation,
     head_params,
     random_variables,
     without,
@@ -21,8 +21,10 @@ from pspinal_jax import (
     MLPHead,
     ProgressiveSpinalHead,
     SpinalHead,
+    fuse_params,
     pack_batch_stats,
     pack_params,
+    unfuse_params,
     unpack_batch_stats,
     unpack_params,
 )
@@ -41,23 +43,26 @@ def test_packing_is_undone_exactly(num_layers, norm, dtype):
     @functools.partial(jax.jit, compiler_options=COMPILE_FAST)
     def there_and_back(params, stats):
         packed, packed_stats = pack_params(params), pack_batch_stats(stats)
-        return (packed, packed_stats), (unpack_params(packed), unpack_batch_stats(packed_stats))
+        unfused = unfuse_params(fuse_params(params))
+        return (packed, packed_stats), (unpack_params(packed), unpack_batch_stats(packed_stats)), unfused
 
-    packed, unpacked = there_and_back(variables["params"], stats)
+    packed, unpacked, unfused = there_and_back(variables["params"], stats)
     assert_identical(unpacked, (variables["params"], stats))
+    assert_identical(unfused, variables["params"])
     assert_identical(there_and_back(*unpacked)[0], packed)
 
 
 def test_packing_keeps_every_entry_and_adds_zeros_only():
     params = random_variables(ProgressiveSpinalHead(5, 3, norm="batch"), 7, np.random.default_rng(0))["params"]
-    before, after = (
+    before, packed, fused = (
         np.sort(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
-        for tree in (params, jax.jit(pack_params)(params))
+        for tree in (params, jax.jit(pack_params)(params), jax.jit(fuse_params)(params))
     )
-    np.testing.assert_array_equal(after[after != 0], before)
+    np.testing.assert_array_equal(packed[packed != 0], before)
+    np.testing.assert_array_equal(fused, before)
 
 
-@both
+@every_implementation
 def test_gradients_of_packed_parameters_unpack_to_those_of_the_tree(implementation):
     head = ProgressiveSpinalHead(5, 3, implementation=implementation)
     params = random_variables(head, 7, np.random.default_rng(0))["params"]
@@ -81,28 +86,30 @@ def test_gradients_of_packed_parameters_unpack_to_those_of_the_tree(implementati
 def bad_trees():
     tree = head_params()
     rng = np.random.default_rng(0)
-    known = pytest.mark.xfail(reason="pack_params takes it, or ends in a KeyError", strict=True)
     return [
         pytest.param({}, id="empty"),
         pytest.param({"params": tree}, id="all variables"),
         pytest.param(pack_params(tree), id="packed already"),
+        pytest.param(fuse_params(tree), id="fused already"),
+        pytest.param(tree | {"layer_2": tree["layer_3"]}, id="a layer of another place"),
         pytest.param(without(tree, "output"), id="no output"),
         pytest.param(without(tree, "layer_1"), id="no first layer"),
-        pytest.param(without(tree, "layer_2"), id="a layer missing between", marks=known),
-        pytest.param(without(tree, "layer_4"), id="the last layer missing", marks=known),
-        pytest.param(tree | {"other": tree["output"]}, id="an entry too many", marks=known),
-        pytest.param(tree | {"layer_2": without(tree["layer_2"], "bias")}, id="no bias", marks=known),
-        pytest.param(tree | {"layer_2": head_params(norm="batch")["layer_2"]}, id="one norm", marks=known),
-        pytest.param(head_params(norm="batch") | {"layer_2": tree["layer_2"]}, id="one norm missing", marks=known),
-        pytest.param(random_variables(SpinalHead(4, 3), 8, rng)["params"], id="spinal", marks=known),
-        pytest.param(random_variables(MLPHead(4, 3), 8, rng)["params"], id="mlp", marks=known),
+        pytest.param(without(tree, "layer_2"), id="a layer missing between"),
+        pytest.param(without(tree, "layer_4"), id="the last layer missing"),
+        pytest.param(tree | {"other": tree["output"]}, id="an entry too many"),
+        pytest.param(tree | {"layer_2": without(tree["layer_2"], "bias")}, id="no bias"),
+        pytest.param(tree | {"layer_2": head_params(norm="batch")["layer_2"]}, id="one norm"),
+        pytest.param(head_params(norm="batch") | {"layer_2": tree["layer_2"]}, id="one norm missing"),
+        pytest.param(random_variables(SpinalHead(4, 3), 8, rng)["params"], id="spinal"),
+        pytest.param(random_variables(MLPHead(4, 3), 8, rng)["params"], id="mlp"),
     ]
 
 
 @pytest.mark.parametrize("tree", bad_trees())
-def test_pack_params_refuses_what_is_not_a_head(tree):
-    with pytest.raises(ValueError, match="pack_params expects"):
-        pack_params(tree)
+@pytest.mark.parametrize("convert", [pack_params, fuse_params])
+def test_what_is_not_a_head_is_refused(convert, tree):
+    with pytest.raises(ValueError, match=f"{convert.__name__} expects"):
+        convert(tree)
 
 
 def test_unpack_params_names_what_is_missing():
@@ -111,3 +118,5 @@ def test_unpack_params_names_what_is_missing():
         unpack_params(without(packed, "hidden_bias", "output_bias"))
     with pytest.raises(ValueError, match="unpack_params misses first_kernel"):
         unpack_params(unpack_params(packed))
+    with pytest.raises(ValueError, match="unfuse_params expects what fuse_params returns, got features_kernel"):
+        unfuse_params(packed)

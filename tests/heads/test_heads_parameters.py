@@ -12,7 +12,7 @@ from heads_support import (
     apply,
     assert_identical,
     assert_tree_close,
-    both,
+    every_implementation,
     initialise,
     pack,
     random_variables,
@@ -31,7 +31,7 @@ from pspinal_jax import (
 # Counts and names.
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize(
     ("num_features", "width", "num_classes", "norm", "expected"),
     [
@@ -57,7 +57,7 @@ def shapes(tree):
     return {"/".join(path): leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
 
 
-@both
+@every_implementation
 def test_documented_names_and_shapes(implementation):
     head = ProgressiveSpinalHead(5, 3, num_layers=2, norm="batch", implementation=implementation)
     layers = {
@@ -113,18 +113,19 @@ def test_packed_names_and_shapes():
     assert shapes(packed) == {"norm_mean": (4, 3), "norm_var": (4, 3)}
 
 
-# One tree for both implementations.
+# One tree for all implementations.
 
 
-def test_both_implementations_initialise_alike():
+def test_all_implementations_initialise_alike():
     features = jnp.ones((2, 6))
-    unrolled, scan = (
+    unrolled, fused, scan = (
         initialise(ProgressiveSpinalHead(4, 3, norm="batch", implementation=name), features) for name in IMPLEMENTATIONS
     )
+    assert_identical(fused, unrolled)
     assert_identical(scan, unrolled)
 
 
-@both
+@every_implementation
 def test_a_checkpoint_loads_into_the_other_implementation(implementation):
     other = IMPLEMENTATIONS[1 - IMPLEMENTATIONS.index(implementation)]
     source = ProgressiveSpinalHead(4, 3, norm="batch", implementation=implementation)
@@ -142,7 +143,7 @@ def test_a_checkpoint_loads_into_the_other_implementation(implementation):
         )
 
 
-@both
+@every_implementation
 def test_a_head_inside_a_model_takes_packed_parameters(implementation):
     class Model(flax.linen.Module):
         @flax.linen.compact

@@ -10,7 +10,7 @@ import pytest
 from heads_support import (
     ALL_HEADS,
     KEY,
-    both,
+    every_implementation,
     head_params,
     pack,
     random_variables,
@@ -36,7 +36,7 @@ BAD_ATTRIBUTES = [
     ),
     ("norm", "layer", "norm must be one of None, 'batch', got 'layer'"),
     ("norm", True, "norm must be one of None, 'batch', got True"),
-    ("implementation", "loop", "implementation must be one of 'unrolled', 'scan', got 'loop'"),
+    ("implementation", "loop", "implementation must be one of 'unrolled', 'fused', 'scan', got 'loop'"),
 ]
 
 
@@ -106,7 +106,7 @@ def test_spinal_needs_two_features():
         call(SpinalHead(4, 3), jnp.zeros((2, 1)))
 
 
-@both
+@every_implementation
 def test_parameters_of_another_head_are_refused(implementation):
     features = jnp.zeros((2, 8))
     params = head_params()
@@ -123,7 +123,7 @@ def test_parameters_of_another_head_are_refused(implementation):
         head.apply({"params": params}, jnp.zeros((2, 7)), train=False)
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize("wrong", ["num_classes", "norm", "batch_stats", "output_kernel"])
 def test_packed_variables_that_do_not_fit_are_refused(implementation, wrong):
     head = ProgressiveSpinalHead(5 if wrong == "num_classes" else 4, 3, norm="batch", implementation=implementation)

@@ -12,10 +12,10 @@ from heads_support import (
     KEY,
     apply,
     assert_fraction,
-    both,
     copy_features,
     copy_previous,
     draw,
+    every_implementation,
     features_mask,
     random_variables,
     showing_head,
@@ -27,7 +27,7 @@ from pspinal_jax import ProgressiveSpinalHead
 # The mask of u.
 
 
-@both
+@every_implementation
 def test_layer_1_sees_the_features_without_dropout(implementation):
     head, variables = showing_head(16, 1, dropout_rate=0.5, implementation=implementation)
     copy_features(variables, [1], 16)
@@ -37,7 +37,7 @@ def test_layer_1_sees_the_features_without_dropout(implementation):
     np.testing.assert_allclose(y_1, features, rtol=1e-6)
 
 
-@both
+@every_implementation
 def test_gradient_reaches_the_features_undropped_through_layer_1_only(implementation):
     head, variables = showing_head(16, 2, dropout_rate=0.5, implementation=implementation)
     copy_features(variables, [1, 2], 16)
@@ -53,7 +53,7 @@ def test_gradient_reaches_the_features_undropped_through_layer_1_only(implementa
     np.testing.assert_array_equal(of_y_2, of_u)
 
 
-@both
+@every_implementation
 def test_one_mask_is_shared_by_the_later_layers_and_the_output(implementation):
     head, variables = showing_head(16, 4, dropout_rate=0.5, implementation=implementation)
     copy_features(variables, [2, 3, 4], 16)
@@ -63,7 +63,7 @@ def test_one_mask_is_shared_by_the_later_layers_and_the_output(implementation):
         np.testing.assert_array_equal(y, u)
 
 
-@both
+@every_implementation
 def test_outputs_of_layers_are_not_dropped_by_the_mask_of_u(implementation):
     head, variables = showing_head(16, 4, dropout_rate=0.5, implementation=implementation)
     copy_features(variables, [1], 16)
@@ -75,7 +75,7 @@ def test_outputs_of_layers_are_not_dropped_by_the_mask_of_u(implementation):
         np.testing.assert_allclose(y, features, rtol=1e-6)
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize("index", [2, 3, 4])
 def test_a_layer_sees_every_earlier_layer(implementation, index):
     head, variables = showing_head(2, 4, dropout_rate=0.0, implementation=implementation)
@@ -91,7 +91,7 @@ def test_a_layer_sees_every_earlier_layer(implementation, index):
 # The masks of layer_dropout_rate.
 
 
-@both
+@every_implementation
 def test_layer_dropout_draws_a_fresh_mask_for_each_layer_and_the_output(implementation):
     head, variables = showing_head(128, 3, dropout_rate=0.0, layer_dropout_rate=0.5, implementation=implementation)
     copy_features(variables, [1, 2, 3], 128)
@@ -104,7 +104,7 @@ def test_layer_dropout_draws_a_fresh_mask_for_each_layer_and_the_output(implemen
         assert_fraction(outputs[i] & outputs[j], 1 / 16)  # 1/8 if the two layers had one mask
 
 
-@both
+@every_implementation
 def test_layer_dropout_comes_on_top_of_the_mask_of_u_except_for_layer_1(implementation):
     head, variables = showing_head(128, 3, dropout_rate=0.5, layer_dropout_rate=0.5, implementation=implementation)
     copy_features(variables, [1, 2, 3], 128)
@@ -116,7 +116,7 @@ def test_layer_dropout_comes_on_top_of_the_mask_of_u_except_for_layer_1(implemen
     assert_fraction((y_2 != 0) & (y_3 != 0), 1 / 32)  # u's mask in common, one each of the layers' and the output's
 
 
-@both
+@every_implementation
 def test_layer_dropout_drops_the_outputs_of_layers_too(implementation):
     head, variables = showing_head(128, 3, dropout_rate=0.0, layer_dropout_rate=0.5, implementation=implementation)
     variables["params"]["layer_1"]["bias"][:] = 1
@@ -127,7 +127,7 @@ def test_layer_dropout_drops_the_outputs_of_layers_too(implementation):
         assert_fraction(y != 0, 2.0**-masks)
 
 
-@both
+@every_implementation
 def test_dropout_comes_before_the_linear_map(implementation):
     head, variables = showing_head(16, 3, dropout_rate=0.5, layer_dropout_rate=0.5, implementation=implementation)
     for i in (1, 2, 3):
@@ -158,7 +158,7 @@ def test_dropout_is_independent_between_rows_columns_and_neighbours():
     assert_fraction(dropped[:, :128] & dropped[:, 128:], 1 / 4)
 
 
-@both
+@every_implementation
 def test_masks_are_a_function_of_the_key(implementation):
     head = ProgressiveSpinalHead(5, 8, num_layers=2, layer_dropout_rate=0.5, implementation=implementation)
     variables = random_variables(head, 32, np.random.default_rng(0))
@@ -173,7 +173,7 @@ def test_masks_are_a_function_of_the_key(implementation):
     np.testing.assert_array_equal(logits(jax.random.key(3)), logits(jax.random.PRNGKey(3)))
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_evaluation_drops_nothing_and_needs_no_key(implementation, norm):
     rates = {"dropout_rate": 0.9, "layer_dropout_rate": 0.9}
@@ -185,7 +185,7 @@ def test_evaluation_drops_nothing_and_needs_no_key(implementation, norm):
     np.testing.assert_array_equal(apply(head, variables, features, train=False, key=KEY), expected)
 
 
-@both
+@every_implementation
 def test_training_without_rates_needs_no_key(implementation):
     head = ProgressiveSpinalHead(5, 8, dropout_rate=0.0, implementation=implementation)
     variables = random_variables(head, 16, np.random.default_rng(0))

@@ -70,7 +70,7 @@ def check(implementation, norm, dropout_rate, layer_dropout_rate, train, dtype, 
     assert_tree_close(actual, expected, tolerance, floor)
 
 
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 settings = pytest.mark.parametrize(
     ("norm", "dropout_rate", "layer_dropout_rate", "train"),
     [
@@ -86,14 +86,14 @@ settings = pytest.mark.parametrize(
 )
 
 
-@both
+@every_implementation
 @settings
 def test_parity_with_torch_in_float32(implementation, norm, dropout_rate, layer_dropout_rate, train):
     with jax.default_matmul_precision("highest"):
         check(implementation, norm, dropout_rate, layer_dropout_rate, train, np.float32, 1e-5)
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize("train", [True, False])
 def test_parity_with_torch_in_float64(implementation, train):
     with jax.enable_x64(True):

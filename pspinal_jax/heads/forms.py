@@ -1,0 +1,66 @@
+"""The three forms of a head's variables, and the way from each to each: the documented tree, packed, fused."""
+
+from typing import Literal
+
+from pspinal_jax.heads.fusing import fuse_params, fused_shapes, is_fused, unfuse_params
+from pspinal_jax.heads.packing import (
+    is_packed,
+    pack_batch_stats,
+    pack_params,
+    packed_shapes,
+    unpack_batch_stats,
+    unpack_params,
+)
+from pspinal_jax.heads.spec import Tree
+
+Form = Literal["tree", "packed", "fused"]
+NATIVE_FORM: dict[str, Form] = {"unrolled": "tree", "fused": "fused", "scan": "packed"}
+"""The form that each implementation computes with; in the others it is converted first, at the price of a copy."""
+
+
+def form_of(params: Tree) -> Form:
+    """The form that a head's `params` are in."""
+    if is_packed(params):
+        return "packed"
+    return "fused" if is_fused(params) else "tree"
+
+
+def convert_params(params: Tree, form: Form) -> Tree:
+    """A head's parameters (or gradients, or momenta) in the given form, whichever they come in."""
+    found = form_of(params)
+    if found == form:
+        return params
+    if found == "packed":
+        params = unpack_params(params)
+    elif found == "fused":
+        params = unfuse_params(params)
+    if form == "packed":
+        return pack_params(params)
+    return fuse_params(params) if form == "fused" else params
+
+
+def convert_batch_stats(batch_stats: Tree, form: Form) -> Tree:
+    """A head's running statistics in the given form, whichever they come in; {} stays {}."""
+    packed = "norm_mean" in batch_stats
+    if packed == (form == "packed"):
+        return batch_stats
+    return unpack_batch_stats(batch_stats) if packed else pack_batch_stats(batch_stats)
+
+
+def check_shapes(
+    params: Tree, batch_stats: Tree, num_features: int, width: int, num_layers: int, num_classes: int, batch_norm: bool
+) -> None:
+    """Raise ValueError, naming what is wrong, unless packed or fused variables fit a head of these sizes."""
+    sizes = (num_features, width, num_layers, num_classes, batch_norm)
+    form = form_of(params)
+    if form == "packed":
+        shapes = packed_shapes(*sizes)
+        expected = {**shapes["params"], **shapes["batch_stats"]}
+        params = {**params, **batch_stats}
+    else:
+        expected = fused_shapes(*sizes)
+    found = {name: getattr(params.get(name), "shape", None) for name in expected}
+    wrong = [f"{name} is {found[name]}, expected {shape}" for name, shape in expected.items() if found[name] != shape]
+    wrong += [f"{name} does not belong there" for name in params if name not in expected]
+    if wrong:
+        raise ValueError(f"{form} variables do not fit this head: {'; '.join(wrong)}")
