@@ -9,7 +9,7 @@ import jax
 
 from pspinal_jax.heads.dropout import dropout
 from pspinal_jax.heads.fusing import hidden_name, unfuse_params
-from pspinal_jax.heads.spec import HeadSpec, Tree, input_key, layer_name
+from pspinal_jax.heads.spec import HeadSpec, Tree, layer_name
 from pspinal_jax.heads.unrolled import apply_unrolled, batch_norm
 
 
@@ -30,7 +30,7 @@ def apply_fused(
         return apply_unrolled(spec, unfuse_params(fused), batch_stats, features, train=train, dropout_key=dropout_key)
     width = spec.layer_width
     cast = {name: array.astype(features.dtype) for name, array in fused.items() if not name.startswith("norm")}
-    dropped = dropout(None if dropout_key is None else input_key(dropout_key), spec.dropout_rate, features)
+    dropped = dropout(dropout_key, spec.dropout_rate, features)
     hidden = features @ cast["first_kernel"] + cast["bias"][:width]
     waiting = dropped @ cast["features_kernel"] + cast["bias"][width:]
     new_stats: Tree = {}

@@ -19,7 +19,7 @@ from jax import lax
 
 from pspinal_jax.heads import norm
 from pspinal_jax.heads.dropout import dropout, keep_scale
-from pspinal_jax.heads.spec import Activation, HeadSpec, Tree, input_key, layer_key
+from pspinal_jax.heads.spec import Activation, HeadSpec, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,11 @@ class _Static:
 
 
 class _Layers(NamedTuple):
-    """Per-layer operands of the scan, each with a leading axis of length L; `norm` and `keys` may be empty."""
+    """Operands of the scan, with a leading axis of length L but for the key; `norm` and `key` may be empty."""
 
     kernels: jax.Array
     norm: Tree
-    keys: jax.Array | None
+    key: jax.Array | None
 
 
 def apply_scan(
@@ -59,17 +59,16 @@ def apply_scan(
     width, num_layers = spec.layer_width, spec.num_layers
     split = (num_layers - 1) * width
     cast = {name: array.astype(dtype) for name, array in packed.items() if not name.startswith("norm")}
-    dropped = dropout(None if dropout_key is None else input_key(dropout_key), spec.dropout_rate, features)
+    dropped = dropout(dropout_key, spec.dropout_rate, features)
     masks_layers = dropout_key is not None and spec.layer_dropout_rate > 0.0
     bias = cast["hidden_bias"][:, None]
 
-    keys = None
     first_inputs = features
     if dropout_key is not None and masks_layers:
-        keys = jax.vmap(layer_key, (None, 0))(dropout_key, jnp.arange(1, num_layers + 2))
         full_width = num_features + num_layers * width
         scales = [
-            keep_scale(keys[index], spec.layer_dropout_rate, (rows, full_width), dtype) for index in (0, num_layers)
+            keep_scale(dropout_key, stream, spec.layer_dropout_rate, (rows, full_width), dtype)
+            for stream in (1, num_layers + 1)
         ]
         first_inputs = features * scales[0][:, :num_features]
     first = (first_inputs @ cast["first_kernel"])[None]
@@ -93,7 +92,7 @@ def apply_scan(
     if not train:
         layer_norm |= packed_stats
     static = _Static(spec.activation, spec.batch_norm, train, spec.layer_dropout_rate if masks_layers else 0.0)
-    layers = _Layers(kernels, layer_norm, None if keys is None else keys[:num_layers])
+    layers = _Layers(kernels, layer_norm, dropout_key if masks_layers else None)
     buffer, statistics = _hidden(static, prefix, offsets, layers)
 
     if masks_layers:
@@ -120,10 +119,10 @@ def _finish_layer(static: _Static, pre: jax.Array, layer_norm: Tree) -> tuple[ja
     return static.activation(normalized), (mean, var)
 
 
-def _masked(static: _Static, buffer: jax.Array, key: jax.Array | None) -> jax.Array:
-    if key is None:
-        return buffer
-    return buffer * keep_scale(key, static.mask_rate, buffer.shape, buffer.dtype)
+def _mask(static: _Static, key: jax.Array, index: jax.Array, buffer: jax.Array) -> jax.Array:
+    """The scale of layer `index`, counted from 0, on the whole buffer."""
+    rows, columns = buffer.shape
+    return keep_scale(key, index + 1, static.mask_rate, (rows, columns), buffer.dtype)
 
 
 def _forward(
@@ -135,13 +134,14 @@ def _forward(
     buffer = jnp.concatenate([prefix, jnp.zeros((rows, num_layers * width), prefix.dtype)], axis=1)
 
     def step(buffer: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
-        index, offset, (kernel, layer_norm, key) = layer
-        pre = offset + _masked(static, buffer, key) @ kernel
+        index, offset, kernel, layer_norm = layer
+        inputs = buffer if layers.key is None else buffer * _mask(static, layers.key, index, buffer)
+        pre = offset + inputs @ kernel
         hidden, statistics = _finish_layer(static, pre, layer_norm)
         buffer = lax.dynamic_update_slice(buffer, hidden, (0, start + index * width))
         return buffer, (pre, statistics)
 
-    buffer, (pre, statistics) = lax.scan(step, buffer, (jnp.arange(num_layers), offsets, layers))
+    buffer, (pre, statistics) = lax.scan(step, buffer, (jnp.arange(num_layers), offsets, layers.kernels, layers.norm))
     return buffer, statistics, pre
 
 
@@ -153,7 +153,7 @@ def _hidden(static: _Static, prefix: jax.Array, offsets: jax.Array, layers: _Lay
       static: how.
       prefix: [N, P] what every layer but the first sees beside the earlier layers; P may be 0.
       offsets: [L, N, W] what is added to each layer's product.
-      layers: kernels [L, P + L W, W], norm parameters each [L, W], mask keys [L].
+      layers: kernels [L, P + L W, W], norm parameters each [L, W], and the key of the masks, or None.
 
     Returns:
       The buffer [N, P + L W], and the batch statistics ([L, W], [L, W]) (no gradient flows through these), or ().
@@ -176,20 +176,20 @@ def _hidden_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
     buffer = jnp.concatenate([prefix, hidden.transpose(1, 0, 2).reshape(rows, -1)], axis=1)
 
     def step(grad_buffer: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
-        index, pre, (kernel, layer_norm, key) = layer
+        index, pre, kernel, layer_norm = layer
         grad_hidden = lax.dynamic_slice(grad_buffer, (0, start + index * width), (rows, width))
         _, pullback = jax.vjp(lambda z, n: _finish_layer(static, z, n)[0], pre, layer_norm)
         grad_pre, grad_norm = pullback(grad_hidden)
         grad_inputs = grad_pre @ kernel.T
         grad_kernel = None
-        if key is not None:
-            scale = keep_scale(key, static.mask_rate, buffer.shape, buffer.dtype)
+        if layers.key is not None:
+            scale = _mask(static, layers.key, index, buffer)
             grad_inputs = grad_inputs * scale
             grad_kernel = (buffer * scale).T @ grad_pre
         return grad_buffer + grad_inputs, (grad_pre, grad_norm, grad_kernel)
 
     grad_buffer, (grad_offsets, grad_norm, grad_kernels) = lax.scan(
-        step, cotangents[0], (jnp.arange(num_layers), pre, layers), reverse=True
+        step, cotangents[0], (jnp.arange(num_layers), pre, layers.kernels, layers.norm), reverse=True
     )
     if grad_kernels is None:  # the same buffer for every layer: one product for all of them
         grad_kernels = jnp.einsum("np,lnw->lpw", buffer, grad_offsets)

@@ -27,13 +27,3 @@ class HeadSpec:
 def layer_name(index: int) -> str:
     """Name of hidden layer `index`, counted from 1 as in the paper."""
     return f"layer_{index}"
-
-
-def input_key(dropout_key: jax.Array) -> jax.Array:
-    """Key of the mask on the features that layers 2 .. L and the output share."""
-    return jax.random.fold_in(dropout_key, 0)
-
-
-def layer_key(dropout_key: jax.Array, index: jax.Array | int) -> jax.Array:
-    """Key of the mask on the whole input of layer `index` (1 .. L) or of the output (L + 1)."""
-    return jax.random.fold_in(dropout_key, index)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pspinal_jax.heads import norm
 from pspinal_jax.heads.dropout import dropout, keep_scale
-from pspinal_jax.heads.spec import HeadSpec, Tree, input_key, layer_key, layer_name
+from pspinal_jax.heads.spec import HeadSpec, Tree, layer_name
 
 
 def apply_unrolled(
@@ -39,10 +39,10 @@ def apply_unrolled(
             return inputs
         # Every layer draws the mask of the widest input and cuts its own part, so that the scan form,
         # whose buffer has that width from the start, sees the same one.
-        scale = keep_scale(layer_key(dropout_key, index), spec.layer_dropout_rate, (rows, width), inputs.dtype)
+        scale = keep_scale(dropout_key, index, spec.layer_dropout_rate, (rows, width), inputs.dtype)
         return inputs * scale[:, : inputs.shape[1]]
 
-    dropped = dropout(None if dropout_key is None else input_key(dropout_key), spec.dropout_rate, features)
+    dropped = dropout(dropout_key, spec.dropout_rate, features)
     outputs: list[jax.Array] = []
     new_stats: Tree = {}
     for index in range(1, spec.num_layers + 1):
