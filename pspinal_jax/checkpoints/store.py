@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
+from pspinal_jax.checkpoints.late_reads import ignore_late_reads
 from pspinal_jax.errors import RunError
 from pspinal_jax.log_filter import quiet_absl
 
@@ -121,7 +122,8 @@ def _newest(
     manager: ocp.CheckpointManager, abstract: Callable[[dict[str, Any]], Trees]
 ) -> tuple[int, Trees, dict[str, Any]]:
     """(step, trees, position) of the newest whole checkpoint; every damaged one is named on standard error."""
-    problems = []
+    problems: list[str] = []
+    ignore_late_reads()
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             trees, position = _read(manager, step, abstract)

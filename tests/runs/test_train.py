@@ -167,8 +167,6 @@ def damage(run, how):
     return int(newest.name)
 
 
-# Orbax gives up on a damaged file while tensorstore still reads; its late callbacks find their event loop closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["truncated", "flipped", "emptied"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, recipe, tmp_path, capsys, how):
     run = tmp_path / "run"
@@ -183,7 +181,6 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finishe
     assert_same_run(run, finished[0])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_without_a_whole_checkpoint_the_run_says_so(finished, recipe, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
