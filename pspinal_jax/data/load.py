@@ -1,9 +1,12 @@
 """From a recipe's data configuration to arrays, whatever the source."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 
-from pspinal_jax.data.arrays import Dataset
+import numpy as np
+
+from pspinal_jax.data.arrays import Dataset, Split
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepare import prepare_data_set
@@ -13,15 +16,33 @@ from pspinal_jax.recipes.schema import DataConfig
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """The data set that `config` names.
+    """The data set that `config` names, as its recipe wants to see it.
 
     Args:
       config: with `path`, that .npz file or prepared TFDS directory is read. Without, the TFDS data set `name` is
         read from `data_dir`; one that needs no files (digits) is prepared there on first use.
 
     Raises:
-      DataError: if it is not there or not readable; the message says what to do.
+      DataError: if it is not there or not readable, or to be transposed but no square images; the message says what
+        to do.
     """
+    data = _read(config)
+    return _transpose(data) if config.transposed else data
+
+
+def _transpose(data: Dataset) -> Dataset:
+    shape = data.train.inputs.shape
+    if len(shape) != 4 or shape[1] != shape[2]:
+        raise DataError(
+            f"{data.source} holds inputs of shape {list(shape[1:])}; data.transposed takes square images only"
+        )
+    train, test = (
+        Split(np.ascontiguousarray(split.inputs.swapaxes(1, 2)), split.labels) for split in (data.train, data.test)
+    )
+    return dataclasses.replace(data, train=train, test=test)
+
+
+def _read(config: DataConfig) -> Dataset:
     if config.path is not None:
         path = config.path.expanduser()
         return read_prepared(path, config.num_classes) if path.is_dir() else read_npz(path, config.num_classes)
