@@ -1,9 +1,10 @@
-"""The outcome of a benchmark: a table, results.json and a PNG."""
+"""The outcome of a benchmark: tables, results.json and a PNG."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -14,58 +15,115 @@ from pspinal_jax.runs.directory import write_json
 from pspinal_jax.runs.versions import device, versions
 
 
-def write_report(
-    workdir: Path, title: str, timings: dict[str, Timing], ours: str, left_out: list[str], command: str
-) -> dict[str, Any]:
-    """Write results.json and a PNG into `workdir` and print the table.
+class Measurement(NamedTuple):
+    """Alternatives timed side by side.
 
-    Args:
-      workdir: made if missing.
+    Attributes:
       title: what one repetition is.
       timings: by alternative.
       ours: the alternative that ratios are taken against.
+      flops: floating-point operations of one repetition's matrix products.
+    """
+
+    title: str
+    timings: dict[str, Timing]
+    ours: str
+    flops: int
+
+
+def write_report(
+    workdir: Path, measurements: list[Measurement], left_out: list[str], command: str, ceilings: dict[str, float]
+) -> dict[str, Any]:
+    """Write results.json and results.png into `workdir` and print the tables.
+
+    Args:
+      workdir: made if missing.
+      measurements: what was timed.
       left_out: alternatives that could not be measured, and why.
       command: the command that repeats this.
+      ceilings: flops_per_second and bytes_per_second of this machine.
 
     Returns:
       What results.json holds.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     results = {
-        "title": title,
         "command": command,
-        "alternatives": {name: timing.summary() for name, timing in timings.items()},
-        "times_faster": {name: ratio(timing, timings[ours]) for name, timing in timings.items() if name != ours},
+        "measurements": [_summary(measurement, ceilings["flops_per_second"]) for measurement in measurements],
+        "geometric_mean_times_faster": _geometric_means(measurements),
         "left_out": left_out,
+        "ceilings": ceilings,
         "device": device(),
         "versions": versions() | _torch_version(),
     }
     write_json(workdir / "results.json", results)
-    _plot(workdir / "results.png", title, results)
-    print(format_table(results, ours))
+    _plot(workdir / "results.png", results)
+    print(format_report(results))
     return results
 
 
-def format_table(results: dict[str, Any], ours: str) -> str:
-    """The results as a Markdown table."""
+def _summary(measurement: Measurement, peak: float) -> dict[str, Any]:
+    ours = measurement.timings[measurement.ours]
+    alternatives = {}
+    for name, timing in measurement.timings.items():
+        summary = timing.summary()
+        alternatives[name] = summary | {"share_of_peak": measurement.flops / summary["median"] / peak}
+    return {
+        "title": measurement.title,
+        "ours": measurement.ours,
+        "flops": measurement.flops,
+        "alternatives": alternatives,
+        "times_faster": {
+            name: ratio(timing, ours) for name, timing in measurement.timings.items() if name != measurement.ours
+        },
+    }
+
+
+def _geometric_means(measurements: list[Measurement]) -> dict[str, float]:
+    """By alternative, how many times faster ours is in the geometric mean over all measurements."""
+    names = [name for name in measurements[0].timings if name != measurements[0].ours]
+    return {
+        name: float(
+            np.exp(np.mean([np.log(ratio(m.timings[name], m.timings[m.ours])["median"]) for m in measurements]))
+        )
+        for name in names
+    }
+
+
+def format_report(results: dict[str, Any]) -> str:
+    """The results as Markdown tables."""
+    parts = [format_table(measurement) for measurement in results["measurements"]]
+    if len(results["measurements"]) > 1:
+        means = ", ".join(f"{name} {value:.2f} x" for name, value in results["geometric_mean_times_faster"].items())
+        parts.append(f"ours is faster, geometric mean: {means}")
+    ceilings = results["ceilings"]
+    parts.append(
+        f"{results['device']['kind']}: matrix products {ceilings['flops_per_second'] / 1e9:.0f} GFLOP/s, "
+        f"copies {ceilings['bytes_per_second'] / 1e9:.1f} GB/s"
+    )
+    return "\n\n".join(parts + [f"left out: {reason}" for reason in results["left_out"]])
+
+
+def format_table(measurement: dict[str, Any]) -> str:
+    """One measurement as a Markdown table."""
     lines = [
-        f"{results['title']}; {results['device']['kind']}",
+        measurement["title"],
         "",
-        "| alternative | median ms | 95 % interval | quartiles | first call s | ours is faster by |",
-        "|---|---|---|---|---|---|",
+        "| alternative | median ms | 95 % interval | quartiles | of peak | first call s | ours is faster by |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, values in results["alternatives"].items():
+    for name, values in measurement["alternatives"].items():
         low, high = (1e3 * value for value in values["interval_95"])
         first, third = (1e3 * value for value in values["quartiles"])
         faster = "(ours)"
-        if name != ours:
-            times = results["times_faster"][name]
+        if name != measurement["ours"]:
+            times = measurement["times_faster"][name]
             faster = f"{times['median']:.2f} x ({times['interval_95'][0]:.2f} .. {times['interval_95'][1]:.2f})"
         lines.append(
             f"| {name} | {1e3 * values['median']:.3f} | {low:.3f} .. {high:.3f} | {first:.3f} .. {third:.3f} | "
-            f"{values['first_call']:.2f} | {faster} |"
+            f"{100 * values['share_of_peak']:.0f} % | {values['first_call']:.2f} | {faster} |"
         )
-    return "\n".join(lines + [f"left out: {reason}" for reason in results["left_out"]])
+    return "\n".join(lines)
 
 
 def _torch_version() -> dict[str, str]:
@@ -76,19 +134,36 @@ def _torch_version() -> dict[str, str]:
     return {"torch": torch.__version__}
 
 
-def _plot(path: Path, title: str, results: dict[str, Any]) -> None:
-    names = list(results["alternatives"])
-    values = [results["alternatives"][name] for name in names]
+def _plot(path: Path, results: dict[str, Any]) -> None:
+    """Horizontal bars, a panel per measurement."""
+    measurements = results["measurements"]
+    heights = [0.36 * len(measurement["alternatives"]) + 0.9 for measurement in measurements]
+    figure, axes = plt.subplots(
+        len(measurements),
+        1,
+        figsize=(8, sum(heights) + 0.5),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, measurement in zip(axes[:, 0], measurements, strict=True):
+        _bars(axis, measurement)
+    figure.suptitle(results["device"]["kind"], fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(axis: Any, measurement: dict[str, Any]) -> None:
+    names = list(measurement["alternatives"])[::-1]
+    values = [measurement["alternatives"][name] for name in names]
     medians = [1e3 * value["median"] for value in values]
     errors = [
         [1e3 * (value["median"] - value["interval_95"][0]) for value in values],
         [1e3 * (value["interval_95"][1] - value["median"]) for value in values],
     ]
-    figure, axis = plt.subplots(figsize=(8, 0.6 * len(names) + 1.4), layout="constrained")
-    bars = axis.barh(names[::-1], medians[::-1], xerr=[side[::-1] for side in errors], color="#4878a8", capsize=3)
-    axis.bar_label(bars, [f"{median:.2f} ms" for median in medians[::-1]], padding=6)
-    axis.set_xlabel("ms (median, 95 % interval)")
-    axis.set_title(f"{title}\n{results['device']['kind']}", fontsize=10)
-    axis.margins(x=0.18)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    bars = axis.barh(names, medians, xerr=errors, color="#4878a8", capsize=3)
+    axis.bar_label(bars, [f"{median:.2f} ms" for median in medians], padding=6, fontsize=8)
+    axis.set_title(f"{measurement['title']} (median, 95 % interval)", fontsize=9)
+    axis.margins(x=0.2)
+    if max(medians) > 30 * min(medians):
+        axis.set_xscale("log")

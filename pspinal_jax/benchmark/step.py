@@ -71,11 +71,13 @@ def torch_steps(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], ours: JaxSt
     """The peers: eager PyTorch and torch.compile, from our initial parameters, after a check of equality at p = 0."""
     import torch
 
+    from pspinal_jax.benchmark.torch_peer import torch_device
+
     work: dict[str, Work] = {}
     for name, compiled in (("PyTorch eager", False), ("torch.compile", True)):
         _check_equal(recipe, data, compiled)
         step, _ = _torch_step(recipe, data, ours.head_params, compiled)
-        order = torch.randperm(NUM_EXAMPLES, device=_torch_device())
+        order = torch.randperm(NUM_EXAMPLES, device=torch_device())
 
         def run(num_steps: int, step: Callable[..., Any] = step, order: Any = order) -> None:
             size, loss = recipe.batch_size, None
@@ -89,20 +91,14 @@ def torch_steps(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], ours: JaxSt
     return work
 
 
-def _torch_device() -> str:
-    import torch
-
-    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
-
-
 def _torch_step(
     recipe: Recipe, data: tuple[np.ndarray, np.ndarray], params: Any, compiled: bool
 ) -> tuple[Callable[..., Any], Any]:
     import torch
 
-    from pspinal_jax.benchmark.torch_peer import TorchProgressiveHead, make_step
+    from pspinal_jax.benchmark.torch_peer import TorchProgressiveHead, make_step, torch_device
 
-    device = _torch_device()
+    device = torch_device()
     model = TorchProgressiveHead(
         784,
         10,
@@ -130,10 +126,12 @@ def _check_equal(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], compiled: 
     """
     import torch
 
+    from pspinal_jax.benchmark.torch_peer import torch_device
+
     plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout_rate=0.0))
     ours = JaxStep(plain, data)
     step, model = _torch_step(plain, data, ours.head_params, compiled)
-    order = torch.from_numpy(np.array(ours.plan.order)).long().to(_torch_device())
+    order = torch.from_numpy(np.array(ours.plan.order)).long().to(torch_device())
     size = recipe.batch_size
     for index in range(_STEPS_COMPARED):
         step(order[index * size : (index + 1) * size])

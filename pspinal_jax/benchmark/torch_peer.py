@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from torch import nn
@@ -80,3 +81,17 @@ def make_step(
         return loss
 
     return step
+
+
+def torch_device() -> str:
+    """The device that the comparison runs on: a GPU where JAX runs on one."""
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def make_head(shape: Any, dropout_rate: float, params: dict[str, Any]) -> TorchProgressiveHead:
+    """The head of `shape` (num_features, layer_width, num_layers, num_classes, ..) with our parameters, training."""
+    model = TorchProgressiveHead(
+        shape.num_features, shape.num_classes, shape.layer_width, shape.num_layers, dropout_rate
+    )
+    model.load(params)
+    return model.train()

@@ -1,17 +1,20 @@
-"""`pspinal-jax benchmark step`: time a training step beside its peers."""
+"""`pspinal-jax benchmark WHAT`: measure something beside its peers."""
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import UsageError
 
+NO_TORCH = "PyTorch eager and torch.compile: torch is not installed (extra `torch`)"
+
 
 @dataclasses.dataclass(frozen=True)
 class StepArguments:
-    """Arguments of `benchmark step`."""
+    """One training step of mnist-paper inside the compiled epoch, beside its peers."""
 
     workdir: Path = Path("runs/benchmark-step")
     """Where results.json and results.png go."""
@@ -21,25 +24,56 @@ class StepArguments:
     """About how long each timing takes."""
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadArguments:
+    """Forward and backward pass of the head at five sizes, beside its peers."""
+
+    workdir: Path = Path("runs/benchmark-head")
+    """Where results.json and results.png go."""
+    rounds: int = 11
+    """How often each alternative is timed, in turn with the others."""
+    seconds_per_round: float = 0.2
+    """About how long each timing takes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype to compute in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthArguments:
+    """Compile and run time of the head's gradient as the number of layers grows."""
+
+    workdir: Path = Path("runs/benchmark-depth")
+    """Where results.json and results.png go."""
+    rounds: int = 3
+    """How often each alternative is compiled and timed."""
+    depths: tuple[int, ...] = (4, 16, 64, 256)
+    """Numbers of layers."""
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args or args[0] in ("-h", "--help"):
-        print("usage: pspinal-jax benchmark step [flags]\n\n  step  one training step of mnist-paper beside its peers")
+        lines = [f"  {name:6} {arguments.__doc__}" for name, (arguments, _) in _BENCHMARKS.items()]
+        print("\n".join(["usage: pspinal-jax benchmark WHAT [flags]", "", *lines]))
         return 0 if args else UsageError.exit_status
-    if args[0] != "step":
-        raise UsageError(f"unknown benchmark {args[0]!r}; there is: step")
+    if args[0] not in _BENCHMARKS:
+        raise UsageError(f"unknown benchmark {args[0]!r}; there are: {', '.join(_BENCHMARKS)}")
+    arguments, run = _BENCHMARKS[args[0]]
     parsed = parse(
-        StepArguments,
+        arguments,
         args[1:],
-        prog="pspinal-jax benchmark step",
-        description="Time one training step of mnist-paper inside the compiled epoch, beside its peers.",
-        default=StepArguments(),
+        prog=f"pspinal-jax benchmark {args[0]}",
+        description=str(arguments.__doc__),
+        default=arguments(),
     )
-    return _step(parsed, f"pspinal-jax benchmark {shlex.join(args)}")
+    run(parsed, f"pspinal-jax benchmark {shlex.join(args)}")
+    return 0
 
 
-def _step(arguments: StepArguments, command: str) -> int:
-    from pspinal_jax.benchmark.report import write_report
+def _step(arguments: StepArguments, command: str) -> None:
+    from pspinal_jax.benchmark.ceilings import measured_ceilings
+    from pspinal_jax.benchmark.head import Shape
+    from pspinal_jax.benchmark.report import Measurement, write_report
     from pspinal_jax.benchmark.step import OURS, JaxStep, fake_data, torch_steps
     from pspinal_jax.benchmark.timing import time_interleaved
     from pspinal_jax.recipes import load_recipe
@@ -51,8 +85,47 @@ def _step(arguments: StepArguments, command: str) -> int:
     try:
         work |= torch_steps(recipe, data, ours)
     except ImportError:
-        left_out.append("PyTorch eager and torch.compile: torch is not installed (extra `torch`)")
+        left_out.append(NO_TORCH)
     timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
+    shape = Shape(784, recipe.model.layer_width, recipe.model.num_layers, 10, recipe.batch_size)
+    # The pixels need no gradient: two products per kernel entry that reads them, three for the others.
+    flops = shape.flops - 2 * shape.batch_size * 784 * (shape.num_layers * shape.layer_width + 10)
     title = f"one training step of mnist-paper, batch {recipe.batch_size}, {recipe.dtype}"
-    write_report(arguments.workdir, title, timings, OURS, left_out, command)
-    return 0
+    measurement = Measurement(title, timings, OURS, flops)
+    write_report(arguments.workdir, [measurement], left_out, command, measured_ceilings())
+
+
+def _head(arguments: HeadArguments, command: str) -> None:
+    import jax.numpy as jnp
+
+    from pspinal_jax.benchmark.ceilings import measured_ceilings
+    from pspinal_jax.benchmark.head import SHAPES, Case, alternatives, torch_alternatives
+    from pspinal_jax.benchmark.report import Measurement, write_report
+    from pspinal_jax.benchmark.timing import time_interleaved
+
+    measurements, left_out = [], []
+    for shape in SHAPES:
+        case = Case(shape, jnp.dtype(arguments.dtype))
+        work = alternatives(case)
+        ours = next(iter(work))
+        try:
+            work |= torch_alternatives(case)
+        except ImportError:
+            left_out = [NO_TORCH]
+        timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
+        measurements.append(Measurement(f"{shape}, {arguments.dtype}", timings, ours, shape.flops))
+    ceilings = measured_ceilings(jnp.dtype(arguments.dtype))
+    write_report(arguments.workdir, measurements, left_out, command, ceilings)
+
+
+def _depth(arguments: DepthArguments, command: str) -> None:
+    from pspinal_jax.benchmark.depth import report
+
+    report(arguments.workdir, arguments.depths, arguments.rounds, command)
+
+
+_BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any, str], None]]] = {
+    "step": (StepArguments, _step),
+    "head": (HeadArguments, _head),
+    "depth": (DepthArguments, _depth),
+}

@@ -1,0 +1,197 @@
+"""`benchmark head`: forward and backward pass of the head alone, in training mode, beside PyTorch's."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pspinal_jax.benchmark.timing import Work
+from pspinal_jax.errors import RunError
+from pspinal_jax.heads import ProgressiveSpinalHead
+from pspinal_jax.heads.forms import NATIVE_FORM, convert_params
+from pspinal_jax.heads.progressive import Implementation
+
+OURS: Implementation = "fused"
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("fused", "unrolled", "scan")
+_DROPOUT_RATE = 0.2
+_TOLERANCE = 1e-4
+
+
+class Shape(NamedTuple):
+    """Sizes of a head and its batch."""
+
+    num_features: int
+    layer_width: int
+    num_layers: int
+    num_classes: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"D {self[0]}, W {self[1]}, L {self[2]}, C {self[3]}, batch {self[4]}"
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products, forward and backward: three products per kernel.
+
+        Layer 1 does read x, and x takes part in the backward pass, as on top of a backbone.
+        """
+        d, w, layers, classes, batch = self
+        entries = sum((d + i * w) * w for i in range(layers)) + (d + layers * w) * classes
+        return 6 * batch * entries
+
+
+SHAPES = (
+    Shape(784, 128, 4, 10, 64),
+    Shape(256, 64, 4, 10, 64),
+    Shape(2048, 200, 4, 101, 16),
+    Shape(2048, 1024, 4, 250, 16),
+    Shape(2048, 1024, 4, 250, 128),
+)
+
+
+class Case:
+    """One shape: the arrays that every alternative works on, and its gradient by each of our implementations."""
+
+    def __init__(self, shape: Shape, dtype: Any = jnp.float32) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        rng = np.random.default_rng(0)
+        self.features = rng.standard_normal((shape.batch_size, shape.num_features)).astype(np.float32)
+        self.weights = rng.standard_normal((shape.batch_size, shape.num_classes)).astype(np.float32)
+        head = self.head("unrolled", 0.0)
+        self.params = jax.jit(lambda: head.init(jax.random.key(0), self.features, train=False))()["params"]
+
+    def head(self, implementation: Implementation, dropout_rate: float) -> ProgressiveSpinalHead:
+        """The head of this shape."""
+        return ProgressiveSpinalHead(
+            self.shape.num_classes,
+            self.shape.layer_width,
+            self.shape.num_layers,
+            dropout_rate=dropout_rate,
+            implementation=implementation,
+            dtype=self.dtype,
+        )
+
+    def gradient(self, implementation: Implementation, dropout_rate: float) -> Callable[..., Any]:
+        """(params in the implementation's own form, features, key) -> gradients of both."""
+        head = self.head(implementation, dropout_rate)
+
+        def loss(params: Any, features: jax.Array, key: jax.Array) -> jax.Array:
+            logits: Any = head.apply({"params": params}, features, train=True, rngs={"dropout": key})
+            return jnp.sum(logits.astype(jnp.float32) * self.weights)
+
+        return jax.grad(loss, (0, 1))
+
+    def in_loop(self, implementation: Implementation) -> Work:
+        """So many passes in one compiled loop, as inside a training epoch; every gradient is computed in full."""
+        gradient = self.gradient(implementation, _DROPOUT_RATE)
+        params = jax.jit(lambda tree: convert_params(tree, NATIVE_FORM[implementation]))(self.params)
+
+        @jax.jit
+        def run(params: Any, features: jax.Array, count: jax.Array) -> Any:
+            keys = jax.random.split(jax.random.key(0), 64)
+
+            def body(index: jax.Array, carry: Any) -> Any:
+                features, _ = carry
+                grads, grad_features = gradient(params, features, keys[index % 64])
+                # The next pass depends on this one, so that none can be left out.
+                return features + 1e-12 * grad_features, grads
+
+            return lax.fori_loop(0, count, body, (features, jax.tree.map(jnp.zeros_like, params)))
+
+        features = jnp.asarray(self.features)
+        return lambda count: jax.block_until_ready(run(params, features, np.int32(count)))
+
+    def by_call(self, implementation: Implementation) -> Work:
+        """The same passes, each a jitted call from Python."""
+        gradient = jax.jit(self.gradient(implementation, _DROPOUT_RATE))
+        params = jax.jit(lambda tree: convert_params(tree, NATIVE_FORM[implementation]))(self.params)
+        key, features = jax.random.key(0), jnp.asarray(self.features)
+
+        def work(count: int) -> None:
+            result = None
+            for _ in range(count):
+                result = gradient(params, features, key)
+            jax.block_until_ready(result)
+
+        return work
+
+    def op_by_op(self) -> Work:
+        """The same passes without compilation: every operation a call of its own."""
+        gradient = self.gradient("unrolled", _DROPOUT_RATE)
+        key, features = jax.random.key(0), jnp.asarray(self.features)
+
+        def work(count: int) -> None:
+            with jax.disable_jit():
+                for _ in range(count):
+                    jax.block_until_ready(gradient(self.params, features, key))
+
+        return work
+
+
+def alternatives(case: Case) -> dict[str, Work]:
+    """Our alternatives for `case`, by name; the first is what the others are compared with."""
+    work: dict[str, Work] = {f"{name}, compiled loop": case.in_loop(name) for name in IMPLEMENTATIONS}
+    return work | {"fused, call by call": case.by_call("fused"), "unrolled, op by op": case.op_by_op()}
+
+
+def torch_alternatives(case: Case) -> dict[str, Work]:
+    """Eager PyTorch and torch.compile on the same arrays, after a check of equality at dropout rate 0.
+
+    Raises:
+      ImportError: if torch is not installed.
+      RunError: if their gradients are not ours.
+    """
+    import torch
+
+    from pspinal_jax.benchmark.torch_peer import make_head, torch_device
+
+    device = torch_device()
+    dtype = torch.bfloat16 if case.dtype == jnp.bfloat16 else torch.float32
+    features = torch.from_numpy(case.features).to(device, dtype).requires_grad_()
+    weights = torch.from_numpy(case.weights).to(device)
+    _check_equal(case)
+    work: dict[str, Work] = {}
+    for name, compiled in (("PyTorch eager", False), ("torch.compile", True)):
+        model = make_head(case.shape, _DROPOUT_RATE, case.params).to(device, dtype)
+        call = torch.compile(model) if compiled else model
+
+        def run(count: int, model: Any = model, call: Any = call) -> None:
+            for _ in range(count):
+                model.zero_grad(set_to_none=True)
+                features.grad = None
+                (call(features).float() * weights).sum().backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        work[name] = run
+    return work
+
+
+def _check_equal(case: Case) -> None:
+    import torch
+
+    from pspinal_jax.benchmark.torch_peer import make_head
+
+    model = make_head(case.shape, 0.0, case.params)
+    features = torch.from_numpy(case.features).requires_grad_()
+    (model(features) * torch.from_numpy(case.weights)).sum().backward()
+    plain = Case(case.shape)
+    for implementation in IMPLEMENTATIONS:
+        params = convert_params(plain.params, NATIVE_FORM[implementation])
+        with jax.default_matmul_precision("highest"):
+            grads, grad_features = jax.jit(plain.gradient(implementation, 0.0))(
+                params, plain.features, jax.random.key(0)
+            )
+        grads = convert_params(grads, "tree")
+        pairs = [(features.grad, grad_features)]
+        for index, layer in enumerate(model.layers):
+            pairs.append((layer.weight.grad.T, grads[f"layer_{index + 1}"]["kernel"]))
+        pairs.append((model.output.weight.grad.T, grads["output"]["kernel"]))
+        for theirs, gradient in pairs:
+            difference = np.abs(theirs.numpy() - np.asarray(gradient)).max() / np.abs(gradient).max()
+            if difference > _TOLERANCE:
+                raise RunError(f"benchmark: {implementation}'s gradients differ from PyTorch's by {difference:.1e}")

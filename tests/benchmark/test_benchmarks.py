@@ -1,0 +1,119 @@
+"""The benchmarks measure what they say, in small; their numbers are not tested."""
+
+import builtins
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspinal_jax.__main__ import main
+from pspinal_jax.benchmark import head
+from pspinal_jax.benchmark.report import Measurement, write_report
+from pspinal_jax.benchmark.timing import Timing, median_interval, ratio, time_interleaved
+
+SMALL = head.Shape(6, 4, 3, 2, 5)
+
+
+def test_alternatives_take_turns_and_are_timed_apart():
+    calls = []
+    work = {name: lambda count, name=name: calls.append((name, count)) for name in "ab"}
+    timings = time_interleaved(work, rounds=3, seconds_per_round=0.0, most_repetitions=1)
+    assert [name for name, _ in calls[-12:]] == list("aabb" * 3)
+    assert all(len(timing.seconds) == 3 for timing in timings.values())
+
+
+def test_ratios_are_taken_within_a_round():
+    ours, peer = Timing(np.array([1.0, 10.0, 2.0]), 0.0), Timing(np.array([2.0, 20.0, 4.0]), 0.0)
+    assert ratio(peer, ours) == {"median": 2.0, "interval_95": [2.0, 2.0]}
+    low, high = median_interval(np.arange(100.0))
+    assert 30 < low < 49.5 < high < 70
+
+
+def test_every_alternative_computes_the_gradient(monkeypatch):
+    case = head.Case(SMALL)
+    assert set(head.alternatives(case)) == {
+        "fused, compiled loop",
+        "unrolled, compiled loop",
+        "scan, compiled loop",
+        "fused, call by call",
+        "unrolled, op by op",
+    }
+    for work in head.alternatives(case).values():
+        work(2)
+    # A pass in the loop is a gradient: after none of them there is none.
+    run = case.in_loop("fused")
+    assert not np.any(jax.tree.leaves(run(0)[1])[0])
+    assert np.any(jax.tree.leaves(run(1)[1])[0])
+
+
+def test_flops_count_three_products_a_kernel():
+    batch, entries = 5, 6 * 4 + 10 * 4 + 14 * 4 + 18 * 2
+    assert SMALL.flops == 3 * 2 * batch * entries
+
+
+def test_the_report_counts_the_share_of_the_peak(tmp_path, capsys):
+    timings = {"ours": Timing(np.array([1e-3, 1e-3]), 1.0), "peer": Timing(np.array([3e-3, 3e-3]), 2.0)}
+    measurements = [Measurement("a", timings, "ours", 1000), Measurement("b", timings, "ours", 1000)]
+    results = write_report(
+        tmp_path / "new", measurements, ["x"], "command", {"flops_per_second": 4e6, "bytes_per_second": 1e9}
+    )
+    assert results["geometric_mean_times_faster"] == {"peer": pytest.approx(3.0)}
+    ours = results["measurements"][0]["alternatives"]["ours"]
+    assert ours["median"] == 1e-3 and ours["share_of_peak"] == pytest.approx(0.25)
+    assert json.loads((tmp_path / "new/results.json").read_text()) == results
+    assert (tmp_path / "new/results.png").stat().st_size > 5000
+    printed = capsys.readouterr().out
+    assert "3.00 x" in printed and "25 %" in printed and "left out: x" in printed
+
+
+def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
+    def without_torch(name, importer=None, *rest, **kwargs):
+        if name == "torch" and importer["__name__"].startswith("pspinal_jax"):
+            raise ImportError(name)
+        return imported(name, importer, *rest, **kwargs)
+
+    imported = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    monkeypatch.setattr(head, "SHAPES", (SMALL,))
+    monkeypatch.setattr("pspinal_jax.benchmark.ceilings.measured_ceilings", lambda dtype: FAKE_CEILINGS)
+    flags = ["--rounds", "1", "--seconds-per-round", "0.001", "--workdir", str(tmp_path)]
+    assert main(["benchmark", "head", *flags]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "torch" not in results["versions"]
+    assert "torch is not installed" in results["left_out"][0]
+    assert "left out: PyTorch eager" in capsys.readouterr().out
+
+
+FAKE_CEILINGS = {"flops_per_second": 1e11, "bytes_per_second": 1e10}
+
+
+def test_depth_reports_compile_and_run_time(tmp_path, capsys):
+    assert main(["benchmark", "depth", "--rounds", "1", "--depths", "1", "2", "--workdir", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    for by_depth in results["alternatives"].values():
+        assert set(by_depth) == {"1", "2"}
+        assert all(value > 0 for values in by_depth.values() for value in values.values())
+    assert (tmp_path / "results.png").exists()
+    assert "scan, packed parameters" in capsys.readouterr().out
+
+
+def test_an_unknown_benchmark_is_named(capsys):
+    assert main(["benchmark", "heat"]) == 2
+    assert "unknown benchmark 'heat'; there are: step, head, depth" in capsys.readouterr().err
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_pytorch_computes_the_same_and_a_difference_is_noticed():
+    pytest.importorskip("torch")
+    from pspinal_jax.errors import RunError
+
+    case = head.Case(SMALL)
+    for work in list(head.torch_alternatives(case).values())[:1]:
+        work(2)
+    case.params["layer_2"]["kernel"] = case.params["layer_2"]["kernel"] + 0.1
+    with pytest.raises(RunError, match="differ from PyTorch's"):
+        head.torch_alternatives(case)
+    assert case.dtype == jnp.float32
