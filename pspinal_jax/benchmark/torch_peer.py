@@ -56,6 +56,21 @@ class TorchProgressiveHead(nn.Module):
                 copy(norm, "bias", tree["norm"]["bias"])
 
 
+class TorchClassifier(nn.Module):
+    """Logits [N, C] of standardised images [N, H, W, 1]: VGG-5 (channels last in memory) or none, then the head."""
+
+    def __init__(self, backbone: nn.Module | None, head: TorchProgressiveHead) -> None:
+        super().__init__()
+        self.backbone = backbone if backbone is None else backbone.to(memory_format=torch.channels_last)
+        self.head = head
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits."""
+        # A view of [N, H, W, 1] as [N, 1, H, W] is channels-last as it lies.
+        features = images.flatten(1) if self.backbone is None else self.backbone(images.permute(0, 3, 1, 2))
+        return self.head(features)
+
+
 def make_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

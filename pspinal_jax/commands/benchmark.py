@@ -14,8 +14,10 @@ NO_TORCH = "PyTorch eager and torch.compile: torch is not installed (extra `torc
 
 @dataclasses.dataclass(frozen=True)
 class StepArguments:
-    """One training step of mnist-paper inside the compiled epoch, beside its peers."""
+    """One training step of a recipe inside the compiled epoch, beside its peers."""
 
+    recipe: Literal["mnist-paper", "kmnist-paper"] = "mnist-paper"
+    """mnist-paper: the head on 784 pixels; kmnist-paper: VGG-5 and head, without the augmentation."""
     workdir: Path = Path("runs/benchmark-step")
     """Where results.json and results.png go."""
     rounds: int = 15
@@ -72,13 +74,11 @@ def main(args: Sequence[str]) -> int:
 
 def _step(arguments: StepArguments, command: str) -> None:
     from pspinal_jax.benchmark.ceilings import measured_ceilings
-    from pspinal_jax.benchmark.head import Shape
     from pspinal_jax.benchmark.report import Measurement, write_report
-    from pspinal_jax.benchmark.step import OURS, JaxStep, fake_data, torch_steps
+    from pspinal_jax.benchmark.step import OURS, JaxStep, benchmark_recipe, fake_data, step_flops, torch_steps
     from pspinal_jax.benchmark.timing import time_interleaved
-    from pspinal_jax.recipes import load_recipe
 
-    recipe, data = load_recipe("mnist-paper"), fake_data()
+    recipe, data = benchmark_recipe(arguments.recipe), fake_data()
     ours, by_call = JaxStep(recipe, data), JaxStep(recipe, data)
     work = {OURS: ours.run, "jitted step, Python loop": by_call.run_one_by_one}
     left_out = []
@@ -87,11 +87,8 @@ def _step(arguments: StepArguments, command: str) -> None:
     except ImportError:
         left_out.append(NO_TORCH)
     timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
-    shape = Shape(784, recipe.model.layer_width, recipe.model.num_layers, 10, recipe.batch_size)
-    # The pixels need no gradient: two products per kernel entry that reads them, three for the others.
-    flops = shape.flops - 2 * shape.batch_size * 784 * (shape.num_layers * shape.layer_width + 10)
-    title = f"one training step of mnist-paper, batch {recipe.batch_size}, {recipe.dtype}"
-    measurement = Measurement(title, timings, OURS, flops)
+    title = f"one training step of {arguments.recipe}, batch {recipe.batch_size}, {recipe.dtype}"
+    measurement = Measurement(title, timings, OURS, step_flops(recipe))
     write_report(arguments.workdir, [measurement], left_out, command, measured_ceilings())
 
 

@@ -1,41 +1,10 @@
-"""VGG-5 in PyTorch, written from SPEC.md section 2, and the way from its state to ours. A helper, not a test."""
+"""From the state of the PyTorch VGG-5 to ours. A helper, not a test."""
 
 import numpy as np
 import torch
 from torch import nn
 
-STAGES = ((64, 64), (128, 128), (256, 256, 256), (256, 256, 256))
-
-
-class TorchVGG5(nn.Module):
-    """[N, 1, 28, 28] -> [N, 256]; `trace` returns what leaves every ReLU and every pool as well, in NHWC."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList()
-        fan_in = 1
-        for widths in STAGES:
-            layers = nn.ModuleList()
-            for width in widths:
-                layers.append(
-                    nn.ModuleDict({"conv": nn.Conv2d(fan_in, width, 3, padding=1), "norm": nn.BatchNorm2d(width)})
-                )
-                fan_in = width
-            self.stages.append(layers)
-
-    def trace(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        seen = {}
-        maps = images
-        for s, layers in enumerate(self.stages, start=1):
-            for i, layer in enumerate(layers, start=1):
-                maps = torch.relu(layer["norm"](layer["conv"](maps)))
-                seen[f"stage_{s}/conv_{i}"] = maps.permute(0, 2, 3, 1)
-            maps = nn.functional.max_pool2d(maps, 2, 2)
-            seen[f"stage_{s}"] = maps.permute(0, 2, 3, 1)
-        return maps.flatten(1), seen
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.trace(images)[0]
+from pspinal_jax.benchmark.torch_vgg5 import TorchVGG5
 
 
 def randomised(seed: int) -> TorchVGG5:
