@@ -11,7 +11,7 @@ from jax import lax
 from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.heads import ProgressiveSpinalHead
-from pspinal_jax.heads.forms import NATIVE_FORM, convert_params
+from pspinal_jax.heads.forms import NATIVE_FORM, Form, convert_params
 from pspinal_jax.heads.progressive import Implementation
 
 OURS: Implementation = "fused"
@@ -85,10 +85,15 @@ class Case:
 
         return jax.grad(loss, (0, 1))
 
-    def in_loop(self, implementation: Implementation) -> Work:
-        """So many passes in one compiled loop, as inside a training epoch; every gradient is computed in full."""
+    def in_loop(self, implementation: Implementation, form: Form | None = None) -> Work:
+        """So many passes in one compiled loop, as inside a training epoch; every gradient is computed in full.
+
+        Args:
+          implementation: which.
+          form: the form of parameters and gradients; None for the implementation's own.
+        """
         gradient = self.gradient(implementation, _DROPOUT_RATE)
-        params = jax.jit(lambda tree: convert_params(tree, NATIVE_FORM[implementation]))(self.params)
+        params = jax.jit(lambda tree: convert_params(tree, form or NATIVE_FORM[implementation]))(self.params)
 
         @jax.jit
         def run(params: Any, features: jax.Array, count: jax.Array) -> Any:
@@ -135,7 +140,11 @@ class Case:
 def alternatives(case: Case) -> dict[str, Work]:
     """Our alternatives for `case`, by name; the first is what the others are compared with."""
     work: dict[str, Work] = {f"{name}, compiled loop": case.in_loop(name) for name in IMPLEMENTATIONS}
-    return work | {"fused, call by call": case.by_call("fused"), "unrolled, op by op": case.op_by_op()}
+    return work | {
+        "fused from the documented tree": case.in_loop("fused", "tree"),
+        "fused, call by call": case.by_call("fused"),
+        "unrolled, op by op": case.op_by_op(),
+    }
 
 
 def torch_alternatives(case: Case) -> dict[str, Work]:

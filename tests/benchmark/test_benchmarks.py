@@ -37,6 +37,7 @@ def test_every_alternative_computes_the_gradient(monkeypatch):
         "fused, compiled loop",
         "unrolled, compiled loop",
         "scan, compiled loop",
+        "fused from the documented tree",
         "fused, call by call",
         "unrolled, op by op",
     }
