@@ -1,7 +1,7 @@
 # MNIST, exactly as the published script trains it (SGD 1e-3, momentum 0.5, batch 64, 50 epochs, no augmentation).
 #   command   pspinal-jax train mnist-paper --data.path mnist.npz
-#   expected  to be filled
-#   time      to be filled
+#   expected  97.74 ± 0.06 % at the last epoch (3 seeds; the paper reports 98.19 %, its settings give 97.7 % in PyTorch)
+#   time      99 s a seed on 2 CPU cores
 from pspinal_jax.recipes import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 
 recipe = Recipe(

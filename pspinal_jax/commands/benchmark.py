@@ -96,21 +96,25 @@ def _head(arguments: HeadArguments, command: str) -> None:
     import jax.numpy as jnp
 
     from pspinal_jax.benchmark.ceilings import measured_ceilings
-    from pspinal_jax.benchmark.head import SHAPES, Case, alternatives, torch_alternatives
+    from pspinal_jax.benchmark.head import SHAPES, Case, alternatives, check_equal, torch_alternatives
     from pspinal_jax.benchmark.report import Measurement, write_report
     from pspinal_jax.benchmark.timing import time_interleaved
 
+    cases = [Case(shape, jnp.dtype(arguments.dtype)) for shape in SHAPES]
     measurements, left_out = [], []
-    for shape in SHAPES:
-        case = Case(shape, jnp.dtype(arguments.dtype))
+    try:
+        for case in cases:
+            check_equal(case)
+    except ImportError:
+        left_out = [NO_TORCH]
+    for case in cases:
         work = alternatives(case)
         ours = next(iter(work))
-        try:
+        if not left_out:
             work |= torch_alternatives(case)
-        except ImportError:
-            left_out = [NO_TORCH]
         timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
-        measurements.append(Measurement(f"{shape}, {arguments.dtype}", timings, ours, shape.flops))
+        title = f"{case.shape}, {arguments.dtype}"
+        measurements.append(Measurement(title, timings, ours, case.shape.flops))
     ceilings = measured_ceilings(jnp.dtype(arguments.dtype))
     write_report(arguments.workdir, measurements, left_out, command, ceilings)
 
