@@ -8,13 +8,12 @@ import jax
 import numpy as np
 
 from pspinal_jax.benchmark.head import Case, Shape
-from pspinal_jax.heads.forms import Form, convert_params
-from pspinal_jax.heads.progressive import Implementation
+from pspinal_jax.heads.forms import Computed, Form, convert_params
 from pspinal_jax.runs.directory import write_json
 from pspinal_jax.runs.versions import device, versions
 
 DEPTHS = (4, 16, 64, 256)
-ALTERNATIVES: dict[str, tuple[Implementation, Form]] = {
+ALTERNATIVES: dict[str, tuple[Computed, Form]] = {
     "unrolled": ("unrolled", "tree"),
     "fused, fused parameters": ("fused", "fused"),
     "scan, documented tree": ("scan", "tree"),

@@ -11,11 +11,10 @@ from jax import lax
 from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.heads import ProgressiveSpinalHead
-from pspinal_jax.heads.forms import NATIVE_FORM, Form, convert_params
-from pspinal_jax.heads.progressive import Implementation
+from pspinal_jax.heads.forms import NATIVE_FORM, Computed, Form, convert_params
 
-OURS: Implementation = "fused"
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("fused", "unrolled", "scan")
+OURS: Computed = "fused"
+IMPLEMENTATIONS: tuple[Computed, ...] = ("fused", "unrolled", "scan")
 _DROPOUT_RATE = 0.2
 _TOLERANCE = 1e-9
 
@@ -64,7 +63,7 @@ class Case:
         head = self.head("unrolled", 0.0)
         self.params = jax.jit(lambda: head.init(jax.random.key(0), self.features, train=False))()["params"]
 
-    def head(self, implementation: Implementation, dropout_rate: float) -> ProgressiveSpinalHead:
+    def head(self, implementation: Computed, dropout_rate: float) -> ProgressiveSpinalHead:
         """The head of this shape."""
         return ProgressiveSpinalHead(
             self.shape.num_classes,
@@ -75,7 +74,7 @@ class Case:
             dtype=self.dtype,
         )
 
-    def gradient(self, implementation: Implementation, dropout_rate: float) -> Callable[..., Any]:
+    def gradient(self, implementation: Computed, dropout_rate: float) -> Callable[..., Any]:
         """(params in the implementation's own form, features, key) -> gradients of both."""
         head = self.head(implementation, dropout_rate)
 
@@ -85,7 +84,7 @@ class Case:
 
         return jax.grad(loss, (0, 1))
 
-    def in_loop(self, implementation: Implementation, form: Form | None = None) -> Work:
+    def in_loop(self, implementation: Computed, form: Form | None = None) -> Work:
         """So many passes in one compiled loop, as inside a training epoch; every gradient is computed in full.
 
         Args:
@@ -110,7 +109,7 @@ class Case:
         features = jnp.asarray(self.features)
         return lambda count: jax.block_until_ready(run(params, features, np.int32(count)))
 
-    def by_call(self, implementation: Implementation) -> Work:
+    def by_call(self, implementation: Computed) -> Work:
         """The same passes, each a jitted call from Python."""
         gradient = jax.jit(self.gradient(implementation, _DROPOUT_RATE))
         params = jax.jit(lambda tree: convert_params(tree, NATIVE_FORM[implementation]))(self.params)

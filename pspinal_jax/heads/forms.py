@@ -14,8 +14,41 @@ from pspinal_jax.heads.packing import (
 from pspinal_jax.heads.spec import Tree
 
 Form = Literal["tree", "packed", "fused"]
-NATIVE_FORM: dict[str, Form] = {"unrolled": "tree", "fused": "fused", "scan": "packed"}
+Implementation = Literal["auto", "unrolled", "fused", "scan"]
+Computed = Literal["unrolled", "fused", "scan"]
+NATIVE_FORM: dict[Computed, Form] = {"unrolled": "tree", "fused": "fused", "scan": "packed"}
 """The form that each implementation computes with; in the others it is converted first, at the price of a copy."""
+
+
+DEEP = 64
+"""Layers from which on compiling them one by one takes longer than it gains (`benchmark depth`)."""
+WIDE_BATCH = 32
+"""Rows from which on the fused products are faster than the unrolled ones (`benchmark head`)."""
+
+
+def choose(implementation: Implementation, form: Form, num_layers: int) -> Computed:
+    """What 'auto' stands for: the implementation whose form the parameters have; the tree is every depth's own."""
+    if implementation != "auto":
+        return implementation
+    if form == "tree":
+        return "scan" if num_layers >= DEEP else "unrolled"
+    return "scan" if form == "packed" else "fused"
+
+
+def running_form(implementation: Implementation, num_layers: int, rows: int, masks_layers: bool) -> Form:
+    """The form that a training loop had best keep a head's parameters in.
+
+    Args:
+      implementation: the head's.
+      num_layers: its number of hidden layers.
+      rows: batch size on each device.
+      masks_layers: whether it has a dropout mask per layer, for which nothing can be fused.
+    """
+    if implementation != "auto":
+        return NATIVE_FORM[implementation]
+    if num_layers >= DEEP:
+        return "packed"
+    return "fused" if rows >= WIDE_BATCH and not masks_layers else "tree"
 
 
 def form_of(params: Tree) -> Form:

@@ -14,15 +14,21 @@ from pspinal_jax.heads.declare import (
     check_count,
     check_rate,
 )
-from pspinal_jax.heads.forms import NATIVE_FORM, check_shapes, convert_batch_stats, convert_params, form_of
+from pspinal_jax.heads.forms import (
+    NATIVE_FORM,
+    Implementation,
+    check_shapes,
+    choose,
+    convert_batch_stats,
+    convert_params,
+    form_of,
+)
 from pspinal_jax.heads.fused import apply_fused
 from pspinal_jax.heads.initializers import Initializer
 from pspinal_jax.heads.norm import check_rows
 from pspinal_jax.heads.scan import apply_scan
 from pspinal_jax.heads.spec import Activation, HeadSpec, Tree, layer_name
 from pspinal_jax.heads.unrolled import apply_unrolled
-
-Implementation = Literal["unrolled", "fused", "scan"]
 
 
 class ProgressiveSpinalHead(nn.Module):
@@ -67,10 +73,11 @@ class ProgressiveSpinalHead(nn.Module):
         averages with weight 0.9 on the old value, unbiased running variance).
       activation: elementwise function, ReLU by default.
       implementation: 'unrolled' writes the layers one after the other; 'fused' makes one matrix product of whatever
-        shares an input, the fastest for shallow heads (its own form: `fuse_params`); 'scan' runs one lax.scan whose
-        program does not grow with L and whose backward pass keeps one buffer [N, L W] (reverse-mode derivatives only;
-        its own form: `pack_params`). All give the same logits, gradients and statistics, with the same masks from
-        the same key.
+        shares an input, the fastest for a few layers and a batch of 32 or more (its own form: `fuse_params`); 'scan'
+        runs one lax.scan whose program does not grow with L and whose backward pass keeps one buffer [N, L W]
+        (reverse-mode derivatives only; its own form: `pack_params`). 'auto' takes the one whose form the parameters
+        have, and for the documented tree 'unrolled' below 64 layers, 'scan' from there on. All give the same logits,
+        gradients and statistics up to rounding, with the same masks from the same key.
       dtype: dtype to compute in and of the logits; None for the wider of the features' and `param_dtype`.
         Batch norm always computes in float32 or wider.
       param_dtype: dtype of the parameters.
@@ -90,7 +97,7 @@ class ProgressiveSpinalHead(nn.Module):
     layer_dropout_rate: float = 0.0
     norm: Literal["batch"] | None = None
     activation: Activation = nn.relu
-    implementation: Implementation = "unrolled"
+    implementation: Implementation = "auto"
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer | None = None
@@ -103,7 +110,7 @@ class ProgressiveSpinalHead(nn.Module):
         check_rate("dropout_rate", self.dropout_rate)
         check_rate("layer_dropout_rate", self.layer_dropout_rate)
         check_choice("norm", self.norm, (None, "batch"))
-        check_choice("implementation", self.implementation, ("unrolled", "fused", "scan"))
+        check_choice("implementation", self.implementation, ("auto", *NATIVE_FORM))
         super().__post_init__()
 
     @nn.compact
@@ -184,8 +191,9 @@ class ProgressiveSpinalHead(nn.Module):
 
     def _run(self, params: Tree, stats: Tree, features: jax.Array, arguments: dict[str, Any]) -> tuple[jax.Array, Tree]:
         """Logits, and new statistics in the form that `stats` came in."""
-        apply = {"unrolled": apply_unrolled, "fused": apply_fused, "scan": apply_scan}[self.implementation]
-        native = NATIVE_FORM[self.implementation]
+        implementation = choose(self.implementation, form_of(params), self.num_layers)
+        apply = {"unrolled": apply_unrolled, "fused": apply_fused, "scan": apply_scan}[implementation]
+        native = NATIVE_FORM[implementation]
         logits, new_stats = apply(
             self.spec, convert_params(params, native), convert_batch_stats(stats, native), features, **arguments
         )

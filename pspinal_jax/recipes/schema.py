@@ -71,7 +71,7 @@ class ModelConfig:
     """Of the whole input of every layer; progressive head only."""
     norm: Literal["none", "batch"] = "none"
     """Batch norm in every hidden layer."""
-    implementation: Literal["unrolled", "fused", "scan"] = "fused"
+    implementation: Literal["auto", "unrolled", "fused", "scan"] = "auto"
     """How the progressive head is computed; the results are the same up to rounding."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from pspinal_jax.data.arrays import Dataset, Split
 from pspinal_jax.data.splits import hold_out
 from pspinal_jax.errors import UsageError
-from pspinal_jax.heads.forms import NATIVE_FORM
+from pspinal_jax.heads.forms import Form, running_form
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
@@ -99,9 +99,17 @@ def build_run_programs(
         label_smoothing=recipe.label_smoothing,
         vectorized=runs_vectorized(recipe),
         augment=augmentation(recipe),
-        head_form=NATIVE_FORM[recipe.model.implementation] if recipe.model.head == "progressive" else "tree",
+        head_form=_head_form(recipe),
     )
     return model, programs
+
+
+def _head_form(recipe: Recipe) -> Form:
+    model = recipe.model
+    if model.head != "progressive":
+        return "tree"
+    rows = recipe.batch_size // jax.local_device_count()
+    return running_form(model.implementation, model.num_layers, rows, model.layer_dropout_rate > 0.0)
 
 
 def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] | None:

@@ -36,7 +36,7 @@ BAD_ATTRIBUTES = [
     ),
     ("norm", "layer", "norm must be one of None, 'batch', got 'layer'"),
     ("norm", True, "norm must be one of None, 'batch', got True"),
-    ("implementation", "loop", "implementation must be one of 'unrolled', 'fused', 'scan', got 'loop'"),
+    ("implementation", "loop", "implementation must be one of 'auto', 'unrolled', 'fused', 'scan', got 'loop'"),
 ]
 
 

@@ -1,0 +1,53 @@
+"""The form of the head's parameters inside a chunk changes nothing but speed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspinal_jax.models import build_model
+from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, Recipe
+from pspinal_jax.recipes.schema import Card
+from pspinal_jax.training.optimizers import make_optimizer
+from pspinal_jax.training.run_form import convert_state
+from pspinal_jax.training.state import TrainState
+
+
+def state_of(optimizer, head="progressive"):
+    model = ModelConfig(layer_width=3, num_layers=3, norm="batch", head=head)
+    recipe = Recipe(card=Card("r", "none", "m"), data=DataConfig("d"), model=model)
+    variables = build_model(recipe, (5,), 4).init(jax.random.key(0), jnp.ones((2, 5)), train=False)
+    numbers = iter(range(10_000))
+    different = lambda tree: jax.tree.map(lambda leaf: leaf + next(numbers), tree)  # noqa: E731
+    params = different(variables["params"])
+    opt_state = different(make_optimizer(optimizer).init(params))
+    return TrainState(jnp.int32(7), params, different(variables["batch_stats"]), opt_state)
+
+
+OPTIMIZERS = [OptimizerConfig("sgd", momentum=0.9), OptimizerConfig("sgd", momentum=0.0), OptimizerConfig("adamw")]
+
+
+@pytest.mark.parametrize("form", ["fused", "packed"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["momentum", "sgd", "adamw"])
+def test_a_state_comes_back_as_it_went(form, optimizer):
+    state = state_of(optimizer)
+    running = convert_state(state, form)
+    assert "layer_1" in state.params["head"] and "layer_1" not in running.params["head"]
+    # Momenta go along with their parameters.
+    copies = [part for part in jax.tree.leaves(running.opt_state) if part.ndim == 2 and part.shape[0] == 5]
+    assert len(copies) == 2 * len(jax.tree.leaves(state.opt_state)) // len(jax.tree.leaves(state.params))
+    back = convert_state(running, "tree")
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+
+
+def test_weight_decay_spares_biases_in_every_form():
+    optimizer = make_optimizer(OptimizerConfig("adamw", weight_decay=0.5))
+    state = state_of(OptimizerConfig("adamw", weight_decay=0.5))
+    for form in ("tree", "fused", "packed"):
+        here = convert_state(state, form)
+        nothing = jax.tree.map(jnp.zeros_like, here.params)
+        direction, _ = optimizer.update(nothing, optimizer.init(here.params), here.params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(direction):
+            moved = bool(np.any(np.asarray(leaf)))
+            assert moved == ("kernel" in path[-1].key), path
