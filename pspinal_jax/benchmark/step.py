@@ -104,8 +104,8 @@ def torch_steps(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], ours: JaxSt
 
     work: dict[str, Work] = {}
     for name, compiled in (("PyTorch eager", False), ("torch.compile", True)):
-        _check_equal(recipe, data, compiled)
-        step, _ = _torch_step(recipe, data, ours.params, compiled)
+        check_equal(recipe, data, compiled)
+        step, _ = torch_step(recipe, data, ours.params, compiled)
         order = torch.randperm(NUM_EXAMPLES, device=torch_device())
 
         def run(num_steps: int, step: Callable[..., Any] = step, order: Any = order) -> None:
@@ -120,9 +120,10 @@ def torch_steps(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], ours: JaxSt
     return work
 
 
-def _torch_step(
+def torch_step(
     recipe: Recipe, data: tuple[np.ndarray, np.ndarray], params: Any, compiled: bool
 ) -> tuple[Callable[..., Any], Any]:
+    """PyTorch's training step on the examples at given indices, from our initial `params`, and its model."""
     import torch
 
     from pspinal_jax.benchmark.torch_peer import TorchClassifier, TorchProgressiveHead, make_step, torch_device
@@ -153,7 +154,7 @@ def _torch_optimizer(recipe: Recipe, model: Any) -> Any:
     return torch.optim.Adam(model.parameters(), config.learning_rate, (config.momentum, 0.999), fused=True)
 
 
-def _check_equal(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], compiled: bool) -> None:
+def check_equal(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], compiled: bool) -> None:
     """Without dropout, the losses of the first steps must be the same on both sides.
 
     Every loss after the first depends on all updates before it. (Adam turns rounding into steps of full length where a
@@ -170,7 +171,7 @@ def _check_equal(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], compiled: 
     slow = dataclasses.replace(recipe.optimizer, learning_rate=min(recipe.optimizer.learning_rate, largest))
     plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout_rate=0.0), optimizer=slow)
     ours = JaxStep(plain, data)
-    step, _ = _torch_step(plain, data, ours.params, compiled)
+    step, _ = torch_step(plain, data, ours.params, compiled)
     order = torch.from_numpy(np.array(ours.plan.order)).long().to(torch_device())
     size = recipe.batch_size
     theirs = [float(step(order[index * size : (index + 1) * size]).detach()) for index in range(_STEPS_COMPARED)]

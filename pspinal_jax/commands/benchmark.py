@@ -41,6 +41,30 @@ class HeadArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class EpochArguments:
+    """A whole epoch of mnist-paper, data handling included, beside its peers."""
+
+    workdir: Path = Path("runs/benchmark-epoch")
+    """Where results.json and results.png go."""
+    rounds: int = 5
+    """How often each alternative is timed, in turn with the others."""
+    seconds_per_round: float = 1.0
+    """About how long each timing takes; at least one epoch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileArguments:
+    """`train` from process start to end, with an empty and with a warm compilation cache."""
+
+    train: tuple[str, ...] = ("digits",)
+    """The recipe and flags of `train`, flags written without their leading dashes as name=value: digits epochs=1."""
+    workdir: Path = Path("runs/benchmark-compile")
+    """Where results.json and results.png go."""
+    rounds: int = 3
+    """How often it is run with each cache."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DepthArguments:
     """Compile and run time of the head's gradient as the number of layers grows."""
 
@@ -55,7 +79,7 @@ class DepthArguments:
 def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args or args[0] in ("-h", "--help"):
-        lines = [f"  {name:6} {arguments.__doc__}" for name, (arguments, _) in _BENCHMARKS.items()]
+        lines = [f"  {name:8} {arguments.__doc__}" for name, (arguments, _) in _BENCHMARKS.items()]
         print("\n".join(["usage: pspinal-jax benchmark WHAT [flags]", "", *lines]))
         return 0 if args else UsageError.exit_status
     if args[0] not in _BENCHMARKS:
@@ -119,6 +143,34 @@ def _head(arguments: HeadArguments, command: str) -> None:
     write_report(arguments.workdir, measurements, left_out, command, ceilings)
 
 
+def _epoch(arguments: EpochArguments, command: str) -> None:
+    from pspinal_jax.benchmark.ceilings import measured_ceilings
+    from pspinal_jax.benchmark.epoch import OURS, jax_epochs, torch_epochs
+    from pspinal_jax.benchmark.report import Measurement, write_report
+    from pspinal_jax.benchmark.step import NUM_EXAMPLES, benchmark_recipe, fake_data, step_flops
+    from pspinal_jax.benchmark.timing import time_interleaved
+
+    recipe, data = benchmark_recipe("mnist-paper"), fake_data()
+    work, left_out = jax_epochs(recipe, data), []
+    try:
+        work |= torch_epochs(recipe, data)
+    except ImportError:
+        left_out.append(NO_TORCH)
+    timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
+    flops = NUM_EXAMPLES // recipe.batch_size * step_flops(recipe)
+    title = f"an epoch of mnist-paper, {NUM_EXAMPLES} images, batch {recipe.batch_size}, {recipe.dtype}"
+    measurement = Measurement(title, timings, OURS, flops)
+    write_report(arguments.workdir, [measurement], left_out, command, measured_ceilings())
+
+
+def _compile(arguments: CompileArguments, command: str) -> None:
+    from pspinal_jax.benchmark.start_up import report
+
+    recipe, *flags = arguments.train
+    words = [recipe, *(f"--{flag}" for flag in flags)]
+    report(arguments.workdir, words, arguments.rounds, command)
+
+
 def _depth(arguments: DepthArguments, command: str) -> None:
     from pspinal_jax.benchmark.depth import report
 
@@ -128,5 +180,7 @@ def _depth(arguments: DepthArguments, command: str) -> None:
 _BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any, str], None]]] = {
     "step": (StepArguments, _step),
     "head": (HeadArguments, _head),
+    "epoch": (EpochArguments, _epoch),
+    "compile": (CompileArguments, _compile),
     "depth": (DepthArguments, _depth),
 }

@@ -99,9 +99,47 @@ def test_depth_reports_compile_and_run_time(tmp_path, capsys):
     assert "scan, packed parameters" in capsys.readouterr().out
 
 
+def test_compile_times_a_run_without_and_with_its_cache(tmp_path, capsys):
+    assert (
+        main(["benchmark", "compile", "--rounds", "1", "--workdir", str(tmp_path), "--train", "digits", "epochs=1"])
+        == 0
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "train digits --epochs=1" in results["title"]
+    assert results["seconds"]["cold"][0] > results["seconds"]["warm"][0] > 0
+    assert (tmp_path / "results.png").exists()
+    assert "| warm |" in capsys.readouterr().out
+
+
+def test_compile_says_why_a_run_failed(tmp_path, capsys):
+    assert main(["benchmark", "compile", "--rounds", "1", "--workdir", str(tmp_path), "--train", "digitz"]) == 1
+    assert "unknown recipe 'digitz'" in capsys.readouterr().err
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_an_epoch_is_an_epoch_for_everyone(monkeypatch):
+    pytest.importorskip("torch")
+    from pspinal_jax.benchmark import epoch, step
+
+    for module in (epoch, step):
+        monkeypatch.setattr(module, "NUM_EXAMPLES", 640)
+    recipe, data = step.benchmark_recipe("mnist-paper"), tuple(array[:640] for array in step.fake_data())
+    work = epoch.jax_epochs(recipe, data) | epoch.torch_epochs(recipe, data)
+    assert list(work) == [
+        epoch.OURS,
+        "jitted step, Python loop",
+        "PyTorch eager",
+        "torch.compile",
+        epoch.PUBLISHED,
+    ]
+    for name in (epoch.OURS, "jitted step, Python loop", "PyTorch eager", epoch.PUBLISHED):
+        work[name](1)
+
+
 def test_an_unknown_benchmark_is_named(capsys):
     assert main(["benchmark", "heat"]) == 2
-    assert "unknown benchmark 'heat'; there are: step, head, depth" in capsys.readouterr().err
+    assert "unknown benchmark 'heat'; there are: step, head, epoch, compile, depth" in capsys.readouterr().err
 
 
 @pytest.mark.torch

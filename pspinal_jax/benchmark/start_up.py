@@ -1,0 +1,73 @@
+"""`benchmark compile`: how long `train` takes from the shell, with an empty and with a warm compilation cache."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pspinal_jax.errors import RunError
+from pspinal_jax.runs.directory import write_json
+from pspinal_jax.runs.versions import device, versions
+
+
+def measure(flags: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of `pspinal-jax train FLAGS`: cold (empty cache) and warm (the one that the cold run filled), in turn.
+
+    Raises:
+      RunError: if a run fails.
+    """
+    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for name in seconds:
+                command = [sys.executable, "-m", "pspinal_jax", "train", *flags, "--workdir", f"{folder}/{name}"]
+                environment = os.environ | {"PSPINAL_JAX_CACHE": f"{folder}/cache"}
+                start = time.perf_counter()
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(workdir: Path, flags: list[str], rounds: int, command: str) -> dict[str, Any]:
+    """Measure, print and write results.json into `workdir`."""
+    seconds = measure(flags, rounds)
+    results = {
+        "title": f"seconds of `pspinal-jax train {' '.join(flags)}`, process start to end",
+        "command": command,
+        "seconds": seconds,
+        "median": {name: float(np.median(values)) for name, values in seconds.items()},
+        "device": device(),
+        "versions": versions(),
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "results.json", results)
+    _plot(workdir / "results.png", results)
+    print(f"{results['title']}; {device()['kind']}\n\n| compilation cache | median s | each |\n|---|---|---|")
+    for name, values in seconds.items():
+        print(f"| {name} | {np.median(values):.1f} | {', '.join(f'{value:.1f}' for value in values)} |")
+    return results
+
+
+def _plot(path: Path, results: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 2), layout="constrained")
+    names = list(results["seconds"])[::-1]
+    bars = axis.barh(names, [results["median"][name] for name in names], color="#4878a8")
+    axis.bar_label(bars, [f"{results['median'][name]:.1f} s" for name in names], padding=4)
+    for row, name in enumerate(names):
+        axis.plot(results["seconds"][name], [row] * len(results["seconds"][name]), "k.", markersize=4)
+    axis.margins(x=0.15)
+    axis.set_title(results["title"], fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
