@@ -54,57 +54,59 @@ def apply_scan(
     Returns:
       (logits [N, C], new packed batch statistics).
     """
-    rows, num_features = features.shape
     dtype = features.dtype
-    width, num_layers = spec.layer_width, spec.num_layers
-    split = (num_layers - 1) * width
+    split = (spec.num_layers - 1) * spec.layer_width
     cast = {name: array.astype(dtype) for name, array in packed.items() if not name.startswith("norm")}
     dropped = dropout(dropout_key, spec.dropout_rate, features)
-    masks_layers = dropout_key is not None and spec.layer_dropout_rate > 0.0
-    bias = cast["hidden_bias"][:, None]
-
-    first_inputs = features
-    if dropout_key is not None and masks_layers:
-        full_width = num_features + num_layers * width
-        scales = [
-            keep_scale(dropout_key, stream, spec.layer_dropout_rate, (rows, full_width), dtype)
-            for stream in (1, num_layers + 1)
-        ]
-        first_inputs = features * scales[0][:, :num_features]
-    first = (first_inputs @ cast["first_kernel"])[None]
-
-    if masks_layers:
-        # A mask per layer: the features go through the scan, in the buffer, with kernels of its whole width.
-        prefix = dropped
-        offsets = jnp.concatenate([first, jnp.zeros((num_layers - 1, rows, width), dtype)]) + bias
-        of_features = cast["features_kernel"][:, :split].reshape(num_features, num_layers - 1, width)
-        of_features = jnp.pad(of_features.transpose(1, 0, 2), ((1, 0), (0, 0), (0, 0)))
-        kernels = jnp.concatenate([of_features, cast["hidden_kernel"]], axis=1)
-    else:
-        prefix = features[:, :0]
+    key = dropout_key if spec.layer_dropout_rate > 0.0 else None
+    if key is None:
         of_features = dropped @ cast["features_kernel"]
-        later = of_features[:, :split].reshape(rows, num_layers - 1, width).transpose(1, 0, 2)
-        offsets = jnp.concatenate([first, later]) + bias
-        kernels = cast["hidden_kernel"]
+        prefix, offsets, kernels = _shared_inputs(spec, cast, features, of_features)
+    else:
+        prefix, offsets, kernels = _masked_inputs(spec, cast, features, dropped, key)
 
     norm_names = [name for name in packed if name.startswith("norm")]
     layer_norm = {name: packed[name] for name in norm_names}
     if not train:
         layer_norm |= packed_stats
-    static = _Static(spec.activation, spec.batch_norm, train, spec.layer_dropout_rate if masks_layers else 0.0)
-    layers = _Layers(kernels, layer_norm, dropout_key if masks_layers else None)
-    buffer, statistics = _hidden(static, prefix, offsets, layers)
+    static = _Static(spec.activation, spec.batch_norm, train, spec.layer_dropout_rate if key is not None else 0.0)
+    buffer, statistics = _hidden(static, prefix, offsets, _Layers(kernels, layer_norm, key))
 
-    if masks_layers:
-        output_kernel = jnp.concatenate([cast["features_kernel"][:, split:], cast["output_kernel"]])
-        logits = (buffer * scales[1]) @ output_kernel + cast["output_bias"]
-    else:
+    if key is None:
         logits = of_features[:, split:] + buffer @ cast["output_kernel"] + cast["output_bias"]
+    else:
+        output_kernel = jnp.concatenate([cast["features_kernel"][:, split:], cast["output_kernel"]])
+        logits = (buffer * _mask(static, key, spec.num_layers, buffer)) @ output_kernel + cast["output_bias"]
     if not (spec.batch_norm and train):
         return logits, packed_stats
     mean, var = statistics
-    new_mean, new_var = norm.update_running(packed_stats["norm_mean"], packed_stats["norm_var"], mean, var, rows)
+    new_mean, new_var = norm.update_running(
+        packed_stats["norm_mean"], packed_stats["norm_var"], mean, var, len(features)
+    )
     return logits, {"norm_mean": new_mean, "norm_var": new_var}
+
+
+def _shared_inputs(spec: HeadSpec, cast: Tree, features: jax.Array, of_features: jax.Array) -> tuple[jax.Array, ...]:
+    """(prefix, offsets, kernels) of the scan where all later layers read the same u: its products are all there."""
+    rows, width, later_layers = len(features), spec.layer_width, spec.num_layers - 1
+    later = of_features[:, : later_layers * width].reshape(rows, later_layers, width).transpose(1, 0, 2)
+    offsets = jnp.concatenate([(features @ cast["first_kernel"])[None], later]) + cast["hidden_bias"][:, None]
+    return features[:, :0], offsets, cast["hidden_kernel"]
+
+
+def _masked_inputs(
+    spec: HeadSpec, cast: Tree, features: jax.Array, dropped: jax.Array, key: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The same with a mask per layer: the features go through the scan, with kernels of the buffer's whole width."""
+    (rows, num_features), width, later_layers = features.shape, spec.layer_width, spec.num_layers - 1
+    whole = num_features + spec.num_layers * width
+    scale = keep_scale(key, 1, spec.layer_dropout_rate, (rows, whole), features.dtype)[:, :num_features]
+    first = ((features * scale) @ cast["first_kernel"])[None]
+    offsets = jnp.concatenate([first, jnp.zeros((later_layers, rows, width), features.dtype)])
+    of_features = cast["features_kernel"][:, : later_layers * width].reshape(num_features, later_layers, width)
+    of_features = jnp.pad(of_features.transpose(1, 0, 2), ((1, 0), (0, 0), (0, 0)))
+    kernels = jnp.concatenate([of_features, cast["hidden_kernel"]], axis=1)
+    return dropped, offsets + cast["hidden_bias"][:, None], kernels
 
 
 def _finish_layer(static: _Static, pre: jax.Array, layer_norm: Tree) -> tuple[jax.Array, tuple]:
@@ -119,7 +121,7 @@ def _finish_layer(static: _Static, pre: jax.Array, layer_norm: Tree) -> tuple[ja
     return static.activation(normalized), (mean, var)
 
 
-def _mask(static: _Static, key: jax.Array, index: jax.Array, buffer: jax.Array) -> jax.Array:
+def _mask(static: _Static, key: jax.Array, index: jax.Array | int, buffer: jax.Array) -> jax.Array:
     """The scale of layer `index`, counted from 0, on the whole buffer."""
     rows, columns = buffer.shape
     return keep_scale(key, index + 1, static.mask_rate, (rows, columns), buffer.dtype)

@@ -15,8 +15,8 @@ from pspinal_jax.data.arrays import Split
 from pspinal_jax.heads.forms import Form
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import Batch, EpochPlan, Step, evaluate_split, run_chunk
-from pspinal_jax.training.run_form import convert_state
-from pspinal_jax.training.state import Totals, TrainState
+from pspinal_jax.training.run_form import in_form
+from pspinal_jax.training.state import Totals, TrainState, init_state
 from pspinal_jax.training.step import Evaluation, eval_step, train_step
 
 
@@ -98,12 +98,7 @@ def build_programs(
     replicated = replicated_on(mesh)
     by_batch = NamedSharding(mesh, PartitionSpec("data"))
 
-    def init(seed: jax.Array) -> TrainState:
-        inputs = jnp.zeros((2, *input_shape), input_dtype)
-        variables = model.init(keys.init_key(seed), inputs, train=False)
-        params = variables["params"]
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, variables.get("batch_stats", {}), optimizer.init(params))
+    inputs = jax.ShapeDtypeStruct((2, *input_shape), input_dtype)
 
     def sharded(batch: Batch) -> Batch:
         return jax.lax.with_sharding_constraint(batch, by_batch)
@@ -122,21 +117,12 @@ def build_programs(
 
         return evaluate_split(one, eval_batch_size, data, count)
 
-    def keep(best: Any, candidate: Any, improved: jax.Array) -> Any:
-        return jax.tree.map(partial(jnp.where, improved), candidate, best)
-
     def seeds(function: Callable[..., Any], axes: tuple[Any, ...]) -> Callable[..., Any]:
         return jax.vmap(function, axes) if vectorized else function
 
     def steps(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
-        def run(state: TrainState, *arguments: Any) -> tuple[TrainState, Totals]:
-            if head_form == "tree":
-                return run_chunk(step, size, batch_size, state, *arguments)
-            state, totals = run_chunk(step, size, batch_size, convert_state(state, head_form), *arguments)
-            return convert_state(state, "tree"), totals
-
-        chunk_axes = (0, 0, 0, EpochPlan(0, 0), None, None, None)
-        return jit(seeds(run, chunk_axes), donate_argnums=(0, 1))
+        axes = (0, 0, 0, EpochPlan(0, 0), None, None, None)
+        return jit(seeds(in_form(head_form, partial(run_chunk, step, size, batch_size)), axes), donate_argnums=(0, 1))
 
     @cache
     def tail(size: int) -> Callable[..., tuple[TrainState, Totals]]:
@@ -145,14 +131,18 @@ def build_programs(
     jit = partial(jax.jit, out_shardings=replicated)
     return Programs(
         mesh=mesh,
-        init=jit(seeds(init, (0,))),
+        init=jit(seeds(partial(init_state, model, optimizer, inputs), (0,))),
         zero_totals=jit(seeds(lambda seed: Totals.zero(), (0,))),
         chunk=steps(step, batch_size),
         tail=tail,
         evaluate=jit(seeds(evaluate, (0, None, None))),
-        keep=jit(seeds(keep, (0, 0, 0)), donate_argnums=0),
+        keep=jit(seeds(_keep, (0, 0, 0)), donate_argnums=0),
         vectorized=vectorized,
     )
+
+
+def _keep(best: Any, candidate: Any, improved: jax.Array) -> Any:
+    return jax.tree.map(partial(jnp.where, improved), candidate, best)
 
 
 def make_order(subset: np.ndarray, length: int, vectorized: bool) -> Callable[..., jax.Array]:

@@ -10,7 +10,19 @@ from typing import Any
 import jax
 
 from pspinal_jax.heads.forms import Form, convert_batch_stats, convert_params
-from pspinal_jax.training.state import TrainState
+from pspinal_jax.training.state import Totals, TrainState
+
+
+def in_form(form: Form, run: Callable[..., tuple[TrainState, Totals]]) -> Callable[..., tuple[TrainState, Totals]]:
+    """`run(state, ..) -> (state, totals)` with its inside in `form`, and the documented tree going in and out."""
+    if form == "tree":
+        return run
+
+    def converted(state: TrainState, *arguments: Any) -> tuple[TrainState, Totals]:
+        state, totals = run(convert_state(state, form), *arguments)
+        return convert_state(state, "tree"), totals
+
+    return converted
 
 
 def convert_state(state: TrainState, form: Form) -> TrainState:

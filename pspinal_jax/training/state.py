@@ -5,6 +5,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
+
+from pspinal_jax.training import keys
 
 
 @flax.struct.dataclass
@@ -42,3 +45,12 @@ class Totals:
     def zero(cls) -> "Totals":
         """Sums over nothing."""
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def init_state(
+    model: Any, optimizer: optax.GradientTransformation, inputs: jax.ShapeDtypeStruct, seed: jax.Array
+) -> TrainState:
+    """The state that a run with `seed` (uint32 scalar) starts from; `inputs` tells a batch's shape and dtype."""
+    variables = model.init(keys.init_key(seed), jnp.zeros(inputs.shape, inputs.dtype), train=False)
+    params = variables["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params))
