@@ -178,7 +178,7 @@ def test_norm_relu_equals_autodiff():
 
 
 def test_gradient_inside_a_scan_equals_outside(images, variables):
-    """The whole network, and not 30 times slower: on CPU a transposed convolution in a loop would be (jax#12868)."""
+    """The gradient that a loop on CPU needs written by hand (conv.py says why) is the gradient."""
 
     def gradient(params, x):
         def loss(params):
