@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from flax.traverse_util import flatten_dict
+
 from pspinal_jax.heads.fusing import fuse_params, fused_shapes, is_fused, unfuse_params
 from pspinal_jax.heads.packing import (
     is_packed,
@@ -11,7 +13,7 @@ from pspinal_jax.heads.packing import (
     unpack_batch_stats,
     unpack_params,
 )
-from pspinal_jax.heads.spec import Tree
+from pspinal_jax.heads.spec import Tree, layer_name
 
 Form = Literal["tree", "packed", "fused"]
 Implementation = Literal["auto", "unrolled", "fused", "scan"]
@@ -23,7 +25,8 @@ NATIVE_FORM: dict[Computed, Form] = {"unrolled": "tree", "fused": "fused", "scan
 DEEP = 64
 """Layers from which on compiling them one by one takes longer than it gains (`benchmark depth`)."""
 WIDE_BATCH = 32
-"""Rows from which on the fused products are faster than the unrolled ones (`benchmark head`)."""
+"""Rows from which on the fused form is used: measured slower than unrolled at 16 rows and faster at 64 (`benchmark
+head`), so the crossing lies somewhere between."""
 
 
 def choose(implementation: Implementation, form: Form, num_layers: int) -> Computed:
@@ -91,7 +94,12 @@ def check_shapes(
         expected = {**shapes["params"], **shapes["batch_stats"]}
         params = {**params, **batch_stats}
     else:
-        expected = fused_shapes(*sizes)
+        # Fused running statistics are the documented tree's: one entry a layer.
+        running = {
+            f"{layer_name(i)}/norm/{name}": (width,) for i in range(1, num_layers + 1) for name in ("mean", "var")
+        }
+        expected = fused_shapes(*sizes) | (running if batch_norm else {})
+        params = {**params, **flatten_dict(batch_stats, sep="/")}
     found = {name: getattr(params.get(name), "shape", None) for name in expected}
     wrong = [f"{name} is {found[name]}, expected {shape}" for name, shape in expected.items() if found[name] != shape]
     wrong += [f"{name} does not belong there" for name in params if name not in expected]

@@ -22,6 +22,7 @@ from pspinal_jax import (
     SpinalHead,
     pack_params,
 )
+from pspinal_jax.heads.forms import convert_params
 
 BAD_ATTRIBUTES = [
     *(
@@ -137,6 +138,25 @@ def test_packed_variables_that_do_not_fit_are_refused(implementation, wrong):
         packed["params"] = without(packed["params"], "output_kernel")
     with pytest.raises(ValueError, match="do not fit"):
         head.apply(packed, jnp.zeros((2, 8)), train=False)
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    ("batch_stats", "named"),
+    [
+        ({}, r"layer_1/norm/mean is None, expected \(3,\)"),
+        ({"layer_1": {"norm": {"mean": np.zeros(4), "var": np.ones(3)}}}, r"layer_1/norm/mean is \(4,\)"),
+        ({"layer_5": {"norm": {"mean": np.zeros(3), "var": np.ones(3)}}}, "layer_5/norm/mean does not belong there"),
+    ],
+)
+def test_fused_variables_with_other_statistics_are_refused(implementation, batch_stats, named):
+    head = ProgressiveSpinalHead(4, 3, norm="batch", implementation=implementation)
+    variables = random_variables(head, 8, np.random.default_rng(0))
+    if batch_stats:
+        batch_stats = {**variables["batch_stats"], **batch_stats}
+    fused = {"params": convert_params(variables["params"], "fused"), "batch_stats": batch_stats}
+    with pytest.raises(ValueError, match=f"fused variables do not fit this head: .*{named}"):
+        head.apply(fused, jnp.zeros((2, 8)), train=False)
 
 
 @pytest.mark.parametrize("kind", ALL_HEADS)
