@@ -33,15 +33,26 @@ def rotate(images: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 def rotation_sources(angles: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Which input pixel each output pixel shows.
+    """Which input pixel each output pixel shows; see `rotation_sources_at`. Returns int32 [N, H, W] twice."""
+    x = jnp.arange(width, dtype=jnp.int32)[None, None, :]
+    y = jnp.arange(height, dtype=jnp.int32)[None, :, None]
+    return rotation_sources_at(angles, height, width, x, y)
+
+
+def rotation_sources_at(
+    angles: jax.Array, height: int, width: int, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Which input pixel the output pixels at column `x` and row `y` show.
 
     Args:
       angles: float32 [N], degrees.
       height: H of the images.
       width: W of the images.
+      x: int32, broadcastable to [N, R, S].
+      y: int32, likewise.
 
     Returns:
-      (rows, columns), each int32 [N, H, W]; outside the image where the rotation brings in nothing.
+      (rows, columns), each int32 [N, R, S]; outside the image where the rotation brings in nothing.
     """
     radians = angles * (-math.pi / 180)
     sine = jnp.sin(radians)
@@ -52,8 +63,6 @@ def rotation_sources(angles: jax.Array, height: int, width: int) -> tuple[jax.Ar
     shear_x, shear_y = _fixed(sine), _fixed(-sine)
     first_x = _fixed(0.5 + right * versine - down * sine)
     first_y = _fixed(0.5 + down * versine + right * sine)
-    x = jnp.arange(width, dtype=jnp.int32)[None, None, :]
-    y = jnp.arange(height, dtype=jnp.int32)[None, :, None]
     columns = (per_image(first_x) + per_image(step) * x + per_image(shear_x) * y) >> _FRACTION_BITS
     rows = (per_image(first_y) + per_image(shear_y) * x + per_image(step) * y) >> _FRACTION_BITS
     return rows, columns
