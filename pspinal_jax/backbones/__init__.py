@@ -1,5 +1,6 @@
 """The backbones: from images [N, H, W, C] to features [N, D]. Nothing here imports more than jax, flax and numpy."""
 
+from pspinal_jax.backbones.resnet import ResNet, ResNetName, num_features
 from pspinal_jax.backbones.vgg5 import VGG5
 
-__all__ = ["VGG5"]
+__all__ = ["VGG5", "ResNet", "ResNetName", "num_features"]

@@ -1,4 +1,4 @@
-"""A stride-1, same-size convolution whose gradient runs at full speed inside a compiled loop on CPU.
+"""Convolutions with torch's padding whose gradients run at full speed inside a compiled loop on CPU.
 
 XLA rewrites convolutions to its fast CPU routine (Eigen) only in the plain NHWC / HWIO / NHWC layout. Outside of loops
 a layout pass brings autodiff's transposed convolutions into that layout; inside lax.scan, while_loop and fori_loop it
@@ -6,24 +6,30 @@ does not, and they fall back to a naive loop nest that is 30 to 65 times slower 
 So both gradients are written here as convolutions in the plain layout, with the transposes spelt out.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_Padding = Sequence[tuple[int, int]]
 
 
-def conv_same(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    """2-D cross-correlation, stride 1, zero padding (k - 1) / 2 on each side, as torch.nn.Conv2d without bias.
+def conv_same(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """2-D cross-correlation, zero padding (k - 1) / 2 on each side, as torch.nn.Conv2d(padding=k // 2) without bias.
 
-    Reverse-mode derivatives only (a custom VJP).
+    With stride 2 that is not what XLA and TensorFlow call SAME, which pads an even side at its end only. Reverse-mode
+    derivatives only (a custom VJP).
 
     Args:
       inputs: floating-point [N, H, W, I].
       kernel: [K, K', I, O] of the same dtype, K and K' odd.
+      stride: of both sides.
 
     Returns:
-      [N, H, W, O] of that dtype.
+      [N, ceil(H / stride), ceil(W / stride), O] of that dtype.
 
     Raises:
       ValueError: if a kernel side is even, or the channel counts differ.
@@ -32,42 +38,63 @@ def conv_same(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         raise ValueError(f"conv_same needs odd kernel sides, got a kernel of shape {kernel.shape}")
     if inputs.shape[-1] != kernel.shape[2]:
         raise ValueError(f"a kernel of shape {kernel.shape} does not fit the channels of inputs {inputs.shape}")
-    return _conv(inputs, kernel)
+    return _pointwise(inputs, kernel, stride) if kernel.shape[:2] == (1, 1) else _conv(stride, inputs, kernel)
 
 
-def _plain(inputs: jax.Array, kernel: jax.Array, sides: tuple[int, ...]) -> jax.Array:
-    """The convolution with padding for a kernel of `sides` (which is not `kernel`'s size in the filter gradient)."""
-    padding = [(side // 2, side // 2) for side in sides]
-    return lax.conv_general_dilated(inputs, kernel, (1, 1), padding, dimension_numbers=_LAYOUT)
+def _pointwise(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A 1x1 convolution is a matrix product, whose gradients are such products too, fast in a loop as elsewhere."""
+    return jnp.tensordot(inputs[:, ::stride, ::stride], kernel[0, 0], 1)
 
 
-@jax.custom_vjp
-def _conv(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _plain(inputs, kernel, kernel.shape[:2])
+def _plain(
+    inputs: jax.Array, kernel: jax.Array, padding: _Padding, stride: int = 1, spread: tuple[int, int] = (1, 1)
+) -> jax.Array:
+    """The convolution; `spread` puts that many entries less one of zeros between those of `inputs`, and of `kernel`."""
+    lhs, rhs = ((side, side) for side in spread)
+    return lax.conv_general_dilated(inputs, kernel, (stride, stride), padding, lhs, rhs, dimension_numbers=_LAYOUT)
 
 
-def _conv_fwd(inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv(inputs, kernel), (inputs, kernel)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(stride: int, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _forward(stride, inputs, kernel)
 
 
-def _conv_bwd(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(stride: int, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _plain(inputs, kernel, [(side // 2, side // 2) for side in kernel.shape[:2]], stride)
+
+
+def _conv_fwd(stride: int, inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _forward(stride, inputs, kernel), (inputs, kernel)
+
+
+def _conv_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Only XLA's CPU compiler needs the spelt-out form; cuDNN and the TPU have gradient kernels of their own, which
     # autodiff's form selects. Lowering for one platform keeps that platform's branch alone.
-    return lax.platform_dependent(*residuals, grad, cpu=_gradients_plain_layout, default=_gradients_autodiff)
+    plain, autodiff = partial(_gradients_plain_layout, stride), partial(_gradients_autodiff, stride)
+    return lax.platform_dependent(*residuals, grad, cpu=plain, default=autodiff)
 
 
-def _gradients_plain_layout(inputs: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    sides = kernel.shape[:2]
+def _gradients_plain_layout(
+    stride: int, inputs: jax.Array, kernel: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    sides = list(zip(inputs.shape[1:3], kernel.shape[:2], grad.shape[1:3], strict=True))
+    # With a stride the output's entries lie that far apart on the input. What they span, less the input's side: -1 for
+    # an even side under stride 2, else 0.
+    excess = [(count - 1) * stride + 1 - side for side, _, count in sides]
     # d inputs: the correlation's transpose is the correlation with the kernel turned round, channels swapped.
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    grad_inputs = _plain(grad, turned, sides)
+    padding = [(k // 2, k // 2 - more) for (_, k, _), more in zip(sides, excess, strict=True)]
+    grad_inputs = _plain(grad, turned, padding, spread=(stride, 1))
     # d kernel: channels act as batch and images as channels; the output's K x K' positions are the kernel's entries.
-    by_channel = _plain(inputs.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3), sides)
+    padding = [(k // 2, k // 2 + more) for (_, k, _), more in zip(sides, excess, strict=True)]
+    by_channel = _plain(inputs.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3), padding, spread=(1, stride))
     return grad_inputs, by_channel.transpose(1, 2, 0, 3)
 
 
-def _gradients_autodiff(inputs: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    _, pullback = jax.vjp(lambda x, k: _plain(x, k, kernel.shape[:2]), inputs, kernel)
+def _gradients_autodiff(
+    stride: int, inputs: jax.Array, kernel: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    _, pullback = jax.vjp(partial(_forward, stride), inputs, kernel)
     return pullback(grad)
 
 

@@ -1,0 +1,166 @@
+"""The ResNet family, the backbones of the paper's photographs."""
+
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pspinal_jax.backbones.pooling import max_pool_3x3
+from pspinal_jax.backbones.residual import Conv, ConvNorm, ResidualBlock
+from pspinal_jax.heads.declare import check_choice
+
+ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2"]
+
+
+class Variant(NamedTuple):
+    """What tells one ResNet from another.
+
+    Attributes:
+      depths: residual blocks of each of the four stages.
+      expansion: output channels of a block over those of its stage (64, 128, 256, 512); above 1 for bottlenecks.
+      width_factor: channels inside a bottleneck over those of its stage.
+    """
+
+    depths: tuple[int, int, int, int]
+    expansion: int
+    width_factor: int = 1
+
+
+VARIANTS: dict[str, Variant] = {
+    "resnet18": Variant((2, 2, 2, 2), 1),
+    "resnet34": Variant((3, 4, 6, 3), 1),
+    "resnet50": Variant((3, 4, 6, 3), 4),
+    "resnet101": Variant((3, 4, 23, 3), 4),
+    "wide_resnet50_2": Variant((3, 4, 6, 3), 4, 2),
+    "wide_resnet101_2": Variant((3, 4, 23, 3), 4, 2),
+}
+"""K. He et al., arXiv 1512.03385, table 1; S. Zagoruyko and N. Komodakis, arXiv 1605.07146; names as torchvision's."""
+
+STAGE_CHANNELS = (64, 128, 256, 512)
+LEAST_SIDE = 32
+"""Every stage halves the sides, the last of five to 1."""
+
+
+def num_features(variant: str) -> int:
+    """Length of the feature vector: 512 for resnet18 and resnet34, 2048 for the others.
+
+    Raises:
+      ValueError: if there is no such variant.
+    """
+    check_choice("variant", variant, tuple(VARIANTS))
+    return STAGE_CHANNELS[-1] * VARIANTS[variant].expansion
+
+
+class ResNet(nn.Module):
+    """Residual network without its classifier: images of any size from 32x32 to 512 or 2048 features.
+
+    torchvision's networks, number for number: a 7x7 convolution, a 3x3 max pool, four stages of residual blocks, the
+    mean over all positions. A bottleneck has its stride in the 3x3 convolution; convolutions and pool pad by
+    (K - 1) / 2 on each side. `pspinal_jax.weights.resnet_variables` reads torch's parameters.
+
+    Example::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from pspinal_jax.backbones import ResNet
+        >>> backbone = ResNet('resnet18')
+        >>> images = jnp.ones((2, 32, 32, 3))
+        >>> init = lambda key: backbone.init_with_output(key, images, train=False)
+        >>> features, variables = jax.jit(init)(jax.random.key(0))
+        >>> features.shape
+        (2, 512)
+
+    Parameters: ``stem``, ``stage_s/block_j/conv_i`` and, in a block that changes the shape,
+    ``stage_s/block_j/shortcut``, each with ``kernel`` [K, K, I, O], ``norm/scale`` and ``norm/bias`` [O].
+    ``batch_stats``: ``.../norm/mean`` and ``.../norm/var`` [O]. Kernels are drawn from normal(0, sqrt(2 / (K K O))),
+    torchvision's choice.
+
+    Batch norm follows torch: epsilon 1e-5, weight 0.9 on the old running value, unbiased running variance.
+
+    Attributes:
+      variant: one of `VARIANTS`.
+      dtype: dtype to compute in and of the features; None for the wider of the images' and `param_dtype`. Batch norm
+        always computes in float32 or wider.
+      param_dtype: dtype of the parameters.
+      remat: keep each block's input alone for the backward pass and compute the block again there: less memory for
+        about a third more time.
+
+    Raises:
+      ValueError: on an unknown variant, images of another shape than [N, H, W, 3] with H and W at least 32, or a
+        training batch in which batch norm sees a single position.
+      TypeError: if the images are not floating-point.
+    """
+
+    variant: ResNetName
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("variant", self.variant, tuple(VARIANTS))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Features [N, 512] or [N, 2048] of floating-point images [N, H, W, 3].
+
+        Args:
+          images: [N, H, W, 3], H and W at least 32, normalised.
+          train: True normalises with batch statistics and updates the running ones where ``batch_stats`` is mutable;
+            False uses the running ones.
+        """
+        _check_images(images, self.variant, train and not self.is_initializing())
+        dtype = self.dtype or jnp.promote_types(images.dtype, self.param_dtype)
+        maps = images.astype(dtype)
+        maps = ConvNorm(Conv(64, 7, 2), True, self.param_dtype, name="stem")(maps, train)
+        maps = max_pool_3x3(maps)
+        for index in range(1, 5):
+            maps = Stage(self.variant, index, self.param_dtype, self.remat, name=f"stage_{index}")(maps, train)
+        # Summed in float32: a mean of bfloat16 loses what the convolutions' sums kept.
+        return jnp.mean(maps, (1, 2), dtype=jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+
+class Stage(nn.Module):
+    """One of the four stages; the first block halves the sides, but for stage 1."""
+
+    variant: str
+    index: int
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, maps: jax.Array, train: bool) -> jax.Array:
+        """[N, H, W, I] -> [N, ceil(H / s), ceil(W / s), O], s being 1 for stage 1 and 2 for the others."""
+        # `train` is argument 2, after the module itself; it chooses the program and is no array.
+        block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
+        channels = STAGE_CHANNELS[self.index - 1]
+        for number in range(1, VARIANTS[self.variant].depths[self.index - 1] + 1):
+            stride = 2 if number == 1 and self.index > 1 else 1
+            convs = block_convs(VARIANTS[self.variant], channels, stride)
+            maps = block(convs, self.param_dtype, name=f"block_{number}")(maps, train)
+        return maps
+
+
+def block_convs(variant: Variant, channels: int, stride: int) -> tuple[Conv, ...]:
+    """The convolutions of a block in a stage of `channels`."""
+    if variant.expansion == 1:
+        return (Conv(channels, 3, stride), Conv(channels, 3))
+    width = channels * variant.width_factor
+    return (Conv(width, 1), Conv(width, 3, stride), Conv(channels * variant.expansion, 1))
+
+
+def _check_images(images: jax.Array, variant: str, learns: bool) -> None:
+    if not hasattr(images, "dtype") or not jnp.issubdtype(images.dtype, jnp.floating):
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"images must be a floating-point array, got {kind}; normalise them first")
+    if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < LEAST_SIDE:
+        raise ValueError(
+            f"{variant} takes images of shape [N, H, W, 3] with H and W at least {LEAST_SIDE}, got {images.shape}"
+        )
+    count, height, width, _ = images.shape
+    positions = -(-height // 32) * -(-width // 32)
+    if learns and count * positions < 2:
+        raise ValueError(
+            f"batch norm in training needs at least 2 positions, and the last maps of images of shape {images.shape} "
+            f"have {count * positions}; use a larger batch or train=False"
+        )
