@@ -1,0 +1,102 @@
+"""From an encoded picture of any kind to RGB pixels of one size, with Pillow."""
+
+import io
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pspinal_jax.errors import DataError
+
+# What Pillow has to say about an odd file is nothing that a user could act on in the middle of training. A filter of
+# its own and not `catch_warnings`, which is not safe where several threads decode.
+_QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to undo each value of EXIF's tag Orientation; 1 is upright."""
+_ON_ITS_SIDE = (5, 6, 7, 8)
+
+_DRAFT_GAP = 2
+"""A JPEG is decoded at a half, quarter or eighth of its size where that leaves this many times the wanted size.
+
+With 2, pictures of 1600x1200 and 4000x3000 came to 230x230 1.8 and 3.2 times faster on one x86 core (Pillow 13.0.0),
+and no value differed by more than 6 of 255 (PSNR 52 and 56 dB). With 1 they gained little more (2.4 and 3.8 times) and
+differed by up to 15 (46 and 49 dB).
+"""
+
+
+def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """The picture in `data` as RGB, resized to `size` whatever its aspect.
+
+    Any format and mode that Pillow reads: grey, 16-bit grey (its upper 8 bits), palette, CMYK. What is transparent is
+    laid over white; EXIF's orientation is applied; of several frames the first is taken. Resizing is Pillow's bilinear,
+    antialiased, as torchvision's Resize does it to PIL images. A JPEG at least four times as large as wanted in both
+    directions is first decoded at a half, quarter or eighth of its size; what that changes stands at `_DRAFT_GAP`.
+
+    Args:
+      data: an encoded picture.
+      size: (H, W).
+
+    Returns:
+      uint8 [H, W, 3].
+
+    Raises:
+      DataError: if the picture cannot be decoded, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    if _QUIET not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
+    try:
+        return _decode(data, size)
+    except UnidentifiedImageError as error:
+        raise DataError("the picture cannot be decoded: its format is not known") from error
+    except Exception as error:  # Pillow raises many kinds on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the picture cannot be decoded: {reason}") from error
+
+
+def _decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    height, width = size
+    with Image.open(io.BytesIO(data)) as image:
+        limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice as many
+        if limit is not None and image.width * image.height > limit:
+            raise ValueError(f"{image.width}x{image.height} pixels are more than Pillow's limit of {limit}")
+        orientation = _orientation(image)
+        sides = (height, width) if orientation in _ON_ITS_SIDE else (width, height)
+        image.draft(None, (_DRAFT_GAP * sides[0], _DRAFT_GAP * sides[1]))  # does nothing but for JPEG
+        picture = _to_rgb(image)
+        if orientation in _UPRIGHT:
+            picture = picture.transpose(_UPRIGHT[orientation])
+        return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        exif = image.getexif()
+    except Exception:  # damaged EXIF says nothing about the picture
+        return 1
+    return exif.get(ExifTags.Base.Orientation, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow clips 16 bits at 255.
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    if image.mode == "RGB":
+        return image  # `convert` would copy it
+    return image.convert("RGB")

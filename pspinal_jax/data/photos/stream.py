@@ -1,0 +1,126 @@
+"""Batches of decoded photographs in a given order, read and decoded ahead of use by grain."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from pspinal_jax.data.photos.decode import decode
+from pspinal_jax.data.photos.photos import Photos
+from pspinal_jax.errors import DataError, RunError
+
+_MOST_THREADS = 8
+_BATCHES_AHEAD = 2
+"""How many finished batches may wait, per worker process."""
+
+
+def stream(
+    photos: Photos,
+    order: np.ndarray,
+    size: tuple[int, int],
+    batch_size: int,
+    *,
+    first_batch: int = 0,
+    workers: int = 0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The photographs at `order`, decoded, in batches.
+
+    The batches do not depend on `workers`. What comes before `first_batch` is not read. Closing the generator early, or
+    letting go of it, ends the worker processes. Each worker takes a few seconds to start (grain imports jax there,
+    though it computes nothing), so one long stream is better than many short ones.
+
+    Args:
+      photos: what to read from.
+      order: integers [M], numbers of photographs; may repeat.
+      size: (H, W) that every picture is resized to.
+      batch_size: B; the last batch holds what is left.
+      first_batch: number of the batch to begin with.
+      workers: processes that read and decode; 0 for threads of this process.
+
+    Yields:
+      Images uint8 [B, H, W, 3] and labels int32 [B].
+
+    Raises:
+      DataError: if grain is not installed, or a picture cannot be read; the message names it.
+      RunError: if a worker process dies.
+    """
+    order = np.asarray(order)[first_batch * batch_size :]
+    if not len(order):
+        return
+    workers = min(workers, -(-len(order) // batch_size))  # grain has no use for a worker without a batch
+    iterator = iter(_pipeline(photos.take(order), size, batch_size, workers))
+    try:
+        while True:
+            try:
+                images, labels = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "Worker process" not in str(error):
+                    raise
+                raise RunError(
+                    "a worker process that decodes photographs ended unexpectedly, perhaps for want of memory or "
+                    f"shared memory; use fewer workers than {workers}"
+                ) from error
+            # From a worker they lie in shared memory, of which there may be little.
+            yield np.array(images), np.array(labels)
+    finally:
+        iterator.close()
+
+
+def _pipeline(photos: Photos, size: tuple[int, int], batch_size: int, workers: int) -> Any:
+    grain = _import_grain()
+    # Batches are made before the work is divided: grain deals out what it reads, and here that has to be whole batches.
+    batches = grain.MapDataset.source(_Examples(photos, size)).batch(batch_size)
+    if workers == 0:
+        threads = min(_MOST_THREADS, os.cpu_count() or 1)
+        return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD)
+    return batches.to_iter_dataset(reading).mp_prefetch(options, _start_worker)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the main process, and end when it has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    main = multiprocessing.parent_process()
+    if main is not None:
+        main.join()
+        os._exit(1)
+
+
+def _import_grain() -> Any:
+    try:
+        import grain
+        from absl import flags
+    except ImportError as error:
+        raise DataError(f"grain is not installed ({error}); photographs are read with it: install grain") from error
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's worker processes are told its flags, and nobody else parses them
+    return grain
+
+
+class _Examples:
+    """Decoded examples by number; picklable."""
+
+    def __init__(self, photos: Photos, size: tuple[int, int]) -> None:
+        self.photos, self.size = photos, size
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: SupportsIndex) -> tuple[np.ndarray, np.ndarray]:
+        number = index.__index__()
+        try:
+            image = decode(self.photos.encoded[number], self.size)
+        except (DataError, OSError) as error:
+            raise DataError(f"{self.photos.encoded.name(number)}: {error}") from None
+        return image, self.photos.labels[number]

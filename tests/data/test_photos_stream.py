@@ -1,0 +1,153 @@
+"""Batches come decoded and in the order given, whoever decodes them."""
+
+import builtins
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from photos_support import InMemory, numbered, picture
+
+from pspinal_jax.data.photos import Photos
+from pspinal_jax.data.photos.stream import stream
+from pspinal_jax.errors import DataError, RunError
+
+SIZE = (5, 4)
+ORDER = np.array([3, 0, 9, 9, 1, 7, 2, 8, 5, 4, 0])
+
+
+def numbers(batches):
+    """What the pictures of each batch show."""
+    shown = []
+    for images, labels in batches:
+        assert images.dtype == np.uint8 and images.shape == (len(labels), *SIZE, 3) and type(images) is np.ndarray
+        assert labels.dtype == np.int32 and (images == images[:, :1, :1]).all()
+        np.testing.assert_array_equal(images[:, 0, 0, 0] % 3, labels)
+        shown.append(images[:, 0, 0, 0].tolist())
+    return shown
+
+
+def test_batches_keep_the_order_and_the_last_is_smaller():
+    assert numbers(stream(numbered(10), ORDER, SIZE, 4)) == [[3, 0, 9, 9], [1, 7, 2, 8], [5, 4, 0]]
+    assert numbers(stream(numbered(10), ORDER[:8], SIZE, 4)) == [[3, 0, 9, 9], [1, 7, 2, 8]]
+    assert numbers(stream(numbered(10), ORDER, SIZE, 100)) == [ORDER.tolist()]
+    assert numbers(stream(numbered(10), ORDER[:0], SIZE, 4)) == []
+
+
+def test_starting_later_reads_nothing_of_what_comes_before(tmp_path):
+    photos = numbered(10, seen=tmp_path)
+    assert numbers(stream(photos, ORDER, SIZE, 4, first_batch=1)) == [[1, 7, 2, 8], [5, 4, 0]]
+    assert {path.name for path in tmp_path.iterdir()} == set("1728540")
+    assert numbers(stream(photos, ORDER, SIZE, 4, first_batch=3)) == []
+
+
+def test_closing_early_stops_reading_ahead(tmp_path):
+    batches = stream(numbered(200, seen=tmp_path), np.arange(200), SIZE, 1)
+    next(batches)
+    batches.close()
+    assert len(list(tmp_path.iterdir())) < 100
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_picture_that_cannot_be_decoded_is_named(taken):
+    photos = Photos(InMemory([picture(0), b"no picture", picture(2)]), np.zeros(3, np.int32))
+    order, place = np.arange(3), 1
+    if taken:
+        photos, order = photos.take(np.array([2, 1])).take(np.array([1])), np.array([0])
+    with pytest.raises(DataError, match=f"picture {place}: the picture cannot be decoded: its format is not known"):
+        list(stream(photos, order, SIZE, 2))
+
+
+def test_workers_give_the_same_batches_beside_jax_and_end_when_closed_early():
+    jax.block_until_ready(jax.numpy.ones(3) + 1)
+    order = np.concatenate([ORDER, np.zeros(50, int)])
+    batches = stream(numbered(10), order, SIZE, 4, first_batch=1, workers=2)
+    first = numbers(itertools.islice(batches, 3))
+    assert first == numbers(itertools.islice(stream(numbered(10), order, SIZE, 4, first_batch=1), 3))
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_any_number_of_workers_gives_the_same_batches_to_the_end(workers):
+    assert numbers(stream(numbered(10), ORDER, SIZE, 2, workers=workers)) == numbers(
+        stream(numbered(10), ORDER, SIZE, 2)
+    )
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_noticed():
+    batches = stream(numbered(10), np.tile(ORDER, 50), SIZE, 4, workers=1)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(RunError, match="a worker process that decodes photographs ended unexpectedly"):
+        list(batches)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_the_same_error():
+    photos = Photos(InMemory([picture(0), b"no picture", picture(2)]), np.zeros(3, np.int32))
+    with pytest.raises(DataError) as caught:
+        list(stream(photos, np.arange(3), SIZE, 2, workers=1))
+    assert str(caught.value) == "picture 1: the picture cannot be decoded: its format is not known"
+
+
+@pytest.mark.slow
+def test_workers_survive_an_interrupt_and_end_with_a_main_process_that_is_killed(tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import multiprocessing, sys\nimport numpy as np\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from photos_support import numbered\nfrom pspinal_jax.data.photos.stream import stream\n"
+        "if __name__ == '__main__':\n"
+        "    batches = stream(numbered(10), np.zeros(999, int), (5, 4), 4, workers=1)\n"
+        "    next(batches)\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    for _ in sys.stdin:\n        print(len(next(batches)[1]), flush=True)\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True) as process:
+        worker = int(process.stdout.readline())
+        os.kill(worker, signal.SIGINT)
+        for _ in range(20):
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "4\n"
+        process.kill()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_without_grain_it_says_so(monkeypatch):
+    imported = builtins.__import__
+
+    def without_grain(name, *rest, **kwargs):
+        if name == "grain":
+            raise ImportError("No module named 'grain'")
+        return imported(name, *rest, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_grain)
+    with pytest.raises(DataError, match=r"grain is not installed \(No module named 'grain'\)"):
+        next(stream(numbered(10), ORDER, SIZE, 4))
+
+
+def test_importing_it_loads_neither_jax_nor_grain():
+    code = (
+        "import sys\nimport pspinal_jax.data.photos\n"
+        "from pspinal_jax.data.photos import decode, stream\n"
+        "print(sorted({'jax', 'flax', 'grain', 'tensorflow_datasets', 'torch'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
