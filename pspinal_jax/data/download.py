@@ -3,8 +3,6 @@
 import hashlib
 import http.client
 import os
-import queue
-import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,8 +11,9 @@ from urllib.parse import urlsplit
 from pspinal_jax.data.catalogue import DataSet, Download
 from pspinal_jax.data.progress import progress_bar
 from pspinal_jax.errors import DataError
+from pspinal_jax.network import problem_reaching, reason
 
-_SECONDS_TO_ANSWER = 3.0
+_SECONDS_TO_ANSWER = 4.0
 _SECONDS_WITHOUT_DATA = 20.0
 _CHUNK = 1 << 18
 _NETWORK_ERRORS = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
@@ -33,25 +32,7 @@ def check_reachable(data_set: DataSet, missing: list[Download]) -> None:
     """
     if not missing:
         return
-    answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(missing[0].url, method="HEAD")
-            with urllib.request.urlopen(request, timeout=_SECONDS_TO_ANSWER):
-                answer.put(None)
-        except urllib.error.HTTPError as error:
-            error.close()  # the server is there, and may only dislike HEAD
-            answer.put(None)
-        except Exception as error:
-            answer.put(error)
-
-    # In a thread, because the timeout of urlopen does not hold for looking up the host's name.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        problem = answer.get(timeout=_SECONDS_TO_ANSWER + 1)
-    except queue.Empty:
-        problem = TimeoutError("no answer")
+    problem = problem_reaching(missing[0].url, _SECONDS_TO_ANSWER)
     if problem is not None:
         raise _unreachable(data_set, missing, missing[0], problem) from None
 
@@ -106,11 +87,8 @@ def _is_whole(path: Path, item: Download) -> bool:
 
 
 def _unreachable(data_set: DataSet, missing: list[Download], item: Download, problem: Exception) -> DataError:
-    # An HTTPError is a URLError too, and says more than its reason: the status.
-    told = isinstance(problem, urllib.error.URLError) and not isinstance(problem, urllib.error.HTTPError)
-    reason = problem.reason if told else problem  # type: ignore[attr-defined]
     names = ", ".join(other.file for other in missing)
     return DataError(
-        f"{data_set.name}: {item.file} is not here and cannot be fetched from {urlsplit(item.url).netloc} ({reason}); "
-        f"put {names} into a folder DIR and run: pspinal-jax prepare {data_set.name} --raw DIR"
+        f"{data_set.name}: {item.file} is not here and cannot be fetched from {urlsplit(item.url).netloc} "
+        f"({reason(problem)}); put {names} into a folder DIR and run: pspinal-jax prepare {data_set.name} --raw DIR"
     )

@@ -1,0 +1,15 @@
+"""Parameters from PyTorch, and back: state dicts read from files or the hub, and turned into linen's variables."""
+
+from pspinal_jax.weights.files import read_state_dict
+from pspinal_jax.weights.published import LAYOUTS, classifier_state_dict, classifier_variables
+from pspinal_jax.weights.resnet import PRETRAINED, resnet_state_dict, resnet_variables
+
+__all__ = [
+    "LAYOUTS",
+    "PRETRAINED",
+    "classifier_state_dict",
+    "classifier_variables",
+    "read_state_dict",
+    "resnet_state_dict",
+    "resnet_variables",
+]

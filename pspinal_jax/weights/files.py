@@ -1,0 +1,119 @@
+"""Reading a state dict, names to tensors, from a file or from the Hugging Face hub; never by unpickling objects."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pspinal_jax.errors import DataError
+from pspinal_jax.weights.hub import PREFIX, fetch
+
+_PYTORCH = (".pt", ".pth", ".bin")
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+
+
+def read_state_dict(source: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a PyTorch model by their names, as NumPy arrays; PyTorch itself is needed for .pt and .pth only.
+
+    Example::
+
+        >>> from pspinal_jax.weights import read_state_dict, resnet_variables
+        >>> state_dict = read_state_dict('hf:timm/wide_resnet101_2.tv_in1k')  # doctest: +SKIP
+        >>> variables = resnet_variables(state_dict, 'wide_resnet101_2')  # doctest: +SKIP
+
+    Args:
+      source: a .safetensors file; a .pt or .pth file that holds a state dict; or hf:OWNER/NAME, model.safetensors of
+        that repository on the Hugging Face hub, from its cache where it lies there.
+
+    Returns:
+      Names to arrays in torch's order of axes; floating-point ones are float32, whatever precision they were stored in.
+
+    Raises:
+      DataError: if the source cannot be had or read, or holds anything but tensors.
+    """
+    if str(source).startswith(PREFIX):
+        return _read_safetensors(fetch(str(source)))
+    path = Path(source).expanduser()
+    if path.suffix != ".safetensors" and path.suffix not in _PYTORCH:
+        raise DataError(f"weights: {source} is none of FILE.safetensors, FILE.pt, FILE.pth and hf:OWNER/NAME")
+    if not path.is_file():
+        raise DataError(f"weights: there is no file {path}")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+            half = _read_bfloat16(path) if "BF16" in dtypes.values() else {}
+            for name, dtype in dtypes.items():
+                if dtype not in _DTYPES:
+                    raise DataError(f"weights: {path} holds {name} as {dtype}, expected one of {', '.join(_DTYPES)}")
+                arrays[name] = half[name] if dtype == "BF16" else _as_float32(file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"weights: {path} is no readable safetensors file ({error}); fetch or save it again") from error
+    return arrays
+
+
+def _read_bfloat16(path: Path) -> dict[str, np.ndarray]:
+    """The tensors that NumPy has no type for, in a file whose header has been found sound.
+
+    The format: the header's length as 8 little-endian bytes, the header in JSON, then the data.
+    """
+    arrays = {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["dtype"] == "BF16":
+            begin, end = entry["data_offsets"]
+            bits = np.fromfile(path, "<u2", (end - begin) // 2, offset=8 + length + begin)
+            arrays[name] = (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+    return arrays
+
+
+def _read_pytorch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise DataError(
+            f"weights: reading {path} needs PyTorch: pip install 'pspinal-jax[torch]', or save it as .safetensors"
+        ) from error
+    try:
+        # A file in the format of before PyTorch 1.6 is no zip archive and cannot be mapped into memory.
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"weights: {path} is damaged or holds pickled objects beside tensors, and is not read, because unpickling "
+            "can run any code; where you trust it, re-save it as a state dict: torch.save(model.state_dict(), FILE)"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"weights: {path} is no readable PyTorch file ({told}); save it again") from error
+    return _tensors_of(held, path, torch)
+
+
+def _tensors_of(held: Any, path: Path, torch: Any) -> dict[str, np.ndarray]:
+    wrong = type(held).__name__
+    if isinstance(held, Mapping):
+        wrong = ", ".join(str(name) for name, value in held.items() if not isinstance(value, torch.Tensor))
+        if held and not wrong:
+            return {
+                str(name): (tensor.detach().float() if tensor.is_floating_point() else tensor.detach()).numpy()
+                for name, tensor in held.items()
+            }
+    raise DataError(
+        f"weights: {path} is no state dict, names to tensors: it holds {wrong or 'nothing'}; save model.state_dict() "
+        "alone"
+    )
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else array

@@ -1,0 +1,76 @@
+"""One file of a repository on the Hugging Face hub: from the cache without the network, and a quick answer offline."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from pspinal_jax.errors import DataError
+from pspinal_jax.network import problem_reaching, reason
+
+PREFIX = "hf:"
+_FILE = "model.safetensors"
+_SECONDS_TO_ANSWER = 1.5
+
+
+def fetch(source: str) -> Path:
+    """The file model.safetensors of `source`, hf:OWNER/NAME.
+
+    A copy in the hub's cache (HF_HOME) is taken without asking the network. A downloaded one is compared with the
+    SHA-256 that the hub has on record.
+
+    Raises:
+      DataError: if there is no such file, or no network, or the package huggingface_hub is missing.
+    """
+    repository = source.removeprefix(PREFIX)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise DataError(f"weights: {source} is no name on the hub, expected hf:OWNER/NAME")
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise DataError(
+            f"weights: {source} needs the package huggingface_hub: pip install 'pspinal-jax[hub]', or give a file "
+            "FILE.safetensors"
+        ) from error
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, _FILE, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return _download(source, repository, huggingface_hub)
+    except HFValidationError as error:
+        raise DataError(f"weights: {source} is no name on the hub, expected hf:OWNER/NAME") from error
+
+
+def _download(source: str, repository: str, huggingface_hub: Any) -> Path:
+    # The hub's own client tries for 23 s before it gives up.
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise _unavailable(source, "HF_HUB_OFFLINE is set")
+    problem = problem_reaching(huggingface_hub.constants.ENDPOINT, _SECONDS_TO_ANSWER)
+    if problem is not None:
+        raise _unavailable(source, reason(problem))
+    try:
+        path = Path(huggingface_hub.hf_hub_download(repository, _FILE))
+    except Exception as error:  # of the hub, or of whichever HTTP library this version of its client is built on
+        raise _unavailable(source, (str(error).splitlines() or [type(error).__name__])[0]) from error
+    _check_digest(source, path)
+    return path
+
+
+def _check_digest(source: str, path: Path) -> None:
+    """The cache names a large file's content after the SHA-256 that the hub announced."""
+    content = path.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", content.name):
+        return
+    with content.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != content.name:
+        content.unlink()
+        path.unlink(missing_ok=True)
+        raise DataError(f"weights: {source} has SHA-256 {digest}, expected {content.name}; try again")
+
+
+def _unavailable(source: str, why: str) -> DataError:
+    return DataError(
+        f"weights: {source} is not in the hub's cache and cannot be fetched ({why}); fetch {_FILE} of it elsewhere and "
+        "give that file, or run again with a network"
+    )
