@@ -14,6 +14,9 @@ from pspinal_jax.errors import DataError
 # its own and not `catch_warnings`, which is not safe where several threads decode.
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
+"""Not all that Pillow reads: it hands PostScript to another program, for one."""
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,10 +41,11 @@ differed by up to 15 (46 and 49 dB).
 def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """The picture in `data` as RGB, resized to `size` whatever its aspect.
 
-    Any format and mode that Pillow reads: grey, 16-bit grey (its upper 8 bits), palette, CMYK. What is transparent is
-    laid over white; EXIF's orientation is applied; of several frames the first is taken. Resizing is Pillow's bilinear,
-    antialiased, as torchvision's Resize does it to PIL images. A JPEG at least four times as large as wanted in both
-    directions is first decoded at a half, quarter or eighth of its size; what that changes stands at `_DRAFT_GAP`.
+    JPEG, PNG, BMP, GIF, TIFF, WebP, PPM and JPEG 2000 in any mode: grey, 16-bit grey (its upper 8 bits), palette, CMYK.
+    What is transparent is laid over white; EXIF's orientation is applied; of several frames the first is taken.
+    Resizing is Pillow's bilinear, antialiased, as torchvision's Resize does it to PIL images. A JPEG at least four
+    times as large as wanted in both directions is first decoded at a half, quarter or eighth of its size; what that
+    changes stands at `_DRAFT_GAP`.
 
     Args:
       data: an encoded picture.
@@ -66,7 +70,7 @@ def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
 
 def _decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
     height, width = size
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice as many
         if limit is not None and image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} pixels are more than Pillow's limit of {limit}")

@@ -113,7 +113,7 @@ class PhotoDataset:
 
     def fingerprint(self) -> str:
         """A checksum that changes when a picture, a label, a class name or the split does; see `fingerprint_of`."""
-        crc = zlib.crc32("\0".join(self.class_names).encode())
+        crc = zlib.crc32("\0".join(self.class_names).encode(errors="surrogateescape"))
         for split in (self.train, self.validation, self.test):
             crc = zlib.crc32(f"{split.fingerprint():08x}".encode() if split is not None else b"none", crc)
         return f"{crc:08x}"

@@ -1,0 +1,63 @@
+"""Splits of photographs: taking some, holding out a validation split, noticing a change."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from photos_support import InMemory, numbered, picture
+
+from pspinal_jax.data.photos import PhotoDataset, Photos
+from pspinal_jax.errors import UsageError
+
+
+def dataset(labels=(0,) * 10 + (1,) * 7 + (2,)):
+    labels = np.array(labels, np.int32)
+    photos = Photos(InMemory([picture(i) for i in range(len(labels))]), labels)
+    return PhotoDataset(photos, None, numbered(4), ("a", "b", "c"), "memory")
+
+
+def names(photos):
+    return [photos.encoded.name(index) for index in range(len(photos))]
+
+
+def test_taking_twice_is_taking_of_what_was_taken():
+    photos = numbered(9).take(np.array([8, 1, 5, 5])).take(np.array([2, 0]))
+    assert names(photos) == ["picture 5", "picture 8"] and len(photos) == len(photos.encoded) == 2
+    assert photos.encoded[1] == picture(8) and photos.labels.tolist() == [2, 2]
+
+
+def test_validation_comes_out_of_every_class_by_seed_and_leaves_one():
+    data = dataset()
+    held = data.with_validation(0.3, seed=0)
+    assert np.bincount(held.validation.labels, minlength=3).tolist() == [3, 2, 0]
+    assert sorted(names(held.train) + names(held.validation)) == sorted(names(data.train))
+    assert names(held.validation) == names(data.with_validation(0.3, seed=0).validation)
+    assert names(held.validation) != names(data.with_validation(0.3, seed=1).validation)
+    assert held.test is data.test and held.class_names == data.class_names
+    assert np.bincount(data.with_validation(0.99, seed=0).train.labels).tolist() == [1, 1, 1]
+
+
+def test_validation_is_left_alone_where_there_is_one_or_none_is_wanted():
+    data = dataset()
+    assert data.with_validation(0.0, seed=0) is data and data.with_validation(0.01, seed=0) is data
+    own = dataclasses.replace(data, validation=numbered(2))
+    assert own.with_validation(0.5, seed=0) is own
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(UsageError, match="the validation fraction is"):
+            data.with_validation(fraction, seed=0)
+
+
+def test_the_fingerprint_changes_with_pictures_labels_names_and_splits():
+    data = dataset()
+    moved = data.train.labels.copy()
+    moved[0] = 1
+    others = [
+        dataset((0,) * 10 + (1,) * 8),
+        dataclasses.replace(data, train=Photos(data.train.encoded, moved)),
+        dataclasses.replace(data, test=numbered(5)),
+        dataclasses.replace(data, class_names=("a", "b", "d")),
+        data.with_validation(0.3, seed=0),
+        data.with_validation(0.3, seed=1),
+    ]
+    prints = {each.fingerprint() for each in [data, *others]}
+    assert len(prints) == 7 and dataset().fingerprint() == data.fingerprint()
