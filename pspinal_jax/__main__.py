@@ -12,6 +12,8 @@ COMMANDS = {
     "prepare": "download a data set, or take its raw files, and make it ready to train on",
     "train": "train a recipe, or go on with an unfinished run of it",
     "evaluate": "evaluate a run: accuracy, accuracy by class, confusion matrix",
+    "predict": "classify pictures with a run",
+    "extract-features": "write a backbone's features of photographs as an .npz file",
     "recipes": "list the recipes",
     "benchmark": "time a training step beside its peers",
 }
@@ -44,7 +46,7 @@ def _dispatch(args: list[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UsageError(f"unknown command {name!r}; {hint}There are: {', '.join(COMMANDS)}")
-    return import_module(f"pspinal_jax.commands.{name}").main(rest)
+    return import_module(f"pspinal_jax.commands.{name.replace('-', '_')}").main(rest)
 
 
 def _usage() -> str:

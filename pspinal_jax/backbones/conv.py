@@ -38,12 +38,29 @@ def conv_same(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Arra
         raise ValueError(f"conv_same needs odd kernel sides, got a kernel of shape {kernel.shape}")
     if inputs.shape[-1] != kernel.shape[2]:
         raise ValueError(f"a kernel of shape {kernel.shape} does not fit the channels of inputs {inputs.shape}")
-    return _pointwise(inputs, kernel, stride) if kernel.shape[:2] == (1, 1) else _conv(stride, inputs, kernel)
+    if kernel.shape[:2] == (1, 1):
+        return _pointwise(inputs, kernel, stride)
+    if inputs.shape[1] < kernel.shape[0] or inputs.shape[2] < kernel.shape[1]:
+        return _as_product(inputs, kernel, stride)
+    return _conv(stride, inputs, kernel)
 
 
 def _pointwise(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A 1x1 convolution is a matrix product, whose gradients are such products too, fast in a loop as elsewhere."""
     return jnp.tensordot(inputs[:, ::stride, ::stride], kernel[0, 0], 1)
+
+
+def _as_product(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """On maps smaller than the kernel XLA's CPU routine takes 10 to 70 times as long as the product of all patches."""
+    height, width = inputs.shape[1:3]
+    rows, columns, _, channels = kernel.shape
+    padded = jnp.pad(inputs, [(0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)])
+    patches = [
+        padded[:, row : row + height : stride, column : column + width : stride]
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return jnp.tensordot(jnp.concatenate(patches, -1), kernel.reshape(-1, channels), 1)
 
 
 def _plain(

@@ -76,14 +76,15 @@ def make_step(
     optimizer: torch.optim.Optimizer,
     images: torch.Tensor,
     labels: torch.Tensor,
-    mean: float,
-    std: float,
+    mean: float | tuple[float, ...],
+    std: float | tuple[float, ...],
     compiled: bool,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A training step on the examples at the given indices, which returns the loss; data lie on the model's device."""
+    shift, scale = (torch.as_tensor(value, device=images.device) for value in (mean, std))
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        inputs = (images[rows].float() / 255 - mean) / std
+        inputs = (images[rows].float() / 255 - shift) / scale
         return functional.cross_entropy(model(inputs), labels[rows])
 
     forward = torch.compile(loss_of) if compiled else loss_of

@@ -24,22 +24,30 @@ class _Arguments:
 
 def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
-    asks_help = not args or args[0] in ("-h", "--help")
-    if args and args[0].startswith("-") and not asks_help:
-        raise UsageError(f"train takes a recipe before its flags: pspinal-jax train RECIPE {shlex.join(args)}")
-    name = DEFAULT_RECIPE if asks_help else args[0]
-    if not args:
-        raise UsageError(f"train takes a recipe: {', '.join(list_recipes())}, or a path to your own .py file")
-    recipe = load_recipe(name)
-    flags = args if asks_help else args[1:]
+    name, recipe, flags = take_recipe("train", args)
     parsed = parse(
         _Arguments,
         flags,
-        prog=f"pspinal-jax train {'RECIPE' if asks_help else name}",
-        description=f"Train {name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
+        prog=f"pspinal-jax train {name}",
+        description=f"Train {recipe.card.name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
         default=_Arguments(recipe, RunOptions()),
     )
     return _train(parsed.recipe, parsed.options, ["train", *args])
+
+
+def take_recipe(command: str, args: Sequence[str]) -> tuple[str, Recipe, Sequence[str]]:
+    """The recipe's name, the recipe and the flags in `args`; 'RECIPE' and the default one where help is asked for.
+
+    Raises:
+      UsageError: if there is no recipe in front of the flags.
+    """
+    if args and args[0] in ("-h", "--help"):
+        return "RECIPE", load_recipe(DEFAULT_RECIPE), args
+    if not args:
+        raise UsageError(f"{command} takes a recipe: {', '.join(list_recipes())}, or a path to your own .py file")
+    if args[0].startswith("-"):
+        raise UsageError(f"{command} takes a recipe before its flags: pspinal-jax {command} RECIPE {shlex.join(args)}")
+    return args[0], load_recipe(args[0]), args[1:]
 
 
 def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:

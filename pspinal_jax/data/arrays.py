@@ -23,6 +23,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def join(self, other: "Split") -> "Split":
+        """These examples, then those of `other`."""
+        return Split(np.concatenate([self.inputs, other.inputs]), np.concatenate([self.labels, other.labels]))
+
     def take(self, indices: np.ndarray) -> "Split":
         """The examples at `indices`, in that order."""
         return Split(self.inputs[indices], self.labels[indices])
@@ -30,12 +34,13 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Train and test split, the classes' names, and where it all came from."""
+    """Train and test split, the classes' names, where it all came from, and a validation split of its own or None."""
 
     train: Split
     test: Split
     class_names: tuple[str, ...]
     source: str
+    validation: Split | None = None
 
     @property
     def num_classes(self) -> int:
@@ -45,7 +50,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """A checksum of every example, so that a resumed run notices that its data changed."""
         crc = 0
-        for split in (self.train, self.test):
+        for split in (self.train, self.test, *([self.validation] if self.validation else [])):
             for array in (split.inputs, split.labels):
                 crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
         return f"{crc:08x}"
@@ -60,7 +65,8 @@ def make_dataset(
     """Check raw arrays and bring them into the form that training takes.
 
     Args:
-      splits: 'train' and 'test', each (inputs, labels). Inputs: uint8 [N, H, W] or [N, H, W, C], or floating [N, D].
+      splits: 'train', 'test' and perhaps 'validation', each (inputs, labels). Inputs: uint8 [N, H, W] or
+        [N, H, W, C], or floating [N, D].
       source: where they come from; named in every error.
       num_classes: C, or None for one more than the largest training label.
       class_names: their names; the numbers as text where None.
@@ -69,12 +75,13 @@ def make_dataset(
       DataError: if a shape, dtype, length, label or value does not fit.
     """
     checked = {name: _check_split(f"{source}: {name}", *arrays) for name, arrays in splits.items()}
-    train, test = checked["train"], checked["test"]
-    if train.inputs.shape[1:] != test.inputs.shape[1:] or train.inputs.dtype != test.inputs.dtype:
-        raise DataError(
-            f"{source}: train has inputs of shape {train.inputs.shape[1:]} ({train.inputs.dtype}) and test "
-            f"{test.inputs.shape[1:]} ({test.inputs.dtype}); they must be the same"
-        )
+    train = checked["train"]
+    for name, other in checked.items():
+        if train.inputs.shape[1:] != other.inputs.shape[1:] or train.inputs.dtype != other.inputs.dtype:
+            raise DataError(
+                f"{source}: train has inputs of shape {train.inputs.shape[1:]} ({train.inputs.dtype}) and {name} "
+                f"{other.inputs.shape[1:]} ({other.inputs.dtype}); they must be the same"
+            )
     if num_classes is None:
         num_classes = len(class_names) if class_names else max(2, int(train.labels.max()) + 1)
     if class_names is None:
@@ -88,7 +95,7 @@ def make_dataset(
                 f"{source}: {name}_labels go from {low} to {high}, expected 0 .. {num_classes - 1}; "
                 "correct the labels or set --data.num-classes"
             )
-    return Dataset(train, test, class_names, source)
+    return Dataset(train, checked["test"], class_names, source, checked.get("validation"))
 
 
 def _check_split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:

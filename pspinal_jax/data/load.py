@@ -3,20 +3,38 @@
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pspinal_jax.data.arrays import Dataset, Split
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.npz import read_npz
+from pspinal_jax.data.photos.load import load_photographs
+from pspinal_jax.data.photos.photos import PhotoDataset
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.data.prepared import STOCK_EMNIST, default_data_dir, find_prepared, find_versions, read_prepared
 from pspinal_jax.errors import DataError
 from pspinal_jax.recipes.schema import DataConfig
 
 
+def load_data(config: DataConfig) -> Dataset | PhotoDataset:
+    """The data set that `config` names: arrays or, where it has an image_size, photographs; see `load_dataset`.
+
+    Args:
+      config: for photographs, `path` is a folder of class folders or a prepared TFDS directory.
+
+    Raises:
+      DataError: if it is not there or not readable; the message says what to do.
+    """
+    if config.image_size is None:
+        return load_dataset(config)
+    directory = _find_directory(config) if config.path is None else config.path.expanduser()
+    return load_photographs(config, directory)
+
+
 def load_dataset(config: DataConfig) -> Dataset:
-    """The data set that `config` names, as its recipe wants to see it.
+    """The data set that `config` names as arrays, as its recipe wants to see it.
 
     Args:
       config: with `path`, that .npz file or prepared TFDS directory is read. Without, the TFDS data set `name` is
@@ -36,10 +54,12 @@ def _transpose(data: Dataset) -> Dataset:
         raise DataError(
             f"{data.source} holds inputs of shape {list(shape[1:])}; data.transposed takes square images only"
         )
-    train, test = (
-        Split(np.ascontiguousarray(split.inputs.swapaxes(1, 2)), split.labels) for split in (data.train, data.test)
-    )
-    return dataclasses.replace(data, train=train, test=test)
+    turned: dict[str, Any] = {
+        name: Split(np.ascontiguousarray(split.inputs.swapaxes(1, 2)), split.labels)
+        for name in ("train", "validation", "test")
+        if (split := getattr(data, name)) is not None
+    }
+    return dataclasses.replace(data, **turned)
 
 
 def _read(config: DataConfig) -> Dataset:
@@ -51,18 +71,23 @@ def _read(config: DataConfig) -> Dataset:
     known = CATALOGUE.get(config.name)
     if known is not None and not known.files:
         return read_prepared(prepare_data_set(known, config.data_dir).directory, config.num_classes)
+    return read_prepared(_find_directory(config), config.num_classes)
+
+
+def _find_directory(config: DataConfig) -> Path:
     root = default_data_dir() if config.data_dir is None else config.data_dir.expanduser()
     # Where no version is readable, reading the newest says why.
     directory = find_prepared(root, config.name) or next(reversed(find_versions(root, config.name)), None)
     if directory is None:
         raise _not_prepared(config, root)
-    return read_prepared(directory, config.num_classes)
+    return directory
 
 
 def _not_prepared(config: DataConfig, root: Path) -> DataError:
     folder = "" if config.data_dir is None else f" --data-dir {shlex.quote(str(config.data_dir))}"
     first = f"run: pspinal-jax prepare {config.name}{folder}; or " if config.name in CATALOGUE else ""
+    takes = "an .npz file" if config.image_size is None else "a folder of class folders"
     return DataError(
-        f"data set {config.name} is not prepared in {root}; {first}give --data.path an .npz file or a directory that "
+        f"data set {config.name} is not prepared in {root}; {first}give --data.path {takes} or a directory that "
         "TFDS prepared as array_record, or set --data.data-dir"
     )

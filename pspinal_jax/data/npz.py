@@ -13,7 +13,8 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def read_npz(path: Path, num_classes: int | None) -> Dataset:
-    """The data set in `path`: train_images, train_labels, test_images, test_labels, and class_names if it has them.
+    """The data set in `path`: train_images, train_labels, test_images, test_labels; class_names and validation_images
+    and validation_labels if it has them.
 
     Images are uint8 [N, H, W] or [N, H, W, C]; 2-D float arrays are features [N, D].
 
@@ -29,12 +30,15 @@ def read_npz(path: Path, num_classes: int | None) -> Dataset:
             if missing:
                 found = ", ".join(archive.files) or "none"
                 raise DataError(f"{path} lacks {', '.join(missing)}; it has: {found}")
-            arrays = {name: archive[name] for name in ARRAYS}
+            splits = {
+                name: (archive[f"{name}_images"], archive[f"{name}_labels"])
+                for name in ("train", "validation", "test")
+                if f"{name}_images" in archive.files
+            }
             names = archive["class_names"].tolist() if "class_names" in archive.files else None
     except FileNotFoundError:
         raise DataError(f"data file {path} does not exist; give --data.path an .npz file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
-    splits = {name: (arrays[f"{name}_images"], arrays[f"{name}_labels"]) for name in ("train", "test")}
     class_names = None if names is None else tuple(map(str, names))
     return make_dataset(splits, str(path), num_classes, class_names)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pspinal_jax.backbones.resnet import LEAST_SIDE, ResNet, num_features
 from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, NUM_FEATURES, VGG5
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
@@ -23,9 +24,23 @@ def build_model(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) 
     """
     dtype = jnp.dtype(recipe.dtype)
     backbone = _build_backbone(recipe, input_shape, dtype)
-    num_features = math.prod(input_shape) if backbone is None else NUM_FEATURES
-    head = _build_head(recipe, num_features, num_classes, dtype)
-    return Classifier(head=head, backbone=backbone, mean=recipe.data.mean, std=recipe.data.std, dtype=dtype)
+    head = _build_head(recipe, count_features(recipe, input_shape), num_classes, dtype)
+    return Classifier(
+        head=head,
+        backbone=backbone,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        freeze_backbone=recipe.freeze == "backbone",
+        dtype=dtype,
+    )
+
+
+def count_features(recipe: Recipe, input_shape: tuple[int, ...]) -> int:
+    """Length D of the features that the head of `recipe` sees, for inputs of `input_shape`."""
+    name = recipe.model.backbone
+    if name == "none":
+        return math.prod(input_shape)
+    return NUM_FEATURES if name == "vgg5" else num_features(name)
 
 
 def count_parameters(params: Any) -> int:
@@ -34,11 +49,19 @@ def count_parameters(params: Any) -> int:
 
 
 def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) -> nn.Module | None:
-    if recipe.model.backbone == "none":
+    name = recipe.model.backbone
+    if name == "none":
         return None
-    if input_shape != IMAGE_SHAPE:
-        raise UsageError(f"the backbone vgg5 takes images of shape {IMAGE_SHAPE}, the data set has {input_shape}")
-    return VGG5(dtype=dtype)
+    if name == "vgg5":
+        if input_shape != IMAGE_SHAPE:
+            raise UsageError(f"the backbone vgg5 takes images of shape {IMAGE_SHAPE}, the data set has {input_shape}")
+        return VGG5(dtype=dtype)
+    if len(input_shape) != 3 or input_shape[2] != 3 or min(input_shape[:2]) < LEAST_SIDE:
+        raise UsageError(
+            f"the backbone {name} takes colour images [H, W, 3] of {LEAST_SIDE} pixels and more, the data set has "
+            f"{input_shape}"
+        )
+    return ResNet(name, dtype=dtype, remat=recipe.model.remat)
 
 
 def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any) -> nn.Module:

@@ -13,21 +13,32 @@ class Classifier(nn.Module):
     Attributes:
       head: a module called as ``head(features [N, D], train) -> logits [N, C]``.
       backbone: a module called as ``backbone(images, train) -> features [N, D]``, or None to flatten the inputs.
-      mean: subtracted from images scaled to 0 .. 1.
+      mean: subtracted from images scaled to 0 .. 1; a number, or one a channel.
       std: what they are divided by after that.
+      freeze_backbone: in training too the backbone normalises with its running statistics, which stay as they are,
+        and no gradient reaches it.
       dtype: dtype to compute in.
     """
 
     head: nn.Module
     backbone: nn.Module | None = None
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+    freeze_backbone: bool = False
     dtype: Any = jnp.float32
 
     def __call__(self, inputs: jax.Array, train: bool) -> jax.Array:
         """Logits [N, C] of images uint8 [N, H, W, C'], or of features [N, D], which are taken as they are."""
+        return self.head(self.features(inputs, train), train)
+
+    def features(self, inputs: jax.Array, train: bool) -> jax.Array:
+        """What the head sees of `inputs`: the backbone's features [N, D], or the flattened inputs."""
         if inputs.dtype == jnp.uint8:
-            inputs = (inputs.astype(jnp.float32) / 255 - self.mean) / self.std
+            mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+            inputs = (inputs.astype(jnp.float32) / 255 - mean) / std
         inputs = inputs.astype(self.dtype)
-        features = inputs.reshape(len(inputs), -1) if self.backbone is None else self.backbone(inputs, train)
-        return self.head(features, train)
+        if self.backbone is None:
+            return inputs.reshape(len(inputs), -1)
+        if self.freeze_backbone:
+            return jax.lax.stop_gradient(self.backbone(inputs, False))
+        return self.backbone(inputs, train)

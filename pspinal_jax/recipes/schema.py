@@ -32,33 +32,66 @@ class DataConfig:
     """TFDS name of the data set."""
     path: Path | None = None
     """Read this instead: an .npz file with train_images (or 2-D float features), train_labels, test_images and
-    test_labels, or the directory of a data set that TFDS prepared as array_record."""
+    test_labels, the directory of a data set that TFDS prepared as array_record or, for photographs, a folder of class
+    folders (or of train, valid and test folders that hold class folders)."""
     data_dir: Path | None = None
     """TFDS data folder; by default TFDS's own (TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     num_classes: int | None = None
     """Number of classes C, labels 0 .. C-1; by default what the data says."""
-    mean: float = 0.0
-    """Subtracted from images scaled to 0 .. 1."""
-    std: float = 1.0
+    mean: float | tuple[float, float, float] = 0.0
+    """Subtracted from images scaled to 0 .. 1; one number, or one a channel."""
+    std: float | tuple[float, float, float] = 1.0
     """What images are divided by after that."""
     num_validation: int = 0
     """Examples held out of train to select the epoch by; 0 trains on all and takes the last epoch."""
+    image_size: int | None = None
+    """Photographs: side in pixels of the square images that the model sees. They are read from their files while
+    training. None for data that is held in memory."""
+    resize: int | None = None
+    """Photographs: side that training pictures are resized to, without keeping the aspect, before they are cropped to
+    image_size; by default 230 / 224 of it where they are cropped. Evaluation resizes to image_size."""
+    validation_fraction: float = 0.0
+    """Photographs: share of each class held out of train to select the epoch by, where the data has no validation
+    split of its own."""
+    test_fraction: float = 0.2
+    """Photographs in class folders without a test folder: share of each class that is the test split."""
+    strict: bool = False
+    """Photographs: refuse a folder with unreadable pictures; otherwise they are named and left out."""
     split_seed: int = 0
     """Seed of the choice of those examples, the same for every training seed."""
-    augment: Literal["none", "perspective_rotation"] = "none"
-    """perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees)."""
+    augment: Literal["none", "perspective_rotation", "rotation_crop_flip"] = "none"
+    """perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees).
+    rotation_crop_flip: photographs; rotation (up to 15 degrees), random crop to image_size, flip (p 0.5)."""
     transposed: bool = False
     """Swap rows and columns of every image: EMNIST as it is stored, and as the published scripts saw it."""
     drop_remainder: bool = True
     """Leave out the last, smaller training batch of an epoch (other examples each epoch)."""
+    shuffle: bool = True
+    """Visit the training examples in another order every epoch; the published STL-10 script does not."""
+
+    @property
+    def train_side(self) -> int:
+        """Photographs: side in pixels that training pictures are decoded to."""
+        size = self.image_size or 0
+        if self.resize is not None:
+            return self.resize
+        return round(size * 230 / 224) if self.augment == "rotation_crop_flip" else size
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Backbone and head."""
 
-    backbone: Literal["none", "vgg5"] = "none"
-    """'none': the head sees the pixels or features as they are; 'vgg5': 28x28 grey images to 256 features."""
+    backbone: Literal[
+        "none", "vgg5", "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2"
+    ] = "none"
+    """'none': the head sees the pixels or features as they are; 'vgg5': 28x28 grey images to 256 features; the others:
+    colour images of any size to 512 (resnet18, resnet34) or 2048 features."""
+    weights: str | None = None
+    """Start the backbone from these weights: a .safetensors or .pt file, 'hf:OWNER/NAME' on the Hugging Face hub, or
+    'pretrained' for the hub's ImageNet weights of the backbone."""
+    remat: bool = False
+    """Compute the backbone's blocks again in the backward pass in place of keeping their activations."""
     head: Literal["progressive", "spinal", "mlp", "dense"] = "progressive"
     """'mlp' gets the width at which it has as many parameters as the progressive head would have."""
     layer_width: int = 128
@@ -89,8 +122,11 @@ class OptimizerConfig:
     """Nesterov momentum (sgd)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of kernels (adamw)."""
-    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
-    """cosine: down to 0 over the run; one_cycle: linear warm-up over `warmup_fraction`, then cosine to 0."""
+    schedule: Literal["constant", "cosine", "one_cycle", "step"] = "constant"
+    """cosine: down to 0 over the run; one_cycle: linear warm-up over `warmup_fraction`, then cosine to 0; step: times
+    0.1 every `decay_epochs` epochs."""
+    decay_epochs: int = 7
+    """Epochs between two decays of the schedule `step`."""
     warmup_fraction: float = 0.3
     """Share of the steps that one_cycle warms up for."""
     steering: Literal["none", "best_on_test"] = "none"
@@ -112,6 +148,16 @@ class Recipe:
     """Examples per step, over all devices."""
     eval_batch_size: int = 1000
     """Examples per evaluation step; the last batch is padded and masked."""
+    micro_batches: int = 1
+    """Parts that a step's batch is cut into, one after the other, to save memory; batch norm sees each by itself."""
+    freeze: Literal["none", "backbone"] = "none"
+    """backbone: its parameters and running statistics stay as they are, and the head alone is trained."""
+    cache_features: bool = False
+    """With a frozen backbone: run it over the data once, then train the head on the features, which lie on the device.
+    Nothing is augmented then, but see feature_views."""
+    feature_views: int = 0
+    """With cache_features: augmented passes over the training data, whose features are all trained on; 0 for one pass
+    without augmentation."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
     seed: int = 0
@@ -132,14 +178,13 @@ class Recipe:
     """validation protocol: train again on train + validation, for the selected number of epochs, before the test."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "num_seeds"):
+        for name in ("epochs", "batch_size", "eval_batch_size", "num_seeds", "micro_batches"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "0 .. 2**31 - 1")
         _require(0.0 <= self.label_smoothing < 1.0, "label_smoothing", self.label_smoothing, "in [0, 1)")
         _require(self.data.num_validation >= 0, "data.num_validation", self.data.num_validation, "at least 0")
-        _require(self.data.std > 0, "data.std", self.data.std, "above 0")
-        classes = self.data.num_classes
-        _require(classes is None or classes >= 2, "data.num_classes", classes, "at least 2")
+        self._check_data()
+        self._check_freezing()
         for name in ("layer_width", "num_layers"):
             _require(getattr(self.model, name) >= 1, f"model.{name}", getattr(self.model, name), "at least 1")
         for name in ("dropout_rate", "layer_dropout_rate"):
@@ -158,10 +203,67 @@ class Recipe:
         steered = optimizer.steering == "best_on_test"
         _require(not steered or paper, "optimizer.steering", optimizer.steering, "none unless --protocol paper")
         _require(
-            not self.retrain or (self.protocol == "validation" and self.data.num_validation > 0),
+            not self.retrain
+            or (self.protocol == "validation" and (self.data.num_validation > 0 or self.data.image_size is not None)),
             "retrain",
             self.retrain,
-            "used with --protocol validation and --data.num-validation above 0",
+            "used with --protocol validation and held-out validation data",
+        )
+
+    def _check_data(self) -> None:
+        data = self.data
+        std = data.std if isinstance(data.std, tuple) else (data.std,)
+        _require(min(std) > 0, "data.std", data.std, "above 0")
+        _require(data.num_classes is None or data.num_classes >= 2, "data.num_classes", data.num_classes, "at least 2")
+        _require(
+            0.0 <= data.validation_fraction < 1.0, "data.validation_fraction", data.validation_fraction, "in [0, 1)"
+        )
+        _require(0.0 < data.test_fraction < 1.0, "data.test_fraction", data.test_fraction, "in (0, 1)")
+        size, resize = data.image_size, data.resize
+        _require(size is None or 8 <= size <= 4096, "data.image_size", size, "8 .. 4096")
+        if resize is not None:
+            _require(size is not None and size <= resize <= 8192, "data.resize", resize, "image_size .. 8192")
+            _require(
+                resize == size or data.augment == "rotation_crop_flip",
+                "data.resize",
+                resize,
+                "used with --data.augment rotation_crop_flip, which crops to image_size",
+            )
+        photographs = data.augment == "rotation_crop_flip"
+        _require(not photographs or size is not None, "data.augment", data.augment, "used with --data.image-size")
+
+    def _check_freezing(self) -> None:
+        model = self.model
+        _require(
+            self.freeze == "none" or model.backbone != "none", "freeze", self.freeze, "none where there is no backbone"
+        )
+        _require(
+            model.weights is None or model.backbone.removeprefix("wide_").startswith("resnet"),
+            "model.weights",
+            model.weights,
+            "used with a ResNet backbone",
+        )
+        _require(
+            self.batch_size % self.micro_batches == 0, "micro_batches", self.micro_batches, "a divisor of batch_size"
+        )
+        _require(
+            self.seed_mode != "vmap" or self.data.image_size is None,
+            "seed_mode",
+            self.seed_mode,
+            "loop or auto for photographs, which every seed reads in its own order",
+        )
+        _require(self.feature_views >= 0, "feature_views", self.feature_views, "at least 0")
+        _require(
+            not self.cache_features or (self.freeze == "backbone" and self.data.image_size is not None),
+            "cache_features",
+            self.cache_features,
+            "used with --freeze backbone, on photographs",
+        )
+        _require(
+            self.feature_views == 0 or self.cache_features,
+            "feature_views",
+            self.feature_views,
+            "used with cache_features",
         )
 
 

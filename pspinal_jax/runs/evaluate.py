@@ -1,18 +1,22 @@
 """`evaluate`: what a run's selected parameters do on the test split."""
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data import load_dataset
+from pspinal_jax.data import load_data
 from pspinal_jax.errors import UsageError
 from pspinal_jax.runs.compilation_cache import enable_compilation_cache
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.plots import plot_confusion
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
-from pspinal_jax.runs.setup import build_run_programs, check_devices, place_split
+from pspinal_jax.runs.setup import build_run_programs, check_devices, input_of, place_split
+from pspinal_jax.training.chunk import Batch
+from pspinal_jax.training.programs import Programs
 
 
 def evaluate(run: Path, seed_index: int | None = None, data_path: Path | None = None) -> dict[str, Any]:
@@ -36,23 +40,37 @@ def evaluate(run: Path, seed_index: int | None = None, data_path: Path | None = 
     check_devices(recipe)
     names = config["class_names"]
     source = recipe.data if data_path is None else dataclasses.replace(recipe.data, path=data_path)
-    data = load_dataset(dataclasses.replace(source, num_classes=len(names)))
-    shape = list(data.test.inputs.shape[1:])
-    if shape != config["input_shape"] or str(data.test.inputs.dtype) != config["input_dtype"]:
+    data = load_data(dataclasses.replace(source, num_classes=len(names)))
+    if data.class_names != tuple(names):
         raise UsageError(
-            f"{data.source} has inputs of shape {shape} ({data.test.inputs.dtype}), but the run was trained on "
+            f"{data.source} has the classes {_shortened(data.class_names)}, but the run was trained on "
+            f"{_shortened(names)}"
+        )
+    shape, dtype = input_of(recipe, data)
+    if list(shape) != config["input_shape"] or str(dtype) != config["input_dtype"]:
+        raise UsageError(
+            f"{data.source} has inputs of shape {list(shape)} ({dtype}), but the run was trained on "
             f"{config['input_shape']} ({config['input_dtype']})"
         )
-    _, programs = build_run_programs(recipe, tuple(shape), data.test.inputs.dtype, len(names))
-    split = place_split(programs, data.test, recipe.eval_batch_size)
-    result = programs.evaluate(programs.replicate(variables), split.arrays, np.int32(split.count))
-    predictions = np.asarray(result.predictions)[: split.count]
-    report = _report(predictions, data.test.labels, names) | {"loss": float(result.loss) / split.count}
+    _, programs = build_run_programs(recipe, shape, dtype, len(names))
+    split = place_split(recipe, programs, data.test)
+    sums = split.evaluate(partial(_evaluate, programs, programs.replicate(variables)))
+    predictions = sums["predictions"][0]
+    report = _report(predictions, data.test.labels, names) | {"loss": float(sums["loss"][0]) / split.count}
     directory = RunDirectory(run)
     write_json(directory.path / "evaluation.json", report)
     title = f"{recipe.card.name}: {100 * report['accuracy']:.2f} % of {split.count} test examples"
     plot_confusion(np.asarray(report["confusion"]), names, directory.path / "confusion.png", title)
     return report
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _evaluate(programs: Programs, variables: Any, data: Batch, count: int) -> dict[str, np.ndarray]:
+    result = programs.evaluate(variables, data, np.int32(count))
+    return {name: np.asarray(value)[None] for name, value in result._asdict().items()}
 
 
 def _report(predictions: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, Any]:

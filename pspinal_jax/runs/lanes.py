@@ -21,6 +21,7 @@ class _Lane:
     totals: Totals
     best: Any
     plan: EpochPlan | None = None
+    rates: np.ndarray | None = None
 
 
 class Lanes:
@@ -40,15 +41,21 @@ class Lanes:
         state = self._programs.init(seed)
         return _Lane(seed, state, self._programs.zero_totals(seed), _variables(state, copy=True))
 
-    def set_params(self, params: Any) -> None:
-        """Start every seed from these parameters (of one seed) in place of its own initialisation."""
+    def start_from(self, variables: dict[str, Any]) -> None:
+        """Start every seed from these variables (of one seed) in place of its own initialisation.
+
+        Args:
+          variables: 'params' and 'batch_stats', or either; entries at their top that are absent stay as initialised.
+        """
+
+        def place(new: Any, old: jax.Array) -> jax.Array:
+            return self._programs.replicate(jnp.broadcast_to(jnp.asarray(new, old.dtype), old.shape) + 0)
+
         for lane in self._lanes:
-            fresh = jax.tree.map(
-                lambda new, old: self._programs.replicate(jnp.broadcast_to(new, old.shape) + jnp.zeros_like(old)),
-                params,
-                lane.state.params,
-            )
-            lane.state = lane.state.replace(params=fresh)  # type: ignore[attr-defined]
+            for name, given in variables.items():
+                there = getattr(lane.state, name)
+                fresh = {entry: jax.tree.map(place, tree, there[entry]) for entry, tree in given.items()}
+                lane.state = lane.state.replace(**{name: {**there, **fresh}})  # type: ignore[attr-defined]
             lane.best = _variables(lane.state, copy=True)
 
     def continue_from_best(self, other: "Lanes") -> None:
@@ -65,16 +72,36 @@ class Lanes:
             indices = self._programs.replicate(order(lane.seed, np.int32(epoch)))
             lane_rates = rates if self._programs.vectorized else rates[index]
             lane.plan = EpochPlan(indices, self._programs.replicate(lane_rates))
+            lane.rates = lane_rates
 
-    def warm_up(self, data: Batch, evaluated: list[Batch], tail_size: int) -> None:
-        """Compile what an epoch calls, by calling it for no steps and no examples: results stay as they are."""
-        self.run_chunk(0, 0, data)
-        if tail_size:
-            self.run_chunk(0, 0, data, tail_size=tail_size)
-        for split in evaluated:
-            self.evaluate(split, 0)
+    def orders(self) -> list[np.ndarray]:
+        """The planned epoch's order of each seed, int32, on the host; seeds run one after the other only."""
+        return [np.asarray(lane.plan.order) for lane in self._lanes if lane.plan is not None]
+
+    def warm_up(self) -> None:
+        """Compile the keeping of the best, by keeping none."""
         for lane in self._lanes:
             lane.best = self._programs.keep(lane.best, _variables(lane.state), np.zeros(lane.seed.shape, bool))
+
+    def rehearse(self, batch: Batch) -> None:
+        """Compile a step on a batch from the host, by taking it with a copy of a state."""
+        lane = self._lanes[0]
+        state, totals = jax.tree.map(jnp.copy, (lane.state, lane.totals))
+        jax.block_until_ready(self._programs.batch_step(state, totals, lane.seed, np.float32(0), batch))
+
+    def run_batch(self, index: int, step: int, batch: Batch) -> None:
+        """Step `step` of the epoch on `batch` for the seed at `index`; does not wait for it."""
+        lane = self._lanes[index]
+        assert lane.rates is not None
+        lane.state, lane.totals = self._programs.batch_step(lane.state, lane.totals, lane.seed, lane.rates[step], batch)
+
+    def idle(self, index: int) -> bool:
+        """Whether the devices have done all that the seed at `index` asked of them."""
+        return bool(self._lanes[index].totals.count.is_ready())
+
+    def block(self) -> None:
+        """Return when all that was asked of the devices is done."""
+        jax.block_until_ready([lane.totals for lane in self._lanes])
 
     def run_chunk(self, first: int, num_steps: int, data: Batch, *, tail_size: int = 0) -> None:
         """`num_steps` steps of the epoch, from step `first` on, for every seed; returns when they are done."""
@@ -83,7 +110,7 @@ class Lanes:
             lane.state, lane.totals = program(
                 lane.state, lane.totals, lane.seed, lane.plan, np.int32(first), np.int32(num_steps), data
             )
-        jax.block_until_ready([lane.totals for lane in self._lanes])
+        self.block()
 
     def totals(self) -> dict[str, list[Any]]:
         """The epoch's sums so far: loss, correct and count, each with an entry per seed."""

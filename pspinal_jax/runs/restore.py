@@ -7,9 +7,10 @@ import jax
 
 from pspinal_jax.checkpoints import read_newest
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.models.build import build_model
+from pspinal_jax.models.build import build_model, count_features
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 from pspinal_jax.runs.directory import RunDirectory, read_json
+from pspinal_jax.runs.frozen_backbone import add_backbone, head_recipe
 from pspinal_jax.runs.results import best_seed_index, leading_seed
 from pspinal_jax.training.programs import data_mesh, replicated_on
 
@@ -17,7 +18,9 @@ from pspinal_jax.training.programs import data_mesh, replicated_on
 def load_recipe_of(config: dict[str, Any]) -> Recipe:
     """The recipe that a run's config.json records, its data location included."""
     settings = dict(config["identity"])
-    data = dict(settings["data"])
+    data: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings["data"].items()
+    }
     for key, value in config["data_location"].items():
         data[key] = None if value == "None" else Path(value)
     fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key not in _NESTED}
@@ -56,9 +59,7 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
         seed_index = best_seed_index(config, result, directory.metrics())
     if not 0 <= seed_index < count:
         raise UsageError(f"--seed-index is {seed_index}, expected 0 .. {count - 1}: the run has {count} seeds")
-    model = build_model(recipe, tuple(config["input_shape"]), len(config["class_names"]))
-    inputs = jax.ShapeDtypeStruct((2, *config["input_shape"]), config["input_dtype"])
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
+    shapes = _trained_shapes(recipe, config)
     lead = (count,) if count > 1 else ()
     sharding = replicated_on(data_mesh())
 
@@ -74,4 +75,15 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
     # Under the paper's protocol the result is the last epoch's; its "best" was selected on the test split.
     takes_last = recipe.protocol == "paper"
     trees, _ = read_newest(directory.checkpoints_path, wanted)
-    return leading_seed(trees if takes_last else trees["best"], seed_index, count), config
+    variables = leading_seed(trees if takes_last else trees["best"], seed_index, count)
+    return (add_backbone(run, variables) if recipe.cache_features else variables), config
+
+
+def _trained_shapes(recipe: Recipe, config: dict[str, Any]) -> Any:
+    """Shapes of the variables that the run's checkpoints hold."""
+    shape, dtype = tuple(config["input_shape"]), config["input_dtype"]
+    if recipe.cache_features:
+        shape, dtype, recipe = (count_features(recipe, shape),), "float32", head_recipe(recipe)
+    model = build_model(recipe, shape, len(config["class_names"]))
+    inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)

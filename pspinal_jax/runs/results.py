@@ -1,5 +1,6 @@
 """The result of a finished run: result.json."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         result["best_on_test_epoch"] = position.best_epoch
     else:
         test = setup.splits["test"]
-        correct = trainer.lanes.evaluate(test.arrays, test.count, best=True)["correct"]
+        correct = test.evaluate(partial(trainer.lanes.evaluate, best=True))["correct"]
         result["test_accuracy"] = summary((correct / test.count).tolist())
         selected = position.selected_epoch or position.best_epoch
         validation = position.selected_accuracy or position.best_accuracy

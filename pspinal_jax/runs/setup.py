@@ -1,31 +1,32 @@
 """From a recipe and its data to everything that the loop works with."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from pspinal_jax.data.arrays import Dataset, Split
+from pspinal_jax.data.photos.photos import PhotoDataset, Photos
 from pspinal_jax.data.splits import hold_out
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.forms import Form, running_form
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.runs.examples import (
+    EvaluatedSplit,
+    Examples,
+    ResidentExamples,
+    ResidentSplit,
+    StreamedExamples,
+    StreamedSplit,
+)
 from pspinal_jax.runs.stages import Stage, make_stages
-from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import Programs, build_programs, padded_split
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluatedSplit:
-    """A split on the devices: padded arrays, and how many of their examples are real."""
-
-    arrays: Batch
-    count: int
+from pspinal_jax.training.programs import Programs, build_programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Setup:
       recipe: the recipe.
       model: the linen module.
       programs: the compiled pieces.
-      train: all training examples on the devices, validation included; stages pick theirs by index.
+      examples: all training examples, validation included; stages pick theirs by index.
       splits: 'test', and 'validation' where examples were held out.
       stages: what the run does one after the other.
     """
@@ -44,20 +45,27 @@ class Setup:
     recipe: Recipe
     model: Classifier
     programs: Programs
-    train: Batch
-    splits: dict[str, EvaluatedSplit]
+    examples: Examples
+    splits: Mapping[str, EvaluatedSplit]
     stages: list[Stage]
 
 
-def split_examples(recipe: Recipe, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def split_examples(recipe: Recipe, data: Dataset | PhotoDataset) -> tuple[np.ndarray, np.ndarray]:
     """Indices (train, validation) into the training data; validation is empty where nothing is held out.
+
+    A validation split of the data's own counts on from the end of its training split.
 
     Raises:
       UsageError: if a batch or the validation part does not fit the data or the devices.
     """
     check_devices(recipe)
-    held_out = recipe.data.num_validation if recipe.protocol == "validation" else 0
-    train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed)
+    wants_validation = recipe.protocol == "validation"
+    if isinstance(data, PhotoDataset) or data.validation is not None:
+        own = len(data.validation) if data.validation is not None and wants_validation else 0
+        train, validation = np.arange(len(data.train)), len(data.train) + np.arange(own)
+    else:
+        held_out = recipe.data.num_validation if wants_validation else 0
+        train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed)
     if recipe.batch_size > len(train):
         raise UsageError(
             f"batch_size is {recipe.batch_size}, but only {len(train)} examples are left to train on; "
@@ -66,22 +74,42 @@ def split_examples(recipe: Recipe, data: Dataset) -> tuple[np.ndarray, np.ndarra
     return train, validation
 
 
-def set_up(recipe: Recipe, data: Dataset) -> Setup:
-    """Build the model and its programs, split the data and bring it to the devices; raises as `split_examples`."""
+def set_up(recipe: Recipe, data: Dataset | PhotoDataset, workers: int = 0) -> Setup:
+    """Build the model and its programs, and split the data; raises as `split_examples`.
+
+    Args:
+      recipe: the recipe.
+      data: arrays, which are brought to the devices, or photographs, which are read while training.
+      workers: processes that decode photographs; 0 for threads of this one.
+    """
     train, validation = split_examples(recipe, data)
-    input_shape = data.train.inputs.shape[1:]
-    model, programs = build_run_programs(recipe, input_shape, data.train.inputs.dtype, data.num_classes)
-    splits = {"test": place_split(programs, data.test, recipe.eval_batch_size)}
+    model, programs = build_run_programs(recipe, *input_of(recipe, data), data.num_classes)
+    # A validation split of the data's own follows the training examples; stages tell them apart by index.
+    pool = data.train if data.validation is None else data.train.join(data.validation)  # type: ignore[arg-type]
+    splits: dict[str, EvaluatedSplit] = {"test": place_split(recipe, programs, data.test, workers)}
     if len(validation):
-        splits["validation"] = place_split(programs, data.train.take(validation), recipe.eval_batch_size)
+        splits["validation"] = place_split(recipe, programs, pool.take(validation), workers)
+    examples: Examples
+    if isinstance(pool, Photos):
+        examples = StreamedExamples(programs, pool, recipe.data.train_side, recipe.batch_size, workers)
+    else:
+        examples = ResidentExamples(programs, pool)
     return Setup(
         recipe=recipe,
         model=model,
         programs=programs,
-        train=programs.replicate((data.train.inputs, data.train.labels)),
+        examples=examples,
         splits=splits,
         stages=make_stages(recipe, train, validation),
     )
+
+
+def input_of(recipe: Recipe, data: Dataset | PhotoDataset) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of one example as the model of `recipe` sees it."""
+    if isinstance(data, Dataset):
+        return data.train.inputs.shape[1:], data.train.inputs.dtype
+    side = recipe.data.image_size or 0
+    return (side, side, 3), np.dtype(np.uint8)
 
 
 def build_run_programs(
@@ -100,6 +128,8 @@ def build_run_programs(
         vectorized=runs_vectorized(recipe),
         augment=augmentation(recipe),
         head_form=_head_form(recipe),
+        frozen=("backbone",) if recipe.freeze == "backbone" else (),
+        micro_batches=recipe.micro_batches,
     )
     return model, programs
 
@@ -116,30 +146,35 @@ def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] 
     """The augmentation (key, images) -> images that `recipe` asks for, None for none."""
     if recipe.data.augment == "none":
         return None
-    from pspinal_jax.augment import augment
+    from pspinal_jax.augment import augment, augment_photographs
 
+    if recipe.data.augment == "rotation_crop_flip":
+        return partial(augment_photographs, size=recipe.data.image_size)
     return augment
 
 
-def place_split(programs: Programs, split: Split, batch_size: int) -> EvaluatedSplit:
-    """`split` on the devices, padded to whole batches."""
-    return EvaluatedSplit(programs.replicate(padded_split(split, batch_size)), len(split))
+def place_split(recipe: Recipe, programs: Programs, split: Split | Photos, workers: int = 0) -> EvaluatedSplit:
+    """`split`, ready to be evaluated in the recipe's evaluation batches."""
+    if isinstance(split, Photos):
+        return StreamedSplit(programs, split, recipe.data.image_size or 0, recipe.eval_batch_size, workers)
+    return ResidentSplit.place(programs, split, recipe.eval_batch_size)
 
 
 def check_devices(recipe: Recipe) -> None:
-    """Raise UsageError unless both batch sizes can be spread evenly over the devices."""
-    devices = jax.local_device_count()
-    for name in ("batch_size", "eval_batch_size"):
+    """Raise UsageError unless batches can be spread evenly over the devices."""
+    devices, parts = jax.local_device_count(), recipe.micro_batches
+    for name, cuts in (("batch_size", devices * parts), ("eval_batch_size", devices)):
         size = getattr(recipe, name)
-        if size % devices:
+        if size % cuts:
+            what = f"{devices} devices" + (f" times {parts} micro-batches" if cuts > devices else "")
             raise UsageError(
-                f"{name} is {size}, expected a multiple of the {devices} devices; change --{name.replace('_', '-')}"
+                f"{name} is {size}, expected a multiple of {cuts}: {what}; change --{name.replace('_', '-')}"
             )
 
 
 def runs_vectorized(recipe: Recipe) -> bool:
     """Whether the seeds of `recipe` run as one program: on CPU that is no faster, elsewhere small models gain."""
-    if recipe.num_seeds == 1 or recipe.seed_mode == "loop":
+    if recipe.num_seeds == 1 or recipe.seed_mode == "loop" or recipe.data.image_size is not None:
         return False
     return recipe.seed_mode == "vmap" or jax.default_backend() != "cpu"
 
@@ -148,11 +183,6 @@ def abstract_trees(trees: Any, programs: Programs) -> Any:
     """Shapes, dtypes and shardings of `trees`, for restoring them."""
     replicated = programs.replicated
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), trees)
-
-
-def total_steps(recipe: Recipe, stage: Stage) -> int:
-    """Steps that the learning-rate schedule of `stage` spans."""
-    return recipe.epochs * stage.steps_per_epoch
 
 
 def longest_epoch(stages: list[Stage]) -> int:

@@ -15,7 +15,7 @@ from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.lanes import Lanes
 from pspinal_jax.runs.metrics import epoch_line
 from pspinal_jax.runs.progress import Progress
-from pspinal_jax.runs.setup import Setup, abstract_trees, longest_epoch, padded_rates, total_steps
+from pspinal_jax.runs.setup import Setup, abstract_trees, longest_epoch, padded_rates
 from pspinal_jax.runs.signals import StopRequest
 from pspinal_jax.runs.stages import Position, Stage
 from pspinal_jax.training.optimizers import learning_rates
@@ -23,8 +23,6 @@ from pspinal_jax.training.programs import make_order
 
 CHUNK_SECONDS = 2.0
 """Longest time between two looks at the clock and at signals."""
-FIRST_CHUNK = 8
-"""Steps of the first chunk, which tells how many fit."""
 
 
 class Stopped(Exception):
@@ -48,7 +46,7 @@ class Trainer:
         store: CheckpointStore,
         stop: StopRequest,
         checkpoint_seconds: float,
-        start_params: Any = None,
+        start: dict[str, Any] | None = None,
     ) -> None:
         self.setup = setup
         self.position = Position()
@@ -56,7 +54,7 @@ class Trainer:
         self._store = store
         self._stop = stop
         self._checkpoint_seconds = checkpoint_seconds
-        self._start_params = start_params
+        self._start = start
         self._steps_per_second = 0.0
         self._compile_seconds = 0.0
         self.lanes = self._fresh_lanes()
@@ -83,8 +81,8 @@ class Trainer:
     def _fresh_lanes(self) -> Lanes:
         recipe = self.setup.recipe
         lanes = Lanes(self.setup.programs, [recipe.seed + index for index in range(recipe.num_seeds)])
-        if self._start_params is not None:
-            lanes.set_params(self._start_params)
+        if self._start is not None:
+            lanes.start_from(self._start)
         return lanes
 
     def _restore(self) -> None:
@@ -127,7 +125,7 @@ class Trainer:
         epochs = position.stage_epochs(recipe)
         if position.epoch >= epochs:
             return
-        order = make_order(stage.subset, len(self.setup.train[1]), self.setup.programs.vectorized)
+        order = make_order(stage.subset, self.setup.examples.count, self.setup.programs.vectorized, recipe.data.shuffle)
         self._plan_epoch(order)
         self._warm_up()
         done = position.epoch * stage.steps_per_epoch + position.step
@@ -144,8 +142,7 @@ class Trainer:
 
     def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
         stage, recipe, epoch = self.stage, self.setup.recipe, self.position.epoch
-        steps = stage.steps_per_epoch
-        rates = learning_rates(recipe.optimizer, epoch * steps, steps, total_steps(recipe, stage))
+        rates = learning_rates(recipe.optimizer, epoch, stage.steps_per_epoch, recipe.epochs)
         scale = np.asarray(self.position.rate_scale or [1.0] * recipe.num_seeds, np.float32)
         self._last_rates = (scale * rates[-1]).tolist()
         padded = padded_rates(rates, longest_epoch(self.setup.stages))
@@ -153,38 +150,37 @@ class Trainer:
 
     def _warm_up(self) -> None:
         start = time.perf_counter()
-        evaluates = self.stage.evaluates
-        evaluated = [self.setup.splits[evaluates].arrays] if evaluates else []
-        self.lanes.warm_up(self.setup.train, evaluated, self.stage.tail_size)
+        self.setup.examples.warm_up(self.lanes, self.stage)
+        if self.stage.evaluates:
+            self.setup.splits[self.stage.evaluates].warm_up(self.lanes.evaluate)
+        self.lanes.warm_up()
         self._compile_seconds = time.perf_counter() - start
 
     def _run_epoch(self, progress: Progress) -> None:
         stage, position = self.stage, self.position
         if position.step == 0:
             self.lanes.set_totals(None)
-        while position.step < stage.steps_per_epoch:
-            start = time.perf_counter()
-            steps = self._chunk_steps(stage.whole_steps - position.step)
-            if steps:
-                self.lanes.run_chunk(position.step, steps, self.setup.train)
-            else:
-                steps = 1
-                self.lanes.run_chunk(position.step, 1, self.setup.train, tail_size=stage.tail_size)
-            seconds = time.perf_counter() - start
-            if steps > 1:
-                self._steps_per_second = steps / seconds
-            position.seconds += seconds
-            position.step += steps
-            position.serial += steps
-            progress.advance(steps, **self._shown())
-            if position.step < stage.steps_per_epoch:
-                self._check_stop()
-                if self._store.due(self._checkpoint_seconds):
-                    self._save()
+        with self.setup.examples.epoch(self.lanes, stage, position.step) as advance:
+            while position.step < stage.steps_per_epoch:
+                start = time.perf_counter()
+                # The tail, a smaller batch, is a chunk of its own.
+                steps = self._chunk_steps(stage.whole_steps - position.step) or 1
+                advance(position.step, steps)
+                seconds = time.perf_counter() - start
+                if position.step < stage.whole_steps:
+                    self._steps_per_second = steps / seconds
+                position.seconds += seconds
+                position.step += steps
+                position.serial += steps
+                progress.advance(steps, **self._shown())
+                if position.step < stage.steps_per_epoch:
+                    self._check_stop()
+                    if self._store.due(self._checkpoint_seconds):
+                        self._save()
 
     def _chunk_steps(self, remaining: int) -> int:
-        fitting = int(CHUNK_SECONDS * self._steps_per_second) if self._steps_per_second else FIRST_CHUNK
-        return min(remaining, max(1, fitting))
+        rate = self._steps_per_second
+        return min(remaining, max(1, int(CHUNK_SECONDS * rate)) if rate else self.setup.examples.first_chunk)
 
     def _shown(self) -> dict[str, str]:
         totals = self.lanes.totals()
@@ -203,7 +199,7 @@ class Trainer:
         evaluation: dict[str, list[float]] = {}
         if stage.evaluates:
             split = self.setup.splits[stage.evaluates]
-            sums = self.lanes.evaluate(split.arrays, split.count)
+            sums = split.evaluate(self.lanes.evaluate)
             evaluation = {"accuracy": (sums["correct"] / split.count).tolist()}
             evaluation["loss"] = (sums["loss"] / split.count).tolist()
         position.epoch += 1
@@ -211,6 +207,8 @@ class Trainer:
         line = epoch_line(
             stage, position, totals, evaluation, learning_rates=self._last_rates, compile_seconds=self._compile_seconds
         )
+        if self.setup.examples.waited:
+            line["input_seconds"] = round(self.setup.examples.waited, 4)
         self.directory.append_metrics(line)
         progress.advance(0, **self._shown())
         position.total_seconds += position.seconds + time.perf_counter() - start

@@ -23,18 +23,21 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(adam, optax.add_decayed_weights(config.weight_decay, mask=_kernels))
 
 
-def learning_rates(config: OptimizerConfig, first_step: int, num_steps: int, total_steps: int) -> np.ndarray:
-    """Learning rates float32 [num_steps] of the steps from `first_step` on, in a run of `total_steps`."""
-    steps = np.arange(first_step, first_step + num_steps)
-    return np.broadcast_to(np.asarray(_schedule(config, total_steps)(steps), np.float32), steps.shape)
+def learning_rates(config: OptimizerConfig, epoch: int, steps_per_epoch: int, epochs: int) -> np.ndarray:
+    """Learning rates float32 [steps_per_epoch] of epoch `epoch`, counted from 0, in a run of `epochs`."""
+    steps = np.arange(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+    rates = _schedule(config, epochs * steps_per_epoch, steps_per_epoch)(steps)
+    return np.broadcast_to(np.asarray(rates, np.float32), steps.shape)
 
 
-def _schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+def _schedule(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
     peak = config.learning_rate
     if config.schedule == "constant":
         return optax.constant_schedule(peak)
     if config.schedule == "cosine":
         return optax.cosine_decay_schedule(peak, total_steps)
+    if config.schedule == "step":
+        return optax.exponential_decay(peak, config.decay_epochs * steps_per_epoch, 0.1, staircase=True)
     warmup = max(1, round(config.warmup_fraction * total_steps))
     return optax.warmup_cosine_decay_schedule(peak / 25, peak, warmup, max(warmup + 1, total_steps))
 

@@ -30,6 +30,8 @@ class Programs:
       zero_totals: seed -> totals.
       chunk: (state, totals, seed, plan, first, num_steps, data) -> (state, totals); state and totals are donated.
       tail: number of examples -> the same program for one last batch of so many.
+      batch_step: (state, totals, seed, learning_rate, batch) -> (state, totals), one step on a batch that the host
+        brings; state and totals are donated. Never vectorised.
       evaluate: (variables, data, count) -> Evaluation.
       keep: (best, candidate, improved) -> best; the older best is donated.
       vectorized: whether all seeds run as one program.
@@ -40,6 +42,7 @@ class Programs:
     zero_totals: Callable[..., Totals]
     chunk: Callable[..., tuple[TrainState, Totals]]
     tail: Callable[[int], Callable[..., tuple[TrainState, Totals]]]
+    batch_step: Callable[..., tuple[TrainState, Totals]]
     evaluate: Callable[..., Evaluation]
     keep: Callable[..., Any]
     vectorized: bool
@@ -53,6 +56,10 @@ class Programs:
         """`tree` on every device of the mesh, whole."""
         return jax.device_put(tree, self.replicated)
 
+    def shard_batch(self, batch: Batch) -> Batch:
+        """A host's batch spread over the devices."""
+        return shard_over(self.mesh, batch)
+
 
 def data_mesh() -> Mesh:
     """A mesh of all local devices with the one axis 'data'."""
@@ -62,6 +69,16 @@ def data_mesh() -> Mesh:
 def replicated_on(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device of `mesh` holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_over(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays with their first axis spread over `mesh`, or on each device where it cannot be cut evenly."""
+
+    def place(array: Any) -> jax.Array:
+        fits = len(array) % mesh.size == 0
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")) if fits else replicated_on(mesh))
+
+    return jax.tree.map(place, tree)
 
 
 def build_programs(
@@ -76,6 +93,8 @@ def build_programs(
     vectorized: bool,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     head_form: Form = "tree",
+    frozen: tuple[str, ...] = (),
+    micro_batches: int = 1,
 ) -> Programs:
     """Everything that a run calls, jitted for a mesh over all local devices.
 
@@ -93,6 +112,8 @@ def build_programs(
       vectorized: run all seeds as one program, over a leading axis.
       augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
       head_form: the form of the head's parameters inside a chunk; all that goes in and out is the documented tree.
+      frozen: entries at the top of the parameters that are not trained.
+      micro_batches: see `train_step`; the last, smaller batch of an epoch is not cut.
     """
     mesh = data_mesh()
     replicated = replicated_on(mesh)
@@ -103,13 +124,22 @@ def build_programs(
     def sharded(batch: Batch) -> Batch:
         return jax.lax.with_sharding_constraint(batch, by_batch)
 
-    def tail_step(state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array) -> Any:
+    def tail_step(
+        state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array, parts: int = 1
+    ) -> tuple[TrainState, Totals]:
         if augment is not None:
             batch = (augment(keys.augment_key(key), batch[0]), batch[1])
-        return train_step(model.apply, optimizer, label_smoothing, state, totals, batch, rate, key)
+        options: Any = {"label_smoothing": label_smoothing, "frozen": frozen, "micro_batches": parts}
+        return train_step(model.apply, optimizer, state, totals, batch, rate, key, **options)
 
-    def step(state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array) -> Any:
-        return tail_step(state, totals, sharded(batch), rate, key)
+    def step(
+        state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, Totals]:
+        return tail_step(state, totals, sharded(batch), rate, key, micro_batches)
+
+    def batch_step(state: TrainState, totals: Totals, seed: jax.Array, rate: jax.Array, batch: Batch) -> Any:
+        whole = len(batch[1]) == batch_size
+        return (step if whole else tail_step)(state, totals, batch, rate, keys.step_key(seed, state.step))
 
     def evaluate(variables: Any, data: Batch, count: jax.Array) -> Evaluation:
         def one(batch: Batch, mask: jax.Array) -> Evaluation:
@@ -122,7 +152,8 @@ def build_programs(
 
     def steps(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
         axes = (0, 0, 0, EpochPlan(0, 0), None, None, None)
-        return jit(seeds(in_form(head_form, partial(run_chunk, step, size, batch_size)), axes), donate_argnums=(0, 1))
+        run = in_form(head_form, frozen, partial(run_chunk, step, size, batch_size))
+        return jit(seeds(run, axes), donate_argnums=(0, 1))
 
     @cache
     def tail(size: int) -> Callable[..., tuple[TrainState, Totals]]:
@@ -131,10 +162,11 @@ def build_programs(
     jit = partial(jax.jit, out_shardings=replicated)
     return Programs(
         mesh=mesh,
-        init=jit(seeds(partial(init_state, model, optimizer, inputs), (0,))),
+        init=jit(seeds(partial(init_state, model, optimizer, inputs, frozen), (0,))),
         zero_totals=jit(seeds(lambda seed: Totals.zero(), (0,))),
         chunk=steps(step, batch_size),
         tail=tail,
+        batch_step=jit(batch_step, donate_argnums=(0, 1)),
         evaluate=jit(seeds(evaluate, (0, None, None))),
         keep=jit(seeds(_keep, (0, 0, 0)), donate_argnums=0),
         vectorized=vectorized,
@@ -145,15 +177,19 @@ def _keep(best: Any, candidate: Any, improved: jax.Array) -> Any:
     return jax.tree.map(partial(jnp.where, improved), candidate, best)
 
 
-def make_order(subset: np.ndarray, length: int, vectorized: bool) -> Callable[..., jax.Array]:
+def make_order(subset: np.ndarray, length: int, vectorized: bool, shuffle: bool = True) -> Callable[..., jax.Array]:
     """(seed, epoch) -> int32 [length]: the examples `subset` in the epoch's order, then zeros.
+
+    Without `shuffle` every epoch has the order of `subset`.
 
     The fixed length lets every stage of a run, with its own subset, use the same compiled chunk.
     """
 
     def order(seed: jax.Array, epoch: jax.Array) -> jax.Array:
-        shuffled = jnp.asarray(subset, jnp.int32)[keys.epoch_order(seed, epoch, len(subset))]
-        return jnp.pad(shuffled, (0, length - len(subset)))
+        visited = jnp.asarray(subset, jnp.int32)
+        if shuffle:
+            visited = visited[keys.epoch_order(seed, epoch, len(subset))]
+        return jnp.pad(visited, (0, length - len(subset)))
 
     return jax.jit(jax.vmap(order, (0, None)) if vectorized else order)
 

@@ -10,22 +10,27 @@ from typing import Any
 import jax
 
 from pspinal_jax.heads.forms import Form, convert_batch_stats, convert_params
-from pspinal_jax.training.state import Totals, TrainState
+from pspinal_jax.training.state import Totals, TrainState, trainable
 
 
-def in_form(form: Form, run: Callable[..., tuple[TrainState, Totals]]) -> Callable[..., tuple[TrainState, Totals]]:
-    """`run(state, ..) -> (state, totals)` with its inside in `form`, and the documented tree going in and out."""
+def in_form(
+    form: Form, frozen: tuple[str, ...], run: Callable[..., tuple[TrainState, Totals]]
+) -> Callable[..., tuple[TrainState, Totals]]:
+    """`run(state, ..) -> (state, totals)` with its inside in `form`, and the documented tree going in and out.
+
+    The optimiser's state covers the entries of the parameters that are not `frozen`.
+    """
     if form == "tree":
         return run
 
     def converted(state: TrainState, *arguments: Any) -> tuple[TrainState, Totals]:
-        state, totals = run(convert_state(state, form), *arguments)
-        return convert_state(state, "tree"), totals
+        state, totals = run(convert_state(state, form, frozen), *arguments)
+        return convert_state(state, "tree", frozen), totals
 
     return converted
 
 
-def convert_state(state: TrainState, form: Form) -> TrainState:
+def convert_state(state: TrainState, form: Form, frozen: tuple[str, ...] = ()) -> TrainState:
     """`state` with all that belongs to its ``head`` in the given form, the optimiser's state included."""
 
     def params(tree: Any) -> Any:
@@ -35,7 +40,7 @@ def convert_state(state: TrainState, form: Form) -> TrainState:
         step=state.step,
         params=params(state.params),
         batch_stats=_convert_head(convert_batch_stats, state.batch_stats, form),
-        opt_state=_convert_copies(params, state.params, state.opt_state),
+        opt_state=_convert_copies(params, trainable(state.params, frozen), state.opt_state),
     )
 
 

@@ -47,10 +47,20 @@ class Totals:
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
+def trainable(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
+    """`params` without the entries at the top that are `frozen`."""
+    return {name: entry for name, entry in params.items() if name not in frozen}
+
+
 def init_state(
-    model: Any, optimizer: optax.GradientTransformation, inputs: jax.ShapeDtypeStruct, seed: jax.Array
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    inputs: jax.ShapeDtypeStruct,
+    frozen: tuple[str, ...],
+    seed: jax.Array,
 ) -> TrainState:
     """The state that a run with `seed` (uint32 scalar) starts from; `inputs` tells a batch's shape and dtype."""
     variables = model.init(keys.init_key(seed), jnp.zeros(inputs.shape, inputs.dtype), train=False)
     params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params))
+    opt_state = optimizer.init(trainable(params, frozen))
+    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), opt_state)

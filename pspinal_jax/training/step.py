@@ -1,13 +1,14 @@
 """One training step and one evaluation step: pure functions of arrays."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from pspinal_jax.training.state import Totals, TrainState
+from pspinal_jax.training.state import Totals, TrainState, trainable
 
 Apply = Callable[..., Any]
 """linen's ``model.apply``."""
@@ -49,47 +50,93 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
 def train_step(
     apply: Apply,
     optimizer: optax.GradientTransformation,
-    label_smoothing: float,
     state: TrainState,
     totals: Totals,
     batch: tuple[jax.Array, jax.Array],
     learning_rate: jax.Array,
     key: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    frozen: tuple[str, ...] = (),
+    micro_batches: int = 1,
 ) -> tuple[TrainState, Totals]:
     """The state and the epoch's sums after one gradient step.
 
     Args:
       apply: the model.
       optimizer: gives the direction of descent.
-      label_smoothing: see `cross_entropy`.
       state: state before the step.
       totals: the epoch's sums before the step.
       batch: (inputs [B, ...], labels [B]).
       learning_rate: float32 scalar.
       key: key of the step's random numbers.
+      label_smoothing: see `cross_entropy`.
+      frozen: entries at the top of `params` that stay as they are; they have no gradient and no optimiser state.
+      micro_batches: K, into how many parts of B / K examples the batch is cut, one after the other, to save memory.
+        The gradient is their mean. Batch norm sees each part by itself.
     """
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    loss_and_gradients = partial(_loss_and_gradients, apply, label_smoothing, frozen)
+    if micro_batches == 1:
+        loss, correct, gradients, batch_stats = loss_and_gradients(variables, batch, key)
+    else:
+        loss, correct, gradients, batch_stats = _accumulate(loss_and_gradients, micro_batches, variables, batch, key)
+    moving = trainable(state.params, frozen)
+    direction, opt_state = optimizer.update(gradients, state.opt_state, moving)
+    moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
+    new_state = TrainState(
+        step=state.step + 1, params={**state.params, **moved}, batch_stats=batch_stats, opt_state=opt_state
+    )
+    count = len(batch[1])
+    new_totals = Totals(
+        loss=totals.loss + loss.astype(totals.loss.dtype) * count,
+        correct=totals.correct + correct,
+        count=totals.count + count,
+    )
+    return new_state, new_totals
+
+
+def _loss_and_gradients(
+    apply: Apply,
+    label_smoothing: float,
+    frozen: tuple[str, ...],
+    variables: dict[str, Any],
+    batch: tuple[jax.Array, jax.Array],
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """(mean loss, hits, gradients of what is not frozen, new running statistics) of one batch."""
     inputs, labels = batch
 
-    def mean_loss(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = apply(variables, inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+    def mean_loss(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        model = {"params": {**variables["params"], **moving}, "batch_stats": variables["batch_stats"]}
+        logits, updated = apply(model, inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
         loss = cross_entropy(logits, labels, label_smoothing).mean()
         return loss, (updated.get("batch_stats", {}), logits)
 
-    (loss, (batch_stats, logits)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    direction, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    new_state = TrainState(
-        step=state.step + 1,
-        params=jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, state.params, direction),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-    )
-    new_totals = Totals(
-        loss=totals.loss + loss.astype(totals.loss.dtype) * len(labels),
-        correct=totals.correct + jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32),
-        count=totals.count + len(labels),
-    )
-    return new_state, new_totals
+    moving = trainable(variables["params"], frozen)
+    (loss, (batch_stats, logits)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(moving)
+    return loss, jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32), gradients, batch_stats
+
+
+def _accumulate(
+    loss_and_gradients: Callable[..., Any], parts: int, variables: Any, batch: Any, key: jax.Array
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """What `loss_and_gradients` gives, as means (hits: as the sum) over `parts` micro-batches."""
+    # Every K-th example, so that under a sharded batch each device cuts its own share.
+    cut = jax.tree.map(lambda a: a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(carry: Any, part: Any) -> Any:
+        (loss, correct, gradients), batch_stats = carry
+        index, micro_batch = part
+        model = {"params": variables["params"], "batch_stats": batch_stats}
+        *sums, batch_stats = loss_and_gradients(model, micro_batch, jax.random.fold_in(key, index))
+        return (jax.tree.map(jnp.add, (loss, correct, gradients), tuple(sums)), batch_stats), None
+
+    shapes = jax.eval_shape(loss_and_gradients, variables, jax.tree.map(lambda a: a[0], cut), key)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[:3])
+    start = (nothing, variables["batch_stats"])
+    ((loss, correct, gradients), batch_stats), _ = jax.lax.scan(body, start, (jnp.arange(parts), cut))
+    return loss / parts, correct, jax.tree.map(lambda g: g / parts, gradients), batch_stats
 
 
 def eval_step(apply: Apply, variables: Any, batch: tuple[jax.Array, jax.Array], mask: jax.Array) -> Evaluation:

@@ -13,6 +13,7 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
 from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.evaluate import evaluate
+from pspinal_jax.runs.examples import ResidentExamples
 from pspinal_jax.runs.options import RunOptions
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
@@ -115,7 +116,7 @@ class Killed(BaseException):
 def test_a_resumed_run_equals_one_that_never_stopped(finished, recipe, tmp_path, monkeypatch, chunks):
     """Dies after some chunks of two steps, in the middle of an epoch or at its end, and goes on."""
     monkeypatch.setattr(trainer_module, "CHUNK_SECONDS", 0.0)
-    monkeypatch.setattr(trainer_module, "FIRST_CHUNK", 2)
+    monkeypatch.setattr(ResidentExamples, "first_chunk", 2)
     whole, calls = trainer_module.Trainer._chunk_steps, [0]
 
     def counted(self, remaining):
@@ -135,7 +136,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(finished, recipe, tmp_path,
 def test_a_stop_request_saves_and_the_run_goes_on(finished, recipe, tmp_path, monkeypatch):
     import signal
 
-    monkeypatch.setattr(trainer_module, "FIRST_CHUNK", 1)
+    monkeypatch.setattr(ResidentExamples, "first_chunk", 1)
     original = trainer_module.Trainer._chunk_steps
 
     def send(self, remaining):

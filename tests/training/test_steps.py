@@ -182,16 +182,21 @@ def test_optimizers_are_optaxs(config, reference):
 
 def test_schedules():
     def rates(schedule, **fields):
-        return learning_rates(OptimizerConfig(learning_rate=0.5, schedule=schedule, **fields), 0, 101, 100)
+        return learning_rates(OptimizerConfig(learning_rate=0.5, schedule=schedule, **fields), 0, 100, 1)
 
     np.testing.assert_allclose(rates("constant"), 0.5)
     cosine = rates("cosine")
-    np.testing.assert_allclose(cosine[[0, 50, 100]], [0.5, 0.25, 0.0], atol=1e-7)
+    np.testing.assert_allclose(cosine[[0, 50]], [0.5, 0.25], atol=1e-7)
+    assert 0 < cosine[99] < 0.001
     one_cycle = rates("one_cycle", warmup_fraction=0.3)
     assert one_cycle.argmax() == 30 and one_cycle[30] == np.float32(0.5)
-    np.testing.assert_allclose(one_cycle[[0, 100]], [0.02, 0.0], atol=1e-7)
+    np.testing.assert_allclose(one_cycle[0], 0.02)
+    assert 0 < one_cycle[99] < 0.001
     config = OptimizerConfig(schedule="one_cycle")
-    np.testing.assert_array_equal(learning_rates(config, 40, 20, 100), learning_rates(config, 0, 100, 100)[40:60])
+    np.testing.assert_array_equal(learning_rates(config, 2, 20, 5), learning_rates(config, 0, 100, 1)[40:60])
+    config = OptimizerConfig(learning_rate=0.5, schedule="step", decay_epochs=3)
+    by_epoch = np.stack([learning_rates(config, epoch, 13, 8) for epoch in range(8)])
+    np.testing.assert_allclose(by_epoch, np.repeat([[0.5], [0.05], [0.005]], [3, 3, 2], 0) + np.zeros(13), rtol=1e-6)
 
 
 def test_batches_are_spread_over_the_devices():

@@ -61,6 +61,10 @@ class Photos:
             return Photos(_Taken(self.encoded.encoded, self.encoded.indices[indices]), labels)
         return Photos(_Taken(self.encoded, indices), labels)
 
+    def join(self, other: "Photos") -> "Photos":
+        """These photographs, then those of `other`."""
+        return Photos(_Joined(self.encoded, other.encoded), np.concatenate([self.labels, other.labels]))
+
     def fingerprint(self) -> int:
         """A checksum of pictures and labels; see `fingerprint_of`."""
         return zlib.crc32(np.ascontiguousarray(self.labels, np.int32).data, fingerprint_of(self.encoded))
@@ -84,6 +88,28 @@ class _Taken:
 
     def fingerprint(self) -> int:
         return zlib.crc32(np.ascontiguousarray(self.indices, np.int64).data, fingerprint_of(self.encoded))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """The pictures of `first`, then those of `second`."""
+
+    first: Encoded
+    second: Encoded
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def _place(self, index: int) -> tuple[Encoded, int]:
+        return (self.first, index) if index < len(self.first) else (self.second, index - len(self.first))
+
+    def __getitem__(self, index: int) -> bytes:
+        part, at = self._place(index)
+        return part[at]
+
+    def name(self, index: int) -> str:
+        part, at = self._place(index)
+        return part.name(at)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -26,7 +26,7 @@ def stream(
     *,
     first_batch: int = 0,
     workers: int = 0,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """The photographs at `order`, decoded, in batches.
 
     The batches do not depend on `workers`. What comes before `first_batch` is not read. Closing the generator early, or

@@ -1,0 +1,24 @@
+# Fruits-360 as published: the whole network fine-tuned by SGD, times 0.1 every 7 epochs; test evaluated every
+# epoch.
+#   command   pspinal-jax train fruits360-paper --data.path DIR
+#   expected  not run: data not available offline (the paper reports 99.97 %)
+#   time      not measured
+from pspinal_jax.recipes import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
+
+recipe = Recipe(
+    card=Card(name="fruits360-paper", row="Fruits-360", model="Wide-ResNet-101-2 and head", published_accuracy=99.97),
+    data=DataConfig(
+        name="fruits360",
+        mean=(0.507, 0.487, 0.441),
+        std=(0.267, 0.256, 0.276),
+        image_size=224,
+        augment="rotation_crop_flip",
+        drop_remainder=False,
+    ),
+    model=ModelConfig(backbone="wide_resnet101_2", weights="pretrained", layer_width=1024, dropout_rate=0.2),
+    optimizer=OptimizerConfig(learning_rate=8e-4, schedule="step", decay_epochs=7),
+    epochs=10,
+    batch_size=16,
+    eval_batch_size=64,
+    protocol="paper",
+)

@@ -1,0 +1,61 @@
+"""`pspinal-jax extract-features RECIPE`: the features that the recipe's backbone gives, as an .npz file."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pspinal_jax.commands.parse import parse
+from pspinal_jax.commands.train import take_recipe
+from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.recipes import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    output: Path = Path("features.npz")
+    """The file to write."""
+    init_from: Path | None = None
+    """Take the backbone of this run directory in place of --model.weights."""
+    workers: int = 0
+    """Processes that decode photographs; 0 for threads of this one."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command with its arguments; returns the exit status."""
+    name, recipe, flags = take_recipe("extract-features", args)
+    parsed = parse(
+        _Arguments,
+        flags,
+        prog=f"pspinal-jax extract-features {name}",
+        description=f"Write the features that the backbone of {name} gives for its data, for `train features`.",
+        default=_Arguments(recipe),
+    )
+    from pspinal_jax.data import load_data
+    from pspinal_jax.data.photos.photos import PhotoDataset
+    from pspinal_jax.runs.cached import make_backbone
+    from pspinal_jax.runs.compilation_cache import enable_compilation_cache
+    from pspinal_jax.runs.features import extract_features, save_features
+
+    recipe = parsed.recipe
+    if recipe.model.backbone == "none":
+        raise UsageError(f"{name} has no backbone; extract-features takes a recipe of photographs with one")
+    if not parsed.output.parent.is_dir():
+        raise UsageError(f"--output is {parsed.output}, but {parsed.output.parent} is no folder")
+    data = load_data(recipe.data)
+    if not isinstance(data, PhotoDataset):
+        raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of photographs")
+    data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
+    enable_compilation_cache()
+    model, variables = make_backbone(recipe, parsed.init_from, data)
+    features = extract_features(recipe, model, variables, data, parsed.workers)
+    try:
+        save_features(parsed.output, features)
+    except OSError as error:
+        raise DataError(f"{parsed.output} cannot be written: {error.strerror or error}") from error
+    print(f"{len(features.train)} training and {len(features.test)} test features in {parsed.output}")
+    print(f"train a head on them with: pspinal-jax train features --data.path {parsed.output}")
+    return 0

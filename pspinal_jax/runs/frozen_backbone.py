@@ -1,0 +1,49 @@
+"""A run on cached features trains a head alone; beside its checkpoints lies the frozen backbone that completes it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from pspinal_jax.errors import RunError
+from pspinal_jax.recipes.schema import Recipe
+
+BACKBONE = "backbone.safetensors"
+
+
+def head_recipe(recipe: Recipe) -> Recipe:
+    """What is left of `recipe` to train on cached features: the same head, data and schedule, no backbone."""
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, image_size=None, resize=None, augment="none", mean=0.0, std=1.0),
+        model=dataclasses.replace(recipe.model, backbone="none", weights=None),
+        freeze="none",
+        cache_features=False,
+        feature_views=0,
+    )
+
+
+def save_backbone(path: Path, variables: dict[str, Any]) -> None:
+    """Write the backbone's part of `variables`, whole or not at all."""
+    trees = {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree}
+    part = path.with_name(path.name + ".part")
+    save_file(jax.device_get(flatten_dict(trees, sep="/")), part)
+    part.replace(path)
+
+
+def add_backbone(directory: Path, variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables of a run's head, completed by its frozen backbone.
+
+    Raises:
+      RunError: if the backbone's file is missing or damaged.
+    """
+    path = directory / BACKBONE
+    try:
+        trees = unflatten_dict(load_file(path), sep="/")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}, the run's frozen backbone, cannot be read: {error}; train again") from error
+    return {name: {**tree, **({"backbone": trees[name]} if name in trees else {})} for name, tree in variables.items()}
