@@ -98,23 +98,27 @@ def _entries(inputs: jax.Array) -> list[jax.Array]:
     return [padded[:, row : last[0] + row : 2, column : last[1] + column : 2] for row, column in _ENTRIES]
 
 
-def _pool_3x3_fwd(inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    outputs = max_pool_3x3(inputs)
-    return outputs, (inputs, outputs)
+def _pool_3x3_fwd(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return max_pool_3x3(inputs), inputs
 
 
-def _pool_3x3_bwd(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array]:
-    inputs, outputs = residuals
+def _pool_3x3_bwd(inputs: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    # Which entry wins is kept as its number. Asking which entry EQUALS the maximum would be wrong: XLA may compute the
+    # inputs again for the backward pass, in an order of its own, and no entry or another one is equal then.
+    entries = _entries(inputs)
+    best, winner = entries[0], jnp.zeros(grad.shape, jnp.uint8)
+    for number, entry in enumerate(entries[1:], start=1):
+        winner = jnp.where(entry > best, jnp.uint8(number), winner)
+        best = jnp.maximum(best, entry)
     height, width = inputs.shape[1:3]
     zero = jnp.zeros((), grad.dtype)
-    total, found = jnp.zeros(inputs.shape, grad.dtype), jnp.zeros(outputs.shape, bool)
-    for (row, column), entry in zip(_ENTRIES, _entries(inputs), strict=True):
-        here = (entry == outputs) & ~found
-        found |= here
+    total = jnp.zeros(inputs.shape, grad.dtype)
+    for number, (row, column) in enumerate(_ENTRIES):
         # Entry (row, column) of window w lies at 2 w + row - 1: the edges place it, and cut off the padding's part.
         rows = (row - 1, height - (2 * grad.shape[1] - 1) - (row - 1), 1)
         columns = (column - 1, width - (2 * grad.shape[2] - 1) - (column - 1), 1)
-        total += lax.pad(jnp.where(here, grad, zero), zero, ((0, 0, 0), rows, columns, (0, 0, 0)))
+        won = jnp.where(winner == number, grad, zero)
+        total += lax.pad(won, zero, ((0, 0, 0), rows, columns, (0, 0, 0)))
     return (total,)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,14 +88,16 @@ def _read_pytorch(path: Path) -> dict[str, np.ndarray]:
             f"weights: reading {path} needs PyTorch: pip install 'pspinal-jax[torch]', or save it as .safetensors"
         ) from error
     try:
-        # A file in the format of before PyTorch 1.6 is no zip archive and cannot be mapped into memory.
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other makes, which it then refuses
+            # A file in the format of before PyTorch 1.6 is no zip archive and cannot be mapped into memory.
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise DataError(
             f"weights: {path} is damaged or holds pickled objects beside tensors, and is not read, because unpickling "
             "can run any code; where you trust it, re-save it as a state dict: torch.save(model.state_dict(), FILE)"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file may raise anything
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"weights: {path} is no readable PyTorch file ({told}); save it again") from error
     return _tensors_of(held, path, torch)

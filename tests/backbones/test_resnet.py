@@ -12,7 +12,7 @@ from jax import numpy as jnp
 
 from pspinal_jax.backbones import ResNet, num_features, resnet
 from pspinal_jax.backbones.conv import conv_same
-from pspinal_jax.backbones.norm_relu import batch_norm
+from pspinal_jax.backbones.norm_relu import batch_norm, norm_relu
 from pspinal_jax.backbones.pooling import max_pool_3x3
 from pspinal_jax.backbones.residual import Conv, ConvNorm, ResidualBlock
 from pspinal_jax.heads import norm
@@ -326,6 +326,29 @@ def test_batch_norm_equals_autodiff():
         expected = compiled(jax.grad(lambda *a: (reference(*a) * weights).sum(), (0, 1, 2)))(x, scale, bias)
         for got, want in zip(ours, expected, strict=True):
             np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_the_stem_equals_autodiff():
+    """The hand-written gradients behind one another, compiled with fusion: XLA computes some values twice there."""
+
+    def ours(x, kernel, scale, bias):
+        return max_pool_3x3(norm_relu(conv_same(x, kernel, 2), scale, bias)[0])
+
+    def reference(x, kernel, scale, bias):
+        x = lax.conv_general_dilated(x, kernel, (2, 2), [(3, 3)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.nn.relu(norm.normalize(x, *norm.batch_statistics(x), scale, bias))
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(6)
+        x, kernel = rng.normal(size=(3, 40, 33, 3)), rng.normal(size=(7, 7, 3, 16))
+        scale, bias, weights = rng.uniform(0.5, 1.5, 16), rng.normal(size=16), rng.normal(size=(3, 10, 9, 16))
+        gradients = [
+            jax.jit(jax.grad(lambda *a, f=f: (f(*a) * weights).sum(), (0, 1, 2, 3)))(x, kernel, scale, bias)
+            for f in (ours, reference)
+        ]
+        for got, want in zip(*gradients, strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.abs(want).max())
 
 
 def test_a_loop_holds_plain_layout_convolutions_only():

@@ -1,6 +1,5 @@
 """ResNets in PyTorch with torchvision's names for their tensors, to compare ours with. A helper, not a test."""
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -86,4 +85,4 @@ def randomised(model, seed=0):
 
 def arrays_of(model):
     """The state dict as NumPy arrays of its own (torch updates its buffers in place)."""
-    return {name: np.array(tensor) for name, tensor in model.state_dict().items()}
+    return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
