@@ -26,6 +26,7 @@ from pspinal_jax.__main__ import main
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.photos.decode import decode
 from pspinal_jax.data.photos.records import read_photo_records
+from pspinal_jax.data.photos.stream import stream
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.errors import DataError, UsageError
 
@@ -323,6 +324,14 @@ def test_records_travel_to_worker_processes(prepared):
     first = encoded[0]
     copy = pickle.loads(pickle.dumps(encoded))
     assert copy[0] == first and len(copy) == len(encoded) and copy.fingerprint() == encoded.fingerprint()
+
+
+def test_records_are_streamed(prepared):
+    photos = read_photo_records(prepared).train
+    order = np.tile([7, 0, 4, 4], 10)
+    images, labels = map(np.concatenate, zip(*stream(photos, order, (3, 3), 8), strict=True))
+    np.testing.assert_array_equal(labels, photos.labels[order])
+    np.testing.assert_array_equal(images, [decode(photos.encoded[index], (3, 3)) for index in order])
 
 
 def test_other_records_have_another_fingerprint(prepared, tmp_path):
