@@ -162,6 +162,14 @@ def stl10_cut(raw):
     return path
 
 
+def stl10_bad_checksum(raw):
+    path = STL10_PLACES["archive itself"](raw, stl10_files(stl10_arrays()))
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # gzip's checksum of what it holds
+    path.write_bytes(content)
+    return path
+
+
 def zip_of(members, **changes):
     return lambda raw: write_zip(raw / "a.zip", members | changes)
 
@@ -194,6 +202,7 @@ REFUSED = {
         "names other classes than airplane",
     ),
     "stl10: cut archive": ("stl10", stl10_cut, r"stl10_binary.tar.gz cannot be read: .*; get the file again"),
+    "stl10: checksum": ("stl10", stl10_bad_checksum, r"stl10_binary.tar.gz cannot be read: CRC check failed"),
     "stl10: lacking": (
         "stl10",
         lambda raw: write_files(raw, {"stl10_binary.tar.gz": tar_gz({"stl10_binary/train_X.bin": b""})}),
