@@ -76,6 +76,20 @@ class DepthArguments:
     """Numbers of layers."""
 
 
+@dataclasses.dataclass(frozen=True)
+class InputArguments:
+    """Photographs decoded and resized a second, beside a PyTorch DataLoader."""
+
+    workdir: Path = Path("runs/benchmark-input")
+    """Where results.json and results.png go."""
+    pictures: int = 1024
+    """Pictures in a pass."""
+    workers: int = 2
+    """Worker processes."""
+    rounds: int = 5
+    """How often each alternative is timed, in turn with the others."""
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args or args[0] in ("-h", "--help"):
@@ -177,10 +191,17 @@ def _depth(arguments: DepthArguments, command: str) -> None:
     report(arguments.workdir, arguments.depths, arguments.rounds, command)
 
 
+def _input(arguments: InputArguments, command: str) -> None:
+    from pspinal_jax.benchmark.input import report
+
+    report(arguments.workdir, arguments.pictures, arguments.workers, arguments.rounds, command)
+
+
 _BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any, str], None]]] = {
     "step": (StepArguments, _step),
     "head": (HeadArguments, _head),
     "epoch": (EpochArguments, _epoch),
     "compile": (CompileArguments, _compile),
     "depth": (DepthArguments, _depth),
+    "input": (InputArguments, _input),
 }

@@ -20,10 +20,11 @@ class PrepareArguments:
     """Arguments of `prepare`."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """Data set: digits, mnist, fashion_mnist, kmnist, qmnist, emnist_digits or emnist_letters."""
+    """Data set: digits, mnist, fashion_mnist, kmnist, qmnist, emnist_digits, emnist_letters, stl10, caltech101,
+    fruits360 or birds225."""
     raw: Path | None = None
-    """Folder with the raw files under the names they are published by (EMNIST: gzip.zip, or what it holds); by
-    default they are downloaded."""
+    """Folder with the raw files under the names they are published by, or with their archive, or what that holds; by
+    default they are downloaded, but for fruits360 and birds225."""
     npz: Path | None = None
     """An .npz file in their place: train_images, train_labels, test_images, test_labels; images upright, labels
     from 0."""

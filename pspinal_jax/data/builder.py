@@ -1,4 +1,4 @@
-"""The TFDS builder of every set in the catalogue: it writes checked arrays as array_record, without TensorFlow."""
+"""The TFDS builder of every set in the catalogue: it writes checked examples as array_record, without TensorFlow."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,20 +9,20 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from pspinal_jax.data.catalogue import DataSet
-from pspinal_jax.data.raw import Arrays
+from pspinal_jax.data.examples import Examples, Images
 
 OUR_VERSION = "1.0.0"
 
 
 def make_builder(
-    data_set: DataSet, data_dir: Path, splits: Arrays, on_example: Callable[[], object] = lambda: None
+    data_set: DataSet, data_dir: Path, examples: Examples, on_example: Callable[[], object] = lambda: None
 ) -> Any:
-    """A builder that prepares `data_set` from `splits` in `data_dir`/NAME/OUR_VERSION.
+    """A builder that prepares `data_set` from `examples` in `data_dir`/NAME/OUR_VERSION.
 
     Args:
-      data_set: gives name, shape, class names.
+      data_set: gives name, shape and order.
       data_dir: TFDS data folder.
-      splits: split -> (images uint8 [N, H, W, 1], labels [N]); none may be empty.
+      examples: what to write; no split may be empty. Images are stored as PNG, encoded pictures as they are.
       on_example: called after each example.
     """
 
@@ -36,8 +36,10 @@ def make_builder(
 
         def _info(self) -> Any:
             features = {
-                "image": tfds.features.Image(shape=data_set.image_shape),
-                "label": tfds.features.ClassLabel(names=list(data_set.class_names)),
+                "image": tfds.features.Image(
+                    shape=data_set.image_shape, encoding_format="jpeg" if data_set.in_folders else "png"
+                ),
+                "label": tfds.features.ClassLabel(names=list(examples.class_names)),
             }
             return self.dataset_info_from_configs(
                 features=tfds.features.FeaturesDict(features),
@@ -46,11 +48,17 @@ def make_builder(
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {name: self._generate_examples(*arrays) for name, arrays in splits.items()}
+            return {name: self._generate_examples(*split) for name, split in examples.splits.items()}
 
-        def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-            for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield index, {"image": Image.fromarray(image[..., 0]), "label": int(label)}
+        def _generate_examples(self, images: Images, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+            for index, label in enumerate(labels):
+                yield index, {"image": _picture(images[index]), "label": int(label)}
                 on_example()
 
     return Builder(data_dir=str(data_dir), file_format="array_record")
+
+
+def _picture(image: np.ndarray | bytes) -> Image.Image | bytes:
+    if isinstance(image, bytes):
+        return image
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

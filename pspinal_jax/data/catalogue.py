@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import string
 from collections.abc import Mapping
+from typing import Literal
 
 from pspinal_jax.errors import UsageError
 
@@ -25,9 +26,10 @@ class DataSet:
 
     Attributes:
       name: what `prepare` and TFDS call it.
-      image_shape: (H, W, C).
-      class_names: in the order of the labels 0 .. C-1.
-      files: split -> (file of images, file of labels), IDX; empty for the set that scikit-learn ships.
+      image_shape: (H, W, C); None where pictures differ.
+      class_names: in the order of the labels 0 .. C-1; empty where the folders' names are taken.
+      files: split -> (file of images, file of labels); for pictures in class folders, split -> (its folder,). Empty for
+        the set that scikit-learn ships.
       downloads: what to fetch: those files, or the archive that holds them.
       folder: name of the folder that downloads go to; MNIST's names recur in KMNIST and Fashion-MNIST.
       archive: name of the zip file that holds the files, or None.
@@ -37,12 +39,18 @@ class DataSet:
       transposed: whether images are stored with rows and columns swapped.
       parts: further splits: name -> (split they are cut from, first example, end or None).
       keep_order: whether examples stay in the files' order; otherwise TFDS shuffles them, the same way every time.
+      layout: how the files are stored.
+      num_folders: number of class folders, for a set of pictures in class folders.
+      left_out: a folder among them that is no class.
+      num_train: how many pictures of each class are drawn to train on, of a set that has only one folder; the rest is
+        to test on.
+      origin: where the files come from, if nothing can be downloaded.
     """
 
     name: str
-    image_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    files: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    image_shape: tuple[int | None, int | None, int]
+    class_names: tuple[str, ...] = ()
+    files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     downloads: tuple[Download, ...] = ()
     folder: str = ""
     archive: str | None = None
@@ -52,15 +60,25 @@ class DataSet:
     transposed: bool = False
     parts: Mapping[str, tuple[str, int, int | None]] = dataclasses.field(default_factory=dict)
     keep_order: bool = True
+    layout: Literal["idx", "stl10", "class folders"] = "idx"
+    num_folders: int = 0
+    left_out: str = ""
+    num_train: int = 0
+    origin: str = ""
 
     @property
     def num_classes(self) -> int:
         """C, the number of classes."""
-        return len(self.class_names)
+        return len(self.class_names) or self.num_folders
+
+    @property
+    def in_folders(self) -> bool:
+        """Whether it is made of pictures in class folders, which stay as they were encoded."""
+        return self.layout == "class folders"
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """Every IDX file's name."""
+        """Every file's name in `files`."""
         return tuple(name for pair in self.files.values() for name in pair)
 
 
@@ -84,7 +102,8 @@ def _downloads(
     return tuple(Download(name, base + name, *check) for name, check in zip(names, checks, strict=True))
 
 
-# Addresses, checksums and sizes of MNIST, Fashion-MNIST, KMNIST and EMNIST are those of TFDS's own registry.
+# Addresses, checksums and sizes of MNIST, Fashion-MNIST, KMNIST, EMNIST, STL-10 and Caltech-101 are those of TFDS's own
+# registry.
 _MNIST = _downloads(
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     _MNIST_FILES,
@@ -125,6 +144,22 @@ _EMNIST = (
         "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
         "fb9bb67e33772a9cc0b895e4ecf36d2cf35be8b709693c3564cea2a019fcda8e",
         561753746,
+    ),
+)
+_STL10 = (
+    Download(
+        "stl10_binary.tar.gz",
+        "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+        "f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866",
+        2640397119,
+    ),
+)
+_CALTECH101 = (
+    Download(
+        "caltech-101.zip",
+        "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip?download=1",
+        "331234750fc7f77520e50d9565e8b6907b03565e30320da1401130db08c61f91",
+        137414764,
     ),
 )
 
@@ -173,6 +208,48 @@ CATALOGUE: dict[str, DataSet] = {
         ),
         _emnist("digits", _DIGITS, first_label=0),
         _emnist("letters", tuple(string.ascii_uppercase), first_label=1),
+        DataSet(
+            "stl10",
+            (96, 96, 3),
+            ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
+            {split: (f"{split}_X.bin", f"{split}_y.bin") for split in ("train", "test")},
+            layout="stl10",
+            downloads=_STL10,
+            folder="stl10",
+            archive="stl10_binary.tar.gz",
+            archive_folder="stl10_binary",
+            first_label=1,
+        ),
+        # Its smallest class has 31 pictures.
+        DataSet(
+            "caltech101",
+            (None, None, 3),
+            files={"all": ("101_ObjectCategories",)},
+            layout="class folders",
+            downloads=_CALTECH101,
+            folder="caltech101",
+            archive="caltech-101.zip",
+            archive_folder="caltech-101",
+            num_folders=101,
+            left_out="BACKGROUND_Google",
+            num_train=30,
+        ),
+        DataSet(
+            "fruits360",
+            (None, None, 3),
+            files={"train": ("Training",), "test": ("Test",)},
+            layout="class folders",
+            num_folders=131,
+            origin="Fruits-360, release 2020.05.18: Kaggle, moltean/fruits, or GitHub, Horea94/Fruit-Images-Dataset",
+        ),
+        DataSet(
+            "birds225",
+            (None, None, 3),
+            files={"train": ("train",), "validation": ("valid",), "test": ("test",)},
+            layout="class folders",
+            num_folders=225,
+            origin="225 Bird Species: Kaggle, gpiosenka/100-bird-species, the version with 225 species",
+        ),
     )
 }
 

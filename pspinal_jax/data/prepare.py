@@ -11,11 +11,15 @@ from typing import Any
 from pspinal_jax.data.catalogue import DataSet
 from pspinal_jax.data.digits import read_digits
 from pspinal_jax.data.download import check_reachable, download, missing_downloads
+from pspinal_jax.data.examples import Examples
 from pspinal_jax.data.lock import locked
 from pspinal_jax.data.npz import read_npz
+from pspinal_jax.data.photos.check import warn_of_skipped
+from pspinal_jax.data.photos.raw_pictures import read_pictures
 from pspinal_jax.data.prepared import default_data_dir, find_prepared, import_tfds
 from pspinal_jax.data.progress import progress_bar
 from pspinal_jax.data.raw import Arrays, read_raw
+from pspinal_jax.data.stl10 import read_stl10
 from pspinal_jax.errors import DataError, UsageError
 
 
@@ -42,7 +46,7 @@ def prepare_data_set(
     Args:
       data_set: an entry of the catalogue.
       data_dir: TFDS data folder; TFDS's own by default.
-      raw: folder with the files as published; see `read_raw`.
+      raw: folder with the files as published; see `read_raw`, `read_stl10` and `read_pictures`.
       npz: in place of `raw`, an .npz file with train_images, train_labels, test_images and test_labels: images upright,
         labels from 0. With neither, the files are downloaded.
       show_progress: whether to show bars on standard error.
@@ -55,23 +59,28 @@ def prepare_data_set(
     root = default_data_dir() if data_dir is None else data_dir.expanduser()
     if there := find_prepared(root, data_set.name):
         return Preparation(there, was_there=True)
-    # All that can be wrong with the input is found before anything is written.
-    splits = _read(data_set, raw, npz)
-    downloads = root / "downloads" / "manual" / data_set.folder
-    if splits is None:
-        check_reachable(data_set, missing_downloads(data_set, downloads))
-    try:
-        with locked(root, f"preparing data in {root}") as held:
-            if there := find_prepared(root, data_set.name):
-                return Preparation(there, was_there=True)
-            if held:
-                _clear_leftovers(root / data_set.name, downloads)
-            if splits is None:
-                download(data_set, missing_downloads(data_set, downloads), downloads, show_progress)
-                splits = read_raw(data_set, downloads)
-            return Preparation(_write(data_set, root, splits, show_progress), was_there=False)
-    except OSError as error:
-        raise DataError(f"{data_set.name} cannot be prepared in {root}: {error}; choose another data folder") from error
+    with contextlib.ExitStack() as archives:
+        # All that can be wrong with the input is found before anything is written.
+        examples = _read(data_set, raw, npz, archives, show_progress)
+        downloads = root / "downloads" / "manual" / data_set.folder
+        if examples is None:
+            check_reachable(data_set, missing_downloads(data_set, downloads))
+        try:
+            with locked(root, f"preparing data in {root}") as held:
+                if there := find_prepared(root, data_set.name):
+                    return Preparation(there, was_there=True)
+                if held:
+                    _clear_leftovers(root / data_set.name, downloads)
+                if examples is None:
+                    download(data_set, missing_downloads(data_set, downloads), downloads, show_progress)
+                    examples = _read_files(data_set, downloads, archives, show_progress)
+                directory = _write(data_set, root, examples, show_progress)
+        except OSError as error:
+            raise DataError(
+                f"{data_set.name} cannot be prepared in {root}: {error}; choose another data folder"
+            ) from error
+    warn_of_skipped(examples.skipped, data_set.name)
+    return Preparation(directory, was_there=False)
 
 
 def _check_sources(data_set: DataSet, raw: Path | None, npz: Path | None) -> None:
@@ -79,38 +88,57 @@ def _check_sources(data_set: DataSet, raw: Path | None, npz: Path | None) -> Non
         raise UsageError("give --raw or --npz, not both")
     if not data_set.files and (raw is not None or npz is not None):
         raise UsageError(f"{data_set.name} comes with scikit-learn and takes neither --raw nor --npz")
+    if data_set.in_folders and npz is not None:
+        raise UsageError(f"{data_set.name} is made of pictures of different sizes and takes --raw, not --npz")
 
 
-def _read(data_set: DataSet, raw: Path | None, npz: Path | None) -> Arrays | None:
-    """The splits from what the user or scikit-learn gives; None if they have to be downloaded."""
+def _read(
+    data_set: DataSet, raw: Path | None, npz: Path | None, archives: contextlib.ExitStack, show_progress: bool
+) -> Examples | None:
+    """The examples from what the user or scikit-learn gives; None if they have to be downloaded."""
     if not data_set.files:
-        return read_digits()
+        return Examples(read_digits(), data_set.class_names)
     if raw is not None:
-        return read_raw(data_set, raw.expanduser())
-    if npz is None:
-        return None
-    path = npz.expanduser()
+        return _read_files(data_set, raw.expanduser(), archives, show_progress)
+    if npz is not None:
+        return Examples(_read_npz(data_set, npz.expanduser()), data_set.class_names)
+    if not data_set.downloads:
+        raise DataError(
+            f"{data_set.name} cannot be downloaded from here; get it ({data_set.origin}) and run: pspinal-jax prepare "
+            f"{data_set.name} --raw DIR"
+        )
+    return None
+
+
+def _read_files(data_set: DataSet, place: Path, archives: contextlib.ExitStack, show_progress: bool) -> Examples:
+    if data_set.in_folders:
+        return read_pictures(data_set, place, archives, show_progress)
+    splits = read_stl10(data_set, place) if data_set.layout == "stl10" else read_raw(data_set, place)
+    return Examples(splits | _cut_parts(data_set, splits), data_set.class_names)
+
+
+def _read_npz(data_set: DataSet, path: Path) -> Arrays:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file; give --npz an .npz file")
     data = read_npz(path, data_set.num_classes)
     shape, dtype = data.train.inputs.shape[1:], data.train.inputs.dtype
     if shape != data_set.image_shape or dtype != "uint8":
         raise DataError(f"{path} holds {dtype} of shape {shape}, expected uint8 {data_set.image_shape}")
-    return {name: (split.inputs, split.labels) for name, split in (("train", data.train), ("test", data.test))}
+    splits = {name: (split.inputs, split.labels) for name, split in (("train", data.train), ("test", data.test))}
+    return splits | _cut_parts(data_set, splits)
 
 
-def _write(data_set: DataSet, root: Path, splits: Arrays, show_progress: bool) -> Path:
+def _write(data_set: DataSet, root: Path, examples: Examples, show_progress: bool) -> Path:
     from pspinal_jax.data.builder import OUR_VERSION, make_builder
 
     directory = root / data_set.name / OUR_VERSION
     if directory.exists():
         raise DataError(f"{directory} exists but is no complete data set; delete it and prepare again")
-    splits = splits | _cut_parts(data_set, splits)
-    total = sum(len(labels) for _, labels in splits.values())
+    total = sum(len(labels) for _, labels in examples.splits.values())
     tfds = import_tfds()
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     with progress_bar(total, f"prepare {data_set.name}", "image", show_progress) as bar:
-        builder = make_builder(data_set, root, splits, bar.update)
+        builder = make_builder(data_set, root, examples, bar.update)
         try:
             with _quiet(tfds):
                 builder.download_and_prepare(file_format="array_record", download_config=config)

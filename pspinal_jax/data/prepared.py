@@ -69,16 +69,29 @@ def read_prepared(directory: Path, num_classes: int | None) -> Dataset:
       DataError: if it was not prepared as array_record, has no train and test split of images with labels, cannot be
         read, or is TFDS's own emnist.
     """
+    return read_builder(open_prepared(directory), num_classes)
+
+
+def open_prepared(directory: Path) -> Any:
+    """The TFDS builder of the data set whose dataset_info.json stands in `directory`.
+
+    Raises:
+      DataError: if there is none.
+    """
     tfds = import_tfds()
     try:
-        builder = tfds.builder_from_directory(directory)
+        return tfds.builder_from_directory(directory)
     except Exception as error:  # TFDS raises many kinds here
         raise DataError(f"{directory} is no data set that TFDS can read: {error}") from error
-    return read_builder(builder, num_classes)
 
 
-def read_builder(builder: Any, num_classes: int | None) -> Dataset:
-    """The data set of a prepared TFDS `builder`, as arrays; see `read_prepared`."""
+def check_format(builder: Any) -> str:
+    """What to call the data set of `builder`, whose form suits us.
+
+    Raises:
+      DataError: if it was not prepared as array_record, has no train and test split of images with labels, or is TFDS's
+        own emnist.
+    """
     info = builder.info
     source = f"{info.full_name} in {builder.data_dir}"
     if info.name == "emnist":
@@ -89,13 +102,19 @@ def read_builder(builder: Any, num_classes: int | None) -> Dataset:
     missing = {"train", "test"} - set(info.splits)
     if missing or not {"image", "label"} <= set(info.features):
         raise DataError(f"{source} needs the splits train and test and the features image and label")
+    return source
+
+
+def read_builder(builder: Any, num_classes: int | None) -> Dataset:
+    """The data set of a prepared TFDS `builder`, as arrays; see `read_prepared`."""
+    source = check_format(builder)
     try:
         splits = read_through_cache(
             Path(builder.data_dir), lambda: {name: _read_split(builder, name) for name in ("train", "test")}
         )
     except Exception as error:  # a damaged file surfaces as one of many kinds
         raise DataError(f"{source} cannot be read: {error}; delete it and prepare it again") from error
-    label = info.features["label"]
+    label = builder.info.features["label"]
     names = tuple(label.names) if getattr(label, "names", None) else None
     return make_dataset(splits, source, num_classes, names)
 

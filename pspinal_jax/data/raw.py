@@ -3,13 +3,13 @@
 import contextlib
 import hashlib
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
+from pspinal_jax.data.archives import open_zip, read_zip_member
 from pspinal_jax.data.catalogue import CATALOGUE, DataSet
 from pspinal_jax.data.idx import INT32, UINT8, read_idx
 from pspinal_jax.errors import DataError
@@ -35,12 +35,15 @@ def read_raw(data_set: DataSet, place: Path) -> Arrays:
       DataError: if files are missing, damaged, or do not belong together.
     """
     with _opener(data_set, place) as open_file:
-        return {split: _read_split(data_set, *pair, open_file) for split, pair in data_set.files.items()}
+        return {split: _read_split(data_set, files, open_file) for split, files in data_set.files.items()}
 
 
-def _read_split(data_set: DataSet, image_file: str, label_file: str, open_file: _Open) -> tuple[np.ndarray, np.ndarray]:
+def _read_split(data_set: DataSet, files: Sequence[str], open_file: _Open) -> tuple[np.ndarray, np.ndarray]:
+    image_file, label_file = files
+    height, width, _ = data_set.image_shape
+    assert height is not None and width is not None, data_set.name
     source, where_images = open_file(image_file)
-    images = read_idx(source, where_images, UINT8, data_set.image_shape[:2])
+    images = read_idx(source, where_images, UINT8, (height, width))
     source, where_labels = open_file(label_file)
     if data_set.label_columns is None:
         labels = read_idx(source, where_labels, UINT8, ())
@@ -68,7 +71,7 @@ def _opener(data_set: DataSet, place: Path) -> Iterator[_Open]:
         return
     archive = place / data_set.archive if data_set.archive and place.is_dir() else place
     if data_set.archive and archive.is_file():
-        with _open_zip(archive) as opened:
+        with open_zip(archive) as opened:
             yield lambda name: _member(data_set, opened, archive, name)
         return
     if not place.is_dir():
@@ -99,32 +102,5 @@ def _refuse_another_sets(data_set: DataSet, paths: list[Path]) -> None:
             raise DataError(f"{path} is the file of {owner}, not of {data_set.name}; give {data_set.name}'s own folder")
 
 
-@contextlib.contextmanager
-def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as a zip file: {error}; get the file again") from error
-    with archive:
-        # We read entries in place and extract none; an archive that tries this is still not what it says it is.
-        outside = [name for name in archive.namelist() if _points_outside(name)]
-        if outside:
-            raise DataError(f"{path} holds the path {outside[0]!r}, which points outside it; get the file again")
-        yield archive
-
-
-def _points_outside(name: str) -> bool:
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    return posix.is_absolute() or bool(windows.anchor) or ".." in posix.parts or ".." in windows.parts
-
-
 def _member(data_set: DataSet, archive: zipfile.ZipFile, path: Path, name: str) -> tuple[bytes, str]:
-    entry, where = f"{data_set.archive_folder}/{name}", f"{name} in {path}"
-    try:
-        # As a whole: read piece by piece, an entry's checksum would be skipped where gzip ends first.
-        return archive.read(entry), where
-    except KeyError:
-        raise DataError(f"{path} lacks {entry}; get the file again") from None
-    # RuntimeError and NotImplementedError: encrypted, or compressed in a way that Python cannot undo.
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{where} cannot be read: {error}; get the file again") from error
+    return read_zip_member(archive, path, f"{data_set.archive_folder}/{name}"), f"{name} in {path}"

@@ -139,7 +139,7 @@ def test_an_epoch_is_an_epoch_for_everyone(monkeypatch):
 
 def test_an_unknown_benchmark_is_named(capsys):
     assert main(["benchmark", "heat"]) == 2
-    assert "unknown benchmark 'heat'; there are: step, head, epoch, compile, depth" in capsys.readouterr().err
+    assert "unknown benchmark 'heat'; there are: step, head, epoch, compile, depth, input" in capsys.readouterr().err
 
 
 @pytest.mark.torch

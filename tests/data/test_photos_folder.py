@@ -170,7 +170,7 @@ def count_decoded(monkeypatch):
     seen, original = [], verdicts.check
 
     def check(encoded, indices):
-        seen.extend(encoded.name(index) for index in indices)
+        seen.extend(encoded.files[index] for index in indices)
         return original(encoded, indices)
 
     monkeypatch.setattr(verdicts, "check", check)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from pspinal_jax.data.photos.decode import decode
 from pspinal_jax.data.photos.photos import Encoded
 from pspinal_jax.errors import DataError
 
@@ -51,6 +50,8 @@ def check(encoded: Encoded, indices: Iterable[int]) -> Iterator[Checked]:
 
 
 def _check(encoded: Encoded, index: int) -> Checked:
+    from pspinal_jax.data.photos.decode import decode  # loads Pillow, and `prepare --help` has no need of it
+
     try:
         data = encoded[index]
     except (OSError, DataError) as error:

@@ -1,13 +1,11 @@
 """A folder of pictures, a folder per class, with or without folders per split above them."""
 
-import os
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pspinal_jax.data.photos.check import skipped_text, warn_of_skipped
+from pspinal_jax.data.photos.files import Files, list_pictures
 from pspinal_jax.data.photos.photos import PhotoDataset, Photos, split_by_class
 from pspinal_jax.data.photos.verdicts import Verdicts, judge
 from pspinal_jax.errors import DataError, UsageError
@@ -18,34 +16,7 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing"),
 }
 """Split -> names of its folder, in lower case."""
-PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
-    *(".pnm", ".jp2", ".avif", ".heic", ".heif"),
-)
-"""What a picture's name ends in, in lower case; other files are passed over in silence."""
 _NAMED = 5
-
-
-class FolderPictures:
-    """The pictures `files`, paths relative to `root`, with their checksums."""
-
-    def __init__(self, root: Path, files: Sequence[str], crcs: Sequence[int]) -> None:
-        self.root, self.files, self.crcs = str(root), tuple(files), np.asarray(crcs, np.int64)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> bytes:
-        with open(self.name(index), "rb") as file:
-            return file.read()
-
-    def name(self, index: int) -> str:
-        """The file's path."""
-        return os.path.join(self.root, self.files[index])
-
-    def fingerprint(self) -> int:
-        """A checksum of names and contents, those that were found when the folder was read."""
-        return zlib.crc32(self.crcs.data, zlib.crc32("\0".join(self.files).encode(errors="surrogateescape")))
 
 
 def read_folder(
@@ -118,25 +89,11 @@ def find_split_folders(path: Path) -> dict[str, str]:
 
 def list_classes(path: Path) -> dict[str, list[str]]:
     """Class -> its files that are named like pictures, sorted paths relative to `path` with '/' in them."""
-    return {name: sorted(_pictures(path, name)) for name in _folders(path)}
+    return {name: [f"{name}/{file}" for file in list_pictures(path / name)] for name in _folders(path)}
 
 
 def _folders(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_dir())
-
-
-def _pictures(path: Path, name: str) -> list[str]:
-    found = []
-    for folder, folders, files in os.walk(path / name):
-        folders[:] = [inner for inner in folders if not inner.startswith(".")]
-        relative = Path(folder).relative_to(path).as_posix()
-        found += [f"{relative}/{file}" for file in files if is_picture(file)]
-    return found
-
-
-def is_picture(file: str) -> bool:
-    """Whether the file's name is that of a picture."""
-    return not file.startswith(".") and os.path.splitext(file)[1].lower() in PICTURE_SUFFIXES
 
 
 def _class_names(path: Path, folders: dict[str, str], listed: dict[str, dict[str, list[str]]]) -> tuple[str, ...]:
@@ -167,7 +124,7 @@ def _make_split(
             raise DataError(f"{path / (prefix + name)} holds no picture that can be decoded; fill or remove it")
         files += readable
         labels += [label] * len(readable)
-    return Photos(FolderPictures(path, files, [verdicts[file].crc for file in files]), np.asarray(labels, np.int32))
+    return Photos(Files(path, files, [verdicts[file].crc for file in files]), np.asarray(labels, np.int32))
 
 
 def _cut(path: Path, photos: Photos, fraction: float, seed: int) -> tuple[Photos, Photos]:

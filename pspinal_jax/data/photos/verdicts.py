@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from pspinal_jax.data.photos.check import check
+from pspinal_jax.data.photos.files import Files
 from pspinal_jax.data.progress import progress_bar
 
 _FORMAT = 1
@@ -48,26 +49,12 @@ def judge(root: Path, files: Sequence[str], show_progress: bool) -> Verdicts:
     new = [file for file in files if file not in verdicts]
     if new:
         with progress_bar(len(new), f"check pictures in {root.name}", "picture", show_progress) as bar:
-            for file, checked in zip(new, check(_Files(root, new), range(len(new))), strict=True):
+            for file, checked in zip(new, check(Files(root, new), range(len(new))), strict=True):
                 verdicts[file] = Verdict(*stamps[file], checked.crc, checked.problem)
                 bar.update()
         if place:
             _store(place, verdicts)
     return verdicts
-
-
-class _Files:
-    def __init__(self, root: Path, files: Sequence[str]) -> None:
-        self.root, self.files = root, files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> bytes:
-        return (self.root / self.files[index]).read_bytes()
-
-    def name(self, index: int) -> str:
-        return self.files[index]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -1,0 +1,236 @@
+"""`benchmark input`: decoded, resized photographs a second, beside a PyTorch DataLoader that does the same."""
+
+import io
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pspinal_jax.data.photos import Photos
+from pspinal_jax.data.photos.files import Files
+from pspinal_jax.data.photos.stream import stream
+from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.runs.directory import write_json
+from pspinal_jax.runs.versions import device, versions
+
+NUM_FILES = 256
+SIZE = (230, 230)
+BATCH_SIZE = 16
+"""What the photograph recipes train with."""
+_WARM_UP = 8
+"""Batches that do not count: the first of each worker wait for its start."""
+
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]
+
+
+def draw_photograph(seed: int) -> bytes:
+    """A JPEG of about 500x375, some 50 kB: soft colours, noise, and shapes with edges, all decided by `seed`."""
+    rng = np.random.default_rng(seed)
+    width, height = 500 + int(rng.integers(-40, 41)), 375 + int(rng.integers(-30, 31))
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
+    soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
+    noisy = soft + rng.normal(0, 8, (height, width, 1))
+    picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(25):
+        x, y, side = int(rng.integers(width)), int(rng.integers(height)), int(rng.integers(10, 120))
+        draw.ellipse((x, y, x + side, y + side // 2), fill=tuple(rng.integers(0, 256, 3).tolist()))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_photographs(folder: Path, count: int = NUM_FILES) -> Photos:
+    """`count` drawn photographs as files in `folder`."""
+    names = [f"{number:04d}.jpg" for number in range(count)]
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(draw_photograph(number))
+    return Photos(Files(folder, names), np.arange(count, dtype=np.int32))
+
+
+class TorchExamples:
+    """What a torch DataLoader takes: pictures opened, converted and resized by Pillow, as torchvision does it."""
+
+    def __init__(self, photos: Photos, order: np.ndarray) -> None:
+        self.photos, self.order = photos, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        number = int(self.order[index])
+        with Image.open(self.photos.encoded.name(number)) as image:
+            resized = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR)
+        return np.array(resized), int(self.photos.labels[number])
+
+
+def alternatives(photos: Photos, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
+    """By name, what starts a pass over `order`; ours comes first."""
+    return {
+        ours(workers): lambda: stream(photos, order, SIZE, BATCH_SIZE, workers=workers),
+        "stream, threads": lambda: stream(photos, order, SIZE, BATCH_SIZE),
+    }
+
+
+def ours(workers: int) -> str:
+    """The alternative that others are compared with."""
+    return f"stream, {workers} workers"
+
+
+def torch_alternatives(photos: Photos, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
+    """PyTorch's DataLoader with as many workers.
+
+    Raises:
+      ImportError: if torch is not installed.
+    """
+    import torch
+
+    def load() -> Batches:
+        loader = torch.utils.data.DataLoader(
+            TorchExamples(photos, order),
+            BATCH_SIZE,
+            num_workers=workers,
+            # As ours are: this process runs JAX's threads, and must not be forked.
+            multiprocessing_context="spawn" if workers else None,
+        )
+        for images, labels in loader:
+            yield images.numpy(), labels.numpy()
+
+    return {f"torch DataLoader, {workers} workers": load}
+
+
+def check_equal(passes: dict[str, Callable[[], Batches]]) -> None:
+    """Return if the first batches of all are the same.
+
+    Raises:
+      RunError: if one differs.
+    """
+    first = {}
+    for name, start in passes.items():
+        batches = start()
+        first[name] = next(batches)
+        batches.close()  # type: ignore[attr-defined]
+    (reference, (images, labels)), *others = first.items()
+    for name, (other_images, other_labels) in others:
+        if not (np.array_equal(images, other_images) and np.array_equal(labels, other_labels)):
+            raise RunError(f"{name} and {reference} give different batches")
+
+
+def measure(passes: dict[str, Callable[[], Batches]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Per alternative and round: pictures_per_second after the warm-up, and seconds to the first batch; in turn."""
+    results: dict[str, dict[str, list[float]]] = {
+        name: {"pictures_per_second": [], "seconds_to_first_batch": []} for name in passes
+    }
+    for _ in range(rounds):
+        for name, start in passes.items():
+            begin = time.perf_counter()
+            batches = start()
+            next(batches)
+            results[name]["seconds_to_first_batch"].append(time.perf_counter() - begin)
+            for _ in itertools.islice(batches, _WARM_UP - 1):
+                pass
+            begin = time.perf_counter()
+            count = sum(len(labels) for _, labels in batches)
+            results[name]["pictures_per_second"].append(count / (time.perf_counter() - begin))
+    return results
+
+
+def report(workdir: Path, pictures: int, workers: int, rounds: int, command: str) -> dict[str, Any]:
+    """Measure, print a table and write results.json and results.png into `workdir`.
+
+    Raises:
+      UsageError: if there are too few pictures to time.
+    """
+    least = BATCH_SIZE * (_WARM_UP + 1)
+    if pictures < least or workers < 1 or rounds < 1:
+        raise UsageError(f"give at least --pictures {least}, --workers 1 and --rounds 1")
+    left_out = []
+    with tempfile.TemporaryDirectory() as folder:
+        photos = write_photographs(Path(folder))
+        order = np.random.default_rng(0).integers(0, len(photos), pictures)
+        passes = alternatives(photos, order, workers)
+        try:
+            passes |= torch_alternatives(photos, order, workers)
+        except ImportError:
+            left_out = ["torch DataLoader: torch is not installed (extra `torch`)"]
+        check_equal(passes)
+        measured = measure(passes, rounds)
+    results = _summary(measured, pictures, workers) | {
+        "command": command,
+        "left_out": left_out,
+        "device": device(),
+        "versions": versions() | _versions("grain", "pillow", "torch"),
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "results.json", results)
+    _plot(workdir / "results.png", results)
+    print(format_report(results))
+    return results
+
+
+def _summary(measured: dict[str, dict[str, list[float]]], pictures: int, workers: int) -> dict[str, Any]:
+    rates = {name: np.asarray(values["pictures_per_second"]) for name, values in measured.items()}
+    return {
+        "title": f"{pictures} JPEGs of about 500x375, decoded and resized to {SIZE[0]}x{SIZE[1]}, batch {BATCH_SIZE}",
+        "alternatives": measured,
+        "median": {name: float(np.median(values)) for name, values in rates.items()},
+        # Within a round, so that a slow spell of the machine hits both sides.
+        "times_faster": {
+            name: float(np.median(rates[ours(workers)] / values))
+            for name, values in rates.items()
+            if name != ours(workers)
+        },
+    }
+
+
+def format_report(results: dict[str, Any]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        f"{results['title']}; {results['device']['kind']}",
+        "",
+        "| alternative | pictures/s, median | each | s to the first batch | ours is faster by |",
+        "|---|---|---|---|---|",
+    ]
+    for name, values in results["alternatives"].items():
+        each = ", ".join(f"{rate:.0f}" for rate in values["pictures_per_second"])
+        times = results["times_faster"].get(name)
+        lines.append(
+            f"| {name} | {results['median'][name]:.0f} | {each} | {np.median(values['seconds_to_first_batch']):.1f} | "
+            f"{'(ours)' if times is None else f'{times:.2f} x'} |"
+        )
+    return "\n".join(lines + [f"\nleft out: {reason}" for reason in results["left_out"]])
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _plot(path: Path, results: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 2.2), layout="constrained")
+    names = list(results["alternatives"])[::-1]
+    bars = axis.barh(names, [results["median"][name] for name in names], color="#4878a8")
+    axis.bar_label(bars, [f"{results['median'][name]:.0f} /s" for name in names], padding=4, fontsize=8)
+    for row, name in enumerate(names):
+        rates = results["alternatives"][name]["pictures_per_second"]
+        axis.plot(rates, [row] * len(rates), "k.", markersize=4)
+    axis.margins(x=0.15)
+    axis.set_title(f"{results['title']}; {results['device']['kind']}", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,74 @@
+"""`benchmark input` measures the same pictures for everyone, in small; its numbers are not tested."""
+
+import builtins
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pspinal_jax.__main__ import main
+from pspinal_jax.benchmark import input as benchmark
+from pspinal_jax.errors import RunError
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(benchmark, "NUM_FILES", 4)
+    monkeypatch.setattr(benchmark, "BATCH_SIZE", 2)
+    monkeypatch.setattr(benchmark, "SIZE", (120, 130))  # smaller, and JPEG would be decoded at a half
+    monkeypatch.setattr(benchmark.write_photographs, "__defaults__", (4,))
+
+
+def test_photographs_are_drawn_the_same_every_time():
+    assert benchmark.draw_photograph(3) == benchmark.draw_photograph(3) != benchmark.draw_photograph(4)
+    data = benchmark.draw_photograph(3)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "JPEG" and image.mode == "RGB"
+        assert abs(image.width - 500) <= 40 and abs(image.height - 375) <= 30
+    assert 15_000 < len(data) < 120_000
+
+
+def test_without_torch_or_workers_to_spare_it_reports_the_rest(small, tmp_path, monkeypatch, capsys):
+    def without_torch(name, importer=None, *rest, **kwargs):
+        if name == "torch" and importer["__name__"].startswith("pspinal_jax"):
+            raise ImportError(name)
+        return imported(name, importer, *rest, **kwargs)
+
+    imported, start = builtins.__import__, benchmark.stream
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    monkeypatch.setattr(benchmark, "stream", lambda *given, workers=0: start(*given))
+    assert main(["benchmark", "input", "--workdir", str(tmp_path), "--pictures", "20", "--rounds", "2"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["alternatives"]) == ["stream, 2 workers", "stream, threads"]
+    for values in results["alternatives"].values():
+        assert len(values["pictures_per_second"]) == 2 and min(values["pictures_per_second"]) > 0
+    assert "grain" in results["versions"] and (tmp_path / "results.png").stat().st_size > 3000
+    assert "left out: torch DataLoader: torch is not installed" in capsys.readouterr().out
+    assert main(["benchmark", "input", "--workdir", str(tmp_path), "--pictures", "17"]) == 2
+    assert "at least --pictures 18" in capsys.readouterr().err
+
+
+def test_a_different_batch_is_noticed():
+    def batches(value):
+        def start():
+            yield np.full((1, 2, 2, 3), value, np.uint8), np.zeros(1, np.int32)
+
+        return start
+
+    benchmark.check_equal({"a": batches(1), "b": batches(1)})
+    with pytest.raises(RunError, match="b and a give different batches"):
+        benchmark.check_equal({"a": batches(1), "b": batches(2)})
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_torch_gives_the_same_batches_and_is_timed(small, tmp_path):
+    pytest.importorskip("torch")
+    photos = benchmark.write_photographs(tmp_path)
+    order = np.arange(20) % 4
+    passes = benchmark.alternatives(photos, order, 1) | benchmark.torch_alternatives(photos, order, 0)
+    del passes[benchmark.ours(1)]
+    benchmark.check_equal(passes)
+    assert all(min(values["pictures_per_second"]) > 0 for values in benchmark.measure(passes, 1).values())
