@@ -1,6 +1,7 @@
 # A head on features that a backbone gave before: what `pspinal-jax extract-features` writes, or an .npz of your own.
 #   command   pspinal-jax train features --data.path features.npz
 #   expected  depends on the features
+#   time      seconds
 from pspinal_jax.recipes import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 
 recipe = Recipe(

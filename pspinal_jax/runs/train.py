@@ -1,6 +1,7 @@
 """`train`: from a recipe to a finished run directory."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def work_directory(recipe: Recipe, options: RunOptions) -> Path:
 
 def _config(recipe: Recipe, options: RunOptions, data: Dataset | PhotoDataset) -> dict[str, Any]:
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
-    settings = dataclasses.asdict(recipe)
+    settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}
     where = {key: str(settings["data"].pop(key)) for key in ("path", "data_dir")}
     shape, dtype = input_of(recipe, data)

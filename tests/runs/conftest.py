@@ -1,0 +1,23 @@
+"""A small network under the name of a real one, and pictures to train it on."""
+
+import drawn_pictures
+import pytest
+
+from pspinal_jax.backbones import resnet
+
+TINY = ["--model.backbone", "resnet18", "--model.weights", "None", "--data.image-size", "32", "--batch-size", "8"]
+"""Flags that make any photograph recipe small, with `tiny_resnet`."""
+
+
+@pytest.fixture
+def tiny_resnet(monkeypatch):
+    """resnet18 with one block a stage and few channels: what runs here compiles in seconds."""
+    monkeypatch.setitem(resnet.VARIANTS, "resnet18", resnet.Variant((1, 1, 1, 1), 1))
+    monkeypatch.setattr(resnet, "STAGE_CHANNELS", (4, 4, 8, 8))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Three classes of 14 pictures."""
+    folder = tmp_path_factory.mktemp("pictures") / "shapes"
+    return drawn_pictures.write_folder(folder, 14, side=40, shapes=drawn_pictures.SHAPES[:3])

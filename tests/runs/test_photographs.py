@@ -1,0 +1,212 @@
+"""Runs on photographs that are read while training, by the commands that a user types."""
+
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+from safetensors.numpy import save_file
+
+from pspinal_jax.__main__ import main
+from pspinal_jax.backbones import ResNet
+from pspinal_jax.runs import trainer as trainer_module
+from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.weights import resnet_state_dict
+
+pytestmark = pytest.mark.usefixtures("tiny_resnet")
+SHORT = [
+    *TINY,
+    "--model.layer-width",
+    "8",
+    "--epochs",
+    "2",
+    "--eval-batch-size",
+    "8",
+    "--data.validation-fraction",
+    "0.2",
+]
+
+
+def run(pictures, workdir, *flags, recipe="folder", status=0):
+    assert main(["train", recipe, "--data.path", str(pictures), "--workdir", str(workdir), *SHORT, *flags]) == status
+    return workdir
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of PyTorch's weights for the small network."""
+    backbone = ResNet("resnet18")
+    variables = jax.jit(lambda key: backbone.init(key, np.zeros((2, 32, 32, 3), np.float32), train=False))(
+        jax.random.key(7)
+    )
+    shaken = jax.tree.map(lambda leaf: leaf + 0.1 * np.random.default_rng(0).random(leaf.shape, np.float32), variables)
+    path = tmp_path / "weights.safetensors"
+    save_file(resnet_state_dict(shaken, "resnet18"), path)
+    return path, shaken
+
+
+def test_a_folder_of_pictures_becomes_predictions(pictures, tmp_path, capsys):
+    workdir = run(pictures, tmp_path / "run")
+    result = read(workdir / "result.json")
+    assert result["train_examples"] == 27 and result["test_examples"] == 9  # 14 a class: 3 test, 2 validation
+    assert "6 held-out training examples" in result["selection"]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6] and "validation_accuracy" in lines[0]
+    assert main(["evaluate", str(workdir)]) == 0
+    report = read(workdir / "evaluation.json")
+    assert report["accuracy"] == result["test_accuracy"]["mean"] and report["examples"] == 9
+    assert list(report["class_accuracy"]) == ["circle", "cross", "square"]
+
+    bad = tmp_path / "no picture.jpg"
+    bad.write_text("words")
+    paths = [str(pictures / "cross" / "000.jpg"), str(bad), str(pictures / "circle" / "001.jpg")]
+    capsys.readouterr()
+    assert main(["predict", str(workdir), *paths, "--top", "3", "--json"]) == 1
+    said = capsys.readouterr()
+    first, second, third = json.loads(said.out)
+    assert second["error"] and not second["classes"] and "no picture.jpg" in said.err
+    for prediction in (first, third):
+        probabilities = [entry["probability"] for entry in prediction["classes"]]
+        assert abs(sum(probabilities) - 1) < 1e-4 and probabilities == sorted(probabilities, reverse=True)
+        assert {entry["class"] for entry in prediction["classes"]} == {"circle", "cross", "square"}
+    assert main(["predict", str(workdir), paths[0]]) == 0
+    table = capsys.readouterr().out.split()
+    assert table[0] == paths[0] and table[1] == first["classes"][0]["class"] and table[3] == "%"
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path, monkeypatch):
+    flags = ["--num-seeds", "2", "--checkpoint-seconds", "0"]
+    whole = run(pictures, tmp_path / "whole", *flags)
+    monkeypatch.setattr(trainer_module, "CHUNK_SECONDS", 0.0)
+    advance, taken = trainer_module.Trainer._chunk_steps, [0]
+
+    def dying(self, remaining):
+        taken[0] += 1
+        if taken[0] == 3:  # in the middle of the first epoch
+            raise Killed
+        return advance(self, remaining)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_chunk_steps", dying)
+    monkeypatch.setattr("pspinal_jax.checkpoints.store.CheckpointStore.due", lambda self, seconds: True)
+    with pytest.raises(Killed):
+        run(pictures, tmp_path / "cut", *flags)
+    assert [int(path.name) for path in (tmp_path / "cut" / "checkpoints").iterdir()], "something was saved"
+    monkeypatch.setattr(trainer_module.Trainer, "_chunk_steps", advance)
+    cut = run(pictures, tmp_path / "cut", *flags)
+    for seed in (0, 1):
+        chex.assert_trees_all_equal(load_variables(cut, seed)[0], load_variables(whole, seed)[0])
+    assert read(cut / "result.json")["test_accuracy"] == read(whole / "result.json")["test_accuracy"]
+    one, other = (load_variables(whole, seed)[0]["params"]["backbone"]["stem"]["kernel"] for seed in (0, 1))
+    assert (np.asarray(one) != np.asarray(other)).any()
+
+
+def test_a_frozen_backbone_keeps_its_weights_bit_for_bit(pictures, tmp_path, weights):
+    path, shaken = weights
+    workdir = run(pictures, tmp_path / "run", "--freeze", "backbone", "--model.weights", str(path))
+    variables, _ = load_variables(workdir)
+    chex.assert_trees_all_equal(variables["params"]["backbone"], shaken["params"])
+    chex.assert_trees_all_equal(variables["batch_stats"]["backbone"], shaken["batch_stats"])
+    unfrozen, _ = load_variables(run(pictures, tmp_path / "other", "--model.weights", str(path)))
+    stem = unfrozen["params"]["backbone"]["stem"]["kernel"]
+    assert 0 < np.abs(stem - shaken["params"]["stem"]["kernel"]).max() < 0.2, "it started from the weights and moved"
+
+
+def test_cached_features_train_the_same_head(pictures, tmp_path, weights, monkeypatch):
+    path, shaken = weights
+    flags = [
+        "--freeze",
+        "backbone",
+        "--model.weights",
+        str(path),
+        "--data.augment",
+        "none",
+        "--model.dropout-rate",
+        "0",
+    ]
+    streamed = run(pictures, tmp_path / "streamed", *flags)
+    cached = run(pictures, tmp_path / "cached", *flags, "--cache-features")
+    with np.load(cached / "features.npz") as features:
+        assert features["train_images"].shape == (27, 8) and features["validation_images"].shape == (6, 8)
+        assert features["class_names"].tolist() == ["circle", "cross", "square"]
+    one, other = (load_variables(workdir)[0] for workdir in (streamed, cached))
+    chex.assert_trees_all_close(one["params"], other["params"], rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_equal(other["params"]["backbone"], shaken["params"])
+    chex.assert_trees_all_equal(other["batch_stats"]["backbone"], shaken["batch_stats"])
+    accuracy = read(cached / "result.json")["test_accuracy"]["mean"]
+    assert main(["evaluate", str(cached)]) == 0
+    assert read(cached / "evaluation.json")["accuracy"] == accuracy
+    assert main(["predict", str(cached), str(pictures / "cross" / "000.jpg")]) == 0
+    # Started again, it uses the features that are there.
+    (cached / "result.json").unlink()
+    monkeypatch.setattr("pspinal_jax.runs.cached.extract_features", lambda *args: pytest.fail("extracted again"))
+    assert read(run(pictures, cached, *flags, "--cache-features") / "result.json")["test_accuracy"]["mean"] == accuracy
+    (cached / "backbone.safetensors").write_bytes(b"damaged")
+    assert main(["predict", str(cached), str(pictures / "cross" / "000.jpg")]) == 1
+
+
+def test_feature_views_and_extracted_features(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag for flag in SHORT if flag not in ("--epochs", "2")]
+    words = ["extract-features", "folder", "--data.path", str(pictures), "--output", "features.npz", *flags]
+    frozen = ["--freeze", "backbone", "--cache-features", "--feature-views", "2"]
+    assert main([*words, *frozen]) == 0
+    with np.load("features.npz") as features:
+        views = features["train_images"].reshape(2, 27, 8)
+        assert (views[0] != views[1]).any(axis=1).all(), "each view is another one"
+        np.testing.assert_array_equal(features["train_labels"][:27], features["train_labels"][27:])
+        assert features["test_images"].shape == (9, 8)
+    advice = capsys.readouterr().out.split("pspinal-jax ")[-1].split()
+    assert main([*advice, "--epochs", "2", "--batch-size", "8", "--workdir", "head"]) == 0
+    result = read(tmp_path / "head" / "result.json")
+    assert result["train_examples"] == 54 and "6 held-out" in result["selection"]
+    assert main(["predict", "head", str(pictures / "cross" / "000.jpg")]) == 2
+    assert "trained on features" in capsys.readouterr().err
+
+
+def test_gradients_may_be_accumulated(pictures, tmp_path):
+    workdir = run(pictures, tmp_path / "run", "--micro-batches", "2", "--model.remat", "--epochs", "1")
+    assert read(workdir / "result.json")["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data.path", "nowhere"], "nowhere"),
+        (["--cache-features"], "cache_features is True, expected used with --freeze backbone"),
+        (["--micro-batches", "3"], "micro_batches is 3, expected a divisor of batch_size"),
+        (["--data.image-size", "16"], "colour images [H, W, 3] of 32 pixels and more"),
+        (["--seed-mode", "vmap"], "seed_mode is vmap, expected loop or auto for photographs"),
+        (["--model.weights", "missing.safetensors"], "missing.safetensors"),
+        (["--data.num-classes", "7"], "has 3 classes, but data.num_classes is 7"),
+        (["--batch-size", "64"], "batch_size is 64, but only 27 examples are left"),
+        (["--data.resize", "16"], "data.resize is 16"),
+        (["--feature-views", "2"], "feature_views is 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(pictures, tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "folder", "--data.path", str(pictures), *SHORT, *flags]) in (1, 2)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+    assert not (tmp_path / "runs" / "folder" / "checkpoints").exists()
+
+
+def test_pictures_of_other_classes_are_refused(pictures, tmp_path, capsys):
+    import drawn_pictures
+
+    workdir = run(pictures, tmp_path / "run", "--epochs", "1")
+    other = drawn_pictures.write_folder(tmp_path / "other", 3, side=40, shapes=("circle", "square", "triangle"))
+    assert main(["evaluate", str(workdir), "--data.path", str(other)]) == 2
+    assert (
+        "has the classes circle, square, triangle, but the run was trained on circle, cross" in capsys.readouterr().err
+    )
