@@ -20,7 +20,7 @@ from pspinal_jax.heads import norm
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
 
 
-COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+COMPILE_FAST = {"xla_backend_optimization_level": 0}
 
 
 def compiled(function):
