@@ -103,7 +103,7 @@ def _sizes_in(state_dict: StateDict, layout: Layout) -> _Sizes:
     """The head's sizes, from whichever of its tensors are there; 1 stands for what none of them tells."""
     matches = (re.match(re.escape(layout.head_prefix) + r"fc_spinal_layer(\d+)\.", name) for name in state_dict)
     numbers = [int(match[1]) for match in matches if match]
-    count = max(numbers, default=4)
+    count = min(max(numbers, default=4), max(len(state_dict), 4))
     layers = _head_layers(layout, count)
 
     def side(layer: Layer, axis: int) -> int | None:

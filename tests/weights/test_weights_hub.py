@@ -58,7 +58,7 @@ def test_a_cached_file_needs_no_network(tmp_path):
 
 def test_a_refused_connection_is_told_at_once():
     message = refusal()
-    assert "is not in the hub's cache and cannot be fetched ([Errno 111] Connection refused)" in message
+    assert "is not in the hub's cache and cannot be fetched (" in message and "refused" in message
     assert message.endswith("fetch model.safetensors of it elsewhere and give that file, or run again with a network")
 
 
