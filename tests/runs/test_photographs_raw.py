@@ -50,9 +50,9 @@ def write_raw(name, folder):
     ("name", "train", "validation", "test", "classes"),
     [
         ("stl10", 20, 10, 12, 10),
-        ("caltech101", 101 * 18, 101 * 12, 101, 101),
-        ("fruits360", 131, 131, 131, 131),
-        ("birds225", 450, 225, 225, 225),
+        pytest.param("caltech101", 101 * 18, 101 * 12, 101, 101, marks=pytest.mark.slow),
+        pytest.param("fruits360", 131, 131, 131, 131, marks=pytest.mark.slow),
+        pytest.param("birds225", 450, 225, 225, 225, marks=pytest.mark.slow),
     ],
 )
 def test_raw_files_become_an_evaluated_run(name, train, validation, test, classes, tmp_path, monkeypatch, capsys):
