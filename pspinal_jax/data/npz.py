@@ -35,10 +35,12 @@ def read_npz(path: Path, num_classes: int | None) -> Dataset:
                 for name in ("train", "validation", "test")
                 if f"{name}_images" in archive.files
             }
-            names = archive["class_names"].tolist() if "class_names" in archive.files else None
+            names = archive["class_names"] if "class_names" in archive.files else None
     except FileNotFoundError:
         raise DataError(f"data file {path} does not exist; give --data.path an .npz file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
-    class_names = None if names is None else tuple(map(str, names))
+    if names is not None and names.ndim != 1:
+        raise DataError(f"{path}: class_names have shape {names.shape}, expected one name a class, [C]")
+    class_names = None if names is None else tuple(map(str, names.tolist()))
     return make_dataset(splits, str(path), num_classes, class_names)
