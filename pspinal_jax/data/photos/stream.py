@@ -61,13 +61,6 @@ def stream(
                 images, labels = batches.read()
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "Worker process" not in str(error):
-                    raise
-                raise RunError(
-                    "a worker process that decodes photographs ended unexpectedly, perhaps for want of memory or "
-                    f"shared memory; use fewer than {workers} workers"
-                ) from error
             # From a worker they lie in shared memory, of which there may be little.
             batch = np.array(images), np.array(labels)
             del images, labels
@@ -84,7 +77,15 @@ class _Running:
         atexit.register(self.close)
 
     def read(self) -> Any:
-        return next(self._iterator)
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            if "Worker process" not in str(error):
+                raise
+            raise RunError(
+                "a worker process that decodes photographs ended unexpectedly, perhaps for want of memory or shared "
+                "memory; use fewer workers"
+            ) from error
 
     def close(self) -> None:
         atexit.unregister(self.close)
