@@ -76,9 +76,8 @@ def prepare_data_set(
                     examples = _read_files(data_set, downloads, archives, show_progress)
                 directory = _write(data_set, root, examples, show_progress)
         except OSError as error:
-            raise DataError(
-                f"{data_set.name} cannot be prepared in {root}: {error}; choose another data folder"
-            ) from error
+            problem = f"{data_set.name} cannot be prepared in {root}: {error}; choose another data folder"
+            raise DataError(problem) from error
     warn_of_skipped(examples.skipped, data_set.name)
     return Preparation(directory, was_there=False)
 

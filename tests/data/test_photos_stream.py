@@ -131,6 +131,29 @@ def test_workers_survive_an_interrupt_and_end_with_a_main_process_that_is_killed
     assert not Path(f"/proc/{worker}").exists()
 
 
+END = {
+    "read to its end": "for _ in batches: pass",
+    "closed early": "next(batches)\n    batches.close()",
+    "still open when the process ends": "next(batches)\n    globals()['kept'] = batches",
+    "left by an error": "next(batches)\n    sys.exit(0)",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", END)
+def test_a_process_with_workers_ends_without_a_word(how, tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import sys\nimport numpy as np\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from photos_support import numbered\nfrom pspinal_jax.data.photos.stream import stream\n"
+        "if __name__ == '__main__':\n"
+        f"    batches = stream(numbered(10), np.zeros(99, int), (50, 40), 9, workers=2)\n    {END[how]}\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_without_grain_it_says_so(monkeypatch):
     imported = builtins.__import__
 

@@ -1,5 +1,7 @@
 """Batches of decoded photographs in a given order, read and decoded ahead of use by grain."""
 
+import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -52,24 +54,52 @@ def stream(
     if not len(order):
         return
     workers = min(workers, -(-len(order) // batch_size))  # grain has no use for a worker without a batch
-    iterator = iter(_pipeline(photos.take(order), size, batch_size, workers))
+    batches = _Running(_pipeline(photos.take(order), size, batch_size, workers))
     try:
         while True:
             try:
-                images, labels = next(iterator)
+                images, labels = batches.read()
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "Worker process" not in str(error):
-                    raise
-                raise RunError(
-                    "a worker process that decodes photographs ended unexpectedly, perhaps for want of memory or "
-                    f"shared memory; use fewer workers than {workers}"
-                ) from error
             # From a worker they lie in shared memory, of which there may be little.
-            yield np.array(images), np.array(labels)
+            batch = np.array(images), np.array(labels)
+            del images, labels
+            yield batch
     finally:
+        batches.close()
+
+
+class _Running:
+    """A grain pipeline at work, closed once: by its user, or else before the interpreter is taken apart."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._iterator = iter(pipeline)
+        atexit.register(self.close)
+
+    def read(self) -> Any:
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            if "Worker process" not in str(error):
+                raise
+            raise RunError(
+                "a worker process that decodes photographs ended unexpectedly, perhaps for want of memory or shared "
+                "memory; use fewer workers"
+            ) from error
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        iterator, self._iterator = self._iterator, None
+        if iterator is None:
+            return
         iterator.close()
+        del iterator
+        freeing = getattr(_import_grain().multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
+        if freeing is not None:
+            # The last batches' shared memory hangs on cycles of objects in grain, and is freed in a thread of its own.
+            # A process that ended before that would be told of a leak.
+            gc.collect()
+            freeing.apply(int)
 
 
 def _pipeline(photos: Photos, size: tuple[int, int], batch_size: int, workers: int) -> Any:
