@@ -46,5 +46,5 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-torch: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[test,torch]'
+	$(PIP_INSTALL) -e '.[test,torch,examples]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test

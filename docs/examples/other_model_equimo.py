@@ -16,7 +16,7 @@ from pspinal_jax.interop.equinox import ProgressiveSpinalHead
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=150)
-parser.add_argument("--depth", type=int, default=4, help="transformer blocks")
+parser.add_argument("--depth", type=int, default=2, help="transformer blocks")
 arguments = parser.parse_args()
 
 images, labels = load_digits(return_X_y=True)

@@ -15,7 +15,9 @@ from pspinal_jax import ProgressiveSpinalHead
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=60)
-parser.add_argument("--hidden-sizes", type=int, nargs=4, default=(64, 128, 256, 512), help="channels of the four stages")
+parser.add_argument(
+    "--hidden-sizes", type=int, nargs=4, default=(64, 128, 256, 512), help="channels of the four stages"
+)
 arguments = parser.parse_args()
 
 images, labels = load_digits(return_X_y=True)

@@ -118,15 +118,15 @@ def apply_head(
     Raises:
       ValueError: where dropout needs a key and there is none.
     """
-    drops = train and draws_masks(head)
-    if drops and key is None:
-        raise ValueError("dropout in training needs a key, got None; pass one, or call the head for evaluation")
+    rngs: dict[str, jax.Array] = {}
+    if train and draws_masks(head):
+        if key is None:
+            raise ValueError("dropout in training needs a key, got None; pass one, or call the head for evaluation")
+        rngs["dropout"] = key
     variables = {"params": params, "batch_stats": batch_stats}
-    rngs = {"dropout": key} if drops else None
-    if not train:
-        return head.apply(variables, features, train=False, rngs=rngs), batch_stats
-    logits, new = head.apply(variables, features, train=True, rngs=rngs, mutable=["batch_stats"])
-    return logits, new.get("batch_stats", {})
+    mutable = ["batch_stats"] if train else []
+    logits, new = head.apply(variables, features, train=train, rngs=rngs, mutable=mutable)
+    return logits, new.get("batch_stats", {}) if train else batch_stats
 
 
 def draws_masks(head: ProgressiveSpinalHead) -> bool:

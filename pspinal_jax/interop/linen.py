@@ -23,7 +23,9 @@ def fitting_variables(variables: Any, params: Tree, batch_stats: Tree) -> tuple[
       ValueError: if `variables` are those of another head; every difference is named.
     """
     if "params" not in variables:
-        raise ValueError(f"variables have {', '.join(variables) or 'nothing'}, expected params, as linen's init returns")
+        raise ValueError(
+            f"variables have {', '.join(variables) or 'nothing'}, expected params, as linen's init returns"
+        )
     given = convert_params(dict(variables["params"]), "tree")
     given_stats = convert_batch_stats(dict(variables.get("batch_stats", {})), "tree")
     return _fit("params", given, params), _fit("batch_stats", given_stats, batch_stats)
