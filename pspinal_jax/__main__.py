@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "evaluate a run: accuracy, accuracy by class, confusion matrix",
     "recipes": "list the recipes",
     "benchmark": "time a training step beside its peers",
+    "gradients": "measure the gradients that reach the features and each layer, by depth",
 }
 
 
