@@ -91,7 +91,8 @@ def _measured(name: str, depth: int, study: Study, examples: Examples) -> dict[s
 def summarise(followed: dict[str, np.ndarray]) -> dict[str, Any]:
     """What `follow` returns, as JSON: each seed where it is one number, median and range where it is one per layer."""
     pre = followed["pre_activations"]
-    ratio = pre[..., 0] / pre[..., -1] if pre.shape[-1] else None
+    with np.errstate(divide="ignore", invalid="ignore"):  # no gradient at all: no ratio
+        ratio = pre[..., 0] / pre[..., -1] if pre.shape[-1] else None
     return {
         "epochs": followed["epochs"].tolist(),
         "features": _rounded(followed["features"]),
@@ -125,16 +126,16 @@ def format_row(name: str, depth: int, summary: dict[str, Any]) -> str:
         f"{summary['parameters']:,}",
         _spread(features[0]),
         _spread(features[-1]),
-        "-" if ratio is None else _spread(ratio[0]),
-        "-" if ratio is None else _spread(ratio[-1]),
+        "-" if ratio is None else _spread(ratio[0], otherwise="no ratio"),
+        "-" if ratio is None else _spread(ratio[-1], otherwise="no ratio"),
         _spread(accuracy, ".1f"),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def _spread(values: list[float | None], form: str = ".2g") -> str:
+def _spread(values: list[float | None], form: str = ".2g", otherwise: str = "not finite") -> str:
     if any(value is None for value in values):
-        return "not finite"
+        return otherwise
     numbers = np.array(values, float)
     return f"{np.median(numbers):{form}} ({numbers.min():{form}} .. {numbers.max():{form}})"
 
@@ -158,7 +159,7 @@ def _plot(path: Path, results: dict[str, Any], study: Study) -> None:
         top.minorticks_off()
         bottom.set(title=f"at each layer of {deepest}, epoch {epoch}", xlabel="layer")
     for axis in axes.flat:
-        axis.set_yscale("log")
+        axis.set_yscale("log", nonpositive="mask")
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("gradient norm per example")

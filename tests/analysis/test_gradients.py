@@ -91,10 +91,12 @@ def test_what_is_not_finite_is_no_number_in_the_json():
     followed = {"epochs": np.array([0, 1]), "features": ones.copy(), "loss": ones, "test_accuracy": ones}
     followed |= {"pre_activations": np.ones((2, 3, 2)), "kernels": np.ones((2, 3, 3))}
     followed["features"][1, 0] = np.nan
+    followed["pre_activations"][0, 1] = 0
     summary = {"parameters": 5, **summarise(followed)}
     assert summary["features"] == [[1.0, 1.0, 1.0], [None, 1.0, 1.0]]
+    assert summary["first_to_last_layer"][0] == [1.0, None, 1.0]
     json.dumps(summary, allow_nan=False)
-    assert "| 1 (1 .. 1) | not finite |" in format_row("plain", 2, summary)
+    assert "| 1 (1 .. 1) | not finite | no ratio | 1 (1 .. 1) |" in format_row("plain", 2, summary)
 
 
 def test_the_command_measures_trains_and_writes(npz_path, tmp_path, monkeypatch, capsys):

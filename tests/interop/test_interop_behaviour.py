@@ -88,7 +88,8 @@ def test_dropout_without_a_key_is_refused():
     arguments = (head, variables["params"], variables["batch_stats"], features)
     with pytest.raises(ValueError, match="dropout in training needs a key, got None"):
         apply_head(*arguments, train=True)
-    apply_head(*arguments, train=False)
+    _, batch_stats = apply_head(*arguments, train=False)
+    assert batch_stats is variables["batch_stats"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 HEADS = {"plain_jax": "jax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku"}
 OTHER_MODELS = {
-    "jax_resnet": ["--steps", "40", "--hidden-sizes", "8", "16", "16", "32"],
+    "jax_resnet": ["--steps", "60", "--hidden-sizes", "32", "32", "64", "64"],
     "equimo": ["--steps", "60", "--depth", "1"],
 }
 
