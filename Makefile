@@ -17,7 +17,7 @@ test: $(VENV)/.installed-test lint
 test-torch: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m torch $(ARGS)
 
-test-slow: $(VENV)/.installed-torch
+test-slow: $(VENV)/.installed-slow
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.installed-test
@@ -48,3 +48,7 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-torch: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[test,torch]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(VENV)/.installed-slow: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[test,torch,examples]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-torch

@@ -16,6 +16,7 @@ COMMANDS = {
     "extract-features": "write a backbone's features of photographs as an .npz file",
     "recipes": "list the recipes",
     "benchmark": "time a training step beside its peers",
+    "gradients": "measure the gradients that reach the features and each layer, by depth",
 }
 
 

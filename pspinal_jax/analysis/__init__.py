@@ -1,0 +1,1 @@
+"""Studies of the heads: what the paper claims beside its accuracies, measured."""

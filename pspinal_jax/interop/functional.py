@@ -1,0 +1,134 @@
+"""The progressive head as two pure functions, for hand-written JAX; the other modules here are built on them."""
+
+from typing import NamedTuple, Protocol, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from pspinal_jax.heads.progressive import ProgressiveSpinalHead
+from pspinal_jax.heads.spec import Tree
+from pspinal_jax.interop.options import HeadOptions
+
+
+class Init(Protocol):
+    """``init(key, num_features) -> (params, batch_stats)``."""
+
+    def __call__(self, key: jax.Array, num_features: int) -> tuple[Tree, Tree]:
+        """Draw the parameters for features [..., num_features]; `batch_stats` is {} without batch norm."""
+        ...
+
+
+class Apply(Protocol):
+    """``apply(params, batch_stats, features, *, train, key=None) -> (logits, batch_stats)``."""
+
+    def __call__(
+        self, params: Tree, batch_stats: Tree, features: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Tree]:
+        """Logits [..., C] of features [..., D], and the running statistics after them; see `apply_head`."""
+        ...
+
+
+class HeadFunctions(NamedTuple):
+    """A head as ``init, apply``."""
+
+    init: Init
+    apply: Apply
+
+
+def progressive_head(num_classes: int, layer_width: int, **options: Unpack[HeadOptions]) -> HeadFunctions:
+    """A progressive head (arXiv 2103.11373; equations in `pspinal_jax.ProgressiveSpinalHead`) as pure functions.
+
+    Example::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from pspinal_jax.interop.functional import progressive_head
+        >>> init, apply = progressive_head(num_classes=10, layer_width=128, norm='batch')
+        >>> params, batch_stats = init(jax.random.key(0), num_features=784)
+        >>> features = jnp.ones((64, 784))
+        >>> logits, batch_stats = apply(params, batch_stats, features, train=True, key=jax.random.key(1))
+        >>> logits.shape
+        (64, 10)
+
+    `params` and `batch_stats` are the linen head's collections of those names, as nested dicts: variables of a linen
+    head are used as ``apply(variables['params'], variables.get('batch_stats', {}), ...)``, and the other way round.
+
+    Args:
+      num_classes: C, number of logits.
+      layer_width: W, width of each hidden layer.
+      **options: see `HeadOptions`.
+
+    Returns:
+      ``init(key, num_features) -> (params, batch_stats)`` and
+      ``apply(params, batch_stats, features, *, train, key=None) -> (logits, batch_stats)``, both pure: differentiate
+      ``apply`` in its first argument, jit it with `train` static. `batch_stats` is {} without batch norm and comes
+      back as it went in unless `train`. `key` draws the dropout masks.
+
+    Raises:
+      ValueError: on an option outside its range; from `apply`, where dropout needs a key, the features have no last
+        axis, or batch norm is trained on one row.
+      TypeError: from `apply`, if the features are not floating-point.
+    """
+    head = ProgressiveSpinalHead(num_classes, layer_width, **options)
+
+    def init(key: jax.Array, num_features: int) -> tuple[Tree, Tree]:
+        return init_head(head, key, num_features)
+
+    def apply(
+        params: Tree, batch_stats: Tree, features: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Tree]:
+        return apply_head(head, params, batch_stats, features, train=train, key=key)
+
+    return HeadFunctions(init, apply)
+
+
+def init_head(head: ProgressiveSpinalHead, key: jax.Array, num_features: int) -> tuple[Tree, Tree]:
+    """Params and batch_stats of `head` for features [..., num_features]; what ``head.init`` draws from `key`.
+
+    Raises:
+      ValueError: if `num_features` is below 1.
+    """
+    features = jnp.zeros((1, num_features), head.param_dtype)
+    variables = jax.jit(lambda key: head.init(key, features, train=False))(key)
+    return variables["params"], variables.get("batch_stats", {})
+
+
+def apply_head(
+    head: ProgressiveSpinalHead,
+    params: Tree,
+    batch_stats: Tree,
+    features: jax.Array,
+    *,
+    train: bool,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Tree]:
+    """Logits of a linen head, and its running statistics after it.
+
+    Args:
+      head: what to compute.
+      params: its parameters, in any form that the head takes.
+      batch_stats: its running statistics; {} without batch norm.
+      features: floating-point array [..., D].
+      train: True draws dropout masks and normalises with batch statistics; False does neither.
+      key: key of the dropout masks, the same masks as ``head.apply(..., rngs={'dropout': key})``; needed in training
+        where a rate is above 0.
+
+    Returns:
+      (logits [..., C], batch_stats).
+
+    Raises:
+      ValueError: where dropout needs a key and there is none.
+    """
+    rngs: dict[str, jax.Array] = {}
+    if train and draws_masks(head):
+        if key is None:
+            raise ValueError("dropout in training needs a key, got None; pass one, or call the head for evaluation")
+        rngs["dropout"] = key
+    variables = {"params": params, "batch_stats": batch_stats}
+    mutable = ["batch_stats"] if train else []
+    logits, new = head.apply(variables, features, train=train, rngs=rngs, mutable=mutable)
+    return logits, new.get("batch_stats", {}) if train else batch_stats
+
+
+def draws_masks(head: ProgressiveSpinalHead) -> bool:
+    """Whether `head` has dropout at all, and so needs a key in training."""
+    return head.dropout_rate > 0.0 or head.layer_dropout_rate > 0.0

@@ -1,0 +1,68 @@
+"""The examples of docs/interop.md run and learn: each framework's own training loop, and other packages' models."""
+
+import doctest
+import importlib.util
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+HEADS = {"plain_jax": "jax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku"}
+OTHER_MODELS = {
+    "jax_resnet": ["--steps", "60", "--hidden-sizes", "32", "32", "64", "64"],
+    "equimo": ["--steps", "60", "--depth", "1"],
+}
+
+
+@pytest.fixture
+def compile_fast():
+    """Compiling is what these wait for."""
+    was = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", was)
+
+
+def run_example(name, arguments, monkeypatch, capsys):
+    """The accuracies that the example prints."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return [float(found) for found in re.findall(r"test accuracy (\d\.\d+)", capsys.readouterr().out)]
+
+
+# One of them in the fast tests: nnx, whose optimizer and jit see the module itself.
+@pytest.mark.parametrize(
+    "name", [name if name == "nnx" else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
+)
+def test_a_head_learns_in_its_framework(name, compile_fast, monkeypatch, capsys):
+    pytest.importorskip(HEADS[name])
+    (accuracy,) = run_example(f"head_in_{name}", [], monkeypatch, capsys)
+    assert accuracy > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", OTHER_MODELS)
+def test_somebody_elses_model_learns_with_the_head(package, monkeypatch, capsys):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (extra `examples`)")
+    before, after = run_example(f"other_model_{package}", OTHER_MODELS[package], monkeypatch, capsys)
+    assert before < 0.3 and after > 0.7
+
+
+def test_every_example_is_tested_and_documented():
+    page = (EXAMPLES.parent / "interop.md").read_text()
+    tested = {f"head_in_{name}" for name in HEADS} | {f"other_model_{name}" for name in OTHER_MODELS}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == tested
+    assert all(f"examples/{name}.py" in page for name in tested)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["functional", "nnx", "equinox", "haiku"])
+def test_the_docstrings_examples_print_what_they_say(name):
+    module = pytest.importorskip(f"pspinal_jax.interop.{name}", exc_type=ImportError)
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
