@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError, UsageError
 
 
@@ -43,7 +44,7 @@ class RunDirectory:
                 raise RunError(
                     f"{self.path} holds {others[0]} but no config.json: it is no run; choose another --workdir"
                 )
-            write_json(self.config_path, config)
+            write_json(self.config_path, config | {"checksum": json_checksum(config)})
         except OSError as error:
             raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error
 
@@ -51,14 +52,18 @@ class RunDirectory:
         """The configuration of the run in this directory.
 
         Raises:
-          RunError: if there is none.
+          RunError: if there is none, or it is damaged.
         """
         if not self.config_path.is_file():
             raise RunError(f"{self.path} is no run directory: it has no config.json; give the --workdir of a `train`")
-        return read_json(self.config_path)
+        config = read_json(self.config_path)
+        checksum = config.pop("checksum", None) if isinstance(config, dict) else None
+        if checksum != json_checksum(config):
+            raise RunError(f"{self.config_path} does not match its checksum: it is damaged; train in another --workdir")
+        return config
 
     def _check_same(self, config: dict[str, Any]) -> None:
-        there = read_json(self.config_path)
+        there = self.config()
         before, now = flatten(there.get("identity", {})), flatten(config["identity"])
         name = before.get("card.name")
         if name != now.get("card.name"):
@@ -73,13 +78,13 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
-        if not self.metrics_path.exists():
+        if not self.metrics_path.is_file():
             return []
         lines = []
-        for text in self.metrics_path.read_text().splitlines():
+        for text in self.metrics_path.read_bytes().splitlines():
             try:
                 lines.append(json.loads(text))
-            except json.JSONDecodeError:
+            except ValueError:  # no JSON, or no text
                 break
         return lines
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pspinal_jax.errors import RunError
 from pspinal_jax.models.build import count_parameters
 from pspinal_jax.runs.metrics import summary
 from pspinal_jax.runs.trainer import Trainer
@@ -90,10 +91,13 @@ def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metri
     """Index of the seed that does best on validation; without validation, the first. Never chosen on test."""
     if config["num_seeds"] == 1:
         return 0
-    if result is not None and "validation_accuracy" in result:
-        return int(np.argmax(result["validation_accuracy"]["each"]))
-    evaluated = [line["validation_accuracy"] for line in metrics if "validation_accuracy" in line]
-    return int(np.argmax(np.max(np.asarray(evaluated), axis=0))) if evaluated else 0
+    try:
+        if result is not None and "validation_accuracy" in result:
+            return int(np.argmax(result["validation_accuracy"]["each"]))
+        evaluated = [line["validation_accuracy"] for line in metrics if "validation_accuracy" in line]
+        return int(np.argmax(np.max(np.asarray(evaluated), axis=0))) if evaluated else 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with --seed-index") from error
 
 
 def leading_seed(trees: Any, index: int, num_seeds: int) -> Any:

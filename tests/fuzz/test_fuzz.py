@@ -258,7 +258,7 @@ def finished(tmp_path_factory):
     return folder / "run"
 
 
-@cases(60)
+@cases(150)
 @given(
     which=st.integers(0, 10**6),
     how=st.sampled_from(["truncate", "empty", "flip", "delete", "directory", "garbage"]),
