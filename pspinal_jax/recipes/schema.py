@@ -150,6 +150,8 @@ class Recipe:
     """Examples per evaluation step; the last batch is padded and masked."""
     micro_batches: int = 1
     """Parts that a step's batch is cut into, one after the other, to save memory; batch norm sees each by itself."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where the loss or a gradient is not finite, stop the run and name the step, or leave that step out and go on."""
     freeze: Literal["none", "backbone"] = "none"
     """backbone: its parameters and running statistics stay as they are, and the head alone is trained."""
     cache_features: bool = False

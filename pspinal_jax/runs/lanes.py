@@ -75,8 +75,19 @@ class Lanes:
             lane.rates = lane_rates
 
     def orders(self) -> list[np.ndarray]:
-        """The planned epoch's order of each seed, int32, on the host; seeds run one after the other only."""
+        """The planned epoch's order of each lane, int32, on the host: [N], or [K, N] of all seeds as one program."""
         return [np.asarray(lane.plan.order) for lane in self._lanes if lane.plan is not None]
+
+    def examples(self, index: int, step: int, batch_size: int) -> np.ndarray:
+        """Which training examples the seed at `index` sees in step `step` of the planned epoch."""
+        order = self.orders()[0][index] if self._programs.vectorized else self.orders()[index]
+        return order[step * batch_size : (step + 1) * batch_size]
+
+    def learning_rate(self, index: int, step: int) -> float:
+        """The learning rate of that step."""
+        lane = self._lanes[0 if self._programs.vectorized else index]
+        assert lane.rates is not None
+        return float(lane.rates[index, step] if self._programs.vectorized else lane.rates[step])
 
     def warm_up(self) -> None:
         """Compile the keeping of the best, by keeping none."""
@@ -113,8 +124,8 @@ class Lanes:
         self.block()
 
     def totals(self) -> dict[str, list[Any]]:
-        """The epoch's sums so far: loss, correct and count, each with an entry per seed."""
-        fields = ("loss", "correct", "count")
+        """The epoch's sums so far, by the fields of `Totals`, each with an entry per seed."""
+        fields = [field.name for field in dataclasses.fields(Totals)]
         return {name: self._gather([getattr(lane.totals, name) for lane in self._lanes]).tolist() for name in fields}
 
     def set_totals(self, totals: dict[str, list[Any]] | None) -> None:
@@ -126,9 +137,10 @@ class Lanes:
             pick = slice(None) if self._programs.vectorized else index
             lane.totals = self._programs.replicate(
                 Totals(
-                    loss=np.asarray(totals["loss"], np.float32)[pick],
-                    correct=np.asarray(totals["correct"], np.int32)[pick],
-                    count=np.asarray(totals["count"], np.int32)[pick],
+                    **{
+                        name: np.asarray(values, np.float32 if name == "loss" else np.int32)[pick]
+                        for name, values in totals.items()
+                    }
                 )
             )
 

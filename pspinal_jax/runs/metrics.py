@@ -23,7 +23,7 @@ def epoch_line(
       label smoothing and dropout as trained), train_accuracy, loss and accuracy on what the stage evaluates, seconds of
       training, examples_per_second over all seeds, compile_seconds (spent before this epoch, not part of seconds).
     """
-    count = np.asarray(totals["count"], float)
+    count = np.maximum(np.asarray(totals["count"], float), 1.0)
     line = {
         "stage": stage.name,
         "epoch": position.epoch,

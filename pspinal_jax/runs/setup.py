@@ -130,6 +130,7 @@ def build_run_programs(
         head_form=_head_form(recipe),
         frozen=("backbone",) if recipe.freeze == "backbone" else (),
         micro_batches=recipe.micro_batches,
+        skip_nonfinite=recipe.on_nonfinite == "skip",
     )
     return model, programs
 

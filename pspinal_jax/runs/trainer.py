@@ -1,7 +1,6 @@
 """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +9,10 @@ import jax
 import numpy as np
 
 from pspinal_jax.checkpoints import CheckpointStore
-from pspinal_jax.errors import RunError
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.lanes import Lanes
-from pspinal_jax.runs.metrics import epoch_line
+from pspinal_jax.runs.metrics import epoch_line, per_seed
+from pspinal_jax.runs.nonfinite import check_finite
 from pspinal_jax.runs.progress import Progress
 from pspinal_jax.runs.setup import Setup, abstract_trees, longest_epoch, padded_rates
 from pspinal_jax.runs.signals import StopRequest
@@ -172,11 +171,17 @@ class Trainer:
                 position.seconds += seconds
                 position.step += steps
                 position.serial += steps
+                self._check_finite()
                 progress.advance(steps, **self._shown())
                 if position.step < stage.steps_per_epoch:
                     self._check_stop()
                     if self._store.due(self._checkpoint_seconds):
                         self._save()
+
+    def _check_finite(self) -> None:
+        recipe = self.setup.recipe
+        if recipe.on_nonfinite == "stop":
+            check_finite(recipe, self.lanes, self.lanes.totals(), self.stage, self.position, self.directory)
 
     def _chunk_steps(self, remaining: int) -> int:
         rate = self._steps_per_second
@@ -184,7 +189,7 @@ class Trainer:
 
     def _shown(self) -> dict[str, str]:
         totals = self.lanes.totals()
-        losses = np.divide(totals["loss"], totals["count"])
+        losses = np.divide(totals["loss"], np.maximum(totals["count"], 1))
         shown = {"loss": f"{losses.mean():.4f}"}
         if self.position.last_accuracy:
             shown[str(self.stage.evaluates)] = f"{np.mean(self.position.last_accuracy):.4f}"
@@ -194,7 +199,6 @@ class Trainer:
         """Evaluate, select, and write the epoch's line."""
         stage, position = self.stage, self.position
         totals = self.lanes.totals()
-        self._check_finite(totals)
         start = time.perf_counter()
         evaluation: dict[str, list[float]] = {}
         if stage.evaluates:
@@ -207,6 +211,8 @@ class Trainer:
         line = epoch_line(
             stage, position, totals, evaluation, learning_rates=self._last_rates, compile_seconds=self._compile_seconds
         )
+        if any(totals["skipped"]):
+            line["skipped_steps"] = per_seed(totals["skipped"])
         if self.setup.examples.waited:
             line["input_seconds"] = round(self.setup.examples.waited, 4)
         self.directory.append_metrics(line)
@@ -241,15 +247,6 @@ class Trainer:
             np.random.default_rng((seed, position.stage, position.epoch)).uniform() ** 3 for seed in self.lanes.seeds
         ]
         position.rate_scale = np.where(improved, scales, draws).tolist()
-
-    def _check_finite(self, totals: dict[str, list[Any]]) -> None:
-        for index, loss in enumerate(totals["loss"]):
-            if not math.isfinite(loss):
-                seed = self.setup.recipe.seed + index
-                raise RunError(
-                    f"the training loss of seed {seed} became {loss} in epoch {self.position.epoch + 1}; the last "
-                    "checkpoint before it is kept; lower --optimizer.learning-rate"
-                )
 
     def _check_stop(self) -> None:
         if self._stop.received is not None:

@@ -95,6 +95,7 @@ def build_programs(
     head_form: Form = "tree",
     frozen: tuple[str, ...] = (),
     micro_batches: int = 1,
+    skip_nonfinite: bool = False,
 ) -> Programs:
     """Everything that a run calls, jitted for a mesh over all local devices.
 
@@ -114,6 +115,7 @@ def build_programs(
       head_form: the form of the head's parameters inside a chunk; all that goes in and out is the documented tree.
       frozen: entries at the top of the parameters that are not trained.
       micro_batches: see `train_step`; the last, smaller batch of an epoch is not cut.
+      skip_nonfinite: see `train_step`.
     """
     mesh = data_mesh()
     replicated = replicated_on(mesh)
@@ -130,6 +132,7 @@ def build_programs(
         if augment is not None:
             batch = (augment(keys.augment_key(key), batch[0]), batch[1])
         options: Any = {"label_smoothing": label_smoothing, "frozen": frozen, "micro_batches": parts}
+        options["skip_nonfinite"] = skip_nonfinite
         return train_step(model.apply, optimizer, state, totals, batch, rate, key, **options)
 
     def step(

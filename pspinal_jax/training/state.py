@@ -35,16 +35,22 @@ class Totals:
       loss: float32, sum of the examples' losses.
       correct: int32, examples classified correctly while training.
       count: int32, examples seen.
+      bad_step: int32, the first step of the run (from 0) in this epoch whose loss or gradients were not finite; -1
+        for none.
+      skipped: int32, steps left out because of that; their examples are not in the other sums.
     """
 
     loss: Any
     correct: Any
     count: Any
+    bad_step: Any
+    skipped: Any
 
     @classmethod
     def zero(cls) -> "Totals":
         """Sums over nothing."""
-        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        nothing = jnp.zeros((), jnp.int32)
+        return cls(jnp.zeros((), jnp.float32), nothing, nothing, nothing - 1, nothing)
 
 
 def trainable(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def train_step(
     label_smoothing: float = 0.0,
     frozen: tuple[str, ...] = (),
     micro_batches: int = 1,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainState, Totals]:
     """The state and the epoch's sums after one gradient step.
 
@@ -74,6 +75,8 @@ def train_step(
       frozen: entries at the top of `params` that stay as they are; they have no gradient and no optimiser state.
       micro_batches: K, into how many parts of B / K examples the batch is cut, one after the other, to save memory.
         The gradient is their mean. Batch norm sees each part by itself.
+      skip_nonfinite: leave the state as it was, but for its step, where the loss or a gradient is not finite.
+        Otherwise the totals tell of it, and the state is lost.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     loss_and_gradients = partial(_loss_and_gradients, apply, label_smoothing, frozen)
@@ -87,13 +90,30 @@ def train_step(
     new_state = TrainState(
         step=state.step + 1, params={**state.params, **moved}, batch_stats=batch_stats, opt_state=opt_state
     )
+    finite = _all_finite(loss, gradients)
+    totals = totals.replace(  # type: ignore[attr-defined]
+        bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
+    )
     count = len(batch[1])
-    new_totals = Totals(
+    new_totals = totals.replace(  # type: ignore[attr-defined]
         loss=totals.loss + loss.astype(totals.loss.dtype) * count,
         correct=totals.correct + correct,
         count=totals.count + count,
     )
-    return new_state, new_totals
+    if not skip_nonfinite:
+        return new_state, new_totals
+    kept = state.replace(step=new_state.step)  # type: ignore[attr-defined]
+    left_out = totals.replace(skipped=totals.skipped + 1)  # type: ignore[attr-defined]
+    return jax.tree.map(partial(jnp.where, finite), (new_state, new_totals), (kept, left_out))
+
+
+def _all_finite(loss: jax.Array, gradients: Any) -> jax.Array:
+    """Whether the loss and every gradient is finite; a sum is not where one of its terms is not."""
+    sums = [
+        loss,
+        *(jnp.sum(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(gradients)),
+    ]
+    return jnp.all(jnp.isfinite(jnp.stack([total.astype(jnp.float32) for total in sums])))
 
 
 def _loss_and_gradients(

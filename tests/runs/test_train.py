@@ -310,10 +310,3 @@ def test_baseline_heads_train(recipe, tmp_path, head):
 def test_tensorboard_events_are_written(recipe, tmp_path):
     train(dataclasses.replace(recipe, epochs=1), options(tmp_path / "run", tensorboard=True))
     assert list((tmp_path / "run" / "tensorboard" / "train").glob("events.*"))
-
-
-def test_a_loss_that_stops_being_finite_ends_the_run(recipe, tmp_path):
-    wild = dataclasses.replace(recipe.optimizer, name="sgd", learning_rate=1e30, schedule="constant")
-    model = dataclasses.replace(recipe.model, norm="none")
-    with pytest.raises(RunError, match="training loss of seed 0 became"):
-        train(dataclasses.replace(recipe, optimizer=wild, model=model), options(tmp_path / "run"))
