@@ -2,7 +2,7 @@
 # whole network is fine-tuned; --freeze backbone trains the head alone.
 #   command   pspinal-jax train folder --data.path DIR
 #   expected  depends on the pictures
-#   time      depends on their number; results/README.md has a measured run
+#   time      depends on their number and size
 from pspinal_jax.recipes import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 
 recipe = Recipe(

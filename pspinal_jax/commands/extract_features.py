@@ -39,6 +39,8 @@ def main(args: Sequence[str]) -> int:
     from pspinal_jax.runs.cached import make_backbone
     from pspinal_jax.runs.compilation_cache import enable_compilation_cache
     from pspinal_jax.runs.features import extract_features, save_features
+    from pspinal_jax.runs.setup import input_of
+    from pspinal_jax.runs.start import start_variables
 
     recipe = parsed.recipe
     if recipe.model.backbone == "none":
@@ -50,7 +52,8 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of photographs")
     data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     enable_compilation_cache()
-    model, variables = make_backbone(recipe, parsed.init_from, data)
+    start = start_variables(recipe, parsed.init_from, *input_of(recipe, data), data.num_classes)
+    model, variables = make_backbone(recipe, start, data)
     features = extract_features(recipe, model, variables, data, parsed.workers)
     try:
         save_features(parsed.output, features)

@@ -27,23 +27,35 @@ class RunDirectory:
         self.curves_path = path / "curves.png"
         self.checkpoints_path = path / "checkpoints"
 
-    def create(self, config: dict[str, Any]) -> None:
-        """Make the directory for a run of `config`, or check that it holds one of the same.
+    def check(self, config: dict[str, Any]) -> None:
+        """Check that a run of `config` may start or go on here; writes nothing.
 
         Raises:
-          RunError: if it cannot be written, or holds other files.
+          RunError: if the directory cannot be read, or holds other files than a run's.
           UsageError: if it holds a run of another configuration; the differences are named.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             if self.config_path.exists():
                 self._check_same(config)
                 return
-            others = [entry.name for entry in self.path.iterdir() if not entry.name.endswith(".part")]
-            if others:
-                raise RunError(
-                    f"{self.path} holds {others[0]} but no config.json: it is no run; choose another --workdir"
-                )
+            entries = self.path.iterdir() if self.path.exists() else ()
+            others = [entry.name for entry in entries if not entry.name.endswith(".part")]
+        except OSError as error:
+            raise RunError(f"work directory {self.path} cannot be read: {error.strerror or error}") from error
+        if others:
+            raise RunError(f"{self.path} holds {others[0]} but no config.json: it is no run; choose another --workdir")
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make the directory for a run of `config` unless it holds that run already; raises as `check`.
+
+        Raises:
+          RunError: if it cannot be written.
+        """
+        self.check(config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config_path.exists():
+                return
             write_json(self.config_path, config | {"checksum": json_checksum(config)})
         except OSError as error:
             raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error

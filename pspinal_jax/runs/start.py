@@ -6,25 +6,30 @@ from typing import Any
 import jax
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.weights import PRETRAINED, read_state_dict, resnet_variables
 
 
-def start_variables(recipe: Recipe, init_from: Path | None, model: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, Any]:
+def start_variables(
+    recipe: Recipe, init_from: Path | None, input_shape: tuple[int, ...], input_dtype: Any, num_classes: int
+) -> dict[str, Any]:
     """Variables to start from, by collection and entry; what is not in it starts from the seed.
 
     Args:
       recipe: may name weights for the backbone.
       init_from: run directory whose selected parameters are taken; they go before the weights.
-      model: the run's model.
-      inputs: shape and dtype of a batch of its inputs.
+      input_shape: one example's shape.
+      input_dtype: its dtype.
+      num_classes: C.
 
     Raises:
       PSpinalError: if something cannot be read, or does not fit the model.
     """
+    model = build_model(recipe, input_shape, num_classes)
     if init_from is not None:
-        return {"params": _params_of_run(init_from, model, inputs)}
+        return {"params": _params_of_run(init_from, model, jax.ShapeDtypeStruct((2, *input_shape), input_dtype))}
     if recipe.model.weights is None:
         return {}
     name = recipe.model.backbone

@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
 from pspinal_jax.data.arrays import Dataset
@@ -19,7 +17,7 @@ from pspinal_jax.runs.frozen_backbone import head_recipe
 from pspinal_jax.runs.options import RunOptions
 from pspinal_jax.runs.plots import plot_curves
 from pspinal_jax.runs.results import make_result
-from pspinal_jax.runs.setup import Setup, input_of, set_up, split_examples
+from pspinal_jax.runs.setup import input_of, set_up, split_examples
 from pspinal_jax.runs.signals import StopRequest
 from pspinal_jax.runs.start import start_variables
 from pspinal_jax.runs.tensorboard import check_installed, write_events
@@ -42,11 +40,18 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if isinstance(data, PhotoDataset) and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
-    directory.create(_config(recipe, options, data))
+    config = _config(recipe, options, data)
+    directory.check(config)
     if directory.result_path.exists():
         return read_json(directory.result_path)
+    start = start_variables(recipe, options.init_from, *input_of(recipe, data), data.num_classes)
+    directory.create(config)
     with StopRequest() as stop:
-        setup, start = _prepare(recipe, options, data, directory)
+        if isinstance(data, PhotoDataset) and recipe.cache_features:
+            features = cached_features(recipe, start, data, directory, options.workers)
+            setup, start = set_up(head_recipe(recipe), features), {}
+        else:
+            setup = set_up(recipe, data, options.workers)
         with CheckpointStore(directory.checkpoints_path) as store:
             trainer = Trainer(setup, directory, store, stop, options.checkpoint_seconds, start)
             trainer.run()
@@ -57,19 +62,6 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         write_events(lines, directory.path / "tensorboard")
     write_json(directory.result_path, result)
     return result
-
-
-def _prepare(
-    recipe: Recipe, options: RunOptions, data: Dataset | PhotoDataset, directory: RunDirectory
-) -> tuple[Setup, dict[str, Any]]:
-    """The run's set-up, and the variables that it starts from."""
-    if isinstance(data, PhotoDataset) and recipe.cache_features:
-        features = cached_features(recipe, options, data, directory)
-        return set_up(head_recipe(recipe), features), {}
-    setup = set_up(recipe, data, options.workers)
-    shape, dtype = input_of(recipe, data)
-    inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
-    return setup, start_variables(recipe, options.init_from, setup.model, inputs)
 
 
 def work_directory(recipe: Recipe, options: RunOptions) -> Path:

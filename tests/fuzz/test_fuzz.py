@@ -129,7 +129,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def stop_after_set_up(recipe, options, data, directory):
+def stop_after_set_up(recipe, data, workers=0):
     """In place of compiling: the model's shapes, and as if the user had stopped the run."""
     shape, dtype = input_of(recipe, data)
     model = build_model(recipe, shape, data.num_classes)
@@ -160,7 +160,10 @@ def assert_clear(status, errors, args):
 @cases(1200)
 @given(recipe=RECIPES, overrides=OVERRIDES, local=st.booleans())
 def test_overrides_of_recipes(place, monkeypatch, recipe, overrides, local):
-    monkeypatch.setattr(train_module, "_prepare", stop_after_set_up)
+    monkeypatch.setattr(train_module, "set_up", stop_after_set_up)
+    monkeypatch.setattr(
+        train_module, "cached_features", lambda recipe, start, data, *rest: stop_after_set_up(recipe, data)
+    )
     args = ["train", recipe, *(LOCAL if local else []), *overrides]
     assert_clear(*call(args), args)
     shutil.rmtree(place / "runs", ignore_errors=True)
