@@ -27,7 +27,10 @@ def save_variables(path: Path, variables: Mapping[str, Any]) -> None:
     from safetensors.numpy import save_file
 
     part = path.with_name(path.name + ".part")
+    part.touch()
+    mode = part.stat().st_mode  # what the user's umask gives; safetensors gives the owner alone access
     save_file(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR)), part)
+    part.chmod(mode)
     part.replace(path)
 
 

@@ -142,6 +142,7 @@ def test_what_is_written_beside_the_program(trained, exported):
     variables, config = load_variables(trained)
     back = read_variables(exported / "params.safetensors")
     chex.assert_trees_all_equal(back, jax.device_get(variables))
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1, "all readable by the same people"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(back)} == {"float32"} and set(back) == set(variables)
     said = json.loads((exported / "export.json").read_text())
     assert said["class_names"] == ["0", "1", "2"] and said["recipe"] == "digits"
