@@ -37,7 +37,7 @@ def export_classifier(
     Raises:
       RunError: if the variables are too large for one file.
     """
-    # Plain host arrays: constants that lie on several devices would tie the program to as many.
+    # Host arrays: nothing of the devices that hold them enters the program.
     held = jax.device_get(variables)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
     if size > MAX_BYTES:

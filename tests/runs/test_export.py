@@ -76,7 +76,7 @@ def lines():
 def trained(npz_path, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("export") / "run"
     data = ["--data.path", str(npz_path), "--data.num-classes", "3"]
-    assert main(["train", "digits", "--workdir", str(workdir), *data, *SMALL]) == 0
+    assert main(["train", "digits", "--workdir", str(workdir), *data, "--data.transposed", *SMALL]) == 0
     return workdir
 
 
@@ -106,7 +106,9 @@ def elsewhere(site, lines, export, inputs, tmp_path):
 def of_run(run, inputs):
     """The same by the run's own model, computed at once."""
     variables, config = load_variables(run)
-    model = build_model(load_recipe_of(config), inputs.shape[1:], len(config["class_names"]))
+    recipe = load_recipe_of(config)
+    model = build_model(recipe, inputs.shape[1:], len(config["class_names"]))
+    inputs = inputs.swapaxes(1, 2) if recipe.data.transposed else inputs
     expected = np.asarray(jax.nn.softmax(jax.jit(model.apply, static_argnums=2)(variables, inputs, False)))
     assert np.ptp(expected, axis=0).max() > 0.01, "the rows must differ for a comparison to mean anything"
     return np.concatenate([expected[:size] for size in BATCHES])
