@@ -1,4 +1,4 @@
-"""Parameters from PyTorch, and back: state dicts read from files or the hub, and linen's variables; a file for those."""
+"""Parameters from PyTorch, and back: state dicts from files or the hub, and linen's variables; a file for those."""
 
 from pspinal_jax.weights.files import read_state_dict
 from pspinal_jax.weights.published import LAYOUTS, classifier_state_dict, classifier_variables

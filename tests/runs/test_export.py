@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
 from PIL import Image
 
 from pspinal_jax.__main__ import main
@@ -163,10 +162,12 @@ def test_what_is_written_beside_the_program(trained, exported):
         pytest.param(["--freeze", "backbone", "--cache-features"], id="cached", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_on_photographs(pictures, tiny_resnet, site, lines, tmp_path, capsys, flags):
+def test_a_run_on_photographs(pictures, tiny_flags, site, lines, tmp_path, capsys, flags):
     run = tmp_path / "run"
     words = ["--model.layer-width", "8", "--epochs", "2", "--eval-batch-size", "8", "--data.validation-fraction", "0.2"]
-    assert main(["train", "folder", "--data.path", str(pictures), "--workdir", str(run), *TINY, *words, *flags]) == 0
+    assert (
+        main(["train", "folder", "--data.path", str(pictures), "--workdir", str(run), *tiny_flags, *words, *flags]) == 0
+    )
     assert main(["export", str(run)]) == 0
     images = np.random.default_rng(1).integers(0, 256, (64, 32, 32, 3)).astype(np.uint8)
     images[::2] //= 4
