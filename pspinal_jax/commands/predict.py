@@ -1,4 +1,4 @@
-"""`pspinal-jax predict RUN_DIR IMAGE...`: class and probability of pictures."""
+"""`pspinal-jax predict RUN_DIR IMAGE...`, `predict --artifact DIR IMAGE...`: class and probability of pictures."""
 
 import dataclasses
 import json
@@ -21,9 +21,11 @@ class PredictArguments:
     """Arguments of `predict`."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a `train`."""
+    """Run directory of a `train`, or the directory of an `export`; with --artifact the first picture."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Picture files."""
+    artifact: Path | None = None
+    """Classify with this export, the directory that `export` wrote, in place of a run."""
     top: int = 1
     """How many classes to name for each picture."""
     json: bool = False
@@ -38,13 +40,12 @@ def main(args: Sequence[str]) -> int:
         PredictArguments,
         args,
         prog="pspinal-jax predict",
-        description="Classify pictures with the selected parameters of a run.",
+        description="Classify pictures with the selected parameters of a run, or with an export.",
     )
-    if not parsed.images:
-        raise UsageError("predict takes a run directory and at least one picture")
+    source, images = _source_and_images(parsed)
     from pspinal_jax.runs.predict import predict
 
-    predictions = predict(parsed.run_dir, parsed.images, parsed.top, parsed.seed_index)
+    predictions = predict(source, images, parsed.top, parsed.seed_index)
     if parsed.json:
         print(json.dumps([_as_json(prediction) for prediction in predictions], indent=2))
     else:
@@ -53,6 +54,25 @@ def main(args: Sequence[str]) -> int:
     for prediction in failed:
         print(f"error: {prediction.path}: {prediction.error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _source_and_images(parsed: PredictArguments) -> tuple[Path, tuple[Path, ...]]:
+    """The directory to classify with, and the pictures.
+
+    Raises:
+      UsageError: if there are no pictures, or --artifact stands beside a run directory.
+      RunError: if --artifact is no export.
+    """
+    if parsed.artifact is None:
+        if not parsed.images:
+            raise UsageError("predict takes a run directory, or --artifact DIR, and at least one picture")
+        return parsed.run_dir, parsed.images
+    if parsed.run_dir.is_dir():
+        raise UsageError(f"{parsed.run_dir} is a directory; with --artifact, predict takes pictures only")
+    from pspinal_jax.export.directory import require_export
+
+    require_export(parsed.artifact)
+    return parsed.artifact, (parsed.run_dir, *parsed.images)
 
 
 def _as_json(prediction: "Prediction") -> dict[str, object]:

@@ -88,7 +88,7 @@ def apply_scan(
 
 def _shared_inputs(spec: HeadSpec, cast: Tree, features: jax.Array, of_features: jax.Array) -> tuple[jax.Array, ...]:
     """(prefix, offsets, kernels) of the scan where all later layers read the same u: its products are all there."""
-    rows, width, later_layers = len(features), spec.layer_width, spec.num_layers - 1
+    rows, width, later_layers = features.shape[0], spec.layer_width, spec.num_layers - 1
     later = of_features[:, : later_layers * width].reshape(rows, later_layers, width).transpose(1, 0, 2)
     offsets = jnp.concatenate([(features @ cast["first_kernel"])[None], later]) + cast["hidden_bias"][:, None]
     return features[:, :0], offsets, cast["hidden_kernel"]

@@ -38,7 +38,7 @@ class Classifier(nn.Module):
             inputs = (inputs.astype(jnp.float32) / 255 - mean) / std
         inputs = inputs.astype(self.dtype)
         if self.backbone is None:
-            return inputs.reshape(len(inputs), -1)
+            return inputs.reshape(inputs.shape[0], -1)  # the batch may be symbolic, which len refuses
         if self.freeze_backbone:
             return jax.lax.stop_gradient(self.backbone(inputs, False))
         return self.backbone(inputs, train)

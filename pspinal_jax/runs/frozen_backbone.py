@@ -4,13 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-
-from pspinal_jax.errors import RunError
+from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.weights.variables import read_variables, save_variables
 
 BACKBONE = "backbone.safetensors"
 
@@ -29,10 +25,7 @@ def head_recipe(recipe: Recipe) -> Recipe:
 
 def save_backbone(path: Path, variables: dict[str, Any]) -> None:
     """Write the backbone's part of `variables`, whole or not at all."""
-    trees = {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree}
-    part = path.with_name(path.name + ".part")
-    save_file(jax.device_get(flatten_dict(trees, sep="/")), part)
-    part.replace(path)
+    save_variables(path, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
 
 
 def add_backbone(directory: Path, variables: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +36,7 @@ def add_backbone(directory: Path, variables: dict[str, Any]) -> dict[str, Any]:
     """
     path = directory / BACKBONE
     try:
-        trees = unflatten_dict(load_file(path), sep="/")
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path}, the run's frozen backbone, cannot be read: {error}; train again") from error
+        trees = read_variables(path)
+    except DataError as error:
+        raise RunError(f"the run's frozen backbone: {error}; train again") from error
     return {name: {**tree, **({"backbone": trees[name]} if name in trees else {})} for name, tree in variables.items()}

@@ -16,6 +16,12 @@ def tiny_resnet(monkeypatch):
     monkeypatch.setattr(resnet, "STAGE_CHANNELS", (4, 4, 8, 8))
 
 
+@pytest.fixture
+def tiny_flags(tiny_resnet):
+    """`TINY`, for tests that cannot import it: other folders have a conftest too."""
+    return TINY
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """Three classes of 14 pictures."""

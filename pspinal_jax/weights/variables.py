@@ -1,0 +1,58 @@
+"""A model's variables as one .safetensors file, in our own names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pspinal_jax.errors import DataError
+
+SEPARATOR = "/"
+
+
+def save_variables(path: Path, variables: Mapping[str, Any]) -> None:
+    """Write `variables` to `path`, whole or not at all.
+
+    A tensor is named by the way to it, collection first: ``params/head/layer_1/kernel``,
+    ``batch_stats/backbone/stage_1/conv_1/norm/mean``. Shapes and dtypes are those of the leaves; kernels are
+    [in, out] and HWIO. A collection without leaves is not in the file.
+
+    Args:
+      path: a .safetensors file, overwritten where it exists.
+      variables: collections of nested dicts of arrays, as linen's ``init`` gives them.
+    """
+    from safetensors.numpy import save_file
+
+    part = path.with_name(path.name + ".part")
+    part.touch()
+    mode = part.stat().st_mode  # what the user's umask gives; safetensors gives the owner alone access
+    save_file(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR)), part)
+    part.chmod(mode)
+    part.replace(path)
+
+
+def read_variables(path: Path) -> dict[str, dict[str, Any]]:
+    """The variables in a file of `save_variables`, as NumPy arrays; ready for ``model.apply``.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from pspinal_jax.weights import read_variables
+        >>> variables = read_variables(Path('export/params.safetensors'))  # doctest: +SKIP
+        >>> variables['params']['head']['layer_1']['kernel'].shape  # doctest: +SKIP
+        (784, 128)
+
+    Raises:
+      DataError: if the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors: dict[str, np.ndarray] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read as a .safetensors file: {error}") from error
+    return unflatten_dict(tensors, sep=SEPARATOR)
