@@ -5,9 +5,6 @@ import pytest
 
 from pspinal_jax.backbones import resnet
 
-TINY = ["--model.backbone", "resnet18", "--model.weights", "None", "--data.image-size", "32", "--batch-size", "8"]
-"""Flags that make any photograph recipe small, with `tiny_resnet`."""
-
 
 @pytest.fixture
 def tiny_resnet(monkeypatch):
@@ -18,8 +15,8 @@ def tiny_resnet(monkeypatch):
 
 @pytest.fixture
 def tiny_flags(tiny_resnet):
-    """`TINY`, for tests that cannot import it: other folders have a conftest too."""
-    return TINY
+    """Flags that make any photograph recipe small."""
+    return drawn_pictures.TINY
 
 
 @pytest.fixture(scope="session")

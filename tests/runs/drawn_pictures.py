@@ -3,6 +3,9 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
+TINY = ["--model.backbone", "resnet18", "--model.weights", "None", "--data.image-size", "32", "--batch-size", "8"]
+"""Flags that make any photograph recipe small, with the fixture `tiny_resnet`."""
+
 SHAPES = ("circle", "cross", "square", "triangle")
 
 

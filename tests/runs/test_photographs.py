@@ -6,7 +6,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from drawn_pictures import TINY
 from safetensors.numpy import save_file
 
 from pspinal_jax.__main__ import main

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from drawn_pictures import TINY
 
 from pspinal_jax.__main__ import main
 
