@@ -4,6 +4,7 @@ python results/table.py > results/README.md   (the README's table is its first s
 """
 
 import json
+import statistics
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -11,7 +12,7 @@ HEADER = """# Results
 
 Every line is a run whose `result.json` lies in the folder named last. "paper" is the figure that the paper reports.
 Ours is mean ± standard deviation over seeds, in percent of the test split; seconds are training and evaluation of all
-seeds together, without imports and compilation.
+seeds together, without imports and compilation. Where seeds were runs of their own, each has its `result_seed_K.json`.
 """
 
 
@@ -21,9 +22,29 @@ def percent(values: dict) -> str:
     return f"{100 * values['mean']:.2f}{spread}"
 
 
+def read_result(folder: Path) -> dict:
+    """The folder's result.json, or what it would be for all the seeds that have a result of their own."""
+    whole = folder / "result.json"
+    if whole.exists():
+        return json.loads(whole.read_text())
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("result_seed_*.json"))]
+    each = [value for result in results for value in result["test_accuracy"]["each"]]
+    spread = statistics.stdev(each) if len(each) > 1 else None
+    return results[0] | {
+        "test_accuracy": {"mean": statistics.mean(each), "std": spread, "each": each},
+        "seconds": sum(result["seconds"] for result in results),
+    }
+
+
+def seconds(folder: Path, result: dict) -> str:
+    """The run's seconds, or why they say nothing (seconds.txt)."""
+    note = folder / "seconds.txt"
+    return note.read_text().strip() if note.exists() else f"{result['seconds']:.0f}"
+
+
 def row(folder: Path) -> str:
     """One line of the table."""
-    result = json.loads((folder / "result.json").read_text())
+    result = read_result(folder)
     command = (folder / "command.txt").read_text().strip()
     published = result["published_accuracy_percent"]
     accuracy = percent(result["test_accuracy"])
@@ -36,7 +57,7 @@ def row(folder: Path) -> str:
         "-" if published is None else f"{published}",
         accuracy,
         result["selection"],
-        f"{result['seconds']:.0f}",
+        seconds(folder, result),
         f"{result['device']['kind']}, jax {result['versions']['jax']}",
         f"`{command}`",
         folder.name,
@@ -61,7 +82,7 @@ def main() -> None:
     print(HEADER)
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
-    for folder in sorted(path.parent for path in HERE.glob("*/result.json")):
+    for folder in sorted({path.parent for path in [*HERE.glob("*/result.json"), *HERE.glob("*/result_seed_*.json")]}):
         print(row(folder))
     print()
     print((HERE / "not_run.md").read_text().strip())
