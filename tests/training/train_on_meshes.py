@@ -62,7 +62,9 @@ def train(arguments, mesh):
     chunk = run.chunk.lower(state, totals, seed, plan, np.int32(0), np.int32(1), data).compile()
     sums = [0.0]
     for step in range(arguments.steps):
-        state, totals = chunk(state, totals, seed, plan, run.replicate(np.int32(step)), run.replicate(np.int32(1)), data)
+        state, totals = chunk(
+            state, totals, seed, plan, run.replicate(np.int32(step)), run.replicate(np.int32(1)), data
+        )
         sums.append(float(totals.loss))
     leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
     evaluation = run.evaluate({"params": state.params, "batch_stats": state.batch_stats}, data, np.int32(EXAMPLES - 1))
