@@ -181,6 +181,9 @@ class Recipe:
     """Number of seeds to train; the result is their mean and standard deviation."""
     seed_mode: Literal["auto", "loop", "vmap"] = "auto"
     """Train the seeds one after the other, or as one vectorised program; auto: loop on CPU, vmap elsewhere."""
+    batch_norm: Literal["global", "per_device"] = "global"
+    """What batch norm sees in training on several devices: the whole batch, or each device its own share; then the
+    result depends on the number of devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype to compute in; parameters stay float32."""
     protocol: Literal["validation", "paper"] = "validation"
@@ -204,7 +207,10 @@ class Recipe:
         self._check_freezing()
         _require(self.mesh.data == -1 or self.mesh.data >= 1, "mesh.data", self.mesh.data, "at least 1, or -1")
         for name in ("fsdp", "model"):
-            _require(getattr(self.mesh, name) >= 1, f"mesh.{name}", getattr(self.mesh, name), "at least 1")
+            length = getattr(self.mesh, name)
+            _require(length >= 1, f"mesh.{name}", length, "at least 1")
+            whole = length == 1 or self.batch_norm == "global"
+            _require(whole, f"mesh.{name}", length, "1 with --batch-norm per_device, whose devices hold all parameters")
         for name in ("layer_width", "num_layers"):
             _require(getattr(self.model, name) >= 1, f"model.{name}", getattr(self.model, name), "at least 1")
         for name in ("dropout_rate", "layer_dropout_rate"):

@@ -135,6 +135,7 @@ def build_run_programs(
         frozen=("backbone",) if recipe.freeze == "backbone" else (),
         micro_batches=recipe.micro_batches,
         mesh=mesh,
+        batch_norm_per_device=recipe.batch_norm == "per_device",
     )
     return model, programs
 
@@ -168,6 +169,12 @@ def place_split(recipe: Recipe, programs: Programs, split: Split | Photos, worke
 def check_devices(recipe: Recipe) -> None:
     """Raise UsageError unless the mesh fits the devices, and batches can be spread evenly over it."""
     shares, parts = batch_shares(recipe.mesh), recipe.micro_batches
+    least = 2 * shares * parts
+    if recipe.batch_norm == "per_device" and recipe.batch_size < least:
+        raise UsageError(
+            f"batch_size is {recipe.batch_size}, expected at least {least}: with --batch-norm per_device batch norm "
+            "needs 2 examples on each device"
+        )
     for name, cuts in (("batch_size", shares * parts), ("eval_batch_size", shares)):
         size = getattr(recipe, name)
         if size % cuts:

@@ -17,6 +17,7 @@ from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import Batch, EpochPlan, Step, evaluate_split, run_chunk
 from pspinal_jax.training.mesh import BATCH, make_mesh, replicated_on, shard_over
 from pspinal_jax.training.partition import cuts_parameters, shardings
+from pspinal_jax.training.replicas import per_device
 from pspinal_jax.training.run_form import in_form
 from pspinal_jax.training.state import Totals, TrainState, init_state
 from pspinal_jax.training.step import Evaluation, eval_step, train_step
@@ -82,6 +83,7 @@ def build_programs(
     frozen: tuple[str, ...] = (),
     micro_batches: int = 1,
     mesh: Mesh | None = None,
+    batch_norm_per_device: bool = False,
 ) -> Programs:
     """Everything that a run calls, jitted for a mesh of devices.
 
@@ -102,6 +104,8 @@ def build_programs(
       frozen: entries at the top of the parameters that are not trained.
       micro_batches: see `train_step`; the last, smaller batch of an epoch is not cut.
       mesh: the devices, as `make_mesh` gives them; by default all of them on the axis data.
+      batch_norm_per_device: normalise each device's share of a training batch by itself; the last, smaller batch of an
+        epoch is normalised whole. Parameters must not be cut.
     """
     mesh = mesh or make_mesh()
     replicated = replicated_on(mesh)
@@ -111,13 +115,17 @@ def build_programs(
     def sharded(batch: Batch) -> Batch:
         return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
 
-    def tail_step(
-        state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array, parts: int = 1
+    plain_step = partial(train_step, model.apply, optimizer, label_smoothing=label_smoothing, frozen=frozen)
+    whole_step: Step = partial(plain_step, micro_batches=micro_batches)
+    if batch_norm_per_device:
+        whole_step = per_device(mesh, whole_step)
+
+    def advance(
+        take: Step, state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Totals]:
         if augment is not None:
             batch = (augment(keys.augment_key(key), batch[0]), batch[1])
-        options: Any = {"label_smoothing": label_smoothing, "frozen": frozen, "micro_batches": parts}
-        state, totals = train_step(model.apply, optimizer, state, totals, batch, rate, key, **options)
+        state, totals = take(state, totals, batch, rate, key)
         if cuts_parameters(mesh):  # or XLA may gather in one step what it has to cut again in the next
             state = jax.lax.with_sharding_constraint(state, shardings(mesh, state))
         return state, totals
@@ -125,7 +133,9 @@ def build_programs(
     def step(
         state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Totals]:
-        return tail_step(state, totals, sharded(batch), rate, key, micro_batches)
+        return advance(whole_step, state, totals, sharded(batch), rate, key)
+
+    tail_step = partial(advance, plain_step)
 
     def batch_step(state: TrainState, totals: Totals, seed: jax.Array, rate: jax.Array, batch: Batch) -> Any:
         whole = len(batch[1]) == batch_size

@@ -59,6 +59,7 @@ def train_step(
     label_smoothing: float = 0.0,
     frozen: tuple[str, ...] = (),
     micro_batches: int = 1,
+    axes: tuple[str, ...] = (),
 ) -> tuple[TrainState, Totals]:
     """The state and the epoch's sums after one gradient step.
 
@@ -74,9 +75,14 @@ def train_step(
       frozen: entries at the top of `params` that stay as they are; they have no gradient and no optimiser state.
       micro_batches: K, into how many parts of B / K examples the batch is cut, one after the other, to save memory.
         The gradient is their mean. Batch norm sees each part by itself.
+      axes: names of mapped axes, inside of `jax.shard_map`: `batch` is then this device's share of a batch, and batch
+        norm sees that share alone. The step is the whole batch's: loss and gradients are means over the devices, and
+        so are the running statistics. Every device draws dropout masks of its own.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    loss_and_gradients = partial(_loss_and_gradients, apply, label_smoothing, frozen)
+    if axes:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+    loss_and_gradients = partial(_loss_and_gradients, apply, label_smoothing, frozen, axes)
     if micro_batches == 1:
         loss, correct, gradients, batch_stats = loss_and_gradients(variables, batch, key)
     else:
@@ -87,7 +93,7 @@ def train_step(
     new_state = TrainState(
         step=state.step + 1, params={**state.params, **moved}, batch_stats=batch_stats, opt_state=opt_state
     )
-    count = len(batch[1])
+    count = len(batch[1]) * (jax.lax.axis_size(axes) if axes else 1)
     new_totals = Totals(
         loss=totals.loss + loss.astype(totals.loss.dtype) * count,
         correct=totals.correct + correct,
@@ -100,22 +106,28 @@ def _loss_and_gradients(
     apply: Apply,
     label_smoothing: float,
     frozen: tuple[str, ...],
+    axes: tuple[str, ...],
     variables: dict[str, Any],
     batch: tuple[jax.Array, jax.Array],
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """(mean loss, hits, gradients of what is not frozen, new running statistics) of one batch."""
+    """(mean loss, hits, gradients of what is not frozen, new running statistics) of one batch, over all `axes`."""
     inputs, labels = batch
 
     def mean_loss(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         model = {"params": {**variables["params"], **moving}, "batch_stats": variables["batch_stats"]}
+        if axes:  # from here on each device's own, so that the gradient is summed over devices on its way back
+            model = jax.lax.pcast(model, axes, to="varying")
         logits, updated = apply(model, inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
-        loss = cross_entropy(logits, labels, label_smoothing).mean()
-        return loss, (updated.get("batch_stats", {}), logits)
+        loss, batch_stats = cross_entropy(logits, labels, label_smoothing).mean(), updated.get("batch_stats", {})
+        if axes:  # the loss, not the gradients: those of parameters that all devices share are summed already
+            loss, batch_stats = jax.lax.pmean((loss, batch_stats), axes)
+        return loss, (batch_stats, logits)
 
     moving = trainable(variables["params"], frozen)
     (loss, (batch_stats, logits)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(moving)
-    return loss, jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32), gradients, batch_stats
+    correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
+    return loss, jax.lax.psum(correct, axes) if axes else correct, gradients, batch_stats
 
 
 def _accumulate(

@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).with_name("train_on_meshes.py")
 
-
-def train_on(tmp_path, *meshes, **options):
-    """Results of train_on_meshes.py by mesh."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+def run_script(script, tmp_path, *arguments):
+    """The arrays that one of the scripts beside this file writes."""
     out = tmp_path / "results.npz"
     output = subprocess.run(
-        [sys.executable, str(SCRIPT), str(out), *meshes, *flags],
+        [sys.executable, str(Path(__file__).with_name(script)), str(out), *arguments],
         # Simulated devices wait for each other in threads: with fewer than twice as many a long loop dies.
         env={**os.environ, "NPROC": "16"},
         capture_output=True,
@@ -25,10 +22,17 @@ def train_on(tmp_path, *meshes, **options):
     )
     assert output.returncode == 0, output.stderr
     with np.load(out) as arrays:
-        return {
-            mesh: {name.split("/")[1]: array for name, array in arrays.items() if name.startswith(mesh + "/")}
-            for mesh in meshes
-        }
+        return dict(arrays)
+
+
+def train_on(tmp_path, *meshes, **options):
+    """Results of train_on_meshes.py by mesh."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    arrays = run_script("train_on_meshes.py", tmp_path, *meshes, *flags)
+    return {
+        mesh: {name.split("/")[1]: array for name, array in arrays.items() if name.startswith(mesh + "/")}
+        for mesh in meshes
+    }
 
 
 def assert_same(results, tolerance):
@@ -62,6 +66,23 @@ def test_no_device_holds_what_belongs_to_all_classes(results):
     """By the shapes in the compiled initialisation, forward and backward pass, loss and update."""
     holds = {mesh: bool(found["holds_all_classes"]) for mesh, found in results.items()}
     assert holds == {"1x1x1": True, "4x1x1": True, "2x2x2": False}
+
+
+def test_jit_shard_map_and_pmap_agree(tmp_path):
+    """Five steps of plain SGD: parameters, statistics and sums, with statistics of the whole batch and of a device's.
+
+    With dropout in the latter, where every device draws a mask of its own.
+    """
+    found = run_script("compare_replicas.py", tmp_path)
+    for reference, others in (
+        ("global_jit", ("global_shard_map", "global_pmap")),
+        ("device_pmap", ("device_shard_map",)),
+    ):
+        for other in others:
+            np.testing.assert_allclose(found[other], found[reference], rtol=0, atol=1e-9, err_msg=other)
+    # The last three are the sums of losses, hits and examples.
+    difference = np.abs(found["device_no_dropout"] - found["global_jit"])[:-3]
+    assert difference.max() > 1e-3
 
 
 ALL = ("1x1x1", "2x1x1", "4x1x1", "8x1x1", "1x8x1", "1x1x8", "2x2x2")

@@ -45,14 +45,18 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, expected):
 
 def test_what_does_not_fit_is_refused_before_the_run():
     recipe = load_recipe("digits")
-    with pytest.raises(UsageError, match="mesh.fsdp is 0, expected at least 1"):
+    with pytest.raises(UsageError, match=r"mesh.fsdp is 0, expected at least 1"):
         dataclasses.replace(recipe, mesh=MeshConfig(fsdp=0))
-    with pytest.raises(UsageError, match="mesh.data is 0, expected at least 1, or -1"):
+    with pytest.raises(UsageError, match=r"mesh.data is 0, expected at least 1, or -1"):
         dataclasses.replace(recipe, mesh=MeshConfig(data=0))
+    with pytest.raises(UsageError, match=r"mesh.fsdp is 2, expected 1 with --batch-norm per_device"):
+        dataclasses.replace(recipe, mesh=MeshConfig(fsdp=2), batch_norm="per_device")
     devices = jax.device_count()
-    with pytest.raises(UsageError, match="the number of devices; change --mesh.data .* or --mesh.model"):
+    with pytest.raises(UsageError, match=r"batch_size is \d+, expected at least .* needs 2 examples on each device"):
+        check_devices(dataclasses.replace(recipe, batch_size=devices, batch_norm="per_device"))
+    with pytest.raises(UsageError, match=r"the number of devices; change --mesh.data .* or --mesh.model"):
         check_devices(dataclasses.replace(recipe, mesh=MeshConfig(fsdp=devices + 1)))
-    with pytest.raises(UsageError, match="mesh.model is 4, expected a divisor of 10, the number of classes"):
+    with pytest.raises(UsageError, match=r"mesh.model is 4, expected a divisor of 10, the number of classes"):
         check_classes(dataclasses.replace(recipe, mesh=MeshConfig(model=4)), 10)
 
 
