@@ -23,7 +23,8 @@ def load_recipe_of(config: dict[str, Any]) -> Recipe:
     }
     for key, value in config["data_location"].items():
         data[key] = None if value == "None" else Path(value)
-    fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key not in _NESTED}
+    # A setting that came later than the run is at its default.
+    fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key in settings and key not in _NESTED}
     return Recipe(
         card=Card(name=settings["card"]["name"], row="", model=""),
         data=DataConfig(**data),

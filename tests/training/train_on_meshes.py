@@ -1,5 +1,7 @@
 """Run as a script, with simulated devices: the same training on several meshes, its results into one .npz.
 
+Prints the memory that each device needs for a chunk of steps, as the compiled program reports it.
+
 A mesh of fewer devices than there are takes the first ones, so that one process serves them all.
 """
 
@@ -25,8 +27,8 @@ BATCH, EXAMPLES, STEPS = 16, 48, 20
 SHAPES = {"fc": (10,), "vgg5": (28, 28, 1), "resnet": (32, 32, 3)}
 
 
-def make_model(name, classes, dtype):
-    head = ProgressiveSpinalHead(classes, 8, 3, norm="batch", layer_dropout_rate=0.2, param_dtype=dtype)
+def make_model(name, classes, width, dtype):
+    head = ProgressiveSpinalHead(classes, width, 3, norm="batch", layer_dropout_rate=0.2, param_dtype=dtype)
     backbone = None
     if name == "vgg5":
         vgg5.STAGES, vgg5.NUM_FEATURES = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8)), 8
@@ -44,7 +46,7 @@ def train(arguments, mesh):
     inputs = rng.normal(size=(EXAMPLES, *SHAPES[arguments.model])).astype(dtype)
     labels = rng.integers(0, arguments.classes, EXAMPLES).astype(np.int32)
     run = build_programs(
-        make_model(arguments.model, arguments.classes, dtype),
+        make_model(arguments.model, arguments.classes, arguments.width, dtype),
         make_optimizer(OptimizerConfig(momentum=0.5)),
         input_shape=inputs.shape[1:],
         input_dtype=dtype,
@@ -77,6 +79,7 @@ def train(arguments, mesh):
         "reduces": "all-reduce" in texts[0],
         "holds_all_classes": any(re.search(rf"[\[,]{arguments.classes}[\],]", text) is not None for text in texts),
         "argument_bytes": chunk.memory_analysis().argument_size_in_bytes,
+        "temporary_bytes": chunk.memory_analysis().temp_size_in_bytes,
         "shard": state.params["head"]["output"]["kernel"].addressable_shards[0].data.shape,
     }
 
@@ -89,6 +92,7 @@ def main():
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--classes", type=int, default=104)
     parser.add_argument("--rate", type=float, default=0.1)
+    parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--micro-batches", type=int, default=1)
     arguments = parser.parse_args()
@@ -99,6 +103,7 @@ def main():
     for name in arguments.meshes:
         shape = tuple(map(int, name.split("x")))
         found = train(arguments, jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3))
+        print(f"{name}: {found['argument_bytes']:,} bytes of arguments, {found['temporary_bytes']:,} temporary")
         results |= {f"{name}/{key}": np.asarray(value) for key, value in found.items()}
     np.savez(arguments.out, **results)
 
