@@ -1,6 +1,15 @@
 """Recipes: what they are made of, and how their names resolve. Imports neither jax nor anything heavy."""
 
 from pspinal_jax.recipes.registry import list_recipes, load_recipe
-from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
+from pspinal_jax.recipes.schema import Card, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, Recipe
 
-__all__ = ["Card", "DataConfig", "ModelConfig", "OptimizerConfig", "Recipe", "list_recipes", "load_recipe"]
+__all__ = [
+    "Card",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Recipe",
+    "list_recipes",
+    "load_recipe",
+]

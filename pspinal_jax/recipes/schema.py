@@ -135,8 +135,23 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How a run is spread over devices.
+
+    It decides where numbers lie and not what they are (up to rounding), so a run may go on on another mesh.
+    """
+
+    data: int = -1
+    """Devices, or groups of them, that share a batch and have the parameters whole; -1: all that the others leave."""
+    fsdp: int = 1
+    """Devices that share a batch, the parameters and the optimiser's state."""
+    model: int = 1
+    """Devices that share the output layer of the head: each has so many of the classes; a divisor of their number."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that decides a run's result; two runs with equal recipes and data are equal."""
+    """All that decides a run's result, and `mesh`; two runs with equal recipes and data are equal."""
 
     card: Annotated[Card, tyro.conf.Suppress]
     data: DataConfig
@@ -168,6 +183,9 @@ class Recipe:
     """Number of seeds to train; the result is their mean and standard deviation."""
     seed_mode: Literal["auto", "loop", "vmap"] = "auto"
     """Train the seeds one after the other, or as one vectorised program; auto: loop on CPU, vmap elsewhere."""
+    batch_norm: Literal["global", "per_device"] = "global"
+    """What batch norm sees in training on several devices: the whole batch, or each device its own share; then the
+    result depends on the number of devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype to compute in; parameters stay float32."""
     protocol: Literal["validation", "paper"] = "validation"
@@ -178,6 +196,8 @@ class Recipe:
     the one before, with a fresh optimiser (QMNIST's chain)."""
     retrain: bool = False
     """validation protocol: train again on train + validation, for the selected number of epochs, before the test."""
+    mesh: MeshConfig = MeshConfig()
+    """How the run is spread over devices."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size", "num_seeds", "micro_batches"):
@@ -187,6 +207,12 @@ class Recipe:
         _require(self.data.num_validation >= 0, "data.num_validation", self.data.num_validation, "at least 0")
         self._check_data()
         self._check_freezing()
+        _require(self.mesh.data == -1 or self.mesh.data >= 1, "mesh.data", self.mesh.data, "at least 1, or -1")
+        for name in ("fsdp", "model"):
+            length = getattr(self.mesh, name)
+            _require(length >= 1, f"mesh.{name}", length, "at least 1")
+            whole = length == 1 or self.batch_norm == "global"
+            _require(whole, f"mesh.{name}", length, "1 with --batch-norm per_device, whose devices hold all parameters")
         for name in ("layer_width", "num_layers"):
             _require(getattr(self.model, name) >= 1, f"model.{name}", getattr(self.model, name), "at least 1")
         for name in ("dropout_rate", "layer_dropout_rate"):

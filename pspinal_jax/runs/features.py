@@ -16,7 +16,8 @@ from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.setup import augmentation
 from pspinal_jax.training import keys
-from pspinal_jax.training.programs import data_mesh, replicated_on, shard_over
+from pspinal_jax.training.mesh import make_mesh, shard_over
+from pspinal_jax.training.partition import shardings
 
 
 def extract_features(
@@ -51,8 +52,8 @@ def extract_features(
 class _Extractor:
     def __init__(self, recipe: Recipe, model: Classifier, variables: dict[str, Any], workers: int) -> None:
         self._recipe, self._workers = recipe, workers
-        self._mesh = data_mesh()
-        self._variables = jax.device_put(variables, replicated_on(self._mesh))
+        self._mesh = make_mesh(recipe.mesh)
+        self._variables = jax.device_put(variables, shardings(self._mesh, variables))
         augment = augmentation(recipe)
 
         def plain(variables: Any, images: jax.Array) -> jax.Array:

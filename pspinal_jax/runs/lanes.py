@@ -49,7 +49,7 @@ class Lanes:
         """
 
         def place(new: Any, old: jax.Array) -> jax.Array:
-            return self._programs.replicate(jnp.broadcast_to(jnp.asarray(new, old.dtype), old.shape) + 0)
+            return jax.device_put(np.broadcast_to(np.asarray(new, old.dtype), old.shape), old.sharding)
 
         for lane in self._lanes:
             for name, given in variables.items():
@@ -173,9 +173,9 @@ class Lanes:
         """Go on from a checkpoint's arrays, taken `step` steps into the stage."""
         for index, lane in enumerate(self._lanes):
             picked = {name: self._pick(tree, index) for name, tree in trees.items()}
-            lane.best = picked.pop("best")
+            lane.best = self._programs.place(picked.pop("best"))
             steps = jnp.full_like(lane.state.step, step)
-            lane.state = self._programs.replicate(TrainState(step=steps, **picked))
+            lane.state = self._programs.place(TrainState(step=steps, **picked))
 
     def _stack(self, trees: list[Any]) -> Any:
         if len(trees) == 1:

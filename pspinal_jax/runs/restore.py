@@ -12,18 +12,19 @@ from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerC
 from pspinal_jax.runs.directory import RunDirectory, read_json
 from pspinal_jax.runs.frozen_backbone import add_backbone, head_recipe
 from pspinal_jax.runs.results import best_seed_index, leading_seed
-from pspinal_jax.training.programs import data_mesh, replicated_on
+from pspinal_jax.training.mesh import make_mesh, replicated_on
 
 
 def load_recipe_of(config: dict[str, Any]) -> Recipe:
-    """The recipe that a run's config.json records, its data location included."""
+    """The recipe that a run's config.json records, its data location included; on the default mesh."""
     settings = dict(config["identity"])
     data: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings["data"].items()
     }
     for key, value in config["data_location"].items():
         data[key] = None if value == "None" else Path(value)
-    fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key not in _NESTED}
+    # A setting that came later than the run is at its default.
+    fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key in settings and key not in _NESTED}
     return Recipe(
         card=Card(name=settings["card"]["name"], row="", model=""),
         data=DataConfig(**data),
@@ -33,7 +34,7 @@ def load_recipe_of(config: dict[str, Any]) -> Recipe:
     )
 
 
-_NESTED = ("card", "data", "model", "optimizer")
+_NESTED = ("card", "data", "model", "optimizer", "mesh")
 
 
 def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,7 +62,7 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
         raise UsageError(f"--seed-index is {seed_index}, expected 0 .. {count - 1}: the run has {count} seeds")
     shapes = _trained_shapes(recipe, config)
     lead = (count,) if count > 1 else ()
-    sharding = replicated_on(data_mesh())
+    sharding = replicated_on(make_mesh())
 
     def wanted(position: dict[str, Any]) -> dict[str, Any]:
         if not any(position["best_epoch"]):

@@ -25,7 +25,9 @@ from pspinal_jax.runs.examples import (
     StreamedSplit,
 )
 from pspinal_jax.runs.stages import Stage, make_stages
+from pspinal_jax.training.mesh import batch_shares, make_mesh
 from pspinal_jax.training.optimizers import make_optimizer
+from pspinal_jax.training.partition import cuts_parameters, shardings
 from pspinal_jax.training.programs import Programs, build_programs
 
 
@@ -59,6 +61,7 @@ def split_examples(recipe: Recipe, data: Dataset | PhotoDataset) -> tuple[np.nda
       UsageError: if a batch or the validation part does not fit the data or the devices.
     """
     check_devices(recipe)
+    check_classes(recipe, data.num_classes)
     wants_validation = recipe.protocol == "validation"
     if isinstance(data, PhotoDataset) or data.validation is not None:
         own = len(data.validation) if data.validation is not None and wants_validation else 0
@@ -117,6 +120,7 @@ def build_run_programs(
 ) -> tuple[Classifier, Programs]:
     """The model of `recipe` and its compiled pieces, for inputs of one example's `input_shape` and dtype."""
     model = build_model(recipe, input_shape, num_classes)
+    mesh = make_mesh(recipe.mesh)
     programs = build_programs(
         model,
         make_optimizer(recipe.optimizer),
@@ -127,10 +131,12 @@ def build_run_programs(
         label_smoothing=recipe.label_smoothing,
         vectorized=runs_vectorized(recipe),
         augment=augmentation(recipe),
-        head_form=_head_form(recipe),
+        head_form="tree" if cuts_parameters(mesh) else _head_form(recipe),
         frozen=("backbone",) if recipe.freeze == "backbone" else (),
         micro_batches=recipe.micro_batches,
         skip_nonfinite=recipe.on_nonfinite == "skip",
+        mesh=mesh,
+        batch_norm_per_device=recipe.batch_norm == "per_device",
     )
     return model, programs
 
@@ -139,7 +145,7 @@ def _head_form(recipe: Recipe) -> Form:
     model = recipe.model
     if model.head != "progressive":
         return "tree"
-    rows = recipe.batch_size // jax.local_device_count()
+    rows = recipe.batch_size // batch_shares(recipe.mesh)
     return running_form(model.implementation, model.num_layers, rows, model.layer_dropout_rate > 0.0)
 
 
@@ -162,15 +168,28 @@ def place_split(recipe: Recipe, programs: Programs, split: Split | Photos, worke
 
 
 def check_devices(recipe: Recipe) -> None:
-    """Raise UsageError unless batches can be spread evenly over the devices."""
-    devices, parts = jax.local_device_count(), recipe.micro_batches
-    for name, cuts in (("batch_size", devices * parts), ("eval_batch_size", devices)):
+    """Raise UsageError unless the mesh fits the devices, and batches can be spread evenly over it."""
+    shares, parts = batch_shares(recipe.mesh), recipe.micro_batches
+    least = 2 * shares * parts
+    if recipe.batch_norm == "per_device" and recipe.batch_size < least:
+        raise UsageError(
+            f"batch_size is {recipe.batch_size}, expected at least {least}: with --batch-norm per_device batch norm "
+            "needs 2 examples on each device"
+        )
+    for name, cuts in (("batch_size", shares * parts), ("eval_batch_size", shares)):
         size = getattr(recipe, name)
         if size % cuts:
-            what = f"{devices} devices" + (f" times {parts} micro-batches" if cuts > devices else "")
+            what = f"{shares} devices" + (f" times {parts} micro-batches" if cuts > shares else "")
             raise UsageError(
                 f"{name} is {size}, expected a multiple of {cuts}: {what}; change --{name.replace('_', '-')}"
             )
+
+
+def check_classes(recipe: Recipe, num_classes: int) -> None:
+    """Raise UsageError unless the classes can be cut evenly over the mesh's axis model."""
+    cuts = recipe.mesh.model
+    if num_classes % cuts:
+        raise UsageError(f"mesh.model is {cuts}, expected a divisor of {num_classes}, the number of classes")
 
 
 def runs_vectorized(recipe: Recipe) -> bool:
@@ -180,10 +199,13 @@ def runs_vectorized(recipe: Recipe) -> bool:
     return recipe.seed_mode == "vmap" or jax.default_backend() != "cpu"
 
 
-def abstract_trees(trees: Any, programs: Programs) -> Any:
-    """Shapes, dtypes and shardings of `trees`, for restoring them."""
-    replicated = programs.replicated
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), trees)
+def abstract_trees(trees: Any, recipe: Recipe, programs: Programs) -> Any:
+    """Shapes and dtypes of a checkpoint's `trees`, with their shardings on this run's mesh, for restoring them.
+
+    With them it does not matter on which mesh they were saved: each device reads its part of whatever was written.
+    """
+    places = shardings(programs.mesh, trees, stacked=recipe.num_seeds > 1)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), trees, places)
 
 
 def longest_epoch(stages: list[Stage]) -> int:

@@ -73,6 +73,7 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset | PhotoDataset) -
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}
+    mesh = settings.pop("mesh")  # where the numbers lie, not what they are: a run may go on on other devices
     where = {key: str(settings["data"].pop(key)) for key in ("path", "data_dir")}
     shape, dtype = input_of(recipe, data)
     return {
@@ -87,6 +88,7 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset | PhotoDataset) -
         "input_dtype": str(dtype),
         "data_source": data.source,
         "data_location": where,
+        "mesh": mesh,
         "device": device(),
         "versions": versions(),
     }

@@ -86,7 +86,7 @@ class Trainer:
 
     def _restore(self) -> None:
         def wanted(position: dict[str, Any]) -> dict[str, Any]:
-            return abstract_trees(jax.eval_shape(self.lanes.trees), self.setup.programs)
+            return abstract_trees(jax.eval_shape(self.lanes.trees), self.setup.recipe, self.setup.programs)
 
         found = self._store.restore(wanted)
         if found is None:

@@ -95,7 +95,7 @@ def evaluate_split(
         batch = tuple(lax.dynamic_slice_in_dim(array, start, batch_size) for array in (inputs, labels))
         result = step(batch, start + jnp.arange(batch_size) < count)  # type: ignore[arg-type]
         return Evaluation(
-            loss=sums.loss + result.loss,
+            loss=sums.loss + result.loss.astype(sums.loss.dtype),
             correct=sums.correct + result.correct,
             predictions=lax.dynamic_update_slice_in_dim(sums.predictions, result.predictions, start, 0),
         )

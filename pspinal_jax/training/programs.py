@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from pspinal_jax.data.arrays import Split
 from pspinal_jax.heads.forms import Form
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import Batch, EpochPlan, Step, evaluate_split, run_chunk
+from pspinal_jax.training.mesh import BATCH, make_mesh, replicated_on, shard_over
+from pspinal_jax.training.partition import cuts_parameters, shardings
+from pspinal_jax.training.replicas import per_device
 from pspinal_jax.training.run_form import in_form
 from pspinal_jax.training.state import Totals, TrainState, init_state
 from pspinal_jax.training.step import Evaluation, eval_step, train_step
@@ -25,7 +28,7 @@ class Programs:
     """The compiled pieces of a run. With `vectorized`, states, seeds, totals and orders have a leading seed axis.
 
     Attributes:
-      mesh: all local devices on one axis, 'data'.
+      mesh: the devices, see mesh.py.
       init: seed -> state.
       zero_totals: seed -> totals.
       chunk: (state, totals, seed, plan, first, num_steps, data) -> (state, totals); state and totals are donated.
@@ -56,29 +59,13 @@ class Programs:
         """`tree` on every device of the mesh, whole."""
         return jax.device_put(tree, self.replicated)
 
+    def place(self, tree: Any) -> Any:
+        """A state, or parts of one, where the programs want it: parameters cut as the mesh says."""
+        return jax.device_put(tree, shardings(self.mesh, tree, stacked=self.vectorized))
+
     def shard_batch(self, batch: Batch) -> Batch:
         """A host's batch spread over the devices."""
         return shard_over(self.mesh, batch)
-
-
-def data_mesh() -> Mesh:
-    """A mesh of all local devices with the one axis 'data'."""
-    return jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
-
-
-def replicated_on(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device of `mesh` holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def shard_over(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays with their first axis spread over `mesh`, or on each device where it cannot be cut evenly."""
-
-    def place(array: Any) -> jax.Array:
-        fits = len(array) % mesh.size == 0
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")) if fits else replicated_on(mesh))
-
-    return jax.tree.map(place, tree)
 
 
 def build_programs(
@@ -96,19 +83,21 @@ def build_programs(
     frozen: tuple[str, ...] = (),
     micro_batches: int = 1,
     skip_nonfinite: bool = False,
+    mesh: Mesh | None = None,
+    batch_norm_per_device: bool = False,
 ) -> Programs:
-    """Everything that a run calls, jitted for a mesh over all local devices.
+    """Everything that a run calls, jitted for a mesh of devices.
 
-    The batch is sharded over the mesh, parameters and data are replicated; XLA inserts the reductions, so batch norm
-    sees the whole batch.
+    The data lies on every device whole; batches and parameters are cut as mesh.py and partition.py say. XLA inserts
+    the exchanges, so that the programs compute what one device would, batch norm over the whole batch included.
 
     Args:
       model: called as ``model.apply(variables, inputs, train=...)``.
       optimizer: gives the direction of descent.
       input_shape: one example's shape.
       input_dtype: its dtype.
-      batch_size: examples per step over all devices, a multiple of their number.
-      eval_batch_size: examples per evaluation step, a multiple of the number of devices.
+      batch_size: examples per step over all devices, a multiple of the mesh's data times fsdp.
+      eval_batch_size: examples per evaluation step, likewise.
       label_smoothing: see `cross_entropy`.
       vectorized: run all seeds as one program, over a leading axis.
       augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
@@ -116,29 +105,40 @@ def build_programs(
       frozen: entries at the top of the parameters that are not trained.
       micro_batches: see `train_step`; the last, smaller batch of an epoch is not cut.
       skip_nonfinite: see `train_step`.
+      mesh: the devices, as `make_mesh` gives them; by default all of them on the axis data.
+      batch_norm_per_device: normalise each device's share of a training batch by itself; the last, smaller batch of an
+        epoch is normalised whole. Parameters must not be cut.
     """
-    mesh = data_mesh()
+    mesh = mesh or make_mesh()
     replicated = replicated_on(mesh)
-    by_batch = NamedSharding(mesh, PartitionSpec("data"))
-
     inputs = jax.ShapeDtypeStruct((2, *input_shape), input_dtype)
+    start = partial(init_state, model, optimizer, inputs, frozen)
 
     def sharded(batch: Batch) -> Batch:
-        return jax.lax.with_sharding_constraint(batch, by_batch)
+        return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
 
-    def tail_step(
-        state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array, parts: int = 1
+    options: Any = {"label_smoothing": label_smoothing, "frozen": frozen, "skip_nonfinite": skip_nonfinite}
+    plain_step = partial(train_step, model.apply, optimizer, **options)
+    whole_step: Step = partial(plain_step, micro_batches=micro_batches)
+    if batch_norm_per_device:
+        whole_step = per_device(mesh, whole_step)
+
+    def advance(
+        take: Step, state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Totals]:
         if augment is not None:
             batch = (augment(keys.augment_key(key), batch[0]), batch[1])
-        options: Any = {"label_smoothing": label_smoothing, "frozen": frozen, "micro_batches": parts}
-        options["skip_nonfinite"] = skip_nonfinite
-        return train_step(model.apply, optimizer, state, totals, batch, rate, key, **options)
+        state, totals = take(state, totals, batch, rate, key)
+        if cuts_parameters(mesh):  # or XLA may gather in one step what it has to cut again in the next
+            state = jax.lax.with_sharding_constraint(state, shardings(mesh, state))
+        return state, totals
 
     def step(
         state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Totals]:
-        return tail_step(state, totals, sharded(batch), rate, key, micro_batches)
+        return advance(whole_step, state, totals, sharded(batch), rate, key)
+
+    tail_step = partial(advance, plain_step)
 
     def batch_step(state: TrainState, totals: Totals, seed: jax.Array, rate: jax.Array, batch: Batch) -> Any:
         whole = len(batch[1]) == batch_size
@@ -156,22 +156,28 @@ def build_programs(
     def steps(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
         axes = (0, 0, 0, EpochPlan(0, 0), None, None, None)
         run = in_form(head_form, frozen, partial(run_chunk, step, size, batch_size))
-        return jit(seeds(run, axes), donate_argnums=(0, 1))
+        return jit(seeds(run, axes), donate_argnums=(0, 1), out_shardings=(states, replicated))
 
     @cache
     def tail(size: int) -> Callable[..., tuple[TrainState, Totals]]:
         return steps(tail_step, size)
 
     jit = partial(jax.jit, out_shardings=replicated)
+    states: Any = replicated
+    variables: Any = replicated
+    if cuts_parameters(mesh):
+        shapes = jax.eval_shape(seeds(start, (0,)), jax.ShapeDtypeStruct((1,) if vectorized else (), np.uint32))
+        states = shardings(mesh, shapes, stacked=vectorized)
+        variables = {"params": states.params, "batch_stats": states.batch_stats}
     return Programs(
         mesh=mesh,
-        init=jit(seeds(partial(init_state, model, optimizer, inputs, frozen), (0,))),
+        init=jit(seeds(start, (0,)), out_shardings=states),
         zero_totals=jit(seeds(lambda seed: Totals.zero(), (0,))),
         chunk=steps(step, batch_size),
         tail=tail,
-        batch_step=jit(batch_step, donate_argnums=(0, 1)),
+        batch_step=jit(batch_step, donate_argnums=(0, 1), out_shardings=(states, replicated)),
         evaluate=jit(seeds(evaluate, (0, None, None))),
-        keep=jit(seeds(_keep, (0, 0, 0)), donate_argnums=0),
+        keep=jit(seeds(_keep, (0, 0, 0)), donate_argnums=0, out_shardings=variables),
         vectorized=vectorized,
     )
 

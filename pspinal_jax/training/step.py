@@ -60,6 +60,7 @@ def train_step(
     frozen: tuple[str, ...] = (),
     micro_batches: int = 1,
     skip_nonfinite: bool = False,
+    axes: tuple[str, ...] = (),
 ) -> tuple[TrainState, Totals]:
     """The state and the epoch's sums after one gradient step.
 
@@ -77,9 +78,14 @@ def train_step(
         The gradient is their mean. Batch norm sees each part by itself.
       skip_nonfinite: leave the state as it was, but for its step, where the loss or a gradient is not finite.
         Otherwise the totals tell of it, and the state is lost.
+      axes: names of mapped axes, inside of `jax.shard_map`: `batch` is then this device's share of a batch, and batch
+        norm sees that share alone. The step is the whole batch's: loss and gradients are means over the devices, and
+        so are the running statistics. Every device draws dropout masks of its own.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    loss_and_gradients = partial(_loss_and_gradients, apply, label_smoothing, frozen)
+    if axes:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+    loss_and_gradients = partial(_loss_and_gradients, apply, label_smoothing, frozen, axes)
     if micro_batches == 1:
         loss, correct, gradients, batch_stats = loss_and_gradients(variables, batch, key)
     else:
@@ -94,7 +100,7 @@ def train_step(
     totals = totals.replace(  # type: ignore[attr-defined]
         bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
     )
-    count = len(batch[1])
+    count = len(batch[1]) * (jax.lax.axis_size(axes) if axes else 1)
     new_totals = totals.replace(  # type: ignore[attr-defined]
         loss=totals.loss + loss.astype(totals.loss.dtype) * count,
         correct=totals.correct + correct,
@@ -120,22 +126,28 @@ def _loss_and_gradients(
     apply: Apply,
     label_smoothing: float,
     frozen: tuple[str, ...],
+    axes: tuple[str, ...],
     variables: dict[str, Any],
     batch: tuple[jax.Array, jax.Array],
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """(mean loss, hits, gradients of what is not frozen, new running statistics) of one batch."""
+    """(mean loss, hits, gradients of what is not frozen, new running statistics) of one batch, over all `axes`."""
     inputs, labels = batch
 
     def mean_loss(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         model = {"params": {**variables["params"], **moving}, "batch_stats": variables["batch_stats"]}
+        if axes:  # from here on each device's own, so that the gradient is summed over devices on its way back
+            model = jax.lax.pcast(model, axes, to="varying")
         logits, updated = apply(model, inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
-        loss = cross_entropy(logits, labels, label_smoothing).mean()
-        return loss, (updated.get("batch_stats", {}), logits)
+        loss, batch_stats = cross_entropy(logits, labels, label_smoothing).mean(), updated.get("batch_stats", {})
+        if axes:  # the loss, not the gradients: those of parameters that all devices share are summed already
+            loss, batch_stats = jax.lax.pmean((loss, batch_stats), axes)
+        return loss, (batch_stats, logits)
 
     moving = trainable(variables["params"], frozen)
     (loss, (batch_stats, logits)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(moving)
-    return loss, jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32), gradients, batch_stats
+    correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
+    return loss, jax.lax.psum(correct, axes) if axes else correct, gradients, batch_stats
 
 
 def _accumulate(

@@ -202,4 +202,4 @@ def test_schedules():
 def test_batches_are_spread_over_the_devices():
     """On several devices the compiled step must reduce over them; equality across devices is in test_devices."""
     run = programs()
-    assert run.mesh.axis_names == ("data",) and run.mesh.size == jax.local_device_count()
+    assert run.mesh.axis_names == ("data", "fsdp", "model") and run.mesh.shape["data"] == jax.device_count()
