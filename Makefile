@@ -6,7 +6,7 @@ RECIPE ?= digits
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
 
-.PHONY: train test test-torch test-slow lint wheel clean
+.PHONY: train test test-torch test-slow lint notebooks wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/pspinal-jax train $(RECIPE) $(ARGS)
@@ -24,6 +24,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Runs the notebooks and saves them, outputs and all, in place.
+notebooks: $(VENV)/.installed-test
+	$(BIN)/python notebooks/execute.py $(ARGS)
 
 wheel: $(VENV)/.installed
 	$(PIP_INSTALL) build
