@@ -49,8 +49,9 @@ class Totals:
     @classmethod
     def zero(cls) -> "Totals":
         """Sums over nothing."""
-        nothing = jnp.zeros((), jnp.int32)
-        return cls(jnp.zeros((), jnp.float32), nothing, nothing, nothing - 1, nothing)
+        # An array each: totals are donated, and no buffer may be donated twice.
+        correct, count, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return cls(jnp.zeros((), jnp.float32), correct, count, jnp.full((), -1, jnp.int32), skipped)
 
 
 def trainable(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def chunked(model, inputs, labels, **options):
     )
     seed = run.replicate(np.uint32(0))
     plan = run.replicate(EpochPlan(np.arange(len(labels), dtype=np.int32), np.full(STEPS, RATE)))
-    start, totals = run.init(seed), run.replicate(Totals(np.zeros(()), np.int32(0), np.int32(0)))
+    start, totals = run.init(seed), run.replicate(Totals.zero().replace(loss=np.zeros(())))
     initial = jax.device_get((start.params, start.batch_stats))
     data = run.replicate((inputs, labels))
     state, totals = run.chunk(start, totals, seed, plan, np.int32(0), np.int32(STEPS), data)
@@ -100,7 +100,7 @@ def pmapped(model, initial, inputs, labels):
         params, stats, value, correct = run(params, stats, *cut, key)
         losses, hits = losses + float(value[0]) * BATCH, hits + int(correct[0])
     first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (params, stats))
-    return flat(*first, Totals(losses, hits, STEPS * BATCH))
+    return flat(*first, Totals.zero().replace(loss=losses, correct=hits, count=STEPS * BATCH))
 
 
 def main():

@@ -60,7 +60,7 @@ def train(arguments, mesh):
     data, seed = run.replicate((inputs, labels)), run.replicate(np.uint32(0))
     order = np.concatenate([rng.permutation(EXAMPLES) for _ in range(-(-STEPS * BATCH // EXAMPLES))]).astype(np.int32)
     plan = run.replicate(EpochPlan(order, np.full(STEPS, arguments.rate, dtype)))
-    state, totals = run.init(seed), run.replicate(Totals(np.zeros((), dtype), np.int32(0), np.int32(0)))
+    state, totals = run.init(seed), run.replicate(Totals.zero().replace(loss=np.zeros((), dtype)))
     chunk = run.chunk.lower(state, totals, seed, plan, np.int32(0), np.int32(1), data).compile()
     sums = [0.0]
     for step in range(arguments.steps):
