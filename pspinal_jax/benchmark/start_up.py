@@ -31,7 +31,8 @@ def measure(flags: list[str], rounds: int) -> dict[str, list[float]]:
                 start = time.perf_counter()
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode:
-                    raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
+                    said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+                    raise RunError(f"{' '.join(command)} failed: {said}")
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

@@ -99,6 +99,7 @@ def test_depth_reports_compile_and_run_time(tmp_path, capsys):
     assert "scan, packed parameters" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compile_times_a_run_without_and_with_its_cache(tmp_path, capsys):
     assert (
         main(["benchmark", "compile", "--rounds", "1", "--workdir", str(tmp_path), "--train", "digits", "epochs=1"])

@@ -35,6 +35,7 @@ def test_raw_files_become_an_evaluated_run(name, tmp_path, monkeypatch, capsys):
     assert len(evaluation["confusion"]) == NUM_CLASSES[name]
 
 
+@pytest.mark.slow
 def test_a_paper_twin_sees_emnist_as_it_is_stored(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     made = examples(26, num_train=60, num_test=52)
