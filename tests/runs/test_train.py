@@ -71,6 +71,8 @@ def test_a_run_learns_and_leaves_its_files(finished):
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = read(workdir / "config.json")
     assert config["class_names"] == ["0", "1", "2"] and config["versions"]["jax"]
+    # Where a run is carried out is recorded, and may be another place when it goes on.
+    assert config["mesh"] == {"data": -1, "fsdp": 1, "model": 1} and "mesh" not in config["identity"]
 
 
 def test_the_selected_epoch_is_the_best_on_validation(finished):

@@ -85,14 +85,16 @@ def test_jit_shard_map_and_pmap_agree(tmp_path):
     assert difference.max() > 1e-3
 
 
-ALL = ("1x1x1", "2x1x1", "4x1x1", "8x1x1", "1x8x1", "1x1x8", "2x2x2")
+MESHES = ("1x1x1", "2x1x1", "4x1x1", "8x1x1", "2x2x2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "rate", "tolerance"), [("float64", 0.1, 1e-9), ("float32", 1e-3, 1e-4)])
 @pytest.mark.parametrize("model", ["fc", "vgg5", "resnet"])
 def test_every_model_trains_alike_on_every_mesh(tmp_path, model, dtype, rate, tolerance):
-    assert_same(train_on(tmp_path, *ALL, model=model, dtype=dtype, rate=rate), tolerance)
+    # Convolutions take half a minute a mesh to compile.
+    meshes = (*MESHES, "1x8x1", "1x1x8") if model == "fc" else MESHES
+    assert_same(train_on(tmp_path, *meshes, model=model, dtype=dtype, rate=rate), tolerance)
 
 
 @pytest.mark.slow
