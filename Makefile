@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 RECIPE ?= digits
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
+DIST ?= dist
 
 .PHONY: train test test-torch test-slow lint notebooks wheel clean
 
@@ -31,7 +32,7 @@ notebooks: $(VENV)/.installed-test
 
 wheel: $(VENV)/.installed
 	$(PIP_INSTALL) build
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --wheel --outdir $(DIST)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

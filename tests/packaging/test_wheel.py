@@ -1,0 +1,93 @@
+"""The wheel, installed into an empty environment, works without the checkout."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+def run(*command, cwd):
+    ran = subprocess.run([str(part) for part in command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ran.returncode == 0, f"{command}: {ran.stdout[-2000:]}{ran.stderr[-2000:]}"
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """What `make wheel` builds, with the environment that the tests run in (-o: as it is)."""
+    folder = tmp_path_factory.mktemp("dist")
+    make = ["make", "-o", f"{sys.prefix}/.installed", "wheel", f"VENV={sys.prefix}", f"DIST={folder}"]
+    run(*make, cwd=REPOSITORY)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The folder of commands of an environment that holds the wheel and what it requires, and nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", folder, cwd=folder)
+    bin_folder = folder / ("Scripts" if os.name == "nt" else "bin")
+    constraints = REPOSITORY / "constraints.txt"
+    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", constraints, wheel]
+    run(bin_folder / "python", *install, cwd=folder)
+    return bin_folder
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_the_recipes_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.split("/")[0] for name in names}
+    assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"pspinal_jax"}
+    configs = {Path(name).name for name in names if name.startswith("pspinal_jax/configs/")}
+    assert configs == {path.name for path in (REPOSITORY / "configs").glob("*.py")}
+    assert "pspinal_jax/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [
+        name for name in names if re.search(r"(^|/)(tests|test_\w+\.py|conftest\.py|__pycache__|.*\.ipynb)", name)
+    ]
+
+
+@pytest.mark.slow
+def test_recipes_are_listed_and_trained(installed, tmp_path):
+    assert "wide" in run(installed / "pspinal-jax", "recipes", cwd=tmp_path).lower()
+    options = ["--data.data-dir", tmp_path / "data", "--epochs", "10"]
+    printed = run(installed / "pspinal-jax", "train", "digits", *options, cwd=tmp_path)
+    accuracy = re.search(r"test accuracy (\d+\.\d+) %", printed)
+    assert accuracy and float(accuracy[1]) > 90
+    assert (tmp_path / "runs" / "digits" / "result.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_package_comes_from_the_wheel_and_the_head_loads_jax_and_flax_only(installed, tmp_path):
+    code = (
+        "import sys, pspinal_jax; from pspinal_jax import ProgressiveSpinalHead; print(pspinal_jax.__file__); "
+        "print({'tensorflow_datasets', 'orbax', 'matplotlib', 'sklearn', 'grain'} & set(sys.modules))"
+    )
+    where, heavy = run(installed / "python", "-c", code, cwd=tmp_path).splitlines()
+    assert Path(where).is_relative_to(installed.parent)
+    assert heavy == "set()"
+
+
+@pytest.mark.slow
+def test_the_quickstart_does_what_it_says(installed, tmp_path):
+    page = (REPOSITORY / "docs" / "quickstart.md").read_text()
+    program, batch_norm = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_model.py").write_text(program)
+    printed = run(installed / "python", "my_model.py", cwd=tmp_path)
+    promised = re.search(r"```\n(step .*?)```", page, re.DOTALL)[1]
+    blank = re.compile(r"\d+\.\d+")
+    assert blank.sub("#", printed) == blank.sub("#", promised)
+    assert float(printed.split()[-1]) == pytest.approx(float(promised.split()[-1]), abs=0.03)
+    normed = (
+        program.split("\nparams = ")[0].replace("layer_width=32)", 'layer_width=32, norm="batch")') + "\n" + batch_norm
+    )
+    (tmp_path / "normed.py").write_text(normed)
+    run(installed / "python", "normed.py", cwd=tmp_path)
