@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 WORKERS ?= 2
 DIST ?= dist
 
-.PHONY: train test test-torch test-slow lint notebooks wheel clean
+.PHONY: train test test-torch test-slow lint notebooks docs wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/pspinal-jax train $(RECIPE) $(ARGS)
@@ -29,6 +29,10 @@ lint: $(VENV)/.installed-test
 # Runs the notebooks and saves them, outputs and all, in place.
 notebooks: $(VENV)/.installed-test
 	$(BIN)/python notebooks/execute.py $(ARGS)
+
+# The API pages; a warning fails.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -b html -q -E -W --keep-going docs/api build/docs
 
 wheel: $(VENV)/.installed
 	$(PIP_INSTALL) build
@@ -55,5 +59,9 @@ $(VENV)/.installed-torch: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 $(VENV)/.installed-slow: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[test,torch,examples]'
-	@touch $@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-torch
+	$(PIP_INSTALL) -e '.[test,torch,examples,docs]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-torch $(VENV)/.installed-docs
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@ $(VENV)/.installed
