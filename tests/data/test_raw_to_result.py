@@ -15,7 +15,11 @@ from pspinal_jax.recipes import DataConfig
 SMALL = ["--epochs", "1", "--batch-size", "16", "--eval-batch-size", "32"]
 
 
-@pytest.mark.parametrize("name", NUM_CLASSES)
+# QMNIST's recipe shares no compiled program with the others.
+SETS = [pytest.param(name, marks=[pytest.mark.slow] if name == "qmnist" else []) for name in NUM_CLASSES]
+
+
+@pytest.mark.parametrize("name", SETS)
 def test_raw_files_become_an_evaluated_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     raw = write_raw(tmp_path / "raw", name, examples(NUM_CLASSES[name], num_train=60, num_test=52))

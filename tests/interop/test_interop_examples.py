@@ -33,10 +33,8 @@ def run_example(name, arguments, monkeypatch, capsys):
     return [float(found) for found in re.findall(r"test accuracy (\d\.\d+)", capsys.readouterr().out)]
 
 
-# One of them in the fast tests: nnx, whose optimizer and jit see the module itself.
-@pytest.mark.parametrize(
-    "name", [name if name == "nnx" else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADS)
 def test_a_head_learns_in_its_framework(name, compile_fast, monkeypatch, capsys):
     pytest.importorskip(HEADS[name])
     (accuracy,) = run_example(f"head_in_{name}", [], monkeypatch, capsys)

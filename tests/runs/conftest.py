@@ -4,6 +4,7 @@ import drawn_pictures
 import pytest
 
 from pspinal_jax.backbones import resnet
+from pspinal_jax.weights import resnet as layout
 
 
 @pytest.fixture
@@ -11,6 +12,9 @@ def tiny_resnet(monkeypatch):
     """resnet18 with one block a stage and few channels: what runs here compiles in seconds."""
     monkeypatch.setitem(resnet.VARIANTS, "resnet18", resnet.Variant((1, 1, 1, 1), 1))
     monkeypatch.setattr(resnet, "STAGE_CHANNELS", (4, 4, 8, 8))
+    layout._entries.cache_clear()  # it remembers a variant's tensors by the variant's name
+    yield
+    layout._entries.cache_clear()
 
 
 @pytest.fixture

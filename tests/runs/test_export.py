@@ -158,7 +158,7 @@ def test_what_is_written_beside_the_program(trained, exported):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param([], id="whole"),
+        pytest.param([], id="whole", marks=pytest.mark.slow),
         pytest.param(["--freeze", "backbone", "--cache-features"], id="cached", marks=pytest.mark.slow),
     ],
 )

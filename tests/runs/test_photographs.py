@@ -173,6 +173,7 @@ def test_feature_views_and_extracted_features(pictures, tmp_path, monkeypatch, c
     assert "trained on features" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_gradients_may_be_accumulated(pictures, tmp_path):
     workdir = run(pictures, tmp_path / "run", "--micro-batches", "2", "--model.remat", "--epochs", "1")
     assert read(workdir / "result.json")["epochs"] == 1

@@ -76,6 +76,7 @@ def test_raw_files_become_an_evaluated_run(name, train, validation, test, classe
     assert evaluation["accuracy"] == pytest.approx(result["test_accuracy"]["mean"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_paper_twin_trains_on_all_and_reports_last_and_best(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     raw = write_raw("stl10", tmp_path / "raw")
