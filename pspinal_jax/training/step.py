@@ -14,6 +14,11 @@ Apply = Callable[..., Any]
 """linen's ``model.apply``."""
 
 
+MOST_ENTRIES = 8192
+"""Larger gradients are not looked at to stop a run: that makes a step of the MNIST row 15 % longer. Where one of them
+is not finite, its layer's bias or norm is hardly ever, and the loss of the next step is not."""
+
+
 class Evaluation(NamedTuple):
     """Result of evaluating a batch or a split.
 
@@ -96,7 +101,7 @@ def train_step(
     new_state = TrainState(
         step=state.step + 1, params={**state.params, **moved}, batch_stats=batch_stats, opt_state=opt_state
     )
-    finite = _all_finite(loss, gradients)
+    finite = _all_finite(loss, gradients, None if skip_nonfinite else MOST_ENTRIES)
     totals = totals.replace(  # type: ignore[attr-defined]
         bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
     )
@@ -113,12 +118,13 @@ def train_step(
     return jax.tree.map(partial(jnp.where, finite), (new_state, new_totals), (kept, left_out))
 
 
-def _all_finite(loss: jax.Array, gradients: Any) -> jax.Array:
-    """Whether the loss and every gradient is finite; a sum is not where one of its terms is not."""
-    sums = [
-        loss,
-        *(jnp.sum(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(gradients)),
-    ]
+def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> jax.Array:
+    """Whether the loss and the gradients are finite, those of arrays of more than `most_entries` left out.
+
+    A sum is not finite where one of its terms is not.
+    """
+    checked = [leaf for leaf in jax.tree.leaves(gradients) if most_entries is None or leaf.size <= most_entries]
+    sums = [loss, *(jnp.sum(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in checked)]
     return jnp.all(jnp.isfinite(jnp.stack([total.astype(jnp.float32) for total in sums])))
 
 
