@@ -123,10 +123,12 @@ def check_equal(passes: dict[str, Callable[[], Batches]]) -> None:
 
 
 def measure(passes: dict[str, Callable[[], Batches]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Per alternative and round: pictures_per_second after the warm-up, and seconds to the first batch; in turn."""
-    results: dict[str, dict[str, list[float]]] = {
-        name: {"pictures_per_second": [], "seconds_to_first_batch": []} for name in passes
-    }
+    """Per alternative and round, in turn: seconds to the first batch, pictures a second, and seconds to end.
+
+    The rate is that from the warm-up to the last batch; what follows, until the workers have gone, is 'seconds_to_end'.
+    """
+    kinds = ("pictures_per_second", "seconds_to_first_batch", "seconds_to_end")
+    results: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in passes}
     for _ in range(rounds):
         for name, start in passes.items():
             begin = time.perf_counter()
@@ -135,9 +137,11 @@ def measure(passes: dict[str, Callable[[], Batches]], rounds: int) -> dict[str, 
             results[name]["seconds_to_first_batch"].append(time.perf_counter() - begin)
             for _ in itertools.islice(batches, _WARM_UP - 1):
                 pass
-            begin = time.perf_counter()
-            count = sum(len(labels) for _, labels in batches)
-            results[name]["pictures_per_second"].append(count / (time.perf_counter() - begin))
+            begin, count = time.perf_counter(), 0
+            for _, labels in batches:
+                count, last = count + len(labels), time.perf_counter()
+            results[name]["pictures_per_second"].append(count / (last - begin))
+            results[name]["seconds_to_end"].append(time.perf_counter() - last)
     return results
 
 
@@ -194,14 +198,15 @@ def format_report(results: dict[str, Any]) -> str:
     lines = [
         f"{results['title']}; {results['device']['kind']}",
         "",
-        "| alternative | pictures/s, median | each | s to the first batch | ours is faster by |",
-        "|---|---|---|---|---|",
+        "| alternative | pictures/s, median | each | s to the first batch | s to end | ours is faster by |",
+        "|---|---|---|---|---|---|",
     ]
     for name, values in results["alternatives"].items():
         each = ", ".join(f"{rate:.0f}" for rate in values["pictures_per_second"])
         times = results["times_faster"].get(name)
         lines.append(
             f"| {name} | {results['median'][name]:.0f} | {each} | {np.median(values['seconds_to_first_batch']):.1f} | "
+            f"{np.median(values['seconds_to_end']):.1f} | "
             f"{'(ours)' if times is None else f'{times:.2f} x'} |"
         )
     return "\n".join(lines + [f"\nleft out: {reason}" for reason in results["left_out"]])

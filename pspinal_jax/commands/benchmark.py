@@ -82,7 +82,7 @@ class InputArguments:
 
     workdir: Path = Path("runs/benchmark-input")
     """Where results.json and results.png go."""
-    pictures: int = 1024
+    pictures: int = 4800
     """Pictures in a pass."""
     workers: int = 2
     """Worker processes."""

@@ -54,17 +54,12 @@ def stream(
     if not len(order):
         return
     workers = min(workers, -(-len(order) // batch_size))  # grain has no use for a worker without a batch
-    batches = _Running(_pipeline(photos.take(order), size, batch_size, workers))
+    photos = photos.take(order)
+    batches = _Running(_pipeline(photos, size, batch_size, workers))
     try:
-        while True:
-            try:
-                images, labels = batches.read()
-            except StopIteration:
-                return
-            # From a worker they lie in shared memory, of which there may be little.
-            batch = np.array(images), np.array(labels)
-            del images, labels
-            yield batch
+        for first in range(0, len(order), batch_size):
+            # From a worker the images lie in shared memory, of which there may be little.
+            yield np.array(batches.read()), photos.labels[first : first + batch_size].astype(np.int32)
     finally:
         batches.close()
 
@@ -104,8 +99,8 @@ class _Running:
 
 def _pipeline(photos: Photos, size: tuple[int, int], batch_size: int, workers: int) -> Any:
     grain = _import_grain()
-    # Batches are made before the work is divided: grain deals out what it reads, and here that has to be whole batches.
-    batches = grain.MapDataset.source(_Examples(photos, size)).batch(batch_size)
+    # Whole batches are the elements, for grain deals out elements to the workers.
+    batches = grain.MapDataset.source(_Batches(photos, size, batch_size))
     if workers == 0:
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
@@ -138,19 +133,22 @@ def _import_grain() -> Any:
     return grain
 
 
-class _Examples:
-    """Decoded examples by number; picklable."""
+class _Batches:
+    """Images of batches by number; picklable."""
 
-    def __init__(self, photos: Photos, size: tuple[int, int]) -> None:
-        self.photos, self.size = photos, size
+    def __init__(self, photos: Photos, size: tuple[int, int], batch_size: int) -> None:
+        self._photos, self._size, self._batch_size = photos, size, batch_size
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return -(-len(self._photos) // self._batch_size)
 
-    def __getitem__(self, index: SupportsIndex) -> tuple[np.ndarray, np.ndarray]:
-        number = index.__index__()
-        try:
-            image = decode(self.photos.encoded[number], self.size)
-        except (DataError, OSError) as error:
-            raise DataError(f"{self.photos.encoded.name(number)}: {error}") from None
-        return image, self.photos.labels[number]
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
+        first = index.__index__() * self._batch_size
+        numbers = range(first, min(first + self._batch_size, len(self._photos)))
+        images = np.empty((len(numbers), *self._size, 3), np.uint8)
+        for image, number in zip(images, numbers, strict=True):
+            try:
+                image[:] = decode(self._photos.encoded[number], self._size)
+            except (DataError, OSError) as error:
+                raise DataError(f"{self._photos.encoded.name(number)}: {error}") from None
+        return images
