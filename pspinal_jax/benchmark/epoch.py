@@ -71,23 +71,13 @@ def torch_epochs(recipe: Recipe, data: tuple[np.ndarray, np.ndarray]) -> dict[st
 
 def _published_shape(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], params: Any) -> Work:
     import torch
-    from PIL import Image
     from torch.nn import functional
 
-    from pspinal_jax.benchmark.torch_peer import torch_device
+    from pspinal_jax.benchmark.torch_peer import PictureExamples, torch_device
 
     images, labels = data
-    mean, std = recipe.data.mean, recipe.data.std
-
-    class Examples(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return len(images)
-
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            pixels = np.asarray(Image.fromarray(images[index, :, :, 0]))
-            return (torch.from_numpy(pixels.copy()).float().div(255).unsqueeze(-1) - mean) / std, int(labels[index])
-
-    loader = torch.utils.data.DataLoader(Examples(), recipe.batch_size, shuffle=True, drop_last=True)
+    examples = PictureExamples(images[..., 0], labels, recipe.data.mean, recipe.data.std)
+    loader = torch.utils.data.DataLoader(examples, recipe.batch_size, shuffle=True, drop_last=True)
     _, model = torch_step(recipe, data, params, compiled=False)
     optimizer = torch.optim.SGD(model.parameters(), recipe.optimizer.learning_rate, recipe.optimizer.momentum)
     device = torch_device()

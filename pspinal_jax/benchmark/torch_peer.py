@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
@@ -101,7 +101,26 @@ def make_step(
 
 def torch_device() -> str:
     """The device that the comparison runs on: a GPU where JAX runs on one."""
+    import jax  # not needed by who runs PyTorch alone
+
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+class PictureExamples(torch.utils.data.Dataset):
+    """Images uint8 [N, H, W] one by one as PIL pictures made into tensors, as the published scripts' loaders do it."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, mean: Any, std: Any) -> None:
+        self._images, self._labels, self._mean, self._std = images, labels, mean, std
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """A standardised image [H, W, 1] and its label."""
+        pixels = np.array(Image.fromarray(self._images[index]))
+        return (torch.from_numpy(pixels).float().div(255).unsqueeze(-1) - self._mean) / self._std, int(
+            self._labels[index]
+        )
 
 
 def make_head(shape: Any, dropout_rate: float, params: dict[str, Any]) -> TorchProgressiveHead:

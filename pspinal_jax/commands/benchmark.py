@@ -62,6 +62,10 @@ class CompileArguments:
     """Where results.json and results.png go."""
     rounds: int = 3
     """How often it is run with each cache."""
+    published_data: Path | None = None
+    """Time the MNIST row's published settings in PyTorch too, on this .npz file."""
+    published_epochs: int = 50
+    """For so many epochs; the script has 50."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +186,8 @@ def _compile(arguments: CompileArguments, command: str) -> None:
 
     recipe, *flags = arguments.train
     words = [recipe, *(f"--{flag}" for flag in flags)]
-    report(arguments.workdir, words, arguments.rounds, command)
+    published = None if arguments.published_data is None else (arguments.published_data, arguments.published_epochs)
+    report(arguments.workdir, words, arguments.rounds, command, published)
 
 
 def _depth(arguments: DepthArguments, command: str) -> None:

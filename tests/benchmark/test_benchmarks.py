@@ -10,6 +10,7 @@ import pytest
 from pspinal_jax.__main__ import main
 from pspinal_jax.benchmark import head
 from pspinal_jax.benchmark.report import Measurement, write_report
+from pspinal_jax.benchmark.start_up import measure_published
 from pspinal_jax.benchmark.timing import Timing, median_interval, ratio, time_interleaved
 
 SMALL = head.Shape(6, 4, 3, 2, 5)
@@ -115,6 +116,23 @@ def test_compile_times_a_run_without_and_with_its_cache(tmp_path, capsys):
 def test_compile_says_why_a_run_failed(tmp_path, capsys):
     assert main(["benchmark", "compile", "--rounds", "1", "--workdir", str(tmp_path), "--train", "digitz"]) == 1
     assert "unknown recipe 'digitz'" in capsys.readouterr().err
+
+
+@pytest.mark.torch
+def test_the_published_settings_are_trained_in_pytorch(tmp_path):
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    labels = np.arange(1280) % 10
+    images = rng.integers(0, 100, (1280, 28, 28), np.uint8)
+    images[np.arange(1280), labels] += 150
+    arrays = {
+        f"{split}_{kind}": a for split in ("train", "test") for kind, a in (("images", images), ("labels", labels))
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    first, second = measure_published(tmp_path / "data.npz", 2)
+    assert (first["epoch"], second["epoch"]) == (1, 2)
+    assert 0 < first["seconds"] < second["seconds"]
+    assert 20 < first["test"] < second["test"]
 
 
 @pytest.mark.torch
