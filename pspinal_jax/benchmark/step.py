@@ -23,10 +23,15 @@ _STEPS_COMPARED = 5
 _TOLERANCE = 1e-3
 
 
-def benchmark_recipe(name: str) -> Recipe:
+def benchmark_recipe(name: str, batch_size: int | None = None, dtype: str = "float32") -> Recipe:
     """The recipe `name` without augmentation, which is measured by itself."""
     recipe = load_recipe(name)
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment="none"))
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, augment="none"),
+        batch_size=batch_size or recipe.batch_size,
+        dtype=dtype,  # type: ignore[arg-type]
+    )
 
 
 def fake_data(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +131,13 @@ def torch_step(
     """PyTorch's training step on the examples at given indices, from our initial `params`, and its model."""
     import torch
 
-    from pspinal_jax.benchmark.torch_peer import TorchClassifier, TorchProgressiveHead, make_step, torch_device
+    from pspinal_jax.benchmark.torch_peer import (
+        TorchClassifier,
+        TorchProgressiveHead,
+        computing_in,
+        make_step,
+        torch_device,
+    )
     from pspinal_jax.benchmark.torch_vgg5 import TorchVGG5
 
     config, backbone, num_features = recipe.model, None, 784
@@ -142,7 +153,8 @@ def torch_step(
     images = torch.from_numpy(data[0]).to(device)
     labels = torch.from_numpy(data[1].astype(np.int64)).to(device)
     optimizer = _torch_optimizer(recipe, model)
-    return make_step(model, optimizer, images, labels, recipe.data.mean, recipe.data.std, compiled), model
+    forward = computing_in(recipe.dtype, model)
+    return make_step(forward, optimizer, images, labels, recipe.data.mean, recipe.data.std, compiled), model
 
 
 def _torch_optimizer(recipe: Recipe, model: Any) -> Any:
@@ -155,7 +167,7 @@ def _torch_optimizer(recipe: Recipe, model: Any) -> Any:
 
 
 def check_equal(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], compiled: bool) -> None:
-    """Without dropout, the losses of the first steps must be the same on both sides.
+    """In float32 and without dropout, the losses of the first steps must be the same on both sides.
 
     Every loss after the first depends on all updates before it. (Adam turns rounding into steps of full length where a
     gradient is zero, so parameters cannot be compared one by one, and its steps are kept small here.)
@@ -169,7 +181,8 @@ def check_equal(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], compiled: b
 
     largest = 1e-3 if recipe.optimizer.name == "sgd" else 1e-4
     slow = dataclasses.replace(recipe.optimizer, learning_rate=min(recipe.optimizer.learning_rate, largest))
-    plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout_rate=0.0), optimizer=slow)
+    without_dropout = dataclasses.replace(recipe.model, dropout_rate=0.0)
+    plain = dataclasses.replace(recipe, dtype="float32", model=without_dropout, optimizer=slow)
     ours = JaxStep(plain, data)
     step, _ = torch_step(plain, data, ours.params, compiled)
     order = torch.from_numpy(np.array(ours.plan.order)).long().to(torch_device())

@@ -72,7 +72,7 @@ class TorchClassifier(nn.Module):
 
 
 def make_step(
-    model: nn.Module,
+    model: Callable[[torch.Tensor], torch.Tensor],
     optimizer: torch.optim.Optimizer,
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -97,6 +97,19 @@ def make_step(
         return loss
 
     return step
+
+
+def computing_in(dtype: str, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`model` with its products in `dtype` (by autocast for bfloat16) and logits in float32."""
+    if dtype == "float32":
+        return model
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(inputs.device.type, getattr(torch, dtype)):
+            logits: torch.Tensor = model(inputs)
+        return logits.float()
+
+    return forward
 
 
 def torch_device() -> str:

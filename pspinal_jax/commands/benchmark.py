@@ -16,10 +16,15 @@ NO_TORCH = "PyTorch eager and torch.compile: torch is not installed (extra `torc
 class StepArguments:
     """One training step of a recipe inside the compiled epoch, beside its peers."""
 
-    recipe: Literal["mnist-paper", "kmnist-paper"] = "mnist-paper"
-    """mnist-paper: the head on 784 pixels; kmnist-paper: VGG-5 and head, without the augmentation."""
+    recipe: Literal["mnist-paper", "kmnist-paper", "caltech101-paper"] = "mnist-paper"
+    """mnist-paper: the head on 784 pixels; kmnist-paper: VGG-5 and head; caltech101-paper: Wide-ResNet-101-2 and head
+    on photographs. Without augmentation."""
     workdir: Path = Path("runs/benchmark-step")
     """Where results.json and results.png go."""
+    batch_size: int | None = None
+    """Examples a step; the recipe's by default."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype to compute in."""
     rounds: int = 15
     """How often each alternative is timed, in turn with the others."""
     seconds_per_round: float = 0.4
@@ -115,23 +120,45 @@ def main(args: Sequence[str]) -> int:
 
 
 def _step(arguments: StepArguments, command: str) -> None:
+    import jax.numpy as jnp
+
     from pspinal_jax.benchmark.ceilings import measured_ceilings
     from pspinal_jax.benchmark.report import Measurement, write_report
-    from pspinal_jax.benchmark.step import OURS, JaxStep, benchmark_recipe, fake_data, step_flops, torch_steps
+    from pspinal_jax.benchmark.step import benchmark_recipe
     from pspinal_jax.benchmark.timing import time_interleaved
 
-    recipe, data = benchmark_recipe(arguments.recipe), fake_data()
-    ours, by_call = JaxStep(recipe, data), JaxStep(recipe, data)
-    work = {OURS: ours.run, "jitted step, Python loop": by_call.run_one_by_one}
-    left_out = []
-    try:
-        work |= torch_steps(recipe, data, ours)
-    except ImportError:
-        left_out.append(NO_TORCH)
+    recipe = benchmark_recipe(arguments.recipe, arguments.batch_size, arguments.dtype)
+    work, flops, left_out = (_small_step if recipe.data.image_size is None else _photo_step)(recipe)
+    ours = next(iter(work))
     timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
     title = f"one training step of {arguments.recipe}, batch {recipe.batch_size}, {recipe.dtype}"
-    measurement = Measurement(title, timings, OURS, step_flops(recipe))
-    write_report(arguments.workdir, [measurement], left_out, command, measured_ceilings())
+    ceilings = measured_ceilings(jnp.dtype(recipe.dtype))
+    write_report(arguments.workdir, [Measurement(title, timings, ours, flops)], left_out, command, ceilings)
+
+
+def _small_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
+    """Alternatives, ours first; operations of a step; what is left out."""
+    from pspinal_jax.benchmark.step import OURS, JaxStep, fake_data, step_flops, torch_steps
+
+    data = fake_data()
+    ours, by_call = JaxStep(recipe, data), JaxStep(recipe, data)
+    work = {OURS: ours.run, "jitted step, Python loop": by_call.run_one_by_one}
+    try:
+        return work | torch_steps(recipe, data, ours), step_flops(recipe), []
+    except ImportError:
+        return work, step_flops(recipe), [NO_TORCH]
+
+
+def _photo_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
+    """As `_small_step`."""
+    from pspinal_jax.benchmark.photo_step import OURS, PhotoStep, fake_pictures, photo_step_flops, torch_photo_steps
+
+    batch = fake_pictures(recipe)
+    ours, flops = PhotoStep(recipe, batch), photo_step_flops(recipe)
+    try:
+        return {OURS: ours.run} | torch_photo_steps(recipe, batch, ours), flops, []
+    except ImportError:
+        return {OURS: ours.run}, flops, [NO_TORCH]
 
 
 def _head(arguments: HeadArguments, command: str) -> None:

@@ -1,70 +1,9 @@
-"""ResNets in PyTorch with torchvision's names for their tensors, to compare ours with. A helper, not a test."""
+"""ResNets in PyTorch with random tensors, to compare ours with. A helper, not a test."""
 
 import torch
 from torch import nn
 
-DEPTHS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-
-
-class Block(nn.Module):
-    """relu(f(x) + x), or of downsample(x) where f changes the shape; f is two or three convolutions."""
-
-    def __init__(self, fan_in, convs):
-        super().__init__()
-        self.count, width, total = len(convs), fan_in, 1
-        for index, (channels, side, stride) in enumerate(convs, start=1):
-            conv = nn.Conv2d(width, channels, side, stride, padding=side // 2, bias=False)
-            setattr(self, f"conv{index}", conv)
-            setattr(self, f"bn{index}", nn.BatchNorm2d(channels))
-            width, total = channels, total * stride
-        self.downsample = None
-        if total > 1 or fan_in != width:
-            self.downsample = nn.Sequential(nn.Conv2d(fan_in, width, 1, total, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x):
-        y = x
-        for index in range(1, self.count + 1):
-            y = getattr(self, f"bn{index}")(getattr(self, f"conv{index}")(y))
-            y = torch.relu(y) if index < self.count else y
-        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-class TorchResNet(nn.Module):
-    """Images [N, 3, H, W] to what `fc` makes of the features: logits, or the features themselves if there is none."""
-
-    def __init__(self, depth, width_factor=1, fc=None):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64)
-        fan_in = 64
-        for stage, count in enumerate(DEPTHS[depth], start=1):
-            channels, blocks = 32 * 2**stage, []
-            for number in range(count):
-                stride = 2 if stage > 1 and number == 0 else 1
-                if depth < 50:
-                    convs = [(channels, 3, stride), (channels, 3, 1)]
-                else:
-                    width = channels * width_factor
-                    convs = [(width, 1, 1), (width, 3, stride), (4 * channels, 1, 1)]
-                blocks.append(Block(fan_in, convs))
-                fan_in = convs[-1][0]
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.num_features = fan_in
-        self.fc = nn.Identity() if fc is None else fc(fan_in)
-
-    def trace(self, images):
-        """What `forward` gives, and what leaves the stem and every block, in NHWC by our names."""
-        seen = {}
-        x = torch.relu(self.bn1(self.conv1(images)))
-        seen["stem"] = x
-        x = nn.functional.max_pool2d(x, 3, 2, padding=1)
-        for stage in range(1, 5):
-            for number, block in enumerate(getattr(self, f"layer{stage}"), start=1):
-                x = block(x)
-                seen[f"stage_{stage}/block_{number}"] = x
-        return self.fc(x.mean((2, 3))), {name: value.permute(0, 2, 3, 1) for name, value in seen.items()}
-
-    def forward(self, images):
-        return self.trace(images)[0]
+from pspinal_jax.benchmark.torch_resnet import TorchResNet as TorchResNet
 
 
 def randomised(model, seed=0):

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, in small; their numbers are not tested."""
 
 import builtins
+import dataclasses
 import json
 
 import jax
@@ -9,9 +10,11 @@ import pytest
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.benchmark import head
+from pspinal_jax.benchmark.flops import count_flops
 from pspinal_jax.benchmark.report import Measurement, write_report
 from pspinal_jax.benchmark.start_up import measure_published
 from pspinal_jax.benchmark.timing import Timing, median_interval, ratio, time_interleaved
+from pspinal_jax.errors import RunError
 
 SMALL = head.Shape(6, 4, 3, 2, 5)
 
@@ -165,8 +168,6 @@ def test_an_unknown_benchmark_is_named(capsys):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_pytorch_computes_the_same_and_a_difference_is_noticed(monkeypatch):
     pytest.importorskip("torch")
-    from pspinal_jax.errors import RunError
-
     case = head.Case(SMALL)
     for work in list(head.torch_alternatives(case).values())[:1]:
         work(2)
@@ -174,3 +175,42 @@ def test_pytorch_computes_the_same_and_a_difference_is_noticed(monkeypatch):
     monkeypatch.setattr(head.Case, "gradient", lambda case, *how: lambda *given: (given[0], given[1]))
     with pytest.raises(RunError, match="fused's gradient of features differs from PyTorch's"):
         head.check_equal(case)
+
+
+def test_flops_are_counted_in_traced_functions():
+    def function(x, kernel, matrix):
+        maps = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.jit(lambda y: y @ matrix)(maps)
+
+    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((2, 5, 5, 3), (3, 3, 3, 7), (7, 4))]
+    assert count_flops(function, *shapes) == 2 * 2 * 25 * (27 * 7 + 7 * 4)
+
+
+def small_photographs(monkeypatch):
+    from pspinal_jax.benchmark import photo_step, step
+
+    monkeypatch.setattr(photo_step, "NUM_CLASSES", 5)
+    recipe = step.benchmark_recipe("caltech101-paper", batch_size=4)
+    return photo_step, dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, image_size=64),
+        model=dataclasses.replace(recipe.model, backbone="resnet18", layer_width=8),
+    )
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_step_on_photographs_is_the_same_in_pytorch(monkeypatch):
+    pytest.importorskip("torch")
+    photo_step, recipe = small_photographs(monkeypatch)
+    batch = photo_step.fake_pictures(recipe)
+    assert photo_step.photo_step_flops(recipe) > 3 * 4 * 2 * 1e6
+    ours = photo_step.PhotoStep(recipe, batch)
+    work = photo_step.torch_photo_steps(recipe, batch, ours)
+    assert list(work) == ["PyTorch eager, channels last", "torch.compile, channels last"]
+    work["PyTorch eager, channels last"](1)
+    ours.run(1)
+    right = photo_step.resnet_state_dict
+    monkeypatch.setattr(photo_step, "resnet_state_dict", lambda *given: right(*given) | {"bn1.bias": np.ones(64, "f")})
+    with pytest.raises(RunError, match="PyTorch's loss differs from ours"):
+        photo_step.check_equal(recipe, batch)
