@@ -32,9 +32,13 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-        )
+        self._directory = directory.absolute()
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+            )
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from error
         self._last_time = -float("inf")
         self._last_cost: float | None = None
 
@@ -79,10 +83,21 @@ class CheckpointStore:
         # The first save of a process also pays for Orbax's set-up, which says nothing about the next.
         self._last_cost = 0.0 if self._last_cost is None else self._last_time - start
 
+    def finish(self) -> None:
+        """Return when the last save is on the disk.
+
+        Raises:
+          RunError: if it could not be written; what was saved before stays.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from error
+
     def _cannot_write(self, error: Exception) -> RunError:
         reason = " ".join(str(error).split())[:300]
         return RunError(
-            f"a checkpoint cannot be written to {self._manager.directory}: {reason}; earlier checkpoints are kept, "
+            f"a checkpoint cannot be written to {self._directory}: {reason}; earlier checkpoints are kept, "
             "so make room and run the same command again"
         )
 
