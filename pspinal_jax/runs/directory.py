@@ -180,6 +180,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
     return RunError(
-        f"{path} cannot be written: {error.strerror or error}; what was written before is kept, so put that right "
-        "and run the same command again"
+        f"{path} cannot be written: {error.strerror or error}; put that right and run the same command again: "
+        "what was written before is kept"
     )

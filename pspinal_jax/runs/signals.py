@@ -1,36 +1,33 @@
-"""A request to stop, from Ctrl-C or SIGTERM."""
+"""Ctrl-C and SIGTERM: before a run has anything to save, and while it has."""
 
+import contextlib
 import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
     """The user asked to stop, and the run was saved."""
 
 
-class StoppedEarly(KeyboardInterrupt):
-    """The user asked to stop before there was anything to save. Libraries let a KeyboardInterrupt pass."""
-
-
 class StopRequest:
-    """Answers SIGINT and SIGTERM while used in a `with`; a second signal ends the program at once.
+    """Catches SIGINT and SIGTERM while used in a `with`, for whoever can save to look at between two pieces of work.
 
-    At first a signal raises StoppedEarly where the program happens to be: imports, reading data. From `defer` on it is
-    only remembered, and whoever can save looks at `received` between two pieces of work.
+    A second signal ends the program at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._deferred = False
         self._before: dict[signal.Signals, object] = {}
-        self._fd_before = -1
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._receive)
             numbers, self._numbers = socket.socketpair()
             self._numbers.setblocking(False)
@@ -45,20 +42,8 @@ class StopRequest:
             signal.set_wakeup_fd(self._fd_before)
             self._numbers.close()
 
-    def defer(self) -> None:
-        """From now on remember a signal instead of raising.
-
-        Raises:
-          StoppedEarly: if one came already, and somebody caught what it raised.
-        """
-        self._deferred = True
-        if self.received is not None:
-            raise StoppedEarly(self.received.name)
-
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        if not self._deferred:
-            raise StoppedEarly(self.received.name)
 
 
 def _end_at_the_second(numbers: socket.socket) -> None:
@@ -69,6 +54,26 @@ def _end_at_the_second(numbers: socket.socket) -> None:
     seen = 0
     with numbers:
         while number := numbers.recv(1):
-            seen += number[0] in (signal.SIGINT, signal.SIGTERM)
+            seen += number[0] in _SIGNALS
             if seen == 2:
                 os._exit(128 + number[0])  # as shells report a program that the signal ended
+
+
+@contextlib.contextmanager
+def leave_at_once(advice: str) -> Iterator[None]:
+    """In a `with`, SIGINT and SIGTERM end the program with status 0 and a line that ends in `advice`.
+
+    For a command that has nothing to save yet. It raises nothing: in the middle of an import, or of a library's
+    callback, an exception would come out as another one, or as a traceback.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"stopped by {signal.Signals(number).name}; {advice}\n".encode())
+        os._exit(0)
+
+    before = {number: signal.signal(number, leave) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -25,22 +25,13 @@ from pspinal_jax.runs.trainer import Trainer
 from pspinal_jax.runs.versions import device, versions
 
 
-def train(recipe: Recipe, options: RunOptions, stop: StopRequest | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Run `recipe`, or what is left of it, in its run directory, and return what result.json holds.
-
-    Args:
-      recipe: what to compute.
-      options: where and how.
-      stop: catches signals already; by default one of its own does, from here on.
 
     Raises:
       PSpinalError: with one line that says what is wrong and what to do.
       Stopped: after SIGINT or SIGTERM, once the run is saved.
-      StoppedEarly: after either, before there was anything to save.
     """
-    if stop is None:
-        with StopRequest() as stop:
-            return train(recipe, options, stop)
     if options.tensorboard:
         check_installed()
     enable_compilation_cache()
@@ -60,16 +51,16 @@ def train(recipe: Recipe, options: RunOptions, stop: StopRequest | None = None) 
         setup, start = set_up(head_recipe(recipe), features), {}
     else:
         setup = set_up(recipe, data, options.workers)
-    stop.defer()
-    with CheckpointStore(directory.checkpoints_path) as store:
-        trainer = Trainer(setup, directory, store, stop, options.checkpoint_seconds, start)
-        trainer.run()
-        result = make_result(trainer)
-    lines = directory.metrics()
-    plot_curves(lines, directory.curves_path, f"{recipe.card.name} ({recipe.model.head} head)")
-    if options.tensorboard:
-        write_events(lines, directory.path / "tensorboard")
-    write_json(directory.result_path, result)
+    with StopRequest() as stop:
+        with CheckpointStore(directory.checkpoints_path) as store:
+            trainer = Trainer(setup, directory, store, stop, options.checkpoint_seconds, start)
+            trainer.run()
+            result = make_result(trainer)
+        lines = directory.metrics()
+        plot_curves(lines, directory.curves_path, f"{recipe.card.name} ({recipe.model.head} head)")
+        if options.tensorboard:
+            write_events(lines, directory.path / "tensorboard")
+        write_json(directory.result_path, result)
     return result
 
 

@@ -2,8 +2,8 @@
 
     python tests/runs/marked_train.py FOLDER AIM train digits ..
 
-FOLDER gets `now` (what the run is doing, and how far it is) and `log.jsonl` (what it went on from, when it was signalled,
-how long things took). AIM is JSON: {"doing": .., "time": 1 for the first, "delay": seconds, "signal": 9}, or null.
+FOLDER gets `now` (what the run is doing, and how far it is) and `log.jsonl` (what it went on from, when it was
+signalled, how long things took). AIM is JSON: {"doing": .., "time": 1 for the first, "delay": seconds, "signal": 9}, or null.
 """
 
 import contextlib
@@ -55,6 +55,11 @@ class Marks:
     def leave(self) -> None:
         """Note that it does again what it did before."""
         self._stack.pop()
+        self._write()
+
+    def base(self, doing: str) -> None:
+        """What it does outside every marked call from now on."""
+        self._stack[0] = doing
         self._write()
 
     def log(self, **event) -> None:
@@ -130,17 +135,19 @@ def main() -> int:
     folder, aim, *command = sys.argv[1:]
     marks = Marks(Path(folder), json.loads(aim))
     from pspinal_jax.__main__ import main as run
-    from pspinal_jax.runs import signals
+    from pspinal_jax.commands import train
 
-    enter = signals.StopRequest.__enter__
+    leave_at_once = train.leave_at_once
 
-    def marked_enter(self):
-        enter(self)
-        with marks.doing("imports"):  # they happen here without marks too
-            mark_calls(marks)
-        return self
+    @contextlib.contextmanager
+    def marked(advice):
+        with leave_at_once(advice):
+            with marks.doing("imports"):  # they happen here without marks too
+                mark_calls(marks)
+            marks.base("the loop")
+            yield
 
-    signals.StopRequest.__enter__ = marked_enter
+    train.leave_at_once = marked
     status = run(command)
     means = {name: sum(durations) / len(durations) for name, durations in marks.durations.items()}
     marks.log(event="end", seconds=time.time() - START, means=means)
