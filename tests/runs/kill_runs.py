@@ -88,15 +88,11 @@ class Runs:
         """A process of the run `name`; each run has a compilation cache of its own, empty at first."""
         for mark in self.marks.iterdir():
             mark.unlink()
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+        cache = ("JAX_COMPILATION_", "JAX_PERSISTENT_")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(cache)}
         environment |= {"PSPINAL_JAX_CACHE": str(self.folder / f"{name}-cache"), "PYTHONPATH": str(REPOSITORY)}
-        command = [
-            sys.executable,
-            str(DRIVER),
-            str(self.marks),
-            json.dumps(aim),
-            *train_command(self.data, self.folder / name),
-        ]
+        driver = [sys.executable, str(DRIVER), str(self.marks), json.dumps(aim)]
+        command = driver + train_command(self.data, self.folder / name)
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder
         )
@@ -207,11 +203,12 @@ def run_kills(count: int, seed: int, folder: Path) -> dict:
         rows: list[dict] = []
         for aim in aims[: count - len(table["kills"])]:
             row = kill_one(runs, name, aim)
-            if row is None:
+            if row is None:  # the run ended before it came to that
                 break
             rows.append(row)
             print(len(table["kills"]) + len(rows), row, flush=True)
-        steps = finish(runs, name)
+        ended_at = runs.log().get("restored", {}).get("steps")
+        steps = ended_at if (folder / name / "result.json").exists() else finish(runs, name)
         for row in reversed(rows):  # what the next process that came so far went on from
             row["resumed_from_step"] = None if row["ended"] else steps
             steps = steps if row["restored"] is None else row.pop("restored")
@@ -238,24 +235,25 @@ def page(table: dict) -> str:
     lines = [
         "# Runs killed at random moments",
         "",
-        f"`{table['command']}` on {table['hardware']}, jax {table['versions']['jax']}, Python "
-        f"{table['versions']['python']}, in {table['minutes']} minutes (other work on the same cores).",
+        f"`{table['command']}` on {table['hardware']} (shared with other work), jax",
+        f"{table['versions']['jax']}, Python {table['versions']['python']}: {table['minutes']} minutes. Written by that command.",
         "",
-        "Each run is `pspinal-jax " + table["train"] + "`: batch norm, dropout, selection on validation data, and a",
-        f"second training on all data. Undisturbed it takes {table['undisturbed_seconds']} s. Each is killed, started",
-        "again with the same command, killed again, and in the end left alone. Then its last checkpoint (checksums of",
-        "every leaf of parameters, running statistics, optimiser state and best parameters), metrics.jsonl,",
-        "result.json and curves.png are compared with the undisturbed run's, bit for bit, times excepted:",
+        f"Each run is `pspinal-jax {table['train']}`:",
+        "batch norm, dropout, selection on validation data, and a second training on all data; 1,400 images of 8x8.",
+        f"Undisturbed it took {table['undisturbed_seconds']} s. A run is killed, started again with the same command, killed",
+        "again, and in the end left alone. Then its last checkpoint (checksums of every leaf of parameters, running",
+        "statistics, optimiser state and best parameters), metrics.jsonl, result.json and curves.png are compared with the",
+        "undisturbed run's, bit for bit, but for the times in them:",
         "",
         *(
             f"- {name}: {'equal' if not unequal else 'DIFFERENT: ' + ', '.join(unequal)}"
             for name, unequal in table["runs"].items()
         ),
         "",
-        "Seconds are since the start of the process. Some moments are aimed at what the run does, at once or somewhere",
-        "in its usual length; some are random. Exit status -9 and -15 are the signal's own; -15 is seen only in the",
-        "interpreter's first moments, before the command has begun. 0 is a stop that saved, or that had nothing to",
-        'save, and said how to go on; "ended" that the run was about to end and did.',
+        "Seconds are since the start of the process; epochs and steps are those done by then in both trainings. Most",
+        "moments are aimed at something that the run does, at its start or somewhere in its usual length; some are random.",
+        "Exit status -9 and -15 are the signal's own; -15 is seen only before the command has begun. 0 is a stop that",
+        'saved, or had nothing to save, and said how to go on; "ended" says that the run was about to end and did.',
         "",
         "| | run | signal | after s | doing | stage | epochs | steps | exit status | said | went on from step |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

@@ -3,7 +3,8 @@
     python tests/runs/marked_train.py FOLDER AIM train digits ..
 
 FOLDER gets `now` (what the run is doing, and how far it is) and `log.jsonl` (what it went on from, when it was
-signalled, how long things took). AIM is JSON: {"doing": .., "time": 1 for the first, "delay": seconds, "signal": 9}, or null.
+signalled, how long things took). AIM is JSON, null for none:
+{"doing": .., "time": 1 for the first time that it does it, "delay": seconds from there on, "signal": 9}.
 """
 
 import contextlib
