@@ -14,7 +14,7 @@ EXAMPLES = {
     "other_model_jax_resnet": "jax-resnet",
     "other_model_equimo": "equimo",
 }
-FEWER_STEPS = {"other_model_jax_resnet": ["--steps", "20", "--hidden-sizes", "16", "16", "32", "32"]}
+SMALLER = {"other_model_jax_resnet": ["--hidden-sizes", "32", "32", "64", "64"]}
 FOLDER = REPOSITORY / "docs" / "examples"
 
 pytestmark = pytest.mark.slow
@@ -44,9 +44,9 @@ def environment(tmp_path_factory):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_with_its_own_extra_only(name, environment, tmp_path):
     commands = environment(EXAMPLES[name])
-    printed = run(commands / "python", FOLDER / f"{name}.py", *FEWER_STEPS.get(name, []), cwd=tmp_path)
+    printed = run(commands / "python", FOLDER / f"{name}.py", *SMALLER.get(name, []), cwd=tmp_path)
     *_, accuracy = re.findall(r"test accuracy (\d\.\d+)", printed)
-    assert float(accuracy) > (0.5 if name in FEWER_STEPS else 0.9)
+    assert float(accuracy) > (0.7 if name in SMALLER else 0.9)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
