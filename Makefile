@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 WORKERS ?= 2
 DIST ?= dist
 
-.PHONY: train test test-torch test-slow lint notebooks docs wheel clean
+.PHONY: train test test-torch test-slow test-clean lint notebooks docs wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/pspinal-jax train $(RECIPE) $(ARGS)
@@ -20,6 +20,10 @@ test-torch: $(VENV)/.installed-torch
 
 test-slow: $(VENV)/.installed-slow
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Every example in a new environment with its own extra only; about 15 minutes, most of them pip's.
+test-clean: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/packaging/test_clean_environments.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

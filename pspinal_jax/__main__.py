@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in `argv` (by default the process's arguments) and return the exit status: 0, 1 or 2."""
+    """Run the command in `argv` (by default the process's arguments) and return the exit status: 0, 1, 2 or 130."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     except BrokenPipeError:
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130  # as shells report a program that SIGINT ended
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

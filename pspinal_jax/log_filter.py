@@ -1,12 +1,13 @@
 """TFDS and Orbax tell at every start, through absl's log, what a user can do nothing about."""
 
 import logging
+from pathlib import Path
 
 
 def quiet_absl() -> None:
-    """Let only errors of absl's logger through."""
-    logging.getLogger("absl").addFilter(_is_error)
+    """Let only errors of absl's logger through, and none of Orbax, which raises them too."""
+    logging.getLogger("absl").addFilter(_is_news)
 
 
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+def _is_news(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR and "orbax" not in Path(record.pathname).parts

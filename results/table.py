@@ -13,6 +13,7 @@ HEADER = """# Results
 Every line is a run whose `result.json` lies in the folder named last. "paper" is the figure that the paper reports.
 Ours is mean ± standard deviation over seeds, in percent of the test split; seconds are training and evaluation of all
 seeds together, without imports and compilation. Where seeds were runs of their own, each has its `result_seed_K.json`.
+Not a run but a table of its own: [kills](kills/README.md), 50 moments at which runs were killed.
 """
 
 

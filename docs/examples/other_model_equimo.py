@@ -1,6 +1,6 @@
 """A vision transformer of Equimo (Equinox) with its classifier replaced by the progressive head, trained on digits.
 
-pip install 'pspinal-jax[examples]'
+In a checkout: pip install '.[equimo]'
 """
 
 import argparse

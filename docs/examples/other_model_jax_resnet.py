@@ -1,6 +1,6 @@
 """ResNet-18 of jax-resnet (linen) with its classifier replaced by the progressive head, trained on digits.
 
-pip install 'pspinal-jax[examples]'
+In a checkout: pip install '.[jax-resnet]'
 """
 
 import argparse

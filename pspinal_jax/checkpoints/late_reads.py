@@ -1,9 +1,11 @@
-"""Silence for reads that finish after Orbax has given up on a damaged checkpoint.
+"""Silence for reads and writes that end after Orbax has given up on a damaged checkpoint or a full disk.
 
-Orbax closes its event loop on the first array that it cannot read; tensorstore then reports every other one to the
-closed loop, and Python prints a traceback for each, for nothing that anyone could act on.
+Orbax raises the first array's error and closes its event loop. tensorstore then reports every other array to the closed
+loop, and Python prints a traceback for each; asyncio does so for those whose error nobody asked for. All that anyone
+could act on is in the first.
 """
 
+import logging
 import sys
 from typing import Any
 
@@ -11,7 +13,7 @@ _installed = False
 
 
 def ignore_late_reads() -> None:
-    """From now on, say nothing of 'Event loop is closed' errors that no code could catch."""
+    """From now on, say nothing of what comes after the first error; everything else is told as before."""
     global _installed
     if _installed:
         return
@@ -24,3 +26,10 @@ def ignore_late_reads() -> None:
             report(unraisable)
 
     sys.unraisablehook = filtered
+    logging.getLogger("asyncio").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    # A ValueError is what tensorstore raises where the operating system refuses.
+    return not (isinstance(error, ValueError) and "exception was never retrieved" in record.getMessage())

@@ -1,5 +1,7 @@
 """Saving and restoring through Orbax: separate items, a checksum over all, fallback to the newest whole checkpoint."""
 
+import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -32,9 +34,14 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-        )
+        ignore_late_reads()
+        self._directory = directory.absolute()
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+            )
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from error
         self._last_time = -float("inf")
         self._last_cost: float | None = None
 
@@ -79,11 +86,21 @@ class CheckpointStore:
         # The first save of a process also pays for Orbax's set-up, which says nothing about the next.
         self._last_cost = 0.0 if self._last_cost is None else self._last_time - start
 
+    def finish(self) -> None:
+        """Return when the last save is on the disk.
+
+        Raises:
+          RunError: if it could not be written; what was saved before stays.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from error
+
     def _cannot_write(self, error: Exception) -> RunError:
-        reason = " ".join(str(error).split())[:300]
         return RunError(
-            f"a checkpoint cannot be written to {self._manager.directory}: {reason}; earlier checkpoints are kept, "
-            "so make room and run the same command again"
+            f"a checkpoint cannot be written to {self._directory}: {_reason(error)}; put that right and run the same "
+            "command again: earlier checkpoints are kept"
         )
 
     def restore(self, abstract: Callable[[dict[str, Any]], Trees]) -> tuple[Trees, dict[str, Any]] | None:
@@ -94,6 +111,14 @@ class CheckpointStore:
         for newer in [other for other in self._manager.all_steps() if other > step]:
             self._manager.delete(newer)
         return trees, position
+
+
+def _reason(error: Exception) -> str:
+    """In the operating system's words, which tensorstore gives as a number at the end of many others."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else " ".join(str(error).split())[:300]
 
 
 def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) -> tuple[Trees, dict[str, Any]]:

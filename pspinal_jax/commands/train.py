@@ -12,6 +12,7 @@ from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
 from pspinal_jax.runs.options import RunOptions
+from pspinal_jax.runs.signals import Stopped, leave_at_once
 
 DEFAULT_RECIPE = "digits"
 
@@ -51,15 +52,16 @@ def take_recipe(command: str, args: Sequence[str]) -> tuple[str, Recipe, Sequenc
 
 
 def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:
-    from pspinal_jax.runs.results import describe_result
-    from pspinal_jax.runs.train import train, work_directory
-    from pspinal_jax.runs.trainer import Stopped
-
-    directory = work_directory(recipe, options)
+    again = f"Go on with: pspinal-jax {shlex.join(command)}"
     try:
-        result = train(recipe, options)
+        with leave_at_once(f"nothing is lost. {again}"):
+            from pspinal_jax.runs.results import describe_result  # only now: these take seconds
+            from pspinal_jax.runs.train import train, work_directory
+
+            directory = work_directory(recipe, options)
+            result = train(recipe, options)
     except Stopped as stop:
-        print(f"stopped by {stop}; the run is saved. Go on with: pspinal-jax {shlex.join(command)}", file=sys.stderr)
+        print(f"stopped by {stop}; the run is saved. {again}", file=sys.stderr)
         return 0
     print(describe_result(result))
     print(f"results in {directory}: result.json, metrics.jsonl, curves.png, checkpoints/")

@@ -8,7 +8,7 @@ try:
     import equinox as eqx
 except ImportError as error:
     raise ImportError(
-        "pspinal_jax.interop.equinox needs Equinox, which is not installed; pip install 'pspinal-jax[equinox]'"
+        "pspinal_jax.interop.equinox needs Equinox, which is not installed; in the checkout: pip install '.[equinox]'"
     ) from error
 
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead as LinenHead

@@ -9,7 +9,7 @@ try:
     import haiku as hk
 except ImportError as error:
     raise ImportError(
-        "pspinal_jax.interop.haiku needs dm-haiku, which is not installed; pip install 'pspinal-jax[haiku]'"
+        "pspinal_jax.interop.haiku needs dm-haiku, which is not installed; in the checkout: pip install '.[haiku]'"
     ) from error
 
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead as LinenHead

@@ -1,6 +1,8 @@
 """JAX's persistent compilation cache, on by default: a program is compiled once per machine, not once per start."""
 
+import contextlib
 import os
+import zlib
 from pathlib import Path
 
 import jax
@@ -30,8 +32,26 @@ def enable_compilation_cache() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written is no reason not to train
         return None
+    _drop_cut_off_entry(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX's own thresholds skip programs that compile in under a second, which here are most of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
+
+
+def _drop_cut_off_entry(folder: Path) -> None:
+    """Delete the newest entry if a kill cut it off while it was written.
+
+    JAX would warn of it at every start and never write it anew. Only zlib's format is looked into, which JAX uses on
+    Python below 3.14 without the package zstandard.
+    """
+    with contextlib.suppress(OSError):  # other processes write and delete there too
+        newest = max(folder.glob("*-cache"), key=lambda path: path.stat().st_mtime_ns, default=None)
+        content = b"" if newest is None else newest.read_bytes()
+        if newest is None or (content and not content.startswith(b"\x78")):
+            return
+        try:
+            zlib.decompress(content)
+        except zlib.error:
+            newest.unlink()

@@ -7,8 +7,10 @@ curves.png      loss and accuracy by epoch
 checkpoints/    see pspinal_jax.checkpoints
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,11 @@ class RunDirectory:
         self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.config_path.exists():
-                return
-            write_json(self.config_path, config | {"checksum": json_checksum(config)})
+            there = self.config_path.exists()
         except OSError as error:
             raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error
+        if not there:
+            write_json(self.config_path, config | {"checksum": json_checksum(config)})
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run in this directory.
@@ -101,14 +103,25 @@ class RunDirectory:
         return lines
 
     def keep_metrics(self, count: int) -> None:
-        """Cut metrics.jsonl to its first `count` lines: the epochs that the restored checkpoint knows of."""
+        """Cut metrics.jsonl to its first `count` lines: the epochs that the restored checkpoint knows of.
+
+        Raises:
+          RunError: if it cannot be written.
+        """
         lines = self.metrics()[:count]
         _write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add one line to metrics.jsonl.
+
+        Raises:
+          RunError: if it cannot be written.
+        """
+        try:
+            with self.metrics_path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise _cannot_write(self.metrics_path, error) from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -135,11 +148,38 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path`, whole or not at all."""
+    """Write `value` to `path`, whole or not at all.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
     _write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def _write_atomically(path: Path, text: str) -> None:
+    with whole_file(path) as part:
+        part.write_text(text)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what shall be at `path`, whole or not at all: it is moved there at the end of the `with`.
+
+    Raises:
+      RunError: if it cannot be written; what was at `path` stays.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{path} cannot be written: {error.strerror or error}; put that right and run the same command again: "
+        "what was written before is kept"
+    )

@@ -14,6 +14,7 @@ from pspinal_jax.data.photos.stream import stream
 from pspinal_jax.data.progress import progress_bar
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.runs.directory import whole_file
 from pspinal_jax.runs.setup import augmentation
 from pspinal_jax.training import keys
 from pspinal_jax.training.mesh import make_mesh, shard_over
@@ -96,7 +97,5 @@ def save_features(path: Path, data: Dataset) -> None:
         split = getattr(data, name)
         if split is not None:
             arrays |= {f"{name}_images": split.inputs, f"{name}_labels": split.labels}
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with whole_file(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    part.replace(path)

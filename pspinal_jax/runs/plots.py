@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from pspinal_jax.runs.directory import whole_file
+
 _MOST_NUMBERED_CLASSES = 30
 """Above so many classes the confusion matrix shows colours only."""
 
@@ -58,7 +60,8 @@ def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title
 
 
 def _save(figure: Any, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
-    plt.close(figure)
-    part.replace(path)
+    try:
+        with whole_file(path) as part:
+            figure.savefig(part, dpi=110, format="png")
+    finally:
+        plt.close(figure)

@@ -13,7 +13,7 @@ def check_installed() -> None:
     try:
         import tensorboardX  # noqa: F401
     except ImportError:
-        raise UsageError("--tensorboard needs tensorboardX; install pspinal-jax[tensorboard]") from None
+        raise UsageError("--tensorboard needs tensorboardX; in the checkout: pip install '.[tensorboard]'") from None
 
 
 def write_events(lines: list[dict[str, Any]], directory: Path) -> None:

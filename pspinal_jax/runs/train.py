@@ -46,21 +46,21 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         return read_json(directory.result_path)
     start = start_variables(recipe, options.init_from, *input_of(recipe, data), data.num_classes)
     directory.create(config)
+    if isinstance(data, PhotoDataset) and recipe.cache_features:
+        features = cached_features(recipe, start, data, directory, options.workers)
+        setup, start = set_up(head_recipe(recipe), features), {}
+    else:
+        setup = set_up(recipe, data, options.workers)
     with StopRequest() as stop:
-        if isinstance(data, PhotoDataset) and recipe.cache_features:
-            features = cached_features(recipe, start, data, directory, options.workers)
-            setup, start = set_up(head_recipe(recipe), features), {}
-        else:
-            setup = set_up(recipe, data, options.workers)
         with CheckpointStore(directory.checkpoints_path) as store:
             trainer = Trainer(setup, directory, store, stop, options.checkpoint_seconds, start)
             trainer.run()
             result = make_result(trainer)
-    lines = directory.metrics()
-    plot_curves(lines, directory.curves_path, f"{recipe.card.name} ({recipe.model.head} head)")
-    if options.tensorboard:
-        write_events(lines, directory.path / "tensorboard")
-    write_json(directory.result_path, result)
+        lines = directory.metrics()
+        plot_curves(lines, directory.curves_path, f"{recipe.card.name} ({recipe.model.head} head)")
+        if options.tensorboard:
+            write_events(lines, directory.path / "tensorboard")
+        write_json(directory.result_path, result)
     return result
 
 

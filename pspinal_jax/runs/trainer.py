@@ -15,17 +15,13 @@ from pspinal_jax.runs.metrics import epoch_line, per_seed
 from pspinal_jax.runs.nonfinite import check_finite
 from pspinal_jax.runs.progress import Progress
 from pspinal_jax.runs.setup import Setup, abstract_trees, longest_epoch, padded_rates
-from pspinal_jax.runs.signals import StopRequest
+from pspinal_jax.runs.signals import Stopped, StopRequest
 from pspinal_jax.runs.stages import Position, Stage
 from pspinal_jax.training.optimizers import learning_rates
 from pspinal_jax.training.programs import make_order
 
 CHUNK_SECONDS = 2.0
 """Longest time between two looks at the clock and at signals."""
-
-
-class Stopped(Exception):
-    """The user asked to stop, and the run was saved."""
 
 
 class Trainer:
@@ -71,6 +67,7 @@ class Trainer:
           RunError: if a loss stops being finite, or a checkpoint cannot be written or read.
         """
         self._restore()
+        self._check_stop()
         self._run_stage()
         while self.position.stage + 1 < len(self.setup.stages):
             self._next_stage()
@@ -150,9 +147,11 @@ class Trainer:
     def _warm_up(self) -> None:
         start = time.perf_counter()
         self.setup.examples.warm_up(self.lanes, self.stage)
+        self._check_stop()
         if self.stage.evaluates:
             self.setup.splits[self.stage.evaluates].warm_up(self.lanes.evaluate)
         self.lanes.warm_up()
+        self._check_stop()
         self._compile_seconds = time.perf_counter() - start
 
     def _run_epoch(self, progress: Progress) -> None:
@@ -251,4 +250,5 @@ class Trainer:
     def _check_stop(self) -> None:
         if self._stop.received is not None:
             self._save()
+            self._store.finish()
             raise Stopped(self._stop.received.name)

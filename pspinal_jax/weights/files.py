@@ -85,7 +85,8 @@ def _read_pytorch(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise DataError(
-            f"weights: reading {path} needs PyTorch: pip install 'pspinal-jax[torch]', or save it as .safetensors"
+            f"weights: reading {path} needs PyTorch (in the checkout: pip install '.[torch]'), or save it as "
+            ".safetensors"
         ) from error
     try:
         with warnings.catch_warnings():

@@ -30,8 +30,8 @@ def fetch(source: str) -> Path:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise DataError(
-            f"weights: {source} needs the package huggingface_hub: pip install 'pspinal-jax[hub]', or give a file "
-            "FILE.safetensors"
+            f"weights: {source} needs the package huggingface_hub (in the checkout: pip install '.[hub]'), or give "
+            "a file FILE.safetensors"
         ) from error
     try:
         return Path(huggingface_hub.hf_hub_download(repository, _FILE, local_files_only=True))

@@ -1,22 +1,12 @@
 """The wheel, installed into an empty environment, works without the checkout."""
 
-import os
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-
-
-def run(*command, cwd):
-    ran = subprocess.run([str(part) for part in command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
-    assert ran.returncode == 0, f"{command}: {ran.stdout[-2000:]}{ran.stderr[-2000:]}"
-    return ran.stdout
+from environments import REPOSITORY, make_environment, run
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +22,7 @@ def wheel(tmp_path_factory):
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """The folder of commands of an environment that holds the wheel and what it requires, and nothing else."""
-    folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", folder, cwd=folder)
-    bin_folder = folder / ("Scripts" if os.name == "nt" else "bin")
-    constraints = REPOSITORY / "constraints.txt"
-    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", constraints, wheel]
-    run(bin_folder / "python", *install, cwd=folder)
-    return bin_folder
+    return make_environment(tmp_path_factory.mktemp("environment"), wheel)
 
 
 @pytest.mark.slow

@@ -96,4 +96,5 @@ def test_pytorch_files_say_what_they_need(tmp_path, monkeypatch):
 
     (tmp_path / "x.pth").write_bytes(b"anything")
     monkeypatch.setattr(builtins, "__import__", without_torch)
-    assert "needs PyTorch: pip install 'pspinal-jax[torch]', or save it as .safetensors" in refusal(tmp_path / "x.pth")
+    said = refusal(tmp_path / "x.pth")
+    assert "needs PyTorch (in the checkout: pip install '.[torch]'), or save it as .safetensors" in said

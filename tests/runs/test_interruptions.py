@@ -1,0 +1,232 @@
+"""A run that meets a signal or a full disk in every part of it says so in one line, and the next start goes on."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import chex
+import pytest
+
+from pspinal_jax.__main__ import main
+from pspinal_jax.checkpoints.store import CheckpointStore
+from pspinal_jax.errors import RunError
+from pspinal_jax.runs import train as train_module
+from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.examples import ResidentSplit
+from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.trainer import Trainer
+
+
+def command(npz_path, workdir):
+    flags = "--data.num-classes 3 --data.num-validation 24 --epochs 3 --batch-size 16 --eval-batch-size 16 --retrain"
+    model = "--model.layer-width 64 --model.num-layers 2 --checkpoint-seconds 0"
+    return ["train", "digits", *flags.split(), *model.split(), "--data.path", str(npz_path), "--workdir", str(workdir)]
+
+
+def outcome(run):
+    times = ("seconds", "examples_per_second", "compile_seconds")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    accuracy = json.loads((run / "result.json").read_text())["test_accuracy"]
+    return [{key: value for key, value in line.items() if key not in times} for line in lines], accuracy
+
+
+@pytest.fixture(scope="module")
+def undisturbed(npz_path, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(command(npz_path, run)) == 0
+    return run
+
+
+@pytest.fixture
+def run(npz_path, tmp_path, capsys):
+    """Runs the command; gives the exit status and what it said on standard error, progress left out."""
+
+    def run_command():
+        capsys.readouterr()
+        status = main(command(npz_path, tmp_path / "run"))
+        said = capsys.readouterr().err.splitlines()
+        return status, [line for line in said if line.strip() and "step/s" not in line]
+
+    return run_command
+
+
+def assert_same(run, undisturbed):
+    chex.assert_trees_all_equal(load_variables(run)[0], load_variables(undisturbed)[0])
+    assert outcome(run) == outcome(undisturbed)
+
+
+def checkpoints(run):
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@contextlib.contextmanager
+def before(owner, name, act, time=1, undo=lambda: None):
+    """In a `with`: call act() before the `time`-th call of `owner.name`, and undo() after it."""
+    original, calls = getattr(owner, name), [0]
+
+    def called(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == time:
+            act()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            undo()
+
+    setattr(owner, name, called)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+    assert calls[0] >= time
+
+
+def test_a_stop_in_any_part_is_saved_and_the_run_goes_on(run, undisturbed, tmp_path):
+    moments = [
+        (Trainer, "_restore", 0),
+        (Trainer, "_warm_up", 0),  # compilation
+        (CheckpointStore, "save", None),
+        (ResidentSplit, "evaluate", None),
+        (Trainer, "_next_stage", None),
+        (Trainer, "_warm_up", 0),  # of the second stage
+    ]
+    newest = 0
+    for owner, name, steps in moments:
+        with before(owner, name, lambda: signal.raise_signal(signal.SIGTERM)):
+            status, (said,) = run()
+        assert status == 0
+        was, newest = newest, checkpoints(tmp_path / "run")[-1]
+        assert newest == was if steps == 0 else newest > was
+        assert said.startswith("stopped by SIGTERM; the run is saved. Go on with: pspinal-jax train digits --data.num")
+        assert not (tmp_path / "run" / "result.json").exists()
+    assert run() == (0, [])
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_stop_while_the_result_is_written_lets_the_run_end(run, undisturbed, tmp_path):
+    with before(train_module, "plot_curves", lambda: signal.raise_signal(signal.SIGTERM)):
+        assert run() == (0, [])
+    assert_same(tmp_path / "run", undisturbed)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """In a `with`: no file grows beyond the size that the first function is called with, until the second is called.
+
+    As on a disk that is full: a write ends in the middle, with an error of the operating system.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def no_room(size=0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+    def room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    try:
+        yield no_room, room
+    finally:
+        room()
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(run, undisturbed, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def fail(owner, name, file, time=1, size=lambda: 0):
+        with full_disk() as (no_room, room):
+            undo = (lambda: None) if file == "checkpoints" else room  # written in the background
+            with before(owner, name, lambda: no_room(size()), time, undo):
+                status, said = run()
+        assert (status, len(said)) == (1, 1), said
+        assert said[0].startswith("error: ") and said[0].count(str(tmp_path / "run" / file)) == 1
+        assert "cannot be written" in said[0] and os.strerror(27) in said[0]
+
+    fail(RunDirectory, "create", "config.json")
+    assert not (tmp_path / "run" / "config.json").exists()
+    # In the middle of a line; then at the next start, before the line that was cut off is taken away.
+    fail(RunDirectory, "append_metrics", "metrics.jsonl", time=2, size=lambda: metrics.stat().st_size + 20)
+    assert not metrics.read_text().endswith("\n")
+    fail(RunDirectory, "keep_metrics", "metrics.jsonl")
+    assert metrics.read_text().count("\n") == 1
+    there = checkpoints(tmp_path / "run")
+    fail(CheckpointStore, "save", "checkpoints", size=lambda: 2000)
+    assert there and checkpoints(tmp_path / "run") == there
+    # A stop that cannot be saved does not say that it is.
+    with before(Trainer, "_check_stop", lambda: signal.raise_signal(signal.SIGTERM), 4):
+        fail(CheckpointStore, "save", "checkpoints", size=lambda: 2000)
+    assert checkpoints(tmp_path / "run") == there
+    fail(train_module, "plot_curves", "curves.png")
+    there = checkpoints(tmp_path / "run")
+    fail(train_module, "write_json", "result.json")
+    assert checkpoints(tmp_path / "run") == there and not (tmp_path / "run" / "result.json").exists()
+    assert run() == (0, [])
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_work_directory_that_cannot_be_made_is_named(run, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    status, (said,) = run()
+    assert status == 1 and said.startswith("error: ") and str(tmp_path / "run") in said
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Permissions do not bind root."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+    else:
+        yield
+
+
+def test_a_work_directory_without_permission_is_named():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        directory = RunDirectory(Path(folder) / "run")
+        with as_nobody(), pytest.raises(RunError, match=r"run cannot be written: Permission denied"):
+            directory.create({"identity": {}})
+        os.chmod(folder, 0o755)
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_before_there_is_anything_to_save_a_signal_ends_the_command_with_a_line():
+    done = run_python(
+        "import signal\nfrom pspinal_jax.runs.signals import leave_at_once\n"
+        "with leave_at_once('nothing is lost. Go on'):\n signal.raise_signal(signal.SIGTERM)\nprint('went on')"
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "stopped by SIGTERM; nothing is lost. Go on\n"
+
+
+def test_a_second_signal_ends_even_a_call_that_does_not_return():
+    """As a compiler's: Python calls no handler during it."""
+    done = run_python(
+        "import hashlib, os, signal, threading, time\nfrom pspinal_jax.runs.signals import StopRequest\n"
+        "def send():\n for _ in range(2):\n  time.sleep(0.2); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with StopRequest():\n threading.Thread(target=send).start()\n"
+        " hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == ""
+
+
+def test_ctrl_c_in_any_command_is_no_traceback(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pspinal_jax.__main__._dispatch", interrupted)
+    assert main(["recipes"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
