@@ -1,6 +1,7 @@
 """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints."""
 
 import dataclasses
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 
 from pspinal_jax.checkpoints import CheckpointStore
+from pspinal_jax.errors import RunError
+from pspinal_jax.processes.agree import gather
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.lanes import Lanes
 from pspinal_jax.runs.metrics import epoch_line, per_seed
@@ -56,6 +59,7 @@ class Trainer:
         self._start = start
         self._steps_per_second = 0.0
         self._compile_seconds = 0.0
+        self._received = 0
         self.lanes = self._fresh_lanes()
 
     @property
@@ -127,6 +131,7 @@ class Trainer:
         order = make_order(stage.subset, self.setup.examples.count, self.setup.programs.vectorized, recipe.data.shuffle)
         self._plan_epoch(order)
         self._warm_up()
+        self._agree()
         done = position.epoch * stage.steps_per_epoch + position.step
         with Progress(epochs * stage.steps_per_epoch, done, stage.name) as progress:
             while True:
@@ -134,7 +139,7 @@ class Trainer:
                 self._finish_epoch(epochs, progress)
                 if position.epoch >= epochs:
                     return
-                if position.epoch == 1 or self._store.due(self._checkpoint_seconds):
+                if self._agree() or position.epoch == 1:
                     self._save()
                 self._check_stop()
                 self._plan_epoch(order)
@@ -174,14 +179,19 @@ class Trainer:
                 self._check_finite()
                 progress.advance(steps, **self._shown())
                 if position.step < stage.steps_per_epoch:
+                    save = self._agree()
                     self._check_stop()
-                    if self._store.due(self._checkpoint_seconds):
+                    if save:
                         self._save()
 
     def _check_finite(self) -> None:
         recipe = self.setup.recipe
         if recipe.on_nonfinite == "stop":
-            check_finite(recipe, self.lanes, self.lanes.totals(), self.stage, self.position, self.directory)
+            try:
+                check_finite(recipe, self.lanes, self.lanes.totals(), self.stage, self.position, self.directory)
+            except RunError:
+                self._store.finish()
+                raise
 
     def _chunk_steps(self, remaining: int) -> int:
         rate = self._steps_per_second
@@ -248,7 +258,18 @@ class Trainer:
         ]
         position.rate_scale = np.where(improved, scales, draws).tolist()
 
+    def _agree(self) -> bool:
+        """Look at the clock and for signals, all processes as one; whether a checkpoint is due.
+
+        The clock is process 0's; a signal to any of them is a signal to all.
+        """
+        seen = gather([self._stop.received or 0, self._store.due(self._checkpoint_seconds), self._steps_per_second])
+        self._received = int(seen[:, 0].max())
+        self._steps_per_second = float(seen[0, 2])
+        return bool(seen[0, 1])
+
     def _check_stop(self) -> None:
-        if self._stop.received is not None:
+        if self._received:
             self._save()
-            raise Stopped(self._stop.received.name)
+            self._store.finish()
+            raise Stopped(signal.Signals(self._received).name)
