@@ -11,7 +11,6 @@ import tyro
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import UsageError
 from pspinal_jax.processes.agree import is_primary
-from pspinal_jax.processes.join import joined
 from pspinal_jax.processes.options import ProcessOptions
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
 from pspinal_jax.runs.options import RunOptions
@@ -36,6 +35,8 @@ def main(args: Sequence[str]) -> int:
         description=f"Train {recipe.card.name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
         default=_Arguments(recipe, RunOptions(), ProcessOptions()),
     )
+    from pspinal_jax.processes.join import joined
+
     with joined(parsed.processes):
         return _train(parsed.recipe, parsed.options, ["train", *args])
 
@@ -65,9 +66,8 @@ def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:
         result = train(recipe, options)
     except Stopped as stop:
         if is_primary():
-            print(
-                f"stopped by {stop}; the run is saved. Go on with: pspinal-jax {shlex.join(command)}", file=sys.stderr
-            )
+            again = f"pspinal-jax {shlex.join(command)}"
+            print(f"stopped by {stop}; the run is saved. Go on with: {again}", file=sys.stderr)
         return 0
     if is_primary():
         print(describe_result(result))

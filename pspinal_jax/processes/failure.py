@@ -1,9 +1,9 @@
 """One process fails, and all of them end soon, each with one line that says why.
 
-Three ways lead here. A process that fails tells the others through JAX's coordination service. One that was killed or cut
-off cannot: a collective operation then raises an error in the others, or, where it hangs, the coordination service misses
-its heartbeats, and ends them by abort() from within. So abort() is caught here; and because a native stack trace comes
-with it, what native code prints goes into a file of its own, which the line names.
+Three ways lead here. A process that fails tells the others through JAX's coordination service. One that was killed or
+cut off cannot: a collective operation then raises an error in the others, or, where it hangs, the coordination service
+misses its heartbeats, and ends them by abort() from within. So abort() is caught here; and because a native stack trace
+comes with it, what native code prints goes into a file of its own, which the line names.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def _key(process: int) -> str:
 
 @contextlib.contextmanager
 def native_output_aside(process: str) -> Iterator[Path]:
-    """Send what native code prints to a file, yielded; Python's streams go where they went. Kept if that is an error."""
+    """Send what native code prints to a file, yielded, and removed if all goes well; Python prints where it did."""
     handle, name = tempfile.mkstemp(prefix=f"pspinal-jax-process-{process}-", suffix=".log")
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as opened:
@@ -58,7 +58,7 @@ def native_output_aside(process: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def abort_caught(line: "list[str]") -> Iterator[None]:
+def abort_caught(line: list[str]) -> Iterator[None]:
     """Where native code calls abort(), print the newest of `line` and exit with status 1."""
 
     def handler(number: int) -> None:
@@ -150,7 +150,7 @@ def _tell(line: str, status: int) -> None:
 
 
 def _end(line: str, status: int, seconds: float = 0.0) -> None:
-    """Print the line, and exit without the interpreter's and JAX's shutdown, which would wait for the other processes."""
+    """Print the line, and exit without the shutdown of Python and JAX, which would wait for the other processes."""
     if not _ending.acquire(blocking=False):
         time.sleep(60)  # another thread is at it, and ends the process
     with contextlib.suppress(OSError, ValueError):

@@ -1,7 +1,6 @@
 """Joining the other processes of a run, before JAX is asked for anything else."""
 
 import contextlib
-import dataclasses
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,24 +12,7 @@ import jax
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.processes.agree import barrier, count, index
 from pspinal_jax.processes.failure import abort_caught, ending_together, lost, native_output_aside
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessOptions:
-    """How a run's processes find each other. The last three are given together, or found in the cluster's environment."""
-
-    distributed: bool = False
-    """Run as one of several processes, on one or more machines; every process is started with the same command."""
-    coordinator_address: str | None = None
-    """HOST:PORT of process 0, reachable from all. Without it JAX asks SLURM, Open MPI, Kubernetes or Cloud TPU."""
-    num_processes: int | None = None
-    """How many processes there are."""
-    process_id: int | None = None
-    """This process's number, from 0."""
-    initialization_timeout: int = 120
-    """Seconds to wait at the start until all processes are there."""
-    heartbeat_timeout: int = 30
-    """Seconds without a sign of life after which a process counts as dead, and the others end."""
+from pspinal_jax.processes.options import ProcessOptions
 
 
 @contextlib.contextmanager
@@ -126,6 +108,4 @@ def _not_joined(options: ProcessOptions, log: Path) -> str:
         missing = f"not all {options.num_processes} processes reached this one at {address} within {seconds} s"
     else:
         missing = f"the run's other processes could not be joined at {address} within {seconds} s"
-    return (
-        f"{missing}; check that all are started, alike but for --process-id, and that the port is open (log in {log})"
-    )
+    return f"{missing}; check that all are started, alike but for --process-id, and the port open (log in {log})"

@@ -50,7 +50,7 @@ class Lanes:
         """
 
         def place(new: Any, old: jax.Array) -> jax.Array:
-            return put(np.broadcast_to(np.asarray(new, old.dtype), old.shape), old.sharding)  # type: ignore[no-any-return]
+            return put(np.broadcast_to(np.asarray(new, old.dtype), old.shape), old.sharding)
 
         for lane in self._lanes:
             for name, given in variables.items():

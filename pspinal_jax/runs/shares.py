@@ -1,7 +1,7 @@
 """Photographs batch by batch, of which every process reads and decodes only the rows that lie on its devices."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 from jax.sharding import Mesh
@@ -22,8 +22,8 @@ def read_share(
     first_batch: int = 0,
     workers: int = 0,
     pad: bool = False,
-) -> Iterator[tuple[Batch, int]]:
-    """This process's rows (see `rows_here`) of the batches that `stream` would yield; with one process, all of them.
+) -> Generator[tuple[Batch, int], None, None]:
+    """The rows on the devices of this process (see `rows_here`) of the batches that `stream` would yield.
 
     Args:
       mesh: the devices.

@@ -82,7 +82,7 @@ def shard_rows(mesh: Mesh, tree: Any, size: int) -> Any:
     sharding, rows = batch_sharding(mesh, size), rows_here(mesh, size)
 
     def place(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             return array[np.searchsorted(rows, np.arange(size)[index[0]])]
 
         return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
