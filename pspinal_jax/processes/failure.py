@@ -37,7 +37,7 @@ def _key(process: int) -> str:
 
 @contextlib.contextmanager
 def native_output_aside(process: str) -> Iterator[Path]:
-    """Send what native code prints to a file, yielded, and removed if all goes well; Python prints where it did."""
+    """Send what native code prints to a file, yielded, and removed unless an error names it; Python prints where it did."""
     handle, name = tempfile.mkstemp(prefix=f"pspinal-jax-process-{process}-", suffix=".log")
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as opened:
@@ -50,6 +50,10 @@ def native_output_aside(process: str) -> Iterator[Path]:
         try:
             yield Path(name)
             os.unlink(name)
+        except PSpinalError as error:
+            if name not in str(error):
+                os.unlink(name)
+            raise
         finally:
             for number, copy in kept.items():
                 os.dup2(copy, number)
