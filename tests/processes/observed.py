@@ -1,8 +1,9 @@
 """Run as a script: `pspinal-jax ARGS..`, watched, as one process of several.
 
-The environment says what to do: DEVICES simulates so many; STOP=PROCESS:STEP:SIGNAL sends that process a signal before the
-chunk that begins at step STEP, counted over the run; TINY_RESNET makes resnet18 small; OBSERVED names a file for what was
-seen: how many pictures were decoded, and whether the data set stood prepared when it was asked for.
+The environment says what to do: DEVICES simulates so many; STOP=PROCESS:STEP:SIGNAL sends that process a signal before
+step STEP, counted over the run, and takes that step alone; TINY_RESNET makes resnet18 small; HERE in an argument stands
+for the folder $HERE/PROCESS; OBSERVED names a file for what was seen: how many pictures were decoded, whether the data
+set stood prepared when it was asked for, and the step that the run went on from.
 """
 
 import json
@@ -52,7 +53,7 @@ def stop_at(process, step, name):
         steps, left = chunk_steps(self, remaining), int(step) - self.position.serial
         if left == 0 and index() == int(process):
             os.kill(os.getpid(), signal.Signals[name])
-        return min(steps, left) if left > 0 else steps
+        return min(steps, max(left, 1)) if left >= 0 else steps
 
     Trainer._chunk_steps = stopping
 

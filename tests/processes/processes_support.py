@@ -34,11 +34,12 @@ def run(folder, arguments, *, processes=2, devices=2, seconds=None, **environmen
         flags = f"--distributed --coordinator-address 127.0.0.1:{port} --num-processes {processes} --process-id {index}"
         observed = folder / f"observed_{index}.json"
         observed.unlink(missing_ok=True)
+        told = {"NPROC": "16", "DEVICES": str(devices), "OBSERVED": str(observed), **environment}
         with (folder / f"out_{index}").open("w") as out, (folder / f"err_{index}").open("w") as err:
             started.append(
                 subprocess.Popen(
                     [sys.executable, str(SCRIPT), *arguments, *(flags.split() if processes > 1 else ())],
-                    env={**os.environ, "NPROC": "16", "DEVICES": str(devices), "OBSERVED": str(observed), **environment},
+                    env={**os.environ, **told},
                     stdout=out,
                     stderr=err,
                 )
