@@ -37,7 +37,7 @@ def _key(process: int) -> str:
 
 @contextlib.contextmanager
 def native_output_aside(process: str) -> Iterator[Path]:
-    """Send what native code prints to a file, yielded, and removed unless an error names it; Python prints where it did."""
+    """Send what native code prints to a file, yielded, and removed unless an error names it; Python prints as before."""
     handle, name = tempfile.mkstemp(prefix=f"pspinal-jax-process-{process}-", suffix=".log")
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as opened:
@@ -159,6 +159,9 @@ def _end(line: str, status: int, seconds: float = 0.0) -> None:
         time.sleep(60)  # another thread is at it, and ends the process
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        # From another thread than the main one, there may be a progress bar to get away from.
+        bar = index() == 0 and threading.current_thread() is not threading.main_thread()
+        start = "\n" if bar else ""
+        print(f"{start}error: {line}", file=sys.stderr, flush=True)
     time.sleep(seconds)
     os._exit(status)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.errors import RunError
-from pspinal_jax.processes.agree import gather
+from pspinal_jax.processes.agree import barrier, gather
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.lanes import Lanes
 from pspinal_jax.runs.metrics import epoch_line, per_seed
@@ -191,6 +191,7 @@ class Trainer:
                 check_finite(recipe, self.lanes, self.lanes.totals(), self.stage, self.position, self.directory)
             except RunError:
                 self._store.finish()
+                barrier()  # the first process to fail ends the others, and process 0 may still be writing
                 raise
 
     def _chunk_steps(self, remaining: int) -> int:

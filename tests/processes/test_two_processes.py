@@ -115,6 +115,14 @@ def test_a_killed_process_ends_the_other_and_both_resume(data, whole, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_reported_once(data, tmp_path):
+    ended = run(tmp_path, small(data, tmp_path / "run", "--optimizer.learning-rate", "1e38"))
+    assert [process.status for process in ended] == [1, 1]
+    assert all(process.err.count("is not finite at step 2 of epoch 1") == 1 for process in ended)
+    assert json.loads((tmp_path / "run" / "nonfinite.json").read_text())["step_of_epoch"] == 2
+
+
+@pytest.mark.slow
 def test_only_process_0_prepares(tmp_path):
     arguments = ["train", "digits", "--data.data-dir", str(tmp_path / "data"), "--workdir", str(tmp_path / "run")]
     first, second = run_to_the_end(tmp_path, [*arguments, "--epochs", "1"])
