@@ -29,6 +29,7 @@ _SECONDS_TO_BE_TOLD = 2.0
 """How long a process that lost another one waits for a better explanation."""
 _WATCH_MILLISECONDS = 600_000
 _ending = threading.Lock()
+_shows_progress = threading.Event()
 
 
 def _key(process: int) -> str:
@@ -37,7 +38,7 @@ def _key(process: int) -> str:
 
 @contextlib.contextmanager
 def native_output_aside(process: str) -> Iterator[Path]:
-    """Send what native code prints to a file, yielded, and removed unless an error names it; Python prints as before."""
+    """Send what native code prints to a file, yielded, and removed unless an error names it; Python's output stays."""
     handle, name = tempfile.mkstemp(prefix=f"pspinal-jax-process-{process}-", suffix=".log")
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as opened:
@@ -84,6 +85,8 @@ def ending_together(log: Path) -> Iterator[None]:
     Args:
       log: what native code prints, see `native_output_aside`.
     """
+    if index() == 0:
+        _shows_progress.set()
     watch = threading.Thread(target=_watch, args=(log,), daemon=True)
     watch.start()
     try:
@@ -153,15 +156,17 @@ def _tell(line: str, status: int) -> None:
                 client().key_value_set(_key(process), json.dumps(notice), allow_overwrite=True)
 
 
+def _before_a_line() -> str:
+    """What gets away from a progress bar, which another thread than the main one may find."""
+    return "\n" if _shows_progress.is_set() and threading.current_thread() is not threading.main_thread() else ""
+
+
 def _end(line: str, status: int, seconds: float = 0.0) -> None:
     """Print the line, and exit without the shutdown of Python and JAX, which would wait for the other processes."""
     if not _ending.acquire(blocking=False):
         time.sleep(60)  # another thread is at it, and ends the process
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        # From another thread than the main one, there may be a progress bar to get away from.
-        bar = index() == 0 and threading.current_thread() is not threading.main_thread()
-        start = "\n" if bar else ""
-        print(f"{start}error: {line}", file=sys.stderr, flush=True)
+        print(f"{_before_a_line()}error: {line}", file=sys.stderr, flush=True)
     time.sleep(seconds)
     os._exit(status)
