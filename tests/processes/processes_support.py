@@ -26,19 +26,24 @@ class Ended:
     seen: dict | None
 
 
-def run(folder, arguments, *, processes=2, devices=2, seconds=None, **environment):
-    """`pspinal-jax ARGUMENTS` as so many processes; waits for all, at most `seconds` after the first has ended."""
+def run(folder, arguments, *, processes=2, devices=2, seconds=None, slurm=False, **environment):
+    """`pspinal-jax ARGUMENTS` as so many processes; waits for all, at most `seconds` after the one that STOP names.
+
+    They learn of each other from flags or, with `slurm`, from the variables that srun sets.
+    """
     port = free_port()
     started = []
     for index in range(processes):
-        flags = f"--distributed --coordinator-address 127.0.0.1:{port} --num-processes {processes} --process-id {index}"
+        flags = _flags(port, processes, index)
         observed = folder / f"observed_{index}.json"
         observed.unlink(missing_ok=True)
+        if slurm:
+            flags, environment = flags[:1], environment | _slurm(port, processes, index)
         told = {"NPROC": "16", "DEVICES": str(devices), "OBSERVED": str(observed), **environment}
         with (folder / f"out_{index}").open("w") as out, (folder / f"err_{index}").open("w") as err:
             started.append(
                 subprocess.Popen(
-                    [sys.executable, str(SCRIPT), *arguments, *(flags.split() if processes > 1 else ())],
+                    [sys.executable, str(SCRIPT), *arguments, *flags],
                     env={**os.environ, **told},
                     stdout=out,
                     stderr=err,
@@ -55,6 +60,24 @@ def run(folder, arguments, *, processes=2, devices=2, seconds=None, **environmen
             process.kill()
             process.wait()
     return [_ended(folder, index, process) for index, process in enumerate(started)]
+
+
+def _flags(port, processes, index):
+    if processes == 1:
+        return []
+    address = f"--coordinator-address 127.0.0.1:{port}"
+    return f"--distributed {address} --num-processes {processes} --process-id {index}".split()
+
+
+def _slurm(port, processes, index):
+    return {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(processes),
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
 
 
 def _ended(folder, index, process):

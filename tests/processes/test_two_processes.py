@@ -5,10 +5,12 @@ import json
 import chex
 import numpy as np
 import pytest
-from processes_support import metrics, run, run_to_the_end, small, write_four_classes
+from processes_support import free_port, metrics, run, run_to_the_end, small, write_four_classes
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.runs.restore import load_variables
+
+TWO = "--distributed --num-processes 2"
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +126,9 @@ def test_a_loss_that_is_not_finite_is_reported_once(data, tmp_path):
 
 @pytest.mark.slow
 def test_only_process_0_prepares(tmp_path):
+    """Found through the variables that SLURM sets."""
     arguments = ["train", "digits", "--data.data-dir", str(tmp_path / "data"), "--workdir", str(tmp_path / "run")]
-    first, second = run_to_the_end(tmp_path, [*arguments, "--epochs", "1"])
+    first, second = run_to_the_end(tmp_path, [*arguments, "--epochs", "1"], slurm=True)
     assert first.seen["prepared"] == [False] and second.seen["prepared"] == [True]
     assert "waiting for another process" not in first.err + second.err
 
@@ -155,3 +158,39 @@ def test_processes_that_see_different_data_say_so(data, tmp_path):
     message = "process 1 differs from process 0: data_fingerprint is"
     assert all(process.err.count(message) == 1 and "Traceback" not in process.err for process in ended)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--distributed", "--distributed found no cluster that JAX knows"),
+        ("--process-id 1", "--process-id given without --distributed"),
+        ("--distributed --process-id 1", "--process-id given without --coordinator-address, --num-processes"),
+        (
+            f"{TWO} --coordinator-address 10.0.0.1 --process-id 0",
+            "--coordinator-address is '10.0.0.1', expected HOST:PORT",
+        ),
+        (f"{TWO} --coordinator-address :1234 --process-id 0", "--coordinator-address is ':1234', expected HOST:PORT"),
+        (f"{TWO} --coordinator-address a:99999 --process-id 0", "expected HOST:PORT"),
+        (f"{TWO} --coordinator-address a:1 --process-id 2", "--process-id is 2, expected 0 .. 1"),
+        ("--distributed --heartbeat-timeout 0", "--heartbeat-timeout is 0, expected 1 or more seconds"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(data, tmp_path, capfd, flags, message):
+    assert main(small(data, tmp_path / "run", *flags.split())) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [(0, "not all 2 processes reached this one at"), (1, "the run's other processes could not be joined at")],
+)
+def test_a_process_that_is_alone_says_so(data, tmp_path, process, message):
+    address = f"127.0.0.1:{free_port()}"
+    flags = f"{TWO} --coordinator-address {address} --process-id {process} --initialization-timeout 2".split()
+    (alone,) = run(tmp_path, small(data, tmp_path / "run", *flags), processes=1)
+    assert alone.status == 1
+    assert f"error: {message} {address} within 2 s" in alone.err and alone.err.count("\n") == 1
