@@ -97,15 +97,23 @@ def _initialize(options: ProcessOptions, given: dict[str, Any], log: Path) -> No
         ) from error
     except Exception as error:  # of many kinds, by the cluster's client or by JAX's
         reason = " ".join(str(error).split())[:300]
+        if "start RPC server" in reason:
+            raise RunError(
+                f"process 0 cannot listen at {_address(options)}: the port is taken or not allowed; choose another"
+            ) from error
         raise RunError(f"{_not_joined(options, log)} ({type(error).__name__}: {reason})") from error
     index()  # devices are found here, by all processes at once
 
 
 def _not_joined(options: ProcessOptions, log: Path) -> str:
-    address = options.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS") or "the cluster's address"
+    address = _address(options)
     seconds = options.initialization_timeout
     if options.process_id == 0:
         missing = f"not all {options.num_processes} processes reached this one at {address} within {seconds} s"
     else:
         missing = f"the run's other processes could not be joined at {address} within {seconds} s"
     return f"{missing}; check that all are started, alike but for --process-id, and the port open (log in {log})"
+
+
+def _address(options: ProcessOptions) -> str:
+    return options.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS") or "the cluster's address"

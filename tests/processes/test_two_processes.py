@@ -1,6 +1,7 @@
 """`train --distributed`: two processes on this machine, two simulated devices each."""
 
 import json
+import socket
 
 import chex
 import numpy as np
@@ -181,6 +182,19 @@ def test_flags_that_do_not_fit_are_refused(data, tmp_path, capfd, flags, message
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named(data, tmp_path):
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        taken.bind(("::", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        flags = f"{TWO} --coordinator-address {address} --process-id 0".split()
+        (alone,) = run(tmp_path, small(data, tmp_path / "run", *flags), processes=1)
+    assert alone.status == 1
+    assert f"error: process 0 cannot listen at {address}" in alone.err and alone.err.count("\n") == 1
 
 
 @pytest.mark.slow
