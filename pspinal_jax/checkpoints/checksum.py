@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from pspinal_jax.processes.arrays import rows_of
+
 
 def tree_checksums(tree: Any) -> dict[str, str]:
-    """CRC-32 of every leaf's bytes, dtype and shape, by its path in the tree."""
+    """CRC-32 of every leaf's bytes, dtype and shape, by its path in the tree, wherever the parts lie."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): _leaf_checksum(leaf) for path, leaf in leaves}
 
@@ -20,6 +22,8 @@ def json_checksum(value: Any) -> str:
 
 
 def _leaf_checksum(leaf: Any) -> str:
-    array = np.asarray(leaf)
-    head = f"{array.dtype}{array.shape}".encode()
-    return f"{zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, zlib.crc32(head)):08x}"
+    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    crc = zlib.crc32(f"{array.dtype}{array.shape}".encode())
+    for block in rows_of(array):
+        crc = zlib.crc32(np.ascontiguousarray(block).view(np.uint8).data, crc)
+    return f"{crc:08x}"

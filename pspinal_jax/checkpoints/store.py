@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.checkpoints.late_reads import ignore_late_reads
 from pspinal_jax.errors import RunError
 from pspinal_jax.log_filter import quiet_absl
+from pspinal_jax.processes.agree import count, from_primary
 
 quiet_absl()
 
@@ -30,7 +32,8 @@ class CheckpointStore:
     """The checkpoints of one run; use in a `with`, or the last save is lost.
 
     Saves are asynchronous: `save` returns when the arrays have been copied. The two newest are kept, so that one stays
-    when the other is damaged; the best parameters so far travel inside each.
+    when the other is damaged; the best parameters so far travel inside each. Of several processes all save and restore,
+    each its part of the arrays.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -49,6 +52,8 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and count() > 1:
+            return  # closing would wait for the other processes, which may not come
         try:
             self._manager.close()
         except (OSError, ValueError) as error:  # the last save failed in the background
@@ -87,7 +92,7 @@ class CheckpointStore:
         self._last_cost = 0.0 if self._last_cost is None else self._last_time - start
 
     def finish(self) -> None:
-        """Return when the last save is on the disk.
+        """Return when the last save is on the disk; called by all processes.
 
         Raises:
           RunError: if it could not be written; what was saved before stays.
@@ -146,7 +151,31 @@ def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) ->
 def _newest(
     manager: ocp.CheckpointManager, abstract: Callable[[dict[str, Any]], Trees]
 ) -> tuple[int, Trees, dict[str, Any]]:
-    """(step, trees, position) of the newest whole checkpoint; every damaged one is named on standard error."""
+    """(step, trees, position) of the newest whole checkpoint; every damaged one is named on standard error.
+
+    Of several processes, process 0 looks for it by itself: if one found damage while it restores together with the
+    others, these would wait for it.
+    """
+    if count() > 1:
+        step = from_primary(lambda: _newest_by_itself(Path(manager.directory), abstract))
+        return step, *_read(manager, step, abstract, check=False)
+    return _search(manager, abstract)
+
+
+def _newest_by_itself(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) -> int:
+    alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="alone")
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+
+    def on_host(position: dict[str, Any]) -> Trees:
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract(position))
+
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        return _search(manager, on_host)[0]
+
+
+def _search(
+    manager: ocp.CheckpointManager, abstract: Callable[[dict[str, Any]], Trees]
+) -> tuple[int, Trees, dict[str, Any]]:
     problems: list[str] = []
     ignore_late_reads()
     for step in sorted(manager.all_steps(), reverse=True):
@@ -165,7 +194,7 @@ def _newest(
 
 
 def _read(
-    manager: ocp.CheckpointManager, step: int, abstract: Callable[[dict[str, Any]], Trees]
+    manager: ocp.CheckpointManager, step: int, abstract: Callable[[dict[str, Any]], Trees], check: bool = True
 ) -> tuple[Trees, dict[str, Any]]:
     record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
     if not isinstance(record, dict) or json_checksum(record["position"]) != record["position_checksum"]:
@@ -174,7 +203,7 @@ def _read(
     items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items() if jax.tree.leaves(tree)}
     restored = manager.restore(step, args=ocp.args.Composite(**items))
     trees = {name: restored[name] if name in items else tree for name, tree in wanted.items()}
-    for name, tree in trees.items():
+    for name, tree in trees.items() if check else ():
         for path, checksum in tree_checksums(tree).items():
             if record["checksums"][name].get(path) != checksum:
                 raise DamagedCheckpoint(f"{name}/{path} does not match its checksum")

@@ -10,6 +10,8 @@ import tyro
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import UsageError
+from pspinal_jax.processes.agree import is_primary
+from pspinal_jax.processes.options import ProcessOptions
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
 from pspinal_jax.runs.options import RunOptions
 from pspinal_jax.runs.signals import Stopped, leave_at_once
@@ -21,6 +23,7 @@ DEFAULT_RECIPE = "digits"
 class _Arguments:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     options: Annotated[RunOptions, tyro.conf.arg(name="")]
+    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")]
 
 
 def main(args: Sequence[str]) -> int:
@@ -31,9 +34,12 @@ def main(args: Sequence[str]) -> int:
         flags,
         prog=f"pspinal-jax train {name}",
         description=f"Train {recipe.card.name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
-        default=_Arguments(recipe, RunOptions()),
+        default=_Arguments(recipe, RunOptions(), ProcessOptions()),
     )
-    return _train(parsed.recipe, parsed.options, ["train", *args])
+    from pspinal_jax.processes.join import joined
+
+    with joined(parsed.processes):
+        return _train(parsed.recipe, parsed.options, ["train", *args])
 
 
 def take_recipe(command: str, args: Sequence[str]) -> tuple[str, Recipe, Sequence[str]]:
@@ -61,8 +67,10 @@ def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:
             directory = work_directory(recipe, options)
             result = train(recipe, options)
     except Stopped as stop:
-        print(f"stopped by {stop}; the run is saved. {again}", file=sys.stderr)
+        if is_primary():
+            print(f"stopped by {stop}; the run is saved. {again}", file=sys.stderr)
         return 0
-    print(describe_result(result))
-    print(f"results in {directory}: result.json, metrics.jsonl, curves.png, checkpoints/")
+    if is_primary():
+        print(describe_result(result))
+        print(f"results in {directory}: result.json, metrics.jsonl, curves.png, checkpoints/")
     return 0

@@ -10,6 +10,7 @@ from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.photos.photos import PhotoDataset
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.processes.agree import barrier, from_primary, is_primary
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.features import extract_features, save_features
@@ -33,10 +34,13 @@ def cached_features(
       workers: processes that decode them; 0 for threads of this one.
     """
     path = directory.path / FEATURES
-    if not path.exists():
+    if not from_primary(path.exists):
         model, variables = make_backbone(recipe, start, data)
-        save_backbone(directory.path / BACKBONE, variables)
-        save_features(path, extract_features(recipe, model, variables, data, workers))
+        features = extract_features(recipe, model, variables, data, workers)
+        if is_primary():
+            save_backbone(directory.path / BACKBONE, variables)
+            save_features(path, features)
+        barrier()
     return read_npz(path, data.num_classes)
 
 

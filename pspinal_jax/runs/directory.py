@@ -1,5 +1,7 @@
 """The files of a run directory, written so that a kill at any moment leaves each of them whole.
 
+Of several processes, only process 0 writes them; Orbax saves checkpoints from all.
+
 config.json     recipe, classes, data and versions; written when the run starts, checked when it resumes
 metrics.jsonl   a line an epoch
 result.json     written when the run is finished
@@ -10,12 +12,16 @@ checkpoints/    see pspinal_jax.checkpoints
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.processes.agree import barrier, is_primary
+
+_SECONDS_TO_APPEAR = 20
 
 
 class RunDirectory:
@@ -53,6 +59,16 @@ class RunDirectory:
         Raises:
           RunError: if it cannot be written.
         """
+        if is_primary():
+            self._create(config)
+        barrier()
+        if not is_primary() and not self._appears():
+            raise RunError(
+                f"{self.config_path}, which process 0 has written, is not to be seen from this process; --workdir must "
+                "lie on a file system that all machines share"
+            )
+
+    def _create(self, config: dict[str, Any]) -> None:
         self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -61,6 +77,14 @@ class RunDirectory:
             raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error
         if not there:
             write_json(self.config_path, config | {"checksum": json_checksum(config)})
+
+    def _appears(self) -> bool:
+        """Whether config.json is there, or comes to be: a network file system may take its time."""
+        for _ in range(_SECONDS_TO_APPEAR):
+            if self.config_path.exists():
+                return True
+            time.sleep(1)
+        return self.config_path.exists()
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run in this directory.
@@ -108,6 +132,8 @@ class RunDirectory:
         Raises:
           RunError: if it cannot be written.
         """
+        if not is_primary():
+            return
         lines = self.metrics()[:count]
         _write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -117,6 +143,8 @@ class RunDirectory:
         Raises:
           RunError: if it cannot be written.
         """
+        if not is_primary():
+            return
         try:
             with self.metrics_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")

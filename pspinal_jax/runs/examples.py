@@ -10,10 +10,11 @@ import numpy as np
 
 from pspinal_jax.data.arrays import Split
 from pspinal_jax.data.photos.photos import Photos
-from pspinal_jax.data.photos.stream import stream
 from pspinal_jax.runs.lanes import Lanes
+from pspinal_jax.runs.shares import read_share
 from pspinal_jax.runs.stages import Stage
 from pspinal_jax.training.chunk import Batch
+from pspinal_jax.training.mesh import shard_rows
 from pspinal_jax.training.programs import Programs, padded_split
 
 Evaluate = Callable[[Batch, int], dict[str, np.ndarray]]
@@ -109,7 +110,8 @@ class StreamedExamples:
             streams = [
                 opened.enter_context(
                     contextlib.closing(
-                        stream(
+                        read_share(
+                            self._programs.mesh,
                             self._photos,
                             order[:used],
                             self._shape,
@@ -130,12 +132,12 @@ class StreamedExamples:
 
             yield advance
 
-    def _next(self, batches: Iterator[Batch], lanes: Lanes, index: int) -> Batch:
+    def _next(self, batches: Iterator[tuple[Batch, int]], lanes: Lanes, index: int) -> Batch:
         start = time.perf_counter()
-        batch = next(batches)
+        batch, size = next(batches)
         if lanes.idle(index):
             self.waited += time.perf_counter() - start
-        return self._programs.shard_batch(batch)
+        return shard_rows(self._programs.mesh, batch, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +180,13 @@ class StreamedSplit:
     def evaluate(self, evaluate: Evaluate) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""
         parts = []
-        order, shape = np.arange(self.count), (self.side, self.side)
-        with contextlib.closing(stream(self.photos, order, shape, self.batch_size, workers=self.workers)) as batches:
-            for inputs, labels in batches:
-                padded = self.programs.shard_batch(padded_split(Split(inputs, labels), self.batch_size))
-                sums = evaluate(padded, len(labels))
-                parts.append(sums | {"predictions": sums["predictions"][:, : len(labels)]})
+        mesh, order, shape = self.programs.mesh, np.arange(self.count), (self.side, self.side)
+        with contextlib.closing(
+            read_share(mesh, self.photos, order, shape, self.batch_size, workers=self.workers, pad=True)
+        ) as batches:
+            for batch, size in batches:
+                sums = evaluate(shard_rows(mesh, batch, self.batch_size), size)
+                parts.append(sums | {"predictions": sums["predictions"][:, :size]})
         return {
             "loss": np.sum([part["loss"] for part in parts], axis=0),
             "correct": np.sum([part["correct"] for part in parts], axis=0),

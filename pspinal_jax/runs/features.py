@@ -10,14 +10,16 @@ import numpy as np
 
 from pspinal_jax.data.arrays import Dataset, Split
 from pspinal_jax.data.photos.photos import PhotoDataset, Photos
-from pspinal_jax.data.photos.stream import stream
 from pspinal_jax.data.progress import progress_bar
 from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.processes.agree import is_primary
+from pspinal_jax.processes.arrays import put, whole
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.directory import whole_file
 from pspinal_jax.runs.setup import augmentation
+from pspinal_jax.runs.shares import read_share
 from pspinal_jax.training import keys
-from pspinal_jax.training.mesh import make_mesh, shard_over
+from pspinal_jax.training.mesh import make_mesh, shard_rows
 from pspinal_jax.training.partition import shardings
 
 
@@ -54,7 +56,7 @@ class _Extractor:
     def __init__(self, recipe: Recipe, model: Classifier, variables: dict[str, Any], workers: int) -> None:
         self._recipe, self._workers = recipe, workers
         self._mesh = make_mesh(recipe.mesh)
-        self._variables = jax.device_put(variables, shardings(self._mesh, variables))
+        self._variables = put(variables, shardings(self._mesh, variables))
         augment = augmentation(recipe)
 
         def plain(variables: Any, images: jax.Array) -> jax.Array:
@@ -74,19 +76,20 @@ class _Extractor:
         parts = []
         with (
             contextlib.closing(
-                stream(photos, np.arange(len(photos)), (side, side), size, workers=self._workers)
+                read_share(
+                    self._mesh, photos, np.arange(len(photos)), (side, side), size, workers=self._workers, pad=True
+                )
             ) as batches,
-            progress_bar(len(photos), description, "image", True) as bar,
+            progress_bar(len(photos), description, "image", is_primary()) as bar,
         ):
-            for index, (images, _) in enumerate(batches):
-                padded = np.pad(images, [(0, size - len(images)), (0, 0), (0, 0), (0, 0)])
-                placed = shard_over(self._mesh, padded)
+            for index, ((images, _), count) in enumerate(batches):
+                placed = shard_rows(self._mesh, images, size)
                 if view is None:
                     features = self._plain(self._variables, placed)
                 else:
                     features = self._augmented(self._variables, placed, jax.random.fold_in(key, index))
-                parts.append(np.asarray(features)[: len(images)])
-                bar.update(len(images))
+                parts.append(whole(features)[:count])
+                bar.update(count)
         return np.concatenate(parts)
 
 

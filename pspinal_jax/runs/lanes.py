@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pspinal_jax.processes.arrays import put
 from pspinal_jax.training.chunk import Batch, EpochPlan
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.state import Totals, TrainState
@@ -49,7 +50,7 @@ class Lanes:
         """
 
         def place(new: Any, old: jax.Array) -> jax.Array:
-            return jax.device_put(np.broadcast_to(np.asarray(new, old.dtype), old.shape), old.sharding)
+            return put(np.broadcast_to(np.asarray(new, old.dtype), old.shape), old.sharding)
 
         for lane in self._lanes:
             for name, given in variables.items():

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pspinal_jax.errors import RunError
+from pspinal_jax.processes.agree import is_primary
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.lanes import Lanes
@@ -37,7 +38,8 @@ def check_finite(
             "learning_rate": lanes.learning_rate(index, step),
             "examples": lanes.examples(index, step, recipe.batch_size).tolist(),
         }
-        write_json(directory.path / REPORT, report)
+        if is_primary():
+            write_json(directory.path / REPORT, report)
         raise RunError(
             f"the loss or a gradient of seed {report['seed']} is not finite at step {step + 1} of epoch "
             f"{report['epoch']}; the last checkpoint before it is kept, and {directory.path / REPORT} tells which "

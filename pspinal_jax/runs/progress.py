@@ -4,11 +4,13 @@ import sys
 
 from tqdm import tqdm
 
+from pspinal_jax.processes.agree import is_primary
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every ten seconds. Use in a `with`."""
+    """A bar on a terminal; elsewhere a line every ten seconds; from process 0 only. Use in a `with`."""
 
     def __init__(self, total_steps: int, done: int, description: str) -> None:
         live = sys.stderr.isatty()
@@ -21,6 +23,7 @@ class Progress:
             dynamic_ncols=True,
             mininterval=0.1 if live else _SECONDS_BETWEEN_LINES,
             leave=True,
+            disable=not is_primary(),
         )
 
     def __enter__(self) -> "Progress":

@@ -4,9 +4,12 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+from pspinal_jax.processes.agree import count
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -63,12 +66,17 @@ def _end_at_the_second(numbers: socket.socket) -> None:
 def leave_at_once(advice: str) -> Iterator[None]:
     """In a `with`, SIGINT and SIGTERM end the program with status 0 and a line that ends in `advice`.
 
-    For a command that has nothing to save yet. It raises nothing: in the middle of an import, or of a library's
-    callback, an exception would come out as another one, or as a traceback.
+    For a command that has nothing to save yet; of several processes all end. It raises nothing: in the middle of an
+    import, or of a library's callback, an exception would come out as another one, or as a traceback.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        os.write(2, f"stopped by {signal.Signals(number).name}; {advice}\n".encode())
+        line = f"stopped by {signal.Signals(number).name}; {advice}"
+        if count() > 1:
+            from pspinal_jax.processes.failure import leave_together
+
+            leave_together(line)
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
         os._exit(0)
 
     before = {number: signal.signal(number, leave) for number in _SIGNALS}

@@ -9,10 +9,11 @@ from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
 from pspinal_jax.data.arrays import Dataset
 from pspinal_jax.data.photos.photos import PhotoDataset
+from pspinal_jax.processes.agree import check_same, from_primary, is_primary, primary_first
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.cached import cached_features
 from pspinal_jax.runs.compilation_cache import enable_compilation_cache
-from pspinal_jax.runs.directory import RunDirectory, read_json, write_json
+from pspinal_jax.runs.directory import RunDirectory, flatten, read_json, write_json
 from pspinal_jax.runs.frozen_backbone import head_recipe
 from pspinal_jax.runs.options import RunOptions
 from pspinal_jax.runs.plots import plot_curves
@@ -28,6 +29,8 @@ from pspinal_jax.runs.versions import device, versions
 def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Run `recipe`, or what is left of it, in its run directory, and return what result.json holds.
 
+    Where several processes have joined (pspinal_jax.processes), every one calls this, with the same arguments.
+
     Raises:
       PSpinalError: with one line that says what is wrong and what to do.
       Stopped: after SIGINT or SIGTERM, once the run is saved.
@@ -36,13 +39,15 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         check_installed()
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
-    data = load_data(recipe.data)
+    data = primary_first(lambda: load_data(recipe.data))
     if isinstance(data, PhotoDataset) and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
     config = _config(recipe, options, data)
-    directory.check(config)
-    if directory.result_path.exists():
+    check_same(flatten({**config["identity"], "mesh": config["mesh"], "workdir": str(directory.path)}))
+    if is_primary():
+        directory.check(config)
+    if from_primary(directory.result_path.exists):
         return read_json(directory.result_path)
     start = start_variables(recipe, options.init_from, *input_of(recipe, data), data.num_classes)
     directory.create(config)
@@ -56,12 +61,17 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             trainer = Trainer(setup, directory, store, stop, options.checkpoint_seconds, start)
             trainer.run()
             result = make_result(trainer)
-        lines = directory.metrics()
-        plot_curves(lines, directory.curves_path, f"{recipe.card.name} ({recipe.model.head} head)")
-        if options.tensorboard:
-            write_events(lines, directory.path / "tensorboard")
-        write_json(directory.result_path, result)
+        if is_primary():
+            _write_results(recipe, options, directory, result)
     return result
+
+
+def _write_results(recipe: Recipe, options: RunOptions, directory: RunDirectory, result: dict[str, Any]) -> None:
+    lines = directory.metrics()
+    plot_curves(lines, directory.curves_path, f"{recipe.card.name} ({recipe.model.head} head)")
+    if options.tensorboard:
+        write_events(lines, directory.path / "tensorboard")
+    write_json(directory.result_path, result)
 
 
 def work_directory(recipe: Recipe, options: RunOptions) -> Path:

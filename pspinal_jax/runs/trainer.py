@@ -1,6 +1,7 @@
 """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints."""
 
 import dataclasses
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 
 from pspinal_jax.checkpoints import CheckpointStore
+from pspinal_jax.errors import RunError
+from pspinal_jax.processes.agree import barrier, gather
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.lanes import Lanes
 from pspinal_jax.runs.metrics import epoch_line, per_seed
@@ -52,6 +55,7 @@ class Trainer:
         self._start = start
         self._steps_per_second = 0.0
         self._compile_seconds = 0.0
+        self._received = 0
         self.lanes = self._fresh_lanes()
 
     @property
@@ -67,7 +71,7 @@ class Trainer:
           RunError: if a loss stops being finite, or a checkpoint cannot be written or read.
         """
         self._restore()
-        self._check_stop()
+        self._stop_if_asked()
         self._run_stage()
         while self.position.stage + 1 < len(self.setup.stages):
             self._next_stage()
@@ -131,7 +135,7 @@ class Trainer:
                 self._finish_epoch(epochs, progress)
                 if position.epoch >= epochs:
                     return
-                if position.epoch == 1 or self._store.due(self._checkpoint_seconds):
+                if self._agree() or position.epoch == 1:
                     self._save()
                 self._check_stop()
                 self._plan_epoch(order)
@@ -147,11 +151,11 @@ class Trainer:
     def _warm_up(self) -> None:
         start = time.perf_counter()
         self.setup.examples.warm_up(self.lanes, self.stage)
-        self._check_stop()
+        self._stop_if_asked()
         if self.stage.evaluates:
             self.setup.splits[self.stage.evaluates].warm_up(self.lanes.evaluate)
         self.lanes.warm_up()
-        self._check_stop()
+        self._stop_if_asked()
         self._compile_seconds = time.perf_counter() - start
 
     def _run_epoch(self, progress: Progress) -> None:
@@ -173,14 +177,20 @@ class Trainer:
                 self._check_finite()
                 progress.advance(steps, **self._shown())
                 if position.step < stage.steps_per_epoch:
+                    save = self._agree()
                     self._check_stop()
-                    if self._store.due(self._checkpoint_seconds):
+                    if save:
                         self._save()
 
     def _check_finite(self) -> None:
         recipe = self.setup.recipe
         if recipe.on_nonfinite == "stop":
-            check_finite(recipe, self.lanes, self.lanes.totals(), self.stage, self.position, self.directory)
+            try:
+                check_finite(recipe, self.lanes, self.lanes.totals(), self.stage, self.position, self.directory)
+            except RunError:
+                self._store.finish()
+                barrier()  # the first process to fail ends the others, and process 0 may still be writing
+                raise
 
     def _chunk_steps(self, remaining: int) -> int:
         rate = self._steps_per_second
@@ -247,8 +257,22 @@ class Trainer:
         ]
         position.rate_scale = np.where(improved, scales, draws).tolist()
 
+    def _agree(self) -> bool:
+        """Look at the clock and for signals, all processes as one; whether a checkpoint is due.
+
+        The clock is process 0's; a signal to any of them is a signal to all.
+        """
+        seen = gather([self._stop.received or 0, self._store.due(self._checkpoint_seconds), self._steps_per_second])
+        self._received = int(seen[:, 0].max())
+        self._steps_per_second = float(seen[0, 2])
+        return bool(seen[0, 1])
+
+    def _stop_if_asked(self) -> None:
+        self._agree()
+        self._check_stop()
+
     def _check_stop(self) -> None:
-        if self._stop.received is not None:
+        if self._received:
             self._save()
             self._store.finish()
-            raise Stopped(self._stop.received.name)
+            raise Stopped(signal.Signals(self._received).name)

@@ -18,9 +18,10 @@ def versions() -> dict[str, str]:
 
 def device() -> dict[str, Any]:
     """The devices that JAX computes on."""
-    devices = jax.local_devices()
+    devices = jax.devices()
     kind = devices[0].device_kind
-    return {
+    processes = {"processes": jax.process_count()} if jax.process_count() > 1 else {}
+    return processes | {
         "platform": devices[0].platform,
         "kind": processor() if kind == "cpu" else kind,
         "count": len(devices),

@@ -11,9 +11,11 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.processes.arrays import put
 from pspinal_jax.recipes.schema import MeshConfig
 
 AXES = ("data", "fsdp", "model")
@@ -58,12 +60,31 @@ def replicated_on(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
+    """How a batch of `size` examples lies: its first axis cut, or on each device whole where that is not even."""
+    fits = size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return NamedSharding(mesh, BATCH) if fits else replicated_on(mesh)
+
+
 def shard_over(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays with their first axis cut as a batch's, or on each device where it cannot be cut evenly."""
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    """Host arrays, whole on every process, with their first axis as `batch_sharding` says."""
+    return jax.tree.map(lambda array: put(array, batch_sharding(mesh, len(array))), tree)
 
-    def place(array: Any) -> jax.Array:
-        fits = len(array) % shares == 0
-        return jax.device_put(array, NamedSharding(mesh, BATCH) if fits else replicated_on(mesh))
 
-    return jax.tree.map(place, tree)
+def rows_here(mesh: Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch of `size` examples lie on this process's devices: integers, increasing."""
+    places = batch_sharding(mesh, size).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[place] for place in places]))
+
+
+def shard_rows(mesh: Mesh, tree: Any, size: int) -> Any:
+    """The batch of `size` examples of which every process gives the rows `rows_here`, as `batch_sharding` says."""
+    sharding, rows = batch_sharding(mesh, size), rows_here(mesh, size)
+
+    def place(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            return array[np.searchsorted(rows, np.arange(size)[index[0]])]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
+
+    return shard_over(mesh, tree) if len(rows) == size else jax.tree.map(place, tree)

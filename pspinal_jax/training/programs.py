@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pspinal_jax.data.arrays import Split
 from pspinal_jax.heads.forms import Form
+from pspinal_jax.processes.arrays import put
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import Batch, EpochPlan, Step, evaluate_split, run_chunk
 from pspinal_jax.training.mesh import BATCH, make_mesh, replicated_on, shard_over
@@ -57,11 +58,11 @@ class Programs:
 
     def replicate(self, tree: Any) -> Any:
         """`tree` on every device of the mesh, whole."""
-        return jax.device_put(tree, self.replicated)
+        return put(tree, self.replicated)
 
     def place(self, tree: Any) -> Any:
         """A state, or parts of one, where the programs want it: parameters cut as the mesh says."""
-        return jax.device_put(tree, shardings(self.mesh, tree, stacked=self.vectorized))
+        return put(tree, shardings(self.mesh, tree, stacked=self.vectorized))
 
     def shard_batch(self, batch: Batch) -> Batch:
         """A host's batch spread over the devices."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pspinal_jax.data.photos.photos import Encoded
 from pspinal_jax.errors import DataError
+from pspinal_jax.processes.agree import is_primary
 
 _SIZE = (16, 16)  # every byte is decoded whatever the size, and resizing costs least so
 _MOST_THREADS = 8
@@ -65,7 +66,7 @@ def _check(encoded: Encoded, index: int) -> Checked:
 
 def warn_of_skipped(names: Sequence[str], source: str) -> None:
     """Say on standard error how many pictures of `source` are left out, and the first of them."""
-    if names:
+    if names and is_primary():
         print(f"warning: {skipped_text(names, source)}; left out", file=sys.stderr)
 
 

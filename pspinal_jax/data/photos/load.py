@@ -6,6 +6,7 @@ from pspinal_jax.data.photos.folder import read_folder
 from pspinal_jax.data.photos.photos import PhotoDataset
 from pspinal_jax.data.photos.records import read_photo_records
 from pspinal_jax.errors import DataError
+from pspinal_jax.processes.agree import is_primary
 from pspinal_jax.recipes.schema import DataConfig
 
 
@@ -28,7 +29,7 @@ def load_photographs(config: DataConfig, directory: Path) -> PhotoDataset:
             test_fraction=config.test_fraction,
             split_seed=config.split_seed,
             strict=config.strict,
-            show_progress=True,
+            show_progress=is_primary(),
         )
     if config.num_classes not in (None, data.num_classes):
         raise DataError(

@@ -1,0 +1,71 @@
+"""Streamed photographs on two processes: each decodes its own rows of a batch, and together they are one process."""
+
+import chex
+import numpy as np
+import pytest
+from processes_support import metrics, run_to_the_end
+
+from pspinal_jax.backbones import resnet
+from pspinal_jax.runs.restore import load_variables
+
+pytestmark = pytest.mark.slow
+
+EPOCHS = 2
+TRAIN, VALIDATION, TEST = 30, 6, 9  # what 15 pictures a class leave of three classes
+"""30 in batches of 8 leave 6, which 4 devices cannot share: each has all of them."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("pictures") / "noise", np.random.default_rng(0)
+    for label in range(3):
+        (folder / f"class_{label}").mkdir(parents=True)
+        for index in range(15):
+            image = rng.integers(0, 120, (40, 40, 3))
+            image[..., label] += 90
+            Image.fromarray(image.astype(np.uint8)).save(folder / f"class_{label}" / f"{index:02}.png")
+    return folder
+
+
+def arguments(pictures, workdir, *flags):
+    text = (
+        f"train folder --data.path {pictures} --workdir {workdir} --model.backbone resnet18 --model.weights None "
+        f"--data.image-size 32 --batch-size 8 --eval-batch-size 8 --model.layer-width 8 --epochs {EPOCHS} "
+        "--data.validation-fraction 0.2 --data.no-drop-remainder --optimizer.name sgd --optimizer.learning-rate 0.01"
+    )
+    return [*text.split(), *flags]
+
+
+@pytest.mark.parametrize(("devices", "flags"), [(2, ()), (1, ("--mesh.fsdp", "2"))])
+def test_two_processes_decode_a_share_each(pictures, tmp_path, monkeypatch, devices, flags):
+    both = run_to_the_end(tmp_path, arguments(pictures, tmp_path / "two", *flags), devices=devices, TINY_RESNET="1")
+    (alone,) = run_to_the_end(
+        tmp_path, arguments(pictures, tmp_path / "one", *flags), processes=1, devices=2 * devices, TINY_RESNET="1"
+    )
+    assert alone.seen["decoded"] == EPOCHS * (TRAIN + VALIDATION) + TEST
+    decoded = [process.seen["decoded"] for process in both]
+    tails = EPOCHS * 6 if devices == 2 else 0  # decoded twice
+    assert sum(decoded) == alone.seen["decoded"] + tails
+    assert max(decoded) < 0.75 * alone.seen["decoded"]
+    monkeypatch.setitem(resnet.VARIANTS, "resnet18", resnet.Variant((1, 1, 1, 1), 1))
+    monkeypatch.setattr(resnet, "STAGE_CHANNELS", (4, 4, 8, 8))
+    ours, theirs = (load_variables(tmp_path / name)[0] for name in ("two", "one"))
+    chex.assert_trees_all_close(ours, theirs, rtol=0, atol=1e-3)
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        for key in ("train_loss", "validation_loss"):
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-3)
+
+
+def test_features_are_made_by_two_processes(pictures, tmp_path):
+    flags = ["--freeze", "backbone", "--cache-features", "--data.augment", "none"]
+    run_to_the_end(tmp_path, arguments(pictures, tmp_path / "two", *flags), TINY_RESNET="1")
+    run_to_the_end(tmp_path, arguments(pictures, tmp_path / "one", *flags), processes=1, devices=4, TINY_RESNET="1")
+    ours, theirs = (dict(np.load(tmp_path / name / "features.npz")) for name in ("two", "one"))
+    assert set(ours) == set(theirs)
+    for name in ours:
+        if ours[name].dtype.kind == "U":
+            assert (ours[name] == theirs[name]).all()
+        else:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
