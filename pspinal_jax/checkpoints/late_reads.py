@@ -1,14 +1,16 @@
 """Silence for reads and writes that end after Orbax has given up on a damaged checkpoint or a full disk.
 
 Orbax raises the first array's error and closes its event loop. tensorstore then reports every other array to the closed
-loop, and Python prints a traceback for each; asyncio does so for those whose error nobody asked for. All that anyone
-could act on is in the first.
+loop, and Python prints a traceback for each; asyncio does so for those whose error nobody asked for, and warns of reads
+that never began. All that anyone could act on is in the first.
 """
 
 import logging
 import sys
+import warnings
 from typing import Any
 
+_NEVER_BEGAN = r"coroutine 'Store\..*' was never awaited"
 _installed = False
 
 
@@ -27,6 +29,7 @@ def ignore_late_reads() -> None:
 
     sys.unraisablehook = filtered
     logging.getLogger("asyncio").addFilter(_is_news)
+    warnings.filterwarnings("ignore", _NEVER_BEGAN, RuntimeWarning)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

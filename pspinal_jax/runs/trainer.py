@@ -137,7 +137,7 @@ class Trainer:
                     return
                 if self._agree() or position.epoch == 1:
                     self._save()
-                self._check_stop()
+                self._stop_if_asked()
                 self._plan_epoch(order)
 
     def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
@@ -177,10 +177,9 @@ class Trainer:
                 self._check_finite()
                 progress.advance(steps, **self._shown())
                 if position.step < stage.steps_per_epoch:
-                    save = self._agree()
-                    self._check_stop()
-                    if save:
+                    if self._agree():
                         self._save()
+                    self._stop_if_asked()
 
     def _check_finite(self) -> None:
         recipe = self.setup.recipe

@@ -44,7 +44,7 @@ def test_importing_the_package_imports_no_framework():
 def test_a_missing_package_is_named_with_its_extra(module, package, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, f"pspinal_jax.interop.{module}", raising=False)
-    with pytest.raises(ImportError, match=rf"needs {package}, which is not installed; .*pspinal-jax\[{module}\]"):
+    with pytest.raises(ImportError, match=rf"needs {package}, which is not installed; .*'\.\[{module}\]'"):
         importlib.import_module(f"pspinal_jax.interop.{module}")
 
 

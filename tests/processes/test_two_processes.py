@@ -174,7 +174,6 @@ def test_processes_that_see_different_data_say_so(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--distributed", "--distributed found no cluster that JAX knows"),
         ("--process-id 1", "--process-id given without --distributed"),
         ("--distributed --process-id 1", "--process-id given without --coordinator-address, --num-processes"),
         (
@@ -191,6 +190,15 @@ def test_flags_that_do_not_fit_are_refused(data, tmp_path, capfd, flags, message
     assert main(small(data, tmp_path / "run", *flags.split())) == 2
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_without_flags_or_a_cluster_it_says_so(data, tmp_path):
+    # In a process of its own, where JAX has not computed anything yet.
+    (alone,) = run(tmp_path, small(data, tmp_path / "run", "--distributed"), processes=1)
+    assert alone.status == 2
+    assert "--distributed found no cluster that JAX knows" in alone.err and alone.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
