@@ -13,6 +13,7 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.processes.agree import barrier, count, index
 from pspinal_jax.processes.failure import abort_caught, ending_together, lost, native_output_aside
 from pspinal_jax.processes.options import ProcessOptions
+from pspinal_jax.processes.port import check_port
 
 
 @contextlib.contextmanager
@@ -77,6 +78,8 @@ def _check_given(address: str, num_processes: int, process_id: int) -> None:
 def _initialize(options: ProcessOptions, given: dict[str, Any], log: Path) -> None:
     # JAX's own service for preemption notices would catch SIGTERM, which the loop wants to hear of itself.
     jax.config.update("jax_enable_preemption_service", False)
+    if given and options.process_id == 0:
+        check_port(given["coordinator_address"])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a Kubernetes that cannot be asked: the error below says what to do
@@ -97,10 +100,6 @@ def _initialize(options: ProcessOptions, given: dict[str, Any], log: Path) -> No
         ) from error
     except Exception as error:  # of many kinds, by the cluster's client or by JAX's
         reason = " ".join(str(error).split())[:300]
-        if "start RPC server" in reason:
-            raise RunError(
-                f"process 0 cannot listen at {_address(options)}: the port is taken or not allowed; choose another"
-            ) from error
         raise RunError(f"{_not_joined(options, log)} ({type(error).__name__}: {reason})") from error
     index()  # devices are found here, by all processes at once
 
