@@ -12,8 +12,7 @@ _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 def check_port(address: str) -> None:
     """Ask the system for the port of `address`, HOST:PORT, as JAX's coordinator soon will, and give it back.
 
-    JAX's own service ends with a segmentation fault on a port that is taken (jaxlib 0.10 to 0.12), or shares the port with the
-    service of another run.
+    JAX's own service ends with a segmentation fault on a port that is taken (jaxlib 0.10 to 0.12).
 
     Raises:
       RunError: if the port is taken or not allowed.

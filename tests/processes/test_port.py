@@ -29,7 +29,8 @@ def test_a_port_that_somebody_listens_on_is_named(port, bind, monkeypatch):
     taken.listen()
     if bind:
         monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"{bind}:{number}")
-    message = f"cannot listen at {bind or '[::]'}:{number} for --coordinator-address 127.0.0.1:{number}: Address already"
+    where = f"{bind or '[::]'}:{number}"
+    message = f"cannot listen at {where} for --coordinator-address 127.0.0.1:{number}: Address already"
     with pytest.raises(RunError, match=re.escape(message)):
         check_port(f"127.0.0.1:{number}")
 
