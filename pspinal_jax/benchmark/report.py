@@ -54,7 +54,7 @@ def write_report(
         "left_out": left_out,
         "ceilings": ceilings,
         "device": device(),
-        "versions": versions() | _torch_version(),
+        "versions": versions() | torch_version(),
     }
     write_json(workdir / "results.json", results)
     _plot(workdir / "results.png", results)
@@ -126,7 +126,8 @@ def format_table(measurement: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _torch_version() -> dict[str, str]:
+def torch_version() -> dict[str, str]:
+    """PyTorch's version if it is installed, beside those of `versions`."""
     try:
         import torch
     except ImportError:

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pspinal_jax.benchmark.report import torch_version
 from pspinal_jax.errors import RunError
 from pspinal_jax.runs.directory import write_json
 from pspinal_jax.runs.versions import device, versions
@@ -73,7 +75,7 @@ def report(
         "seconds": seconds,
         "median": {name: float(np.median(values)) for name, values in seconds.items()},
         "device": device(),
-        "versions": versions(),
+        "versions": versions() | torch_version(),
     }
     if published is not None:
         results["published_settings_in_pytorch"] = measure_published(*published)
@@ -96,13 +98,16 @@ def _plot(path: Path, results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 2), layout="constrained")
-    names = list(results["seconds"])[::-1]
-    bars = axis.barh(names, [results["median"][name] for name in names], color="#4878a8")
-    axis.bar_label(bars, [f"{results['median'][name]:.1f} s" for name in names], padding=4)
-    for row, name in enumerate(names):
-        axis.plot(results["seconds"][name], [row] * len(results["seconds"][name]), "k.", markersize=4)
+    rows = {f"{name} cache": seconds for name, seconds in results["seconds"].items()}
+    for line in results.get("published_settings_in_pytorch", [])[-1:]:
+        rows[f"PyTorch, published settings,\n{line['epoch']} epochs: {line['test']:.2f} %"] = [line["seconds"]]
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
+    for name, seconds in reversed(rows.items()):
+        median = float(np.median(seconds))
+        axis.barh(name, median, color="#4878a8")
+        axis.plot(seconds, [name] * len(seconds), "k.", markersize=4)
+        axis.annotate(f"{median:.1f} s", (max(seconds), name), xytext=(6, 0), textcoords="offset points", va="center")
     axis.margins(x=0.15)
-    axis.set_title(results["title"], fontsize=8)
+    axis.set_title(textwrap.fill(results["title"], 100), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
