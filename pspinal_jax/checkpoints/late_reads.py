@@ -2,7 +2,7 @@
 
 Orbax raises the first array's error and closes its event loop. tensorstore then reports every other array to the closed
 loop, and Python prints a traceback for each; asyncio does so for those whose error nobody asked for, and warns of reads
-that never began. All that anyone could act on is in the first.
+and writes that never began. All that anyone could act on is in the first.
 """
 
 import logging
@@ -10,7 +10,7 @@ import sys
 import warnings
 from typing import Any
 
-_NEVER_BEGAN = r"coroutine 'Store\..*' was never awaited"
+_NEVER_BEGAN = r"coroutine '(Store|async_serialize).*' was never awaited"
 _installed = False
 
 

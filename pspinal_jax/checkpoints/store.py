@@ -1,5 +1,6 @@
 """Saving and restoring through Orbax: separate items, a checksum over all, fallback to the newest whole checkpoint."""
 
+import copy
 import os
 import re
 import sys
@@ -47,6 +48,8 @@ class CheckpointStore:
             raise self._cannot_write(error) from error
         self._last_time = -float("inf")
         self._last_cost: float | None = None
+        self._position: dict[str, Any] | None = None
+        """Of the newest checkpoint."""
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -65,12 +68,17 @@ class CheckpointStore:
         return time.monotonic() - self._last_time >= max(seconds, 20 * (self._last_cost or 0.0))
 
     def save(self, step: int, trees: Trees, position: dict[str, Any]) -> None:
-        """Save `trees` and the JSON value `position` as checkpoint `step`; does nothing if there is one of that step.
+        """Save `trees` and the JSON value `position`; does nothing if they are saved.
+
+        The checkpoint's number is `step`, or the next free one if another position was saved at that step: nothing is
+        overwritten.
 
         Raises:
           RunError: if the disk is full or not writable; what was saved before stays.
         """
-        start = time.monotonic()
+        start, newest = time.monotonic(), self._manager.latest_step()
+        if newest is not None and position == self._position:
+            return
         trees = {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
         # The copy is taken before the next step donates these buffers.
         trees = jax.tree.map(lambda leaf: leaf.copy(), trees)
@@ -80,13 +88,13 @@ class CheckpointStore:
             "checksums": {name: tree_checksums(tree) for name, tree in trees.items()},
         }
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        if step in self._manager.all_steps():
-            return
+        number = step if newest is None else max(step, newest + 1)
         try:
             self._manager.wait_until_finished()
-            self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **items))
+            self._manager.save(number, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **items))
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
             raise self._cannot_write(error) from error
+        self._position = copy.deepcopy(position)
         self._last_time = time.monotonic()
         # The first save of a process also pays for Orbax's set-up, which says nothing about the next.
         self._last_cost = 0.0 if self._last_cost is None else self._last_time - start
@@ -115,6 +123,7 @@ class CheckpointStore:
         step, trees, position = _newest(self._manager, abstract)
         for newer in [other for other in self._manager.all_steps() if other > step]:
             self._manager.delete(newer)
+        self._position = copy.deepcopy(position)
         return trees, position
 
 

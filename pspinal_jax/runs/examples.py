@@ -50,8 +50,11 @@ class EvaluatedSplit(Protocol):
     def count(self) -> int:
         """How many."""
 
-    def evaluate(self, evaluate: Evaluate) -> dict[str, np.ndarray]:
-        """Sums loss and correct [K] and predictions [K, count] over the split."""
+    def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+        """Sums loss and correct [K] and predictions [K, count] over the split.
+
+        `before_call` is called before each call of `evaluate`, and may raise to give up.
+        """
 
     def warm_up(self, evaluate: Evaluate) -> None:
         """Compile the evaluation, by evaluating nothing."""
@@ -152,8 +155,9 @@ class ResidentSplit:
         """`split` on the devices, padded to whole batches."""
         return cls(programs.replicate(padded_split(split, batch_size)), len(split))
 
-    def evaluate(self, evaluate: Evaluate) -> dict[str, np.ndarray]:
+    def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""
+        before_call()
         sums = evaluate(self.arrays, self.count)
         return sums | {"predictions": sums["predictions"][:, : self.count]}
 
@@ -177,7 +181,7 @@ class StreamedSplit:
         """How many."""
         return len(self.photos)
 
-    def evaluate(self, evaluate: Evaluate) -> dict[str, np.ndarray]:
+    def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""
         parts = []
         mesh, order, shape = self.programs.mesh, np.arange(self.count), (self.side, self.side)
@@ -185,6 +189,7 @@ class StreamedSplit:
             read_share(mesh, self.photos, order, shape, self.batch_size, workers=self.workers, pad=True)
         ) as batches:
             for batch, size in batches:
+                before_call()
                 sums = evaluate(shard_rows(mesh, batch, self.batch_size), size)
                 parts.append(sums | {"predictions": sums["predictions"][:, :size]})
         return {

@@ -14,7 +14,11 @@ from pspinal_jax.runs.versions import device, versions
 
 
 def make_result(trainer: Trainer) -> dict[str, Any]:
-    """What result.json holds. Under the validation protocol this is where the test split is evaluated, once."""
+    """What result.json holds. Under the validation protocol this is where the test split is evaluated, once.
+
+    Raises:
+      Stopped: after SIGINT or SIGTERM; the run is saved.
+    """
     setup, position, recipe = trainer.setup, trainer.position, trainer.setup.recipe
     params = trainer.lanes.trees()["params"]
     result: dict[str, Any] = {
@@ -32,7 +36,7 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         result["best_on_test_epoch"] = position.best_epoch
     else:
         test = setup.splits["test"]
-        correct = test.evaluate(partial(trainer.lanes.evaluate, best=True))["correct"]
+        correct = test.evaluate(partial(trainer.lanes.evaluate, best=True), trainer.stop_if_asked)["correct"]
         result["test_accuracy"] = summary((correct / test.count).tolist())
         selected = position.selected_epoch or position.best_epoch
         validation = position.selected_accuracy or position.best_accuracy

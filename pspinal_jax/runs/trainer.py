@@ -71,7 +71,7 @@ class Trainer:
           RunError: if a loss stops being finite, or a checkpoint cannot be written or read.
         """
         self._restore()
-        self._stop_if_asked()
+        self.stop_if_asked()
         self._run_stage()
         while self.position.stage + 1 < len(self.setup.stages):
             self._next_stage()
@@ -137,7 +137,7 @@ class Trainer:
                     return
                 if self._agree() or position.epoch == 1:
                     self._save()
-                self._stop_if_asked()
+                self.stop_if_asked()
                 self._plan_epoch(order)
 
     def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
@@ -151,11 +151,11 @@ class Trainer:
     def _warm_up(self) -> None:
         start = time.perf_counter()
         self.setup.examples.warm_up(self.lanes, self.stage)
-        self._stop_if_asked()
+        self.stop_if_asked()
         if self.stage.evaluates:
             self.setup.splits[self.stage.evaluates].warm_up(self.lanes.evaluate)
         self.lanes.warm_up()
-        self._stop_if_asked()
+        self.stop_if_asked()
         self._compile_seconds = time.perf_counter() - start
 
     def _run_epoch(self, progress: Progress) -> None:
@@ -179,7 +179,7 @@ class Trainer:
                 if position.step < stage.steps_per_epoch:
                     if self._agree():
                         self._save()
-                    self._stop_if_asked()
+                    self.stop_if_asked()
 
     def _check_finite(self) -> None:
         recipe = self.setup.recipe
@@ -211,7 +211,7 @@ class Trainer:
         evaluation: dict[str, list[float]] = {}
         if stage.evaluates:
             split = self.setup.splits[stage.evaluates]
-            sums = split.evaluate(self.lanes.evaluate)
+            sums = split.evaluate(self.lanes.evaluate, self.stop_if_asked)
             evaluation = {"accuracy": (sums["correct"] / split.count).tolist()}
             evaluation["loss"] = (sums["loss"] / split.count).tolist()
         position.epoch += 1
@@ -266,11 +266,9 @@ class Trainer:
         self._steps_per_second = float(seen[0, 2])
         return bool(seen[0, 1])
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
+        """Save and raise `Stopped` if a signal has come; called by all processes."""
         self._agree()
-        self._check_stop()
-
-    def _check_stop(self) -> None:
         if self._received:
             self._save()
             self._store.finish()

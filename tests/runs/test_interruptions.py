@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import chex
@@ -66,13 +67,13 @@ def checkpoints(run):
 
 
 @contextlib.contextmanager
-def before(owner, name, act, time=1, undo=lambda: None):
-    """In a `with`: call act() before the `time`-th call of `owner.name`, and undo() after it."""
+def before(owner, name, act, call=1, undo=lambda: None):
+    """In a `with`: call act() before the `call`-th call of `owner.name`, and undo() after it."""
     original, calls = getattr(owner, name), [0]
 
     def called(*args, **kwargs):
         calls[0] += 1
-        if calls[0] == time:
+        if calls[0] == call:
             act()
         try:
             return original(*args, **kwargs)
@@ -84,7 +85,7 @@ def before(owner, name, act, time=1, undo=lambda: None):
         yield
     finally:
         setattr(owner, name, original)
-    assert calls[0] >= time
+    assert calls[0] >= call
 
 
 def test_a_stop_in_any_part_is_saved_and_the_run_goes_on(run, undisturbed, tmp_path):
@@ -138,10 +139,15 @@ def full_disk():
 def test_a_full_disk_is_named_and_nothing_is_lost(run, undisturbed, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
 
-    def fail(owner, name, file, time=1, size=lambda: 0):
+    def after_the_first_save():
+        while not checkpoints(tmp_path / "run"):  # it is written in the background, where the limit holds too
+            time.sleep(0.01)
+        return metrics.stat().st_size + 20
+
+    def fail(owner, name, file, call=1, size=lambda: 0):
         with full_disk() as (no_room, room):
             undo = (lambda: None) if file == "checkpoints" else room  # written in the background
-            with before(owner, name, lambda: no_room(size()), time, undo):
+            with before(owner, name, lambda: no_room(size()), call, undo):
                 status, said = run()
         assert (status, len(said)) == (1, 1), said
         assert said[0].startswith("error: ") and said[0].count(str(tmp_path / "run" / file)) == 1
@@ -150,7 +156,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(run, undisturbed, tmp_path):
     fail(RunDirectory, "create", "config.json")
     assert not (tmp_path / "run" / "config.json").exists()
     # In the middle of a line; then at the next start, before the line that was cut off is taken away.
-    fail(RunDirectory, "append_metrics", "metrics.jsonl", time=2, size=lambda: metrics.stat().st_size + 20)
+    fail(RunDirectory, "append_metrics", "metrics.jsonl", call=2, size=after_the_first_save)
     assert not metrics.read_text().endswith("\n")
     fail(RunDirectory, "keep_metrics", "metrics.jsonl")
     assert metrics.read_text().count("\n") == 1
@@ -158,7 +164,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(run, undisturbed, tmp_path):
     fail(CheckpointStore, "save", "checkpoints", size=lambda: 2000)
     assert there and checkpoints(tmp_path / "run") == there
     # A stop that cannot be saved does not say that it is.
-    with before(Trainer, "_check_stop", lambda: signal.raise_signal(signal.SIGTERM), 4):
+    with before(Trainer, "stop_if_asked", lambda: signal.raise_signal(signal.SIGTERM), 4):
         fail(CheckpointStore, "save", "checkpoints", size=lambda: 2000)
     assert checkpoints(tmp_path / "run") == there
     fail(train_module, "plot_curves", "curves.png")

@@ -1,6 +1,8 @@
 """Runs on photographs that are read while training, by the commands that a user types."""
 
 import json
+import os
+import signal
 
 import chex
 import jax
@@ -12,6 +14,7 @@ from safetensors.numpy import save_file
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import ResNet
 from pspinal_jax.runs import trainer as trainer_module
+from pspinal_jax.runs.lanes import Lanes
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.weights import resnet_state_dict
 
@@ -108,6 +111,35 @@ def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path
     assert read(cut / "result.json")["test_accuracy"] == read(whole / "result.json")["test_accuracy"]
     one, other = (load_variables(whole, seed)[0]["params"]["backbone"]["stem"]["kernel"] for seed in (0, 1))
     assert (np.asarray(one) != np.asarray(other)).any()
+
+
+def test_a_stop_gives_an_evaluation_up_between_two_batches(pictures, tmp_path, monkeypatch, capsys):
+    flags = ["--eval-batch-size", "2"]  # 3 batches of validation, 5 of test
+    whole, workdir = run(pictures, tmp_path / "whole", *flags), tmp_path / "cut"
+    evaluate, calls = Lanes.evaluate, []
+
+    def stop_at(call):
+        def called(self, *args, **kwargs):
+            calls.append(kwargs)
+            if len(calls) == call:
+                signal.raise_signal(signal.SIGTERM)
+            return evaluate(self, *args, **kwargs)
+
+        calls.clear()
+        monkeypatch.setattr(Lanes, "evaluate", called)
+        run(pictures, workdir, *flags)
+        assert "stopped by SIGTERM; the run is saved" in capsys.readouterr().err
+        assert len(calls) == call and not (workdir / "result.json").exists()
+        monkeypatch.setattr(Lanes, "evaluate", evaluate)
+        return (workdir / "metrics.jsonl").read_text().count("\n"), max(os.listdir(workdir / "checkpoints"), key=int)
+
+    # The first call compiles. A run that goes on evaluates at once, and its next checkpoint has a number of its own.
+    assert stop_at(2) == (0, "3")
+    assert stop_at(5) == (1, "6")
+    assert stop_at(2 + 3 + 1) == (2, "7") and calls[-1] == {"best": True}
+    run(pictures, workdir, *flags)
+    chex.assert_trees_all_equal(load_variables(workdir)[0], load_variables(whole)[0])
+    assert read(workdir / "result.json")["test_accuracy"] == read(whole / "result.json")["test_accuracy"]
 
 
 def test_a_frozen_backbone_keeps_its_weights_bit_for_bit(pictures, tmp_path, weights):
