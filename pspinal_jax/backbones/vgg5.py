@@ -7,12 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pspinal_jax.backbones.conv import conv_same
-from pspinal_jax.backbones.norm_relu import norm_relu
-from pspinal_jax.backbones.pooling import max_pool_2x2
-from pspinal_jax.heads import norm
-from pspinal_jax.heads.declare import NormVariables
-from pspinal_jax.heads.initializers import Initializer, torch_linear_init
+from pspinal_jax.layers import norm
+from pspinal_jax.layers.conv import conv_same
+from pspinal_jax.layers.linear import Initializer, NormVariables, torch_linear_init
+from pspinal_jax.layers.norm import norm_relu
+from pspinal_jax.layers.pooling import max_pool_2x2
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (256, 256, 256))
 """Output channels of each 3x3 convolution, by stage (SPEC: the published VGG-5 scripts)."""

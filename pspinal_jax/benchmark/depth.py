@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from pspinal_jax.benchmark.head import Case, Shape
-from pspinal_jax.heads.forms import Computed, Form, convert_params
+from pspinal_jax.environment import device, versions
+from pspinal_jax.heads.layouts import Computed, Layout, convert_params
 from pspinal_jax.runs.directory import write_json
-from pspinal_jax.runs.versions import device, versions
 
 DEPTHS = (4, 16, 64, 256)
-ALTERNATIVES: dict[str, tuple[Computed, Form]] = {
+ALTERNATIVES: dict[str, tuple[Computed, Layout]] = {
     "unrolled": ("unrolled", "tree"),
     "fused, fused parameters": ("fused", "fused"),
     "scan, documented tree": ("scan", "tree"),

@@ -73,7 +73,7 @@ def _published_shape(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], params
     import torch
     from torch.nn import functional
 
-    from pspinal_jax.benchmark.torch_peer import PictureExamples, torch_device
+    from pspinal_jax.benchmark.torch_twins import PictureExamples, torch_device
 
     images, labels = data
     examples = PictureExamples(images[..., 0], labels, recipe.data.mean, recipe.data.std)

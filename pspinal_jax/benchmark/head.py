@@ -11,7 +11,7 @@ from jax import lax
 from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.heads import ProgressiveSpinalHead
-from pspinal_jax.heads.forms import NATIVE_FORM, Computed, Form, convert_params
+from pspinal_jax.heads.layouts import NATIVE_LAYOUT, Computed, Layout, convert_params
 
 OURS: Computed = "fused"
 IMPLEMENTATIONS: tuple[Computed, ...] = ("fused", "unrolled", "scan")
@@ -84,7 +84,7 @@ class Case:
 
         return jax.grad(loss, (0, 1))
 
-    def in_loop(self, implementation: Computed, form: Form | None = None) -> Work:
+    def in_loop(self, implementation: Computed, form: Layout | None = None) -> Work:
         """So many passes in one compiled loop, as inside a training epoch; every gradient is computed in full.
 
         Args:
@@ -92,7 +92,7 @@ class Case:
           form: the form of parameters and gradients; None for the implementation's own.
         """
         gradient = self.gradient(implementation, _DROPOUT_RATE)
-        params = jax.jit(lambda tree: convert_params(tree, form or NATIVE_FORM[implementation]))(self.params)
+        params = jax.jit(lambda tree: convert_params(tree, form or NATIVE_LAYOUT[implementation]))(self.params)
 
         @jax.jit
         def run(params: Any, features: jax.Array, count: jax.Array) -> Any:
@@ -112,7 +112,7 @@ class Case:
     def by_call(self, implementation: Computed) -> Work:
         """The same passes, each a jitted call from Python."""
         gradient = jax.jit(self.gradient(implementation, _DROPOUT_RATE))
-        params = jax.jit(lambda tree: convert_params(tree, NATIVE_FORM[implementation]))(self.params)
+        params = jax.jit(lambda tree: convert_params(tree, NATIVE_LAYOUT[implementation]))(self.params)
         key, features = jax.random.key(0), jnp.asarray(self.features)
 
         def work(count: int) -> None:
@@ -154,7 +154,7 @@ def torch_alternatives(case: Case) -> dict[str, Work]:
     """
     import torch
 
-    from pspinal_jax.benchmark.torch_peer import make_head, torch_device
+    from pspinal_jax.benchmark.torch_twins import make_head, torch_device
 
     device = torch_device()
     dtype = torch.bfloat16 if case.dtype == jnp.bfloat16 else torch.float32
@@ -188,7 +188,7 @@ def check_equal(case: Case) -> None:
     """
     import torch
 
-    from pspinal_jax.benchmark.torch_peer import make_head
+    from pspinal_jax.benchmark.torch_twins import make_head
 
     model = make_head(case.shape, 0.0, case.params).double()
     features = torch.from_numpy(case.features).double().requires_grad_()

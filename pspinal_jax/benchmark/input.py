@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pspinal_jax.data.photos import Photos
-from pspinal_jax.data.photos.files import Files
-from pspinal_jax.data.photos.stream import stream
+from pspinal_jax.data.images import ImageSplit
+from pspinal_jax.data.images.images import Files
+from pspinal_jax.data.images.stream import stream
+from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.runs.directory import write_json
-from pspinal_jax.runs.versions import device, versions
 
 NUM_FILES = 256
 SIZE = (230, 230)
@@ -46,18 +46,18 @@ def draw_photograph(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_photographs(folder: Path, count: int = NUM_FILES) -> Photos:
+def write_photographs(folder: Path, count: int = NUM_FILES) -> ImageSplit:
     """`count` drawn photographs as files in `folder`."""
     names = [f"{number:04d}.jpg" for number in range(count)]
     for number, name in enumerate(names):
         (folder / name).write_bytes(draw_photograph(number))
-    return Photos(Files(folder, names), np.arange(count, dtype=np.int32))
+    return ImageSplit(Files(folder, names), np.arange(count, dtype=np.int32))
 
 
 class TorchExamples:
     """What a torch DataLoader takes: pictures opened, converted and resized by Pillow, as torchvision does it."""
 
-    def __init__(self, photos: Photos, order: np.ndarray) -> None:
+    def __init__(self, photos: ImageSplit, order: np.ndarray) -> None:
         self.photos, self.order = photos, order
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class TorchExamples:
         return np.array(resized), int(self.photos.labels[number])
 
 
-def alternatives(photos: Photos, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
+def alternatives(photos: ImageSplit, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
     """By name, what starts a pass over `order`; ours comes first."""
     return {
         ours(workers): lambda: stream(photos, order, SIZE, BATCH_SIZE, workers=workers),
@@ -83,7 +83,7 @@ def ours(workers: int) -> str:
     return f"stream, {workers} workers"
 
 
-def torch_alternatives(photos: Photos, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
+def torch_alternatives(photos: ImageSplit, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
     """PyTorch's DataLoader with as many workers.
 
     Raises:

@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from pspinal_jax.benchmark.timing import Timing, ratio
+from pspinal_jax.environment import device, versions
 from pspinal_jax.runs.directory import write_json
-from pspinal_jax.runs.versions import device, versions
 
 
 class Measurement(NamedTuple):
@@ -32,7 +32,7 @@ class Measurement(NamedTuple):
 
 
 def write_report(
-    workdir: Path, measurements: list[Measurement], left_out: list[str], command: str, ceilings: dict[str, float]
+    workdir: Path, measurements: list[Measurement], left_out: list[str], command: str, roofline: dict[str, float]
 ) -> dict[str, Any]:
     """Write results.json and results.png into `workdir` and print the tables.
 
@@ -41,7 +41,7 @@ def write_report(
       measurements: what was timed.
       left_out: alternatives that could not be measured, and why.
       command: the command that repeats this.
-      ceilings: flops_per_second and bytes_per_second of this machine.
+      roofline: flops_per_second and bytes_per_second of this machine.
 
     Returns:
       What results.json holds.
@@ -49,10 +49,10 @@ def write_report(
     workdir.mkdir(parents=True, exist_ok=True)
     results = {
         "command": command,
-        "measurements": [_summary(measurement, ceilings["flops_per_second"]) for measurement in measurements],
+        "measurements": [_summary(measurement, roofline["flops_per_second"]) for measurement in measurements],
         "geometric_mean_times_faster": _geometric_means(measurements),
         "left_out": left_out,
-        "ceilings": ceilings,
+        "roofline": roofline,
         "device": device(),
         "versions": versions() | torch_version(),
     }
@@ -96,10 +96,10 @@ def format_report(results: dict[str, Any]) -> str:
     if len(results["measurements"]) > 1:
         means = ", ".join(f"{name} {value:.2f} x" for name, value in results["geometric_mean_times_faster"].items())
         parts.append(f"ours is faster, geometric mean: {means}")
-    ceilings = results["ceilings"]
+    roofline = results["roofline"]
     parts.append(
-        f"{results['device']['kind']}: matrix products {ceilings['flops_per_second'] / 1e9:.0f} GFLOP/s, "
-        f"copies {ceilings['bytes_per_second'] / 1e9:.1f} GB/s"
+        f"{results['device']['kind']}: matrix products {roofline['flops_per_second'] / 1e9:.0f} GFLOP/s, "
+        f"copies {roofline['bytes_per_second'] / 1e9:.1f} GB/s"
     )
     return "\n\n".join(parts + [f"left out: {reason}" for reason in results["left_out"]])
 

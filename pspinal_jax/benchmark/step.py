@@ -13,7 +13,7 @@ from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.setup import build_run_programs
+from pspinal_jax.runs.build import build_run_programs
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.programs import make_order
 
@@ -105,7 +105,7 @@ def torch_steps(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], ours: JaxSt
     """The peers: eager PyTorch and torch.compile, from our initial parameters, after a check of equality at p = 0."""
     import torch
 
-    from pspinal_jax.benchmark.torch_peer import torch_device
+    from pspinal_jax.benchmark.torch_twins import torch_device
 
     work: dict[str, Work] = {}
     for name, compiled in (("PyTorch eager", False), ("torch.compile", True)):
@@ -131,14 +131,14 @@ def torch_step(
     """PyTorch's training step on the examples at given indices, from our initial `params`, and its model."""
     import torch
 
-    from pspinal_jax.benchmark.torch_peer import (
+    from pspinal_jax.benchmark.torch_twins import (
         TorchClassifier,
         TorchProgressiveHead,
+        TorchVGG5,
         computing_in,
         make_step,
         torch_device,
     )
-    from pspinal_jax.benchmark.torch_vgg5 import TorchVGG5
 
     config, backbone, num_features = recipe.model, None, 784
     if config.backbone == "vgg5":
@@ -177,7 +177,7 @@ def check_equal(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], compiled: b
     """
     import torch
 
-    from pspinal_jax.benchmark.torch_peer import torch_device
+    from pspinal_jax.benchmark.torch_twins import torch_device
 
     largest = 1e-3 if recipe.optimizer.name == "sgd" else 1e-4
     slow = dataclasses.replace(recipe.optimizer, learning_rate=min(recipe.optimizer.learning_rate, largest))

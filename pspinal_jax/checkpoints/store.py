@@ -15,9 +15,9 @@ import orbax.checkpoint as ocp
 
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.checkpoints.late_reads import ignore_late_reads
+from pspinal_jax.distributed.coordination import broadcast_from_primary, count
 from pspinal_jax.errors import RunError
 from pspinal_jax.log_filter import quiet_absl
-from pspinal_jax.processes.agree import count, from_primary
 
 quiet_absl()
 
@@ -166,7 +166,7 @@ def _newest(
     others, these would wait for it.
     """
     if count() > 1:
-        step = from_primary(lambda: _newest_by_itself(Path(manager.directory), abstract))
+        step = broadcast_from_primary(lambda: _newest_by_itself(Path(manager.directory), abstract))
         return step, *_read(manager, step, abstract, check=False)
     return _search(manager, abstract)
 

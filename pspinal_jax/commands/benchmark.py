@@ -122,8 +122,8 @@ def main(args: Sequence[str]) -> int:
 def _step(arguments: StepArguments, command: str) -> None:
     import jax.numpy as jnp
 
-    from pspinal_jax.benchmark.ceilings import measured_ceilings
     from pspinal_jax.benchmark.report import Measurement, write_report
+    from pspinal_jax.benchmark.roofline import measure_roofline
     from pspinal_jax.benchmark.step import benchmark_recipe
     from pspinal_jax.benchmark.timing import time_interleaved
 
@@ -132,8 +132,8 @@ def _step(arguments: StepArguments, command: str) -> None:
     ours = next(iter(work))
     timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
     title = f"one training step of {arguments.recipe}, batch {recipe.batch_size}, {recipe.dtype}"
-    ceilings = measured_ceilings(jnp.dtype(recipe.dtype))
-    write_report(arguments.workdir, [Measurement(title, timings, ours, flops)], left_out, command, ceilings)
+    roofline = measure_roofline(jnp.dtype(recipe.dtype))
+    write_report(arguments.workdir, [Measurement(title, timings, ours, flops)], left_out, command, roofline)
 
 
 def _small_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
@@ -151,10 +151,10 @@ def _small_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
 
 def _photo_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
     """As `_small_step`."""
-    from pspinal_jax.benchmark.photo_step import OURS, PhotoStep, fake_pictures, photo_step_flops, torch_photo_steps
+    from pspinal_jax.benchmark.image_step import OURS, ImageStep, fake_pictures, photo_step_flops, torch_photo_steps
 
     batch = fake_pictures(recipe)
-    ours, flops = PhotoStep(recipe, batch), photo_step_flops(recipe)
+    ours, flops = ImageStep(recipe, batch), photo_step_flops(recipe)
     try:
         return {OURS: ours.run} | torch_photo_steps(recipe, batch, ours), flops, []
     except ImportError:
@@ -164,9 +164,9 @@ def _photo_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
 def _head(arguments: HeadArguments, command: str) -> None:
     import jax.numpy as jnp
 
-    from pspinal_jax.benchmark.ceilings import measured_ceilings
     from pspinal_jax.benchmark.head import SHAPES, Case, alternatives, check_equal, torch_alternatives
     from pspinal_jax.benchmark.report import Measurement, write_report
+    from pspinal_jax.benchmark.roofline import measure_roofline
     from pspinal_jax.benchmark.timing import time_interleaved
 
     cases = [Case(shape, jnp.dtype(arguments.dtype)) for shape in SHAPES]
@@ -184,14 +184,14 @@ def _head(arguments: HeadArguments, command: str) -> None:
         timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
         title = f"{case.shape}, {arguments.dtype}"
         measurements.append(Measurement(title, timings, ours, case.shape.flops))
-    ceilings = measured_ceilings(jnp.dtype(arguments.dtype))
-    write_report(arguments.workdir, measurements, left_out, command, ceilings)
+    roofline = measure_roofline(jnp.dtype(arguments.dtype))
+    write_report(arguments.workdir, measurements, left_out, command, roofline)
 
 
 def _epoch(arguments: EpochArguments, command: str) -> None:
-    from pspinal_jax.benchmark.ceilings import measured_ceilings
     from pspinal_jax.benchmark.epoch import OURS, jax_epochs, torch_epochs
     from pspinal_jax.benchmark.report import Measurement, write_report
+    from pspinal_jax.benchmark.roofline import measure_roofline
     from pspinal_jax.benchmark.step import NUM_EXAMPLES, benchmark_recipe, fake_data, step_flops
     from pspinal_jax.benchmark.timing import time_interleaved
 
@@ -205,11 +205,11 @@ def _epoch(arguments: EpochArguments, command: str) -> None:
     flops = NUM_EXAMPLES // recipe.batch_size * step_flops(recipe)
     title = f"an epoch of mnist-paper, {NUM_EXAMPLES} images, batch {recipe.batch_size}, {recipe.dtype}"
     measurement = Measurement(title, timings, OURS, flops)
-    write_report(arguments.workdir, [measurement], left_out, command, measured_ceilings())
+    write_report(arguments.workdir, [measurement], left_out, command, measure_roofline())
 
 
 def _compile(arguments: CompileArguments, command: str) -> None:
-    from pspinal_jax.benchmark.start_up import report
+    from pspinal_jax.benchmark.compile import report
 
     recipe, *flags = arguments.train
     words = [recipe, *(f"--{flag}" for flag in flags)]

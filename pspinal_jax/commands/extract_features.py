@@ -35,12 +35,11 @@ def main(args: Sequence[str]) -> int:
         default=_Arguments(recipe),
     )
     from pspinal_jax.data import load_data
-    from pspinal_jax.data.photos.photos import PhotoDataset
-    from pspinal_jax.runs.cached import make_backbone
-    from pspinal_jax.runs.compilation_cache import enable_compilation_cache
-    from pspinal_jax.runs.features import extract_features, save_features
-    from pspinal_jax.runs.setup import input_of
-    from pspinal_jax.runs.start import start_variables
+    from pspinal_jax.data.images.images import ImageDataset
+    from pspinal_jax.environment import enable_compilation_cache
+    from pspinal_jax.runs.build import input_of
+    from pspinal_jax.runs.features import extract_features, make_backbone, save_features
+    from pspinal_jax.runs.restore import start_variables
 
     recipe = parsed.recipe
     if recipe.model.backbone == "none":
@@ -48,7 +47,7 @@ def main(args: Sequence[str]) -> int:
     if not parsed.output.parent.is_dir():
         raise UsageError(f"--output is {parsed.output}, but {parsed.output.parent} is no folder")
     data = load_data(recipe.data)
-    if not isinstance(data, PhotoDataset):
+    if not isinstance(data, ImageDataset):
         raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of photographs")
     data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     enable_compilation_cache()

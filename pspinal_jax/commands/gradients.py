@@ -63,10 +63,9 @@ def main(args: Sequence[str]) -> int:
         description=str(GradientsArguments.__doc__),
         default=GradientsArguments(),
     )
-    from pspinal_jax.analysis.examples import read_examples
-    from pspinal_jax.analysis.gradient_report import open_workdir, report
-    from pspinal_jax.analysis.gradient_study import Study
-    from pspinal_jax.runs.compilation_cache import enable_compilation_cache
+    from pspinal_jax.environment import enable_compilation_cache
+    from pspinal_jax.studies.gradient_report import open_workdir, read_examples, report
+    from pspinal_jax.studies.gradient_study import Study
 
     names = {field.name for field in dataclasses.fields(Study)}
     given = {name: value for name, value in dataclasses.asdict(arguments).items() if name in names}

@@ -9,11 +9,10 @@ from typing import Annotated
 import tyro
 
 from pspinal_jax.commands.parse import parse
+from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import UsageError
-from pspinal_jax.processes.agree import is_primary
-from pspinal_jax.processes.options import ProcessOptions
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
-from pspinal_jax.runs.options import RunOptions
+from pspinal_jax.recipes.options import ProcessOptions, RunOptions
 from pspinal_jax.runs.signals import Stopped, leave_at_once
 
 DEFAULT_RECIPE = "digits"
@@ -36,7 +35,7 @@ def main(args: Sequence[str]) -> int:
         description=f"Train {recipe.card.name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
         default=_Arguments(recipe, RunOptions(), ProcessOptions()),
     )
-    from pspinal_jax.processes.join import joined
+    from pspinal_jax.distributed.join import joined
 
     with joined(parsed.processes):
         return _train(parsed.recipe, parsed.options, ["train", *args])
@@ -61,7 +60,7 @@ def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:
     again = f"Go on with: pspinal-jax {shlex.join(command)}"
     try:
         with leave_at_once(f"nothing is lost. {again}"):
-            from pspinal_jax.runs.results import describe_result  # only now: these take seconds
+            from pspinal_jax.runs.result import describe_result  # only now: these take seconds
             from pspinal_jax.runs.train import train, work_directory
 
             directory = work_directory(recipe, options)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pspinal_jax.data.raw import Arrays
+from pspinal_jax.data.idx import Arrays
 
 _MOST_BYTES = 2**28  # of a prepared directory; larger sets are not meant to be held in memory
 _CHUNK = 1 << 20

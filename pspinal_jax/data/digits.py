@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pspinal_jax.data.raw import Arrays
+from pspinal_jax.data.idx import Arrays
 
 NUM_TEST = 360
 _LEVELS = 16  # scikit-learn's grey levels go from 0 to 16

@@ -9,9 +9,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pspinal_jax.data.catalogue import DataSet, Download
-from pspinal_jax.data.progress import progress_bar
 from pspinal_jax.errors import DataError
 from pspinal_jax.network import problem_reaching, reason
+from pspinal_jax.progress import progress_bar
 
 _SECONDS_TO_ANSWER = 4.0
 _SECONDS_WITHOUT_DATA = 20.0

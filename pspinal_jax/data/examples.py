@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pspinal_jax.data.photos.photos import Encoded
+from pspinal_jax.data.images.images import Encoded
 
 Images: TypeAlias = np.ndarray | Encoded
 """uint8 [N, H, W, C], or N encoded pictures."""

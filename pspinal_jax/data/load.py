@@ -1,5 +1,7 @@
 """From a recipe's data configuration to arrays, whatever the source."""
 
+# DOC of data/photos/load: """From a photograph recipe's data configuration to its splits."""  # noqa: E501
+
 import dataclasses
 import shlex
 from pathlib import Path
@@ -7,18 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data.arrays import Dataset, Split
 from pspinal_jax.data.catalogue import CATALOGUE
+from pspinal_jax.data.dataset import Dataset, Split
+from pspinal_jax.data.images.folder import read_folder
+from pspinal_jax.data.images.images import ImageDataset
+from pspinal_jax.data.images.records import read_photo_records
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.data.photos.load import load_photographs
-from pspinal_jax.data.photos.photos import PhotoDataset
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.data.prepared import STOCK_EMNIST, default_data_dir, find_prepared, find_versions, read_prepared
+from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import DataError
 from pspinal_jax.recipes.schema import DataConfig
 
 
-def load_data(config: DataConfig) -> Dataset | PhotoDataset:
+def load_data(config: DataConfig) -> Dataset | ImageDataset:
     """The data set that `config` names: arrays or, where it has an image_size, photographs; see `load_dataset`.
 
     Args:
@@ -91,3 +95,32 @@ def _not_prepared(config: DataConfig, root: Path) -> DataError:
         f"data set {config.name} is not prepared in {root}; {first}give --data.path {takes} or a directory that "
         "TFDS prepared as array_record, or set --data.data-dir"
     )
+
+
+def load_photographs(config: DataConfig, directory: Path) -> ImageDataset:
+    """The photographs in `directory`: prepared by TFDS as array_record, or a folder of class folders.
+
+    Raises:
+      DataError: if they cannot be read, or their classes are not as many as `config` says.
+    """
+    if not directory.is_dir():
+        raise DataError(
+            f"{directory} is no folder; {config.name} takes a folder of class folders, or the directory of a prepared "
+            "data set"
+        )
+    if (directory / "dataset_info.json").is_file():
+        data = read_photo_records(directory)
+    else:
+        data = read_folder(
+            directory,
+            test_fraction=config.test_fraction,
+            split_seed=config.split_seed,
+            strict=config.strict,
+            show_progress=is_primary(),
+        )
+    if config.num_classes not in (None, data.num_classes):
+        raise DataError(
+            f"{data.source} has {data.num_classes} classes, but data.num_classes is {config.num_classes}; leave "
+            "--data.num-classes out"
+        )
+    return data

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pspinal_jax.data.arrays import Dataset, make_dataset
+from pspinal_jax.data.dataset import Dataset, make_dataset
 from pspinal_jax.errors import DataError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")

@@ -12,15 +12,15 @@ from pspinal_jax.data.catalogue import DataSet
 from pspinal_jax.data.digits import read_digits
 from pspinal_jax.data.download import check_reachable, download, missing_downloads
 from pspinal_jax.data.examples import Examples
+from pspinal_jax.data.idx import Arrays, read_raw
+from pspinal_jax.data.images.checks import warn_of_skipped
+from pspinal_jax.data.images.published import read_pictures
 from pspinal_jax.data.lock import locked
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.data.photos.check import warn_of_skipped
-from pspinal_jax.data.photos.raw_pictures import read_pictures
 from pspinal_jax.data.prepared import default_data_dir, find_prepared, import_tfds
-from pspinal_jax.data.progress import progress_bar
-from pspinal_jax.data.raw import Arrays, read_raw
 from pspinal_jax.data.stl10 import read_stl10
 from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)

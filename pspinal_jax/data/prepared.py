@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data.arrays import Dataset, make_dataset
 from pspinal_jax.data.cache import read_through_cache
+from pspinal_jax.data.dataset import Dataset, make_dataset
 from pspinal_jax.errors import DataError
 from pspinal_jax.log_filter import quiet_absl
 

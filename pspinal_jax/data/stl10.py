@@ -6,7 +6,7 @@ import numpy as np
 
 from pspinal_jax.data.archives import read_tar
 from pspinal_jax.data.catalogue import DataSet
-from pspinal_jax.data.raw import Arrays
+from pspinal_jax.data.idx import Arrays
 from pspinal_jax.errors import DataError
 
 _CLASS_NAMES = "class_names.txt"

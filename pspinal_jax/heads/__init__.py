@@ -1,11 +1,9 @@
 """The heads: from features [..., D] to logits [..., C]. Nothing here imports more than jax and flax."""
 
-from pspinal_jax.heads.dense import DenseHead
-from pspinal_jax.heads.fusing import fuse_params, unfuse_params
-from pspinal_jax.heads.mlp import MLPHead
-from pspinal_jax.heads.packing import pack_batch_stats, pack_params, unpack_batch_stats, unpack_params
+from pspinal_jax.heads.baselines import DenseHead, MLPHead, SpinalHead
+from pspinal_jax.heads.fused import fuse_params, unfuse_params
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead
-from pspinal_jax.heads.spinal import SpinalHead
+from pspinal_jax.heads.scan import pack_batch_stats, pack_params, unpack_batch_stats, unpack_params
 
 __all__ = [
     "DenseHead",

@@ -1,20 +1,128 @@
-"""The head with one matrix product for whatever shares an input: L + 2 products in all, none of them narrow.
+"""The head's parameters by what they read, so that whatever shares an input is one matrix product.
 
-Every layer and the output read u, so one product serves them all; likewise every later layer and the output read y_j.
-The sums that a layer is still waiting for travel along as columns of one array, from which each layer takes its own
-when its turn comes: forward substitution with a block-triangular matrix.
+Fused form, and what it holds of the documented tree (layer_i/kernel [D + (i-1) W, W] for i = 1 .. L,
+output/kernel [D + L W, C], biases, norms):
+
+  first_kernel              [D, W]            layer 1, which sees x
+  features_kernel           [D, (L-1) W + C]  what layers 2 .. L, and then the output, make of u
+  hidden_kernel_j, j=1..L   [W, (L-j) W + C]  what layers j+1 .. L, and then the output, make of y_j
+  bias                      [L W + C]         the layers' biases, then the output's
+  norm_scale, norm_bias     [L W]             the layers' norm/scale, norm/bias
+
+Running statistics keep their tree. Nothing is padded, so the two forms hold the same numbers, and an optimiser that
+works entry by entry does the same to both.
 """
 
-import jax
+# DOC of heads/fused: """The head with one matrix product for whatever shares an input: L + 2 products in all, none of them narrow.  # noqa: E501
+#
+# Every layer and the output read u, so one product serves them all; likewise every later layer and the output read y_j.
+# The sums that a layer is still waiting for travel along as columns of one array, from which each layer takes its own
+# when its turn comes: forward substitution with a block-triangular matrix.
+# """
 
-from pspinal_jax.heads.dropout import dropout
-from pspinal_jax.heads.fusing import hidden_name, unfuse_params
-from pspinal_jax.heads.spec import HeadSpec, Tree, layer_name
-from pspinal_jax.heads.unrolled import apply_unrolled, batch_norm
+import jax
+import jax.numpy as jnp
+
+from pspinal_jax.heads.equation import HeadConfig, apply_unrolled, batch_norm, layer_name, read_layers
+from pspinal_jax.layers.dropout import dropout
+from pspinal_jax.layers.linear import Tree
+
+_NORM_PARAMS = {"norm_scale": "scale", "norm_bias": "bias"}
+
+
+def fused_shapes(
+    num_features: int, width: int, num_layers: int, num_classes: int, batch_norm: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the fused form of a head's parameters."""
+    hidden = num_layers * width
+    shapes: dict[str, tuple[int, ...]] = {
+        "first_kernel": (num_features, width),
+        "features_kernel": (num_features, hidden - width + num_classes),
+        "bias": (hidden + num_classes,),
+    }
+    for index in range(1, num_layers + 1):
+        shapes[hidden_name(index)] = (width, hidden - index * width + num_classes)
+    return shapes | (dict.fromkeys(_NORM_PARAMS, (hidden,)) if batch_norm else {})
+
+
+def hidden_name(index: int) -> str:
+    """Name of the kernel that reads y_index, counted from 1."""
+    return f"hidden_kernel_{index}"
+
+
+def is_fused(params: Tree) -> bool:
+    """Whether `params` is the fused form rather than the documented tree."""
+    return hidden_name(1) in params
+
+
+def fuse_params(params: Tree) -> Tree:
+    """The fused form of a head's parameters.
+
+    Args:
+      params: the documented tree of one head, or a tree of the same structure (gradients, momenta).
+
+    Returns:
+      The fused form (see the table at the top of this module); `unfuse_params` undoes it exactly.
+
+    Raises:
+      ValueError: if `params` is not such a tree.
+    """
+    layers, output = read_layers(params, "fuse_params")
+    readers = [*layers, output]
+    num_features, width = layers[0]["kernel"].shape
+
+    def reading(start: int, stop: int, first: int) -> jax.Array:
+        return jnp.concatenate([reader["kernel"][start:stop] for reader in readers[first:]], axis=1)
+
+    fused = {
+        "first_kernel": layers[0]["kernel"],
+        "features_kernel": reading(0, num_features, 1),
+        "bias": jnp.concatenate([reader["bias"] for reader in readers]),
+    }
+    for index in range(1, len(layers) + 1):
+        stop = num_features + index * width
+        fused[hidden_name(index)] = reading(stop - width, stop, index)
+    if "norm" in layers[0]:
+        for key, name in _NORM_PARAMS.items():
+            fused[key] = jnp.concatenate([layer["norm"][name] for layer in layers])
+    return fused
+
+
+def unfuse_params(fused: Tree) -> Tree:
+    """The documented tree of a fused head; the inverse of `fuse_params`.
+
+    Raises:
+      ValueError: if `fused` is not in the fused form.
+    """
+    if not is_fused(fused) or "first_kernel" not in fused:
+        raise ValueError(f"unfuse_params expects what fuse_params returns, got {', '.join(sorted(fused))}")
+    num_layers = sum(name.startswith("hidden_kernel_") for name in fused)
+    width = fused["first_kernel"].shape[1]
+    ends = [width * index for index in range(num_layers + 1)]
+    ends.append(len(fused["bias"]))
+
+    def columns(name: str, first: int, reader: int) -> jax.Array:
+        """What `reader` (0 .. L) makes of the input of kernel `name`, whose first reader is `first`."""
+        offset = ends[first]
+        return fused[name][:, ends[reader] - offset : ends[reader + 1] - offset]
+
+    params: Tree = {}
+    for reader in range(num_layers + 1):
+        of_features = columns("features_kernel", 1, reader) if reader else fused["first_kernel"]
+        of_hidden = [columns(hidden_name(index), index, reader) for index in range(1, reader + 1)]
+        layer: Tree = {
+            "kernel": jnp.concatenate([of_features, *of_hidden]),
+            "bias": fused["bias"][ends[reader] : ends[reader + 1]],
+        }
+        if reader < num_layers and "norm_scale" in fused:
+            span = slice(ends[reader], ends[reader + 1])
+            layer["norm"] = {name: fused[key][span] for key, name in _NORM_PARAMS.items()}
+        params[layer_name(reader + 1) if reader < num_layers else "output"] = layer
+    return params
 
 
 def apply_fused(
-    spec: HeadSpec,
+    spec: HeadConfig,
     fused: Tree,
     batch_stats: Tree,
     features: jax.Array,

@@ -6,29 +6,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pspinal_jax.heads.declare import (
-    Linear,
-    LinearVariables,
-    as_rows,
-    check_choice,
-    check_count,
-    check_rate,
-)
-from pspinal_jax.heads.forms import (
-    NATIVE_FORM,
+from pspinal_jax.heads.equation import HeadConfig, apply_unrolled, layer_name
+from pspinal_jax.heads.fused import apply_fused
+from pspinal_jax.heads.layouts import (
+    NATIVE_LAYOUT,
     Implementation,
     check_shapes,
     choose,
     convert_batch_stats,
     convert_params,
-    form_of,
+    layout_of,
 )
-from pspinal_jax.heads.fused import apply_fused
-from pspinal_jax.heads.initializers import Initializer
-from pspinal_jax.heads.norm import check_rows
 from pspinal_jax.heads.scan import apply_scan
-from pspinal_jax.heads.spec import Activation, HeadSpec, Tree, layer_name
-from pspinal_jax.heads.unrolled import apply_unrolled
+from pspinal_jax.layers.linear import (
+    Activation,
+    Initializer,
+    Linear,
+    LinearVariables,
+    Tree,
+    as_rows,
+    check_choice,
+    check_count,
+    check_rate,
+)
+from pspinal_jax.layers.norm import check_rows
 
 
 class ProgressiveSpinalHead(nn.Module):
@@ -110,7 +111,7 @@ class ProgressiveSpinalHead(nn.Module):
         check_rate("dropout_rate", self.dropout_rate)
         check_rate("layer_dropout_rate", self.layer_dropout_rate)
         check_choice("norm", self.norm, (None, "batch"))
-        check_choice("implementation", self.implementation, ("auto", *NATIVE_FORM))
+        check_choice("implementation", self.implementation, ("auto", *NATIVE_LAYOUT))
         super().__post_init__()
 
     @nn.compact
@@ -138,9 +139,9 @@ class ProgressiveSpinalHead(nn.Module):
         return logits.reshape(*features.shape[:-1], self.num_classes)
 
     @property
-    def spec(self) -> HeadSpec:
+    def spec(self) -> HeadConfig:
         """What this head computes, as the functional forms take it."""
-        return HeadSpec(
+        return HeadConfig(
             num_classes=self.num_classes,
             layer_width=self.layer_width,
             num_layers=self.num_layers,
@@ -191,10 +192,10 @@ class ProgressiveSpinalHead(nn.Module):
 
     def _run(self, params: Tree, stats: Tree, features: jax.Array, arguments: dict[str, Any]) -> tuple[jax.Array, Tree]:
         """Logits, and new statistics in the form that `stats` came in."""
-        implementation = choose(self.implementation, form_of(params), self.num_layers)
+        implementation = choose(self.implementation, layout_of(params), self.num_layers)
         apply = {"unrolled": apply_unrolled, "fused": apply_fused, "scan": apply_scan}[implementation]
-        native = NATIVE_FORM[implementation]
+        native = NATIVE_LAYOUT[implementation]
         logits, new_stats = apply(
             self.spec, convert_params(params, native), convert_batch_stats(stats, native), features, **arguments
         )
-        return logits, convert_batch_stats(new_stats, form_of(params))
+        return logits, convert_batch_stats(new_stats, layout_of(params))

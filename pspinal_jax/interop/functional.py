@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead
-from pspinal_jax.heads.spec import Tree
 from pspinal_jax.interop.options import HeadOptions
+from pspinal_jax.layers.linear import Tree
 
 
 class Init(Protocol):

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from pspinal_jax.heads.forms import convert_batch_stats, convert_params
-from pspinal_jax.heads.spec import Tree
+from pspinal_jax.heads.layouts import convert_batch_stats, convert_params
+from pspinal_jax.layers.linear import Tree
 
 
 def fitting_variables(variables: Any, params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:

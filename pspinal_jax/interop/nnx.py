@@ -9,13 +9,12 @@ from typing import Any, Unpack
 import jax
 from flax import nnx
 
-from pspinal_jax.heads.declare import as_rows
+from pspinal_jax.heads.equation import apply_unrolled
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead as LinenHead
-from pspinal_jax.heads.spec import Tree
-from pspinal_jax.heads.unrolled import apply_unrolled
 from pspinal_jax.interop.functional import apply_head, draws_masks, init_head
 from pspinal_jax.interop.linen import fitting_variables
 from pspinal_jax.interop.options import HeadOptions
+from pspinal_jax.layers.linear import Tree, as_rows
 
 
 class ProgressiveSpinalHead(nnx.Module):

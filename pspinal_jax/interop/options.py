@@ -2,9 +2,8 @@
 
 from typing import Any, Literal, TypedDict
 
-from pspinal_jax.heads.forms import Implementation
-from pspinal_jax.heads.initializers import Initializer
-from pspinal_jax.heads.spec import Activation
+from pspinal_jax.heads.layouts import Implementation
+from pspinal_jax.layers.linear import Activation, Initializer
 
 
 class HeadOptions(TypedDict, total=False):

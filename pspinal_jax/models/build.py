@@ -11,7 +11,7 @@ from pspinal_jax.backbones.resnet import LEAST_SIDE, ResNet, num_features
 from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, NUM_FEATURES, VGG5
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
-from pspinal_jax.heads.mlp import matching_width
+from pspinal_jax.heads.baselines import matching_width
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
 

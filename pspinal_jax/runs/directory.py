@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pspinal_jax.checkpoints.checksum import json_checksum
+from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.processes.agree import barrier, is_primary
 
 _SECONDS_TO_APPEAR = 20
 

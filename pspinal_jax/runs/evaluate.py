@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.data import load_data
+from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import UsageError
-from pspinal_jax.runs.compilation_cache import enable_compilation_cache
+from pspinal_jax.runs.build import build_run_programs, check_devices, input_of, place_split
 from pspinal_jax.runs.directory import RunDirectory, write_json
-from pspinal_jax.runs.plots import plot_confusion
+from pspinal_jax.runs.metrics import plot_confusion
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
-from pspinal_jax.runs.setup import build_run_programs, check_devices, input_of, place_split
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs
 

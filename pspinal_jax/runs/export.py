@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from pspinal_jax.environment import versions
 from pspinal_jax.errors import RunError
 from pspinal_jax.export.directory import check_free, write_export
 from pspinal_jax.export.program import export_classifier
@@ -11,8 +12,7 @@ from pspinal_jax.models.build import build_model, count_parameters
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.directory import RunDirectory, read_json
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
-from pspinal_jax.runs.results import best_seed_index
-from pspinal_jax.runs.versions import versions
+from pspinal_jax.runs.result import best_seed_index
 
 
 def export_run(run: Path, output: Path | None = None, seed_index: int | None = None) -> Path:

@@ -1,6 +1,11 @@
-"""Cached features: a frozen backbone runs over the data once, and the head trains on what it gives."""
+"""A run on cached features trains a head alone; beside its checkpoints lies the frozen backbone that completes it."""
+
+# DOC of runs/features: """Cached features: a frozen backbone runs over the data once, and the head trains on what it gives."""  # noqa: E501
+
+# DOC of runs/cached: """Runs on cached features: the features are made once, when the run starts, and kept in its directory."""  # noqa: E501
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +13,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspinal_jax.data.arrays import Dataset, Split
-from pspinal_jax.data.photos.photos import PhotoDataset, Photos
-from pspinal_jax.data.progress import progress_bar
+from pspinal_jax.data.dataset import Dataset, Split
+from pspinal_jax.data.images.images import ImageDataset, ImageSplit
+from pspinal_jax.data.npz import read_npz
+from pspinal_jax.distributed.arrays import put, whole
+from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
+from pspinal_jax.errors import DataError, RunError
+from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.processes.agree import is_primary
-from pspinal_jax.processes.arrays import put, whole
+from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.directory import whole_file
-from pspinal_jax.runs.setup import augmentation
-from pspinal_jax.runs.shares import read_share
+from pspinal_jax.runs.build import augmentation, input_of
+from pspinal_jax.runs.directory import RunDirectory, whole_file
+from pspinal_jax.runs.input_pipeline import process_local_batches
 from pspinal_jax.training import keys
-from pspinal_jax.training.mesh import make_mesh, shard_rows
-from pspinal_jax.training.partition import shardings
+from pspinal_jax.training.sharding import make_mesh, shard_rows, shardings
+from pspinal_jax.weights.variables import read_variables, save_variables
+
+BACKBONE = "backbone.safetensors"
+
+
+def head_recipe(recipe: Recipe) -> Recipe:
+    """What is left of `recipe` to train on cached features: the same head, data and schedule, no backbone."""
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, image_size=None, resize=None, augment="none", mean=0.0, std=1.0),
+        model=dataclasses.replace(recipe.model, backbone="none", weights=None),
+        freeze="none",
+        cache_features=False,
+        feature_views=0,
+    )
+
+
+def save_backbone(path: Path, variables: dict[str, Any]) -> None:
+    """Write the backbone's part of `variables`, whole or not at all."""
+    save_variables(path, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
+
+
+def add_backbone(directory: Path, variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables of a run's head, completed by its frozen backbone.
+
+    Raises:
+      RunError: if the backbone's file is missing or damaged.
+    """
+    path = directory / BACKBONE
+    try:
+        trees = read_variables(path)
+    except DataError as error:
+        raise RunError(f"the run's frozen backbone: {error}; train again") from error
+    return {name: {**tree, **({"backbone": trees[name]} if name in trees else {})} for name, tree in variables.items()}
 
 
 def extract_features(
-    recipe: Recipe, model: Classifier, variables: dict[str, Any], data: PhotoDataset, workers: int = 0
+    recipe: Recipe, model: Classifier, variables: dict[str, Any], data: ImageDataset, workers: int = 0
 ) -> Dataset:
     """The backbone's features of all of `data`, float32, with its running statistics.
 
@@ -68,7 +109,7 @@ class _Extractor:
 
         self._plain, self._augmented = jax.jit(plain), jax.jit(augmented)
 
-    def run(self, photos: Photos, description: str, view: int | None = None) -> np.ndarray:
+    def run(self, photos: ImageSplit, description: str, view: int | None = None) -> np.ndarray:
         """Features [N, D] of `photos`; augmented with the random numbers of pass `view`."""
         data, size = self._recipe.data, self._recipe.eval_batch_size
         side = data.train_side if view is not None else data.image_size or 0
@@ -76,7 +117,7 @@ class _Extractor:
         parts = []
         with (
             contextlib.closing(
-                read_share(
+                process_local_batches(
                     self._mesh, photos, np.arange(len(photos)), (side, side), size, workers=self._workers, pad=True
                 )
             ) as batches,
@@ -102,3 +143,39 @@ def save_features(path: Path, data: Dataset) -> None:
             arrays |= {f"{name}_images": split.inputs, f"{name}_labels": split.labels}
     with whole_file(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+FEATURES = "features.npz"
+
+
+def cached_features(
+    recipe: Recipe, start: dict[str, Any], data: ImageDataset, directory: RunDirectory, workers: int
+) -> Dataset:
+    """The features of `data` in the run's directory, computed unless they are there already.
+
+    Args:
+      recipe: has a frozen backbone.
+      start: the variables that the run starts from, see `start_variables`.
+      data: photographs.
+      directory: the run's.
+      workers: processes that decode them; 0 for threads of this one.
+    """
+    path = directory.path / FEATURES
+    if not broadcast_from_primary(path.exists):
+        model, variables = make_backbone(recipe, start, data)
+        features = extract_features(recipe, model, variables, data, workers)
+        if is_primary():
+            save_backbone(directory.path / BACKBONE, variables)
+            save_features(path, features)
+        barrier()
+    return read_npz(path, data.num_classes)
+
+
+def make_backbone(recipe: Recipe, start: dict[str, Any], data: ImageDataset) -> tuple[Classifier, dict[str, Any]]:
+    """The model of `recipe`, and variables of its backbone: those of `start`, or else drawn by the recipe's seed."""
+    shape, dtype = input_of(recipe, data)
+    model = build_model(recipe, shape, data.num_classes)
+    if all("backbone" in start.get(name, {}) for name in ("params", "batch_stats")):
+        return model, start
+    init = jax.jit(lambda seed: model.init(keys.init_key(seed), jnp.zeros((2, *shape), dtype), train=False))
+    return model, {name: {**tree, **start.get(name, {})} for name, tree in init(recipe.seed).items()}

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from pspinal_jax.data.photos.decode import decode
+from pspinal_jax.data.images.decode import decode
+from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.export.directory import is_export, read_export
 from pspinal_jax.models.build import build_model
-from pspinal_jax.runs.compilation_cache import enable_compilation_cache
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 
 BATCH_SIZE = 32

@@ -1,43 +1,96 @@
-"""Progress on standard error: steps, rate, loss, time left."""
+"""What a run does one after the other, and how far it has come."""
 
-import sys
+import dataclasses
+from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
-from pspinal_jax.processes.agree import is_primary
-
-_SECONDS_BETWEEN_LINES = 10.0
+from pspinal_jax.recipes.schema import Recipe
 
 
-class Progress:
-    """A bar on a terminal; elsewhere a line every ten seconds; from process 0 only. Use in a `with`."""
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training, from scratch or, in the paper's chain of rounds, from the best of the one before.
 
-    def __init__(self, total_steps: int, done: int, description: str) -> None:
-        live = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_steps,
-            initial=done,
-            desc=description,
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            mininterval=0.1 if live else _SECONDS_BETWEEN_LINES,
-            leave=True,
-            disable=not is_primary(),
-        )
+    Attributes:
+      name: 'train', 'retrain' for the second one on train + validation, or 'round_1' .. of the paper's chain.
+      subset: indices of the training examples that it uses.
+      evaluates: 'validation', 'test' (the paper's protocol) or None: what is evaluated after every epoch.
+      steps_per_epoch: steps of whole batches, and one for the tail if it is kept.
+      whole_steps: steps of whole batches.
+      tail_size: examples in the tail, 0 for none.
+    """
 
-    def __enter__(self) -> "Progress":
-        return self
+    name: str
+    subset: np.ndarray
+    evaluates: str | None
+    steps_per_epoch: int
+    whole_steps: int
+    tail_size: int
 
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
 
-    def advance(self, steps: int, **values: str) -> None:
-        """Book `steps` more, and show `values` (loss, accuracy) beside them."""
-        if values:
-            self._bar.set_postfix(values, refresh=False)
-        self._bar.update(steps)
+def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[Stage]:
+    """The stages of a run, from the indices of its training and validation examples."""
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        self._bar.write(line, file=sys.stderr)
+    def stage(name: str, subset: np.ndarray, evaluates: str | None) -> Stage:
+        whole, tail = divmod(len(subset), recipe.batch_size)
+        tail = 0 if recipe.data.drop_remainder else tail
+        return Stage(name, subset, evaluates, whole + (tail > 0), whole, tail)
+
+    everything = np.sort(np.concatenate([train, validation]))
+    if recipe.protocol == "paper":
+        names = ["train"] if recipe.rounds == 1 else [f"round_{index + 1}" for index in range(recipe.rounds)]
+        return [stage(name, everything, "test") for name in names]
+    if not len(validation):
+        return [stage("train", everything, None)]
+    stages = [stage("train", train, "validation")]
+    if recipe.retrain:
+        stages.append(stage("retrain", everything, None))
+    return stages
+
+
+@dataclasses.dataclass
+class TrainingProgress:
+    """How far a run has come; stored with every checkpoint. Lists have an entry per seed.
+
+    Attributes:
+      stage: index of the stage under way.
+      epoch: finished epochs of that stage.
+      step: finished steps of the epoch under way.
+      serial: steps taken in all stages together; numbers the checkpoints.
+      lines: lines of metrics.jsonl written.
+      seconds: seconds spent on the epoch under way.
+      total_seconds: seconds spent on all finished epochs and evaluations.
+      totals: the epoch's sums so far: loss, correct, count.
+      best_epoch: the epoch whose parameters are kept, 0 for none yet.
+      best_accuracy: its accuracy on what the stage evaluates, 0 .. 1.
+      last_accuracy: accuracy after the newest epoch.
+      epochs_before: epochs of earlier rounds of the paper's chain: orders and random numbers go on counting.
+      rate_scale: what the learning rate is multiplied with, where it is steered.
+      selected_epoch: the first stage's selection, [] while it lasts.
+      selected_accuracy: its validation accuracy.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    serial: int = 0
+    lines: int = 0
+    epochs_before: int = 0
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+    totals: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    best_epoch: list[int] = dataclasses.field(default_factory=list)
+    best_accuracy: list[float] = dataclasses.field(default_factory=list)
+    last_accuracy: list[float] = dataclasses.field(default_factory=list)
+    rate_scale: list[float] = dataclasses.field(default_factory=list)
+    selected_epoch: list[int] = dataclasses.field(default_factory=list)
+    selected_accuracy: list[float] = dataclasses.field(default_factory=list)
+
+    def steps_taken(self, stage: Stage) -> int:
+        """Steps since the parameters were initialised, rounds before included."""
+        return (self.epochs_before + self.epoch) * stage.steps_per_epoch + self.step
+
+    def stage_epochs(self, recipe: Recipe) -> int:
+        """Epochs of the stage under way: as many as the recipe says or, to retrain, as any seed selected."""
+        return max(self.selected_epoch) if self.selected_epoch else recipe.epochs

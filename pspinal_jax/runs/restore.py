@@ -10,9 +10,10 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.models.build import build_model, count_features
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 from pspinal_jax.runs.directory import RunDirectory, read_json
-from pspinal_jax.runs.frozen_backbone import add_backbone, head_recipe
-from pspinal_jax.runs.results import best_seed_index, leading_seed
-from pspinal_jax.training.mesh import make_mesh, replicated_on
+from pspinal_jax.runs.features import add_backbone, head_recipe
+from pspinal_jax.runs.result import best_seed_index, leading_seed
+from pspinal_jax.training.sharding import make_mesh, replicated_on
+from pspinal_jax.weights import PRETRAINED, read_state_dict, resnet_variables
 
 
 def load_recipe_of(config: dict[str, Any]) -> Recipe:
@@ -88,3 +89,43 @@ def _trained_shapes(recipe: Recipe, config: dict[str, Any]) -> Any:
     model = build_model(recipe, shape, len(config["class_names"]))
     inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
+
+
+def start_variables(
+    recipe: Recipe, init_from: Path | None, input_shape: tuple[int, ...], input_dtype: Any, num_classes: int
+) -> dict[str, Any]:
+    """Variables to start from, by collection and entry; what is not in it starts from the seed.
+
+    Args:
+      recipe: may name weights for the backbone.
+      init_from: run directory whose selected parameters are taken; they go before the weights.
+      input_shape: one example's shape.
+      input_dtype: its dtype.
+      num_classes: C.
+
+    Raises:
+      PSpinalError: if something cannot be read, or does not fit the model.
+    """
+    model = build_model(recipe, input_shape, num_classes)
+    if init_from is not None:
+        return {"params": _params_of_run(init_from, model, jax.ShapeDtypeStruct((2, *input_shape), input_dtype))}
+    if recipe.model.weights is None:
+        return {}
+    name = recipe.model.backbone
+    source = PRETRAINED[name] if recipe.model.weights == "pretrained" else recipe.model.weights
+    backbone = resnet_variables(read_state_dict(source), name)
+    return {collection: {"backbone": tree} for collection, tree in backbone.items()}
+
+
+def _params_of_run(run: Path, model: Any, inputs: jax.ShapeDtypeStruct) -> Any:
+    variables, _ = load_variables(run)
+    expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)["params"]
+    there, here = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+        for leaves in (jax.tree.leaves_with_path(variables["params"]), jax.tree.leaves_with_path(expected))
+    )
+    if there != here:
+        names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+        listed = ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in names)
+        raise UsageError(f"--init-from {run} does not fit this model: {listed}")
+    return variables["params"]

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from pspinal_jax.processes.agree import count
+from pspinal_jax.distributed.coordination import count
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -73,7 +73,7 @@ def leave_at_once(advice: str) -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         line = f"stopped by {signal.Signals(number).name}; {advice}"
         if count() > 1:
-            from pspinal_jax.processes.failure import leave_together
+            from pspinal_jax.distributed.failure import leave_together
 
             leave_together(line)
         os.write(sys.stderr.fileno(), f"{line}\n".encode())

@@ -7,29 +7,26 @@ from typing import Any
 
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
-from pspinal_jax.data.arrays import Dataset
-from pspinal_jax.data.photos.photos import PhotoDataset
-from pspinal_jax.processes.agree import check_same, from_primary, is_primary, primary_first
+from pspinal_jax.data.dataset import Dataset
+from pspinal_jax.data.images.images import ImageDataset
+from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
+from pspinal_jax.environment import device, enable_compilation_cache, versions
+from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.cached import cached_features
-from pspinal_jax.runs.compilation_cache import enable_compilation_cache
+from pspinal_jax.runs.build import input_of, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory, flatten, read_json, write_json
-from pspinal_jax.runs.frozen_backbone import head_recipe
-from pspinal_jax.runs.options import RunOptions
-from pspinal_jax.runs.plots import plot_curves
-from pspinal_jax.runs.results import make_result
-from pspinal_jax.runs.setup import input_of, set_up, split_examples
+from pspinal_jax.runs.features import cached_features, head_recipe
+from pspinal_jax.runs.metrics import check_installed, plot_curves, write_events
+from pspinal_jax.runs.restore import start_variables
+from pspinal_jax.runs.result import make_result
 from pspinal_jax.runs.signals import StopRequest
-from pspinal_jax.runs.start import start_variables
-from pspinal_jax.runs.tensorboard import check_installed, write_events
 from pspinal_jax.runs.trainer import Trainer
-from pspinal_jax.runs.versions import device, versions
 
 
 def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Run `recipe`, or what is left of it, in its run directory, and return what result.json holds.
 
-    Where several processes have joined (pspinal_jax.processes), every one calls this, with the same arguments.
+    Where several processes have joined (pspinal_jax.distributed), every one calls this, with the same arguments.
 
     Raises:
       PSpinalError: with one line that says what is wrong and what to do.
@@ -40,18 +37,18 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     data = primary_first(lambda: load_data(recipe.data))
-    if isinstance(data, PhotoDataset) and recipe.protocol == "validation":
+    if isinstance(data, ImageDataset) and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
     config = _config(recipe, options, data)
-    check_same(flatten({**config["identity"], "mesh": config["mesh"], "workdir": str(directory.path)}))
+    assert_same(flatten({**config["identity"], "mesh": config["mesh"], "workdir": str(directory.path)}))
     if is_primary():
         directory.check(config)
-    if from_primary(directory.result_path.exists):
+    if broadcast_from_primary(directory.result_path.exists):
         return read_json(directory.result_path)
     start = start_variables(recipe, options.init_from, *input_of(recipe, data), data.num_classes)
     directory.create(config)
-    if isinstance(data, PhotoDataset) and recipe.cache_features:
+    if isinstance(data, ImageDataset) and recipe.cache_features:
         features = cached_features(recipe, start, data, directory, options.workers)
         setup, start = set_up(head_recipe(recipe), features), {}
     else:
@@ -79,7 +76,7 @@ def work_directory(recipe: Recipe, options: RunOptions) -> Path:
     return (options.workdir or Path("runs") / recipe.card.name).expanduser()
 
 
-def _config(recipe: Recipe, options: RunOptions, data: Dataset | PhotoDataset) -> dict[str, Any]:
+def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -> dict[str, Any]:
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}

@@ -1,4 +1,6 @@
-"""The training loop: stages, epochs, chunks, evaluation, selection, checkpoints."""
+"""A loss or gradient that is not finite stops the run, and what is needed to see it again is written down."""
+
+# DOC of runs/trainer: """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints."""  # noqa: E501
 
 import dataclasses
 import signal
@@ -10,18 +12,57 @@ import jax
 import numpy as np
 
 from pspinal_jax.checkpoints import CheckpointStore
+from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
-from pspinal_jax.processes.agree import barrier, gather
-from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.lanes import Lanes
+from pspinal_jax.progress import Progress
+from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
+from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import epoch_line, per_seed
-from pspinal_jax.runs.nonfinite import check_finite
-from pspinal_jax.runs.progress import Progress
-from pspinal_jax.runs.setup import Setup, abstract_trees, longest_epoch, padded_rates
+from pspinal_jax.runs.progress import Stage, TrainingProgress
+from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.signals import Stopped, StopRequest
-from pspinal_jax.runs.stages import Position, Stage
 from pspinal_jax.training.optimizers import learning_rates
 from pspinal_jax.training.programs import make_order
+
+REPORT = "nonfinite.json"
+
+
+def check_finite(
+    recipe: Recipe,
+    seed_states: SeedStates,
+    totals: dict[str, list[Any]],
+    stage: Stage,
+    position: TrainingProgress,
+    directory: RunDirectory,
+) -> None:
+    """Raise RunError, naming the step, if one of the epoch so far was not finite; called before anything is saved.
+
+    nonfinite.json in the run's directory tells the seed, the epoch, the step, its learning rate and its examples. The
+    run is a function of its recipe, so training on from the last checkpoint comes by that step again.
+    """
+    for index, bad in enumerate(totals["bad_step"]):
+        if bad < 0:
+            continue
+        step = bad - (position.epochs_before + position.epoch) * stage.steps_per_epoch
+        report = {
+            "seed": seed_states.seeds[index],
+            "stage": stage.name,
+            "epoch": position.epoch + 1,
+            "step_of_epoch": step + 1,
+            "step_of_stage": bad + 1,
+            "learning_rate": seed_states.learning_rate(index, step),
+            "examples": seed_states.examples(index, step, recipe.batch_size).tolist(),
+        }
+        if is_primary():
+            write_json(directory.path / REPORT, report)
+        raise RunError(
+            f"the loss or a gradient of seed {report['seed']} is not finite at step {step + 1} of epoch "
+            f"{report['epoch']}; the last checkpoint before it is kept, and {directory.path / REPORT} tells which "
+            "examples it saw; lower --optimizer.learning-rate, or leave such steps out with --on-nonfinite skip (in "
+            "another --workdir)"
+        )
+
 
 CHUNK_SECONDS = 2.0
 """Longest time between two looks at the clock and at signals."""
@@ -32,7 +73,7 @@ class Trainer:
 
     Attributes:
       setup: what the run works with.
-      lanes: the seeds' states.
+      seed_states: the seeds' states.
       position: how far the run has come.
       directory: where the run's files are.
     """
@@ -47,7 +88,7 @@ class Trainer:
         start: dict[str, Any] | None = None,
     ) -> None:
         self.setup = setup
-        self.position = Position()
+        self.position = TrainingProgress()
         self.directory = directory
         self._store = store
         self._stop = stop
@@ -56,7 +97,7 @@ class Trainer:
         self._steps_per_second = 0.0
         self._compile_seconds = 0.0
         self._received = 0
-        self.lanes = self._fresh_lanes()
+        self.seed_states = self._fresh_seed_states()
 
     @property
     def stage(self) -> Stage:
@@ -78,34 +119,34 @@ class Trainer:
             self._run_stage()
         self._save()
 
-    def _fresh_lanes(self) -> Lanes:
+    def _fresh_seed_states(self) -> SeedStates:
         recipe = self.setup.recipe
-        lanes = Lanes(self.setup.programs, [recipe.seed + index for index in range(recipe.num_seeds)])
+        seed_states = SeedStates(self.setup.programs, [recipe.seed + index for index in range(recipe.num_seeds)])
         if self._start is not None:
-            lanes.start_from(self._start)
-        return lanes
+            seed_states.start_from(self._start)
+        return seed_states
 
     def _restore(self) -> None:
         def wanted(position: dict[str, Any]) -> dict[str, Any]:
-            return abstract_trees(jax.eval_shape(self.lanes.trees), self.setup.recipe, self.setup.programs)
+            return abstract_trees(jax.eval_shape(self.seed_states.trees), self.setup.recipe, self.setup.programs)
 
         found = self._store.restore(wanted)
         if found is None:
             self.directory.keep_metrics(0)
             return
         trees, position = found
-        self.position = Position(**position)
-        self.lanes.set_trees(trees, self.position.steps_taken(self.stage))
-        self.lanes.set_totals(self.position.totals or None)
+        self.position = TrainingProgress(**position)
+        self.seed_states.set_trees(trees, self.position.steps_taken(self.stage))
+        self.seed_states.set_totals(self.position.totals or None)
         self.directory.keep_metrics(self.position.lines)
 
     def _save(self) -> None:
-        self.position.totals = self.lanes.totals() if self.position.step else {}
-        self._store.save(self.position.serial, self.lanes.trees(), dataclasses.asdict(self.position))
+        self.position.totals = self.seed_states.totals() if self.position.step else {}
+        self._store.save(self.position.serial, self.seed_states.trees(), dataclasses.asdict(self.position))
 
     def _next_stage(self) -> None:
         position = self.position
-        self.position = Position(
+        self.position = TrainingProgress(
             stage=position.stage + 1,
             serial=position.serial,
             lines=position.lines,
@@ -114,11 +155,11 @@ class Trainer:
         if self.stage.name == "retrain":
             self.position.selected_epoch = position.best_epoch
             self.position.selected_accuracy = position.best_accuracy
-            self.lanes = self._fresh_lanes()
+            self.seed_states = self._fresh_seed_states()
         else:
             self.position.epochs_before = position.epochs_before + position.epoch
-            best, self.lanes = self.lanes, self._fresh_lanes()
-            self.lanes.continue_from_best(best)
+            best, self.seed_states = self.seed_states, self._fresh_seed_states()
+            self.seed_states.continue_from_best(best)
 
     def _run_stage(self) -> None:
         stage, position, recipe = self.stage, self.position, self.setup.recipe
@@ -135,7 +176,7 @@ class Trainer:
                 self._finish_epoch(epochs, progress)
                 if position.epoch >= epochs:
                     return
-                if self._agree() or position.epoch == 1:
+                if self._synchronize() or position.epoch == 1:
                     self._save()
                 self.stop_if_asked()
                 self._plan_epoch(order)
@@ -146,23 +187,23 @@ class Trainer:
         scale = np.asarray(self.position.rate_scale or [1.0] * recipe.num_seeds, np.float32)
         self._last_rates = (scale * rates[-1]).tolist()
         padded = padded_rates(rates, longest_epoch(self.setup.stages))
-        self.lanes.plan_epoch(order, self.position.epochs_before + epoch, scale[:, None] * padded)
+        self.seed_states.plan_epoch(order, self.position.epochs_before + epoch, scale[:, None] * padded)
 
     def _warm_up(self) -> None:
         start = time.perf_counter()
-        self.setup.examples.warm_up(self.lanes, self.stage)
+        self.setup.examples.warm_up(self.seed_states, self.stage)
         self.stop_if_asked()
         if self.stage.evaluates:
-            self.setup.splits[self.stage.evaluates].warm_up(self.lanes.evaluate)
-        self.lanes.warm_up()
+            self.setup.splits[self.stage.evaluates].warm_up(self.seed_states.evaluate)
+        self.seed_states.warm_up()
         self.stop_if_asked()
         self._compile_seconds = time.perf_counter() - start
 
     def _run_epoch(self, progress: Progress) -> None:
         stage, position = self.stage, self.position
         if position.step == 0:
-            self.lanes.set_totals(None)
-        with self.setup.examples.epoch(self.lanes, stage, position.step) as advance:
+            self.seed_states.set_totals(None)
+        with self.setup.examples.epoch(self.seed_states, stage, position.step) as advance:
             while position.step < stage.steps_per_epoch:
                 start = time.perf_counter()
                 # The tail, a smaller batch, is a chunk of its own.
@@ -177,7 +218,7 @@ class Trainer:
                 self._check_finite()
                 progress.advance(steps, **self._shown())
                 if position.step < stage.steps_per_epoch:
-                    if self._agree():
+                    if self._synchronize():
                         self._save()
                     self.stop_if_asked()
 
@@ -185,7 +226,9 @@ class Trainer:
         recipe = self.setup.recipe
         if recipe.on_nonfinite == "stop":
             try:
-                check_finite(recipe, self.lanes, self.lanes.totals(), self.stage, self.position, self.directory)
+                check_finite(
+                    recipe, self.seed_states, self.seed_states.totals(), self.stage, self.position, self.directory
+                )
             except RunError:
                 self._store.finish()
                 barrier()  # the first process to fail ends the others, and process 0 may still be writing
@@ -196,7 +239,7 @@ class Trainer:
         return min(remaining, max(1, int(CHUNK_SECONDS * rate)) if rate else self.setup.examples.first_chunk)
 
     def _shown(self) -> dict[str, str]:
-        totals = self.lanes.totals()
+        totals = self.seed_states.totals()
         losses = np.divide(totals["loss"], np.maximum(totals["count"], 1))
         shown = {"loss": f"{losses.mean():.4f}"}
         if self.position.last_accuracy:
@@ -206,12 +249,12 @@ class Trainer:
     def _finish_epoch(self, epochs: int, progress: Progress) -> None:
         """Evaluate, select, and write the epoch's line."""
         stage, position = self.stage, self.position
-        totals = self.lanes.totals()
+        totals = self.seed_states.totals()
         start = time.perf_counter()
         evaluation: dict[str, list[float]] = {}
         if stage.evaluates:
             split = self.setup.splits[stage.evaluates]
-            sums = split.evaluate(self.lanes.evaluate, self.stop_if_asked)
+            sums = split.evaluate(self.seed_states.evaluate, self.stop_if_asked)
             evaluation = {"accuracy": (sums["correct"] / split.count).tolist()}
             evaluation["loss"] = (sums["loss"] / split.count).tolist()
         position.epoch += 1
@@ -243,7 +286,7 @@ class Trainer:
         else:
             improved = np.full(count, position.epoch == epochs)
         position.best_epoch = np.where(improved, position.epoch, best_epoch).tolist()
-        self.lanes.keep_best(improved)
+        self.seed_states.update_best(improved)
 
     def _steer(self, improved: np.ndarray) -> None:
         """The published VGG-5 scripts' way with the learning rate; see `OptimizerConfig.steering`."""
@@ -252,11 +295,12 @@ class Trainer:
             return
         scales = position.rate_scale or [1.0] * recipe.num_seeds
         draws = [
-            np.random.default_rng((seed, position.stage, position.epoch)).uniform() ** 3 for seed in self.lanes.seeds
+            np.random.default_rng((seed, position.stage, position.epoch)).uniform() ** 3
+            for seed in self.seed_states.seeds
         ]
         position.rate_scale = np.where(improved, scales, draws).tolist()
 
-    def _agree(self) -> bool:
+    def _synchronize(self) -> bool:
         """Look at the clock and for signals, all processes as one; whether a checkpoint is due.
 
         The clock is process 0's; a signal to any of them is a signal to all.
@@ -268,7 +312,7 @@ class Trainer:
 
     def stop_if_asked(self) -> None:
         """Save and raise `Stopped` if a signal has come; called by all processes."""
-        self._agree()
+        self._synchronize()
         if self._received:
             self._save()
             self._store.finish()

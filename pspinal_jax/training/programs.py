@@ -11,15 +11,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from pspinal_jax.data.arrays import Split
-from pspinal_jax.heads.forms import Form
-from pspinal_jax.processes.arrays import put
+from pspinal_jax.data.dataset import Split
+from pspinal_jax.distributed.arrays import put
+from pspinal_jax.heads.layouts import Layout
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import Batch, EpochPlan, Step, evaluate_split, run_chunk
-from pspinal_jax.training.mesh import BATCH, make_mesh, replicated_on, shard_over
-from pspinal_jax.training.partition import cuts_parameters, shardings
-from pspinal_jax.training.replicas import per_device
-from pspinal_jax.training.run_form import in_form
+from pspinal_jax.training.layouts import in_layout
+from pspinal_jax.training.sharding import (
+    BATCH,
+    make_mesh,
+    per_device,
+    replicated_on,
+    shard_over,
+    shardings,
+    shards_parameters,
+)
 from pspinal_jax.training.state import Totals, TrainState, init_state
 from pspinal_jax.training.step import Evaluation, eval_step, train_step
 
@@ -80,7 +86,7 @@ def build_programs(
     label_smoothing: float,
     vectorized: bool,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-    head_form: Form = "tree",
+    head_layout: Layout = "tree",
     frozen: tuple[str, ...] = (),
     micro_batches: int = 1,
     skip_nonfinite: bool = False,
@@ -102,7 +108,7 @@ def build_programs(
       label_smoothing: see `cross_entropy`.
       vectorized: run all seeds as one program, over a leading axis.
       augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
-      head_form: the form of the head's parameters inside a chunk; all that goes in and out is the documented tree.
+      head_layout: the form of the head's parameters inside a chunk; all that goes in and out is the documented tree.
       frozen: entries at the top of the parameters that are not trained.
       micro_batches: see `train_step`; the last, smaller batch of an epoch is not cut.
       skip_nonfinite: see `train_step`.
@@ -130,7 +136,7 @@ def build_programs(
         if augment is not None:
             batch = (augment(keys.augment_key(key), batch[0]), batch[1])
         state, totals = take(state, totals, batch, rate, key)
-        if cuts_parameters(mesh):  # or XLA may gather in one step what it has to cut again in the next
+        if shards_parameters(mesh):  # or XLA may gather in one step what it has to cut again in the next
             state = jax.lax.with_sharding_constraint(state, shardings(mesh, state))
         return state, totals
 
@@ -156,7 +162,7 @@ def build_programs(
 
     def steps(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
         axes = (0, 0, 0, EpochPlan(0, 0), None, None, None)
-        run = in_form(head_form, frozen, partial(run_chunk, step, size, batch_size))
+        run = in_layout(head_layout, frozen, partial(run_chunk, step, size, batch_size))
         return jit(seeds(run, axes), donate_argnums=(0, 1), out_shardings=(states, replicated))
 
     @cache
@@ -166,7 +172,7 @@ def build_programs(
     jit = partial(jax.jit, out_shardings=replicated)
     states: Any = replicated
     variables: Any = replicated
-    if cuts_parameters(mesh):
+    if shards_parameters(mesh):
         shapes = jax.eval_shape(seeds(start, (0,)), jax.ShapeDtypeStruct((1,) if vectorized else (), np.uint32))
         states = shardings(mesh, shapes, stacked=vectorized)
         variables = {"params": states.params, "batch_stats": states.batch_stats}

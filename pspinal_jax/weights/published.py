@@ -13,9 +13,8 @@ import numpy as np
 from pspinal_jax.backbones.resnet import LEAST_SIDE, VARIANTS, ResNet, ResNetName
 from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, STAGES, VGG5
 from pspinal_jax.heads import ProgressiveSpinalHead
-from pspinal_jax.heads.declare import check_choice
-from pspinal_jax.heads.spec import layer_name
-from pspinal_jax.heads.tree import read_layers
+from pspinal_jax.heads.equation import layer_name, read_layers
+from pspinal_jax.layers.linear import check_choice
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables
 from pspinal_jax.weights.resnet import resnet_layers

@@ -3,7 +3,7 @@ import numpy as np
 import pillow_reference
 
 from pspinal_jax.augment import augment, draw_warp
-from pspinal_jax.augment.benchmark import Candidate, measure, pillow_arguments, pillow_warp, two_passes
+from pspinal_jax.benchmark.augmentation import Candidate, measure, pillow_arguments, pillow_warp, two_passes
 
 
 def test_all_that_is_timed_computes_the_same(digits):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspinal_jax.augment.contact_sheet import main, sheet_rows
+from pspinal_jax.studies.contact_sheet import main, sheet_rows
 
 
 def test_it_writes_four_rows_of_images(digits, tmp_path):

@@ -11,7 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from pspinal_jax.backbones import ResNet, num_features, resnet
-from pspinal_jax.backbones.residual import Conv, ResidualBlock
+from pspinal_jax.backbones.resnet import Conv, ResidualBlock
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
 

@@ -6,11 +6,11 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
-from pspinal_jax.backbones.conv import conv_same
-from pspinal_jax.backbones.norm_relu import batch_norm, norm_relu
-from pspinal_jax.backbones.pooling import max_pool_3x3
-from pspinal_jax.backbones.residual import Conv, ConvNorm
-from pspinal_jax.heads import norm
+from pspinal_jax.backbones.resnet import Conv, ConvNorm
+from pspinal_jax.layers import norm
+from pspinal_jax.layers.conv import conv_same
+from pspinal_jax.layers.norm import batch_norm, norm_relu
+from pspinal_jax.layers.pooling import max_pool_3x3
 
 COMPILE_FAST = {"xla_backend_optimization_level": 0}
 

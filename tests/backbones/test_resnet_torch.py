@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from torch_resnet import TorchResNet, arrays_of, randomised  # noqa: E402
 
 from pspinal_jax.backbones import ResNet, num_features  # noqa: E402
-from pspinal_jax.backbones.pooling import max_pool_3x3  # noqa: E402
+from pspinal_jax.layers.pooling import max_pool_3x3  # noqa: E402
 from pspinal_jax.weights import resnet_variables  # noqa: E402
 
 pytestmark = pytest.mark.torch

@@ -8,10 +8,10 @@ from jax import lax
 from jax import numpy as jnp
 
 from pspinal_jax.backbones import VGG5
-from pspinal_jax.backbones.conv import conv_same
-from pspinal_jax.backbones.norm_relu import norm_relu
-from pspinal_jax.backbones.pooling import max_pool_2x2
-from pspinal_jax.heads import norm
+from pspinal_jax.layers import norm
+from pspinal_jax.layers.conv import conv_same
+from pspinal_jax.layers.norm import norm_relu
+from pspinal_jax.layers.pooling import max_pool_2x2
 
 
 @pytest.fixture(scope="module")

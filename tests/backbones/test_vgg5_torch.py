@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from torch_vgg5 import gradients_of, randomised, variables_of  # noqa: E402
 
 from pspinal_jax.backbones import VGG5  # noqa: E402
-from pspinal_jax.backbones.pooling import max_pool_2x2  # noqa: E402
+from pspinal_jax.layers.pooling import max_pool_2x2  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

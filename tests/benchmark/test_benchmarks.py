@@ -10,9 +10,9 @@ import pytest
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.benchmark import head
-from pspinal_jax.benchmark.flops import count_flops
+from pspinal_jax.benchmark.compile import measure_published
 from pspinal_jax.benchmark.report import Measurement, write_report
-from pspinal_jax.benchmark.start_up import measure_published
+from pspinal_jax.benchmark.roofline import count_flops
 from pspinal_jax.benchmark.timing import Timing, median_interval, ratio, time_interleaved
 from pspinal_jax.errors import RunError
 
@@ -81,7 +81,7 @@ def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(tmp_pat
     imported = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without_torch)
     monkeypatch.setattr(head, "SHAPES", (SMALL,))
-    monkeypatch.setattr("pspinal_jax.benchmark.ceilings.measured_ceilings", lambda dtype: FAKE_CEILINGS)
+    monkeypatch.setattr("pspinal_jax.benchmark.roofline.measure_roofline", lambda dtype: FAKE_CEILINGS)
     flags = ["--rounds", "1", "--seconds-per-round", "0.001", "--workdir", str(tmp_path)]
     assert main(["benchmark", "head", *flags]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -187,11 +187,11 @@ def test_flops_are_counted_in_traced_functions():
 
 
 def small_photographs(monkeypatch):
-    from pspinal_jax.benchmark import photo_step, step
+    from pspinal_jax.benchmark import image_step, step
 
-    monkeypatch.setattr(photo_step, "NUM_CLASSES", 5)
+    monkeypatch.setattr(image_step, "NUM_CLASSES", 5)
     recipe = step.benchmark_recipe("caltech101-paper", batch_size=4)
-    return photo_step, dataclasses.replace(
+    return image_step, dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, image_size=64),
         model=dataclasses.replace(recipe.model, backbone="resnet18", layer_width=8),
@@ -202,15 +202,15 @@ def small_photographs(monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_a_step_on_photographs_is_the_same_in_pytorch(monkeypatch):
     pytest.importorskip("torch")
-    photo_step, recipe = small_photographs(monkeypatch)
-    batch = photo_step.fake_pictures(recipe)
-    assert photo_step.photo_step_flops(recipe) > 3 * 4 * 2 * 1e6
-    ours = photo_step.PhotoStep(recipe, batch)
-    work = photo_step.torch_photo_steps(recipe, batch, ours)
+    image_step, recipe = small_photographs(monkeypatch)
+    batch = image_step.fake_pictures(recipe)
+    assert image_step.photo_step_flops(recipe) > 3 * 4 * 2 * 1e6
+    ours = image_step.ImageStep(recipe, batch)
+    work = image_step.torch_photo_steps(recipe, batch, ours)
     assert list(work) == ["PyTorch eager, channels last", "torch.compile, channels last"]
     work["PyTorch eager, channels last"](1)
     ours.run(1)
-    right = photo_step.resnet_state_dict
-    monkeypatch.setattr(photo_step, "resnet_state_dict", lambda *given: right(*given) | {"bn1.bias": np.ones(64, "f")})
+    right = image_step.resnet_state_dict
+    monkeypatch.setattr(image_step, "resnet_state_dict", lambda *given: right(*given) | {"bn1.bias": np.ones(64, "f")})
     with pytest.raises(RunError, match="PyTorch's loss differs from ours"):
-        photo_step.check_equal(recipe, batch)
+        image_step.check_equal(recipe, batch)

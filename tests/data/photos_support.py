@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pspinal_jax.data.photos import Photos
+from pspinal_jax.data.images import ImageSplit
 
 
 def picture(number, size=(6, 8), kind="PNG"):
@@ -35,5 +35,7 @@ class InMemory:
 
 
 def numbered(count, seen=None, num_classes=3):
-    """Photos of which number i shows i and has the label i modulo `num_classes`."""
-    return Photos(InMemory([picture(i) for i in range(count)], seen), np.arange(count, dtype=np.int32) % num_classes)
+    """ImageSplit of which number i shows i and has the label i modulo `num_classes`."""
+    return ImageSplit(
+        InMemory([picture(i) for i in range(count)], seen), np.arange(count, dtype=np.int32) % num_classes
+    )

@@ -1,7 +1,5 @@
 """The arrays kept beside a prepared directory: used when they fit, never trusted when they do not."""
 
-import os
-
 import numpy as np
 import pytest
 from raw_files import examples, write_raw

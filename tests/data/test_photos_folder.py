@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from photos_support import picture
 
-from pspinal_jax.data.photos import verdicts
-from pspinal_jax.data.photos.decode import decode
-from pspinal_jax.data.photos.folder import read_folder
+from pspinal_jax.data.images import checks
+from pspinal_jax.data.images.decode import decode
+from pspinal_jax.data.images.folder import read_folder
 from pspinal_jax.errors import DataError, UsageError
 
 
@@ -167,13 +167,13 @@ def test_the_test_fraction_lies_between_0_and_1(tmp_path, fraction):
 
 
 def count_decoded(monkeypatch):
-    seen, original = [], verdicts.check
+    seen, original = [], checks.check
 
     def check(encoded, indices):
         seen.extend(encoded.files[index] for index in indices)
         return original(encoded, indices)
 
-    monkeypatch.setattr(verdicts, "check", check)
+    monkeypatch.setattr(checks, "check", check)
     return seen
 
 

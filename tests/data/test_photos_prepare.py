@@ -21,8 +21,8 @@ from raw_photos import (
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.data.catalogue import CATALOGUE
-from pspinal_jax.data.photos.decode import decode
-from pspinal_jax.data.photos.records import read_photo_records
+from pspinal_jax.data.images.decode import decode
+from pspinal_jax.data.images.records import read_photo_records
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.errors import DataError, UsageError
 

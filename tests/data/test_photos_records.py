@@ -12,9 +12,9 @@ from PIL import Image
 from raw_photos import birds_members, write_files
 
 from pspinal_jax.data.catalogue import CATALOGUE
-from pspinal_jax.data.photos.decode import decode
-from pspinal_jax.data.photos.records import read_photo_records
-from pspinal_jax.data.photos.stream import stream
+from pspinal_jax.data.images.decode import decode
+from pspinal_jax.data.images.records import read_photo_records
+from pspinal_jax.data.images.stream import stream
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.errors import DataError
 
@@ -34,7 +34,7 @@ def prepared(tmp_path_factory):
 
 def test_records_are_read_without_tensorflow_and_labels_once(prepared, monkeypatch):
     first = read_photo_records(prepared)
-    from pspinal_jax.data.photos import records
+    from pspinal_jax.data.images import records
 
     monkeypatch.setattr(records, "_read_labels", None)
     again = read_photo_records(prepared)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from photos_support import InMemory, numbered, picture
 
-from pspinal_jax.data.photos import PhotoDataset, Photos
+from pspinal_jax.data.images import ImageDataset, ImageSplit
 from pspinal_jax.errors import UsageError
 
 
 def dataset(labels=(0,) * 10 + (1,) * 7 + (2,)):
     labels = np.array(labels, np.int32)
-    photos = Photos(InMemory([picture(i) for i in range(len(labels))]), labels)
-    return PhotoDataset(photos, None, numbered(4), ("a", "b", "c"), "memory")
+    photos = ImageSplit(InMemory([picture(i) for i in range(len(labels))]), labels)
+    return ImageDataset(photos, None, numbered(4), ("a", "b", "c"), "memory")
 
 
 def names(photos):
@@ -53,7 +53,7 @@ def test_the_fingerprint_changes_with_pictures_labels_names_and_splits():
     moved[0] = 1
     others = [
         dataset((0,) * 10 + (1,) * 8),
-        dataclasses.replace(data, train=Photos(data.train.encoded, moved)),
+        dataclasses.replace(data, train=ImageSplit(data.train.encoded, moved)),
         dataclasses.replace(data, test=numbered(5)),
         dataclasses.replace(data, class_names=("a", "b", "d")),
         data.with_validation(0.3, seed=0),

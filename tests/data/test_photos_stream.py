@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from photos_support import InMemory, numbered, picture
 
-from pspinal_jax.data.photos import Photos
-from pspinal_jax.data.photos.stream import stream
+from pspinal_jax.data.images import ImageSplit
+from pspinal_jax.data.images.stream import stream
 from pspinal_jax.errors import DataError, RunError
 
 SIZE = (5, 4)
@@ -57,7 +57,7 @@ def test_closing_early_stops_reading_ahead(tmp_path):
 
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_picture_that_cannot_be_decoded_is_named(taken):
-    photos = Photos(InMemory([picture(0), b"no picture", picture(2)]), np.zeros(3, np.int32))
+    photos = ImageSplit(InMemory([picture(0), b"no picture", picture(2)]), np.zeros(3, np.int32))
     order, place = np.arange(3), 1
     if taken:
         photos, order = photos.take(np.array([2, 1])).take(np.array([1])), np.array([0])
@@ -97,7 +97,7 @@ def test_a_worker_that_dies_is_noticed():
 
 @pytest.mark.slow
 def test_an_error_in_a_worker_is_the_same_error():
-    photos = Photos(InMemory([picture(0), b"no picture", picture(2)]), np.zeros(3, np.int32))
+    photos = ImageSplit(InMemory([picture(0), b"no picture", picture(2)]), np.zeros(3, np.int32))
     with pytest.raises(DataError) as caught:
         list(stream(photos, np.arange(3), SIZE, 2, workers=1))
     assert str(caught.value) == "picture 1: the picture cannot be decoded: its format is not known"
@@ -109,7 +109,7 @@ def test_workers_survive_an_interrupt_and_end_with_a_main_process_that_is_killed
     script.write_text(
         "import multiprocessing, sys\nimport numpy as np\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from photos_support import numbered\nfrom pspinal_jax.data.photos.stream import stream\n"
+        "from photos_support import numbered\nfrom pspinal_jax.data.images.stream import stream\n"
         "if __name__ == '__main__':\n"
         "    batches = stream(numbered(10), np.zeros(999, int), (5, 4), 4, workers=1)\n"
         "    next(batches)\n"
@@ -146,7 +146,7 @@ def test_a_process_with_workers_ends_without_a_word(how, tmp_path):
     script.write_text(
         "import sys\nimport numpy as np\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from photos_support import numbered\nfrom pspinal_jax.data.photos.stream import stream\n"
+        "from photos_support import numbered\nfrom pspinal_jax.data.images.stream import stream\n"
         "if __name__ == '__main__':\n"
         f"    batches = stream(numbered(10), np.zeros(99, int), (50, 40), 9, workers=2)\n    {END[how]}\n"
     )
@@ -169,8 +169,8 @@ def test_without_grain_it_says_so(monkeypatch):
 
 def test_importing_it_loads_neither_jax_nor_grain():
     code = (
-        "import sys\nimport pspinal_jax.data.photos\n"
-        "from pspinal_jax.data.photos import decode, stream\n"
+        "import sys\nimport pspinal_jax.data.images\n"
+        "from pspinal_jax.data.images import decode, stream\n"
         "print(sorted({'jax', 'flax', 'grain', 'tensorflow_datasets', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pspinal_jax.data.splits import hold_out
+from pspinal_jax.data.dataset import hold_out
 from pspinal_jax.errors import UsageError
 
 

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pspinal_jax.__main__ import main
+from pspinal_jax.data.images.decode import decode
+from pspinal_jax.data.images.folder import read_folder
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.data.photos.decode import decode
-from pspinal_jax.data.photos.folder import read_folder
 from pspinal_jax.errors import DataError, PSpinalError, RunError, UsageError
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import list_recipes
 from pspinal_jax.runs import train as train_module
-from pspinal_jax.runs.setup import input_of
+from pspinal_jax.runs.build import input_of
 from pspinal_jax.runs.trainer import Stopped
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from heads_support import head_params, random_variables
 
 from pspinal_jax import ProgressiveSpinalHead, fuse_params, pack_params
-from pspinal_jax.heads.forms import choose, running_form
+from pspinal_jax.heads.layouts import choose, training_layout
 
 
 def primitives(jaxpr):
@@ -44,15 +44,15 @@ def test_deep_trees_are_scanned(num_layers, scanned):
 def test_an_implementation_asked_for_is_kept():
     for asked in ("unrolled", "fused", "scan"):
         assert all(choose(asked, form, 100) == asked for form in ("tree", "packed", "fused"))
-    assert running_form("unrolled", 100, 256, False) == "tree"
-    assert running_form("scan", 2, 256, False) == "packed"
+    assert training_layout("unrolled", 100, 256, False) == "tree"
+    assert training_layout("scan", 2, 256, False) == "packed"
 
 
 def test_the_form_to_train_in():
-    assert running_form("auto", 4, 32, False) == "fused"
-    assert running_form("auto", 4, 31, False) == "tree"
-    assert running_form("auto", 4, 256, True) == "tree"
-    assert running_form("auto", 64, 16, True) == "packed"
+    assert training_layout("auto", 4, 32, False) == "fused"
+    assert training_layout("auto", 4, 31, False) == "tree"
+    assert training_layout("auto", 4, 256, True) == "tree"
+    assert training_layout("auto", 64, 16, True) == "packed"
 
 
 def test_forms_hold_the_same_function():

@@ -17,7 +17,7 @@ from heads_support import (
 )
 
 from pspinal_jax import DenseHead, MLPHead, SpinalHead
-from pspinal_jax.heads.mlp import matching_width
+from pspinal_jax.heads.baselines import matching_width
 
 
 def spinal_showing(num_features, num_layers, **attributes):

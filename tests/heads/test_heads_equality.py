@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pspinal_jax import ProgressiveSpinalHead
-from pspinal_jax.heads.forms import convert_batch_stats, convert_params
+from pspinal_jax.heads.layouts import convert_batch_stats, convert_params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspinal_jax.heads.dropout import keep_scale
-from pspinal_jax.heads.random_bits import random_words, threefry_2x32
+from pspinal_jax.layers.dropout import keep_scale, random_words, threefry_2x32
 
 
 def test_threefry_equals_jax():

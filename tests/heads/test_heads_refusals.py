@@ -22,7 +22,7 @@ from pspinal_jax import (
     SpinalHead,
     pack_params,
 )
-from pspinal_jax.heads.forms import convert_params
+from pspinal_jax.heads.layouts import convert_params
 
 BAD_ATTRIBUTES = [
     *(

@@ -279,7 +279,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         table = run_kills(arguments.kills, arguments.seed, Path(folder))
         train = shlex.join(train_command("data.npz", "RUN"))
-    from pspinal_jax.runs.versions import device, versions
+    from pspinal_jax.environment import device, versions
 
     table |= {
         "command": shlex.join(["python", "tests/runs/kill_runs.py", *sys.argv[1:]]),

@@ -105,7 +105,7 @@ def mark_calls(marks: Marks) -> None:
     """Mark what a run consists of; imports it all."""
     from pspinal_jax.checkpoints.store import CheckpointStore
     from pspinal_jax.runs import directory, train, trainer
-    from pspinal_jax.runs.examples import ResidentSplit
+    from pspinal_jax.runs.input_pipeline import ResidentSplit
 
     def remember(self) -> None:
         marks.position = self.position
@@ -120,7 +120,7 @@ def mark_calls(marks: Marks) -> None:
     wrap(marks, train, "plot_curves", "curves")
     wrap(marks, train, "write_json", "result.json")
     wrap(marks, directory.RunDirectory, "append_metrics", "metrics line")
-    wrap(marks, trainer.Trainer, "_fresh_lanes", "compilation (initialisation)")
+    wrap(marks, trainer.Trainer, "_fresh_seed_states", "compilation (initialisation)")
     wrap(marks, trainer.Trainer, "_restore", "restoring", after=restored)
     wrap(marks, trainer.Trainer, "_warm_up", "compilation")
     wrap(marks, trainer.Trainer, "_run_epoch", "training steps")

@@ -6,7 +6,7 @@ import zlib
 import jax
 import pytest
 
-from pspinal_jax.runs import compilation_cache
+from pspinal_jax import environment
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def folder(tmp_path, monkeypatch):
     """A cache with an older entry, in use from the next start on; what JAX was configured with comes back."""
     (tmp_path / "older-cache").write_bytes(b"\x78 damaged too, but not by the newest kill")
     os.utime(tmp_path / "older-cache", (1, 1))
-    monkeypatch.setenv(compilation_cache.SWITCH, str(tmp_path))
+    monkeypatch.setenv(environment.SWITCH, str(tmp_path))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     names += ("jax_persistent_cache_min_entry_size_bytes",)
     was = {name: jax.config.values[name] for name in names}
@@ -35,6 +35,6 @@ def folder(tmp_path, monkeypatch):
 )
 def test_the_newest_entry_is_dropped_only_if_it_was_cut_off(folder, content, kept):
     (folder / "newest-cache").write_bytes(content)
-    assert compilation_cache.enable_compilation_cache() == folder
+    assert environment.enable_compilation_cache() == folder
     assert (folder / "newest-cache").exists() == kept
     assert (folder / "older-cache").exists()

@@ -19,7 +19,7 @@ from pspinal_jax.checkpoints.store import CheckpointStore
 from pspinal_jax.errors import RunError
 from pspinal_jax.runs import train as train_module
 from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.examples import ResidentSplit
+from pspinal_jax.runs.input_pipeline import ResidentSplit
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.trainer import Trainer
 

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from pspinal_jax.data.arrays import Dataset, Split
+from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
+from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.runs import trainer as trainer_module
-from pspinal_jax.runs.options import RunOptions
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training.state import Totals, TrainState

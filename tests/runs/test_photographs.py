@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import ResNet
 from pspinal_jax.runs import trainer as trainer_module
-from pspinal_jax.runs.lanes import Lanes
 from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.weights import resnet_state_dict
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
@@ -116,7 +116,7 @@ def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path
 def test_a_stop_gives_an_evaluation_up_between_two_batches(pictures, tmp_path, monkeypatch, capsys):
     flags = ["--eval-batch-size", "2"]  # 3 batches of validation, 5 of test
     whole, workdir = run(pictures, tmp_path / "whole", *flags), tmp_path / "cut"
-    evaluate, calls = Lanes.evaluate, []
+    evaluate, calls = SeedStates.evaluate, []
 
     def stop_at(call):
         def called(self, *args, **kwargs):
@@ -126,11 +126,11 @@ def test_a_stop_gives_an_evaluation_up_between_two_batches(pictures, tmp_path, m
             return evaluate(self, *args, **kwargs)
 
         calls.clear()
-        monkeypatch.setattr(Lanes, "evaluate", called)
+        monkeypatch.setattr(SeedStates, "evaluate", called)
         run(pictures, workdir, *flags)
         assert "stopped by SIGTERM; the run is saved" in capsys.readouterr().err
         assert len(calls) == call and not (workdir / "result.json").exists()
-        monkeypatch.setattr(Lanes, "evaluate", evaluate)
+        monkeypatch.setattr(SeedStates, "evaluate", evaluate)
         return (workdir / "metrics.jsonl").read_text().count("\n"), max(os.listdir(workdir / "checkpoints"), key=int)
 
     # The first call compiles. A run that goes on evaluates at once, and its next checkpoint has a number of its own.
@@ -180,7 +180,7 @@ def test_cached_features_train_the_same_head(pictures, tmp_path, weights, monkey
     assert main(["predict", str(cached), str(pictures / "cross" / "000.jpg")]) == 0
     # Started again, it uses the features that are there.
     (cached / "result.json").unlink()
-    monkeypatch.setattr("pspinal_jax.runs.cached.extract_features", lambda *args: pytest.fail("extracted again"))
+    monkeypatch.setattr("pspinal_jax.runs.features.extract_features", lambda *args: pytest.fail("extracted again"))
     assert read(run(pictures, cached, *flags, "--cache-features") / "result.json")["test_accuracy"]["mean"] == accuracy
     (cached / "backbone.safetensors").write_bytes(b"damaged")
     assert main(["predict", str(cached), str(pictures / "cross" / "000.jpg")]) == 1

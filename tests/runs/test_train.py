@@ -11,10 +11,10 @@ import pytest
 
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
+from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.evaluate import evaluate
-from pspinal_jax.runs.examples import ResidentExamples
-from pspinal_jax.runs.options import RunOptions
+from pspinal_jax.runs.input_pipeline import ResidentExamples
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 
 from pspinal_jax.recipes import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, load_recipe
-from pspinal_jax.runs.examples import ResidentExamples
-from pspinal_jax.runs.options import RunOptions
+from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.runs.input_pipeline import ResidentExamples
 from pspinal_jax.runs.train import train
 from pspinal_jax.runs.trainer import Stopped, Trainer
 
@@ -31,7 +31,7 @@ def main():
     def looked_at(self):
         restore(self)
         shards["serial"] = self.position.serial
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.lanes.trees()):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.seed_states.trees()):
             shards[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf.sharding.shard_shape(leaf.shape)
 
     def stopping(self, remaining):

@@ -72,9 +72,9 @@ def train_by_batches(run, steps=5):
     return state, totals
 
 
-@pytest.mark.parametrize("head_form", ["tree", "fused"])
-def test_a_frozen_backbone_stays_bit_for_bit(head_form):
-    run = programs(frozen=("backbone",), head_form=head_form)
+@pytest.mark.parametrize("head_layout", ["tree", "fused"])
+def test_a_frozen_backbone_stays_bit_for_bit(head_layout):
+    run = programs(frozen=("backbone",), head_layout=head_layout)
     before = jax.tree.map(np.array, run.init(SEED))
     after, _ = train(run)
     for collection in ("params", "batch_stats"):

@@ -8,9 +8,8 @@ from jax.sharding import PartitionSpec
 
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes import MeshConfig, load_recipe
-from pspinal_jax.runs.setup import check_classes, check_devices
-from pspinal_jax.training.mesh import make_mesh, mesh_shape
-from pspinal_jax.training.partition import partition, shardings
+from pspinal_jax.runs.build import check_classes, check_devices
+from pspinal_jax.training.sharding import make_mesh, mesh_shape, partition_spec, shardings
 
 AXES = {"data": 2, "fsdp": 4, "model": 2}
 
@@ -77,13 +76,13 @@ def test_what_does_not_fit_is_refused_before_the_run():
     ],
 )
 def test_which_arrays_are_cut(path, shape, cuts):
-    assert partition(path, shape, AXES) == PartitionSpec(*cuts)
-    assert partition(path, shape, {"data": 8, "fsdp": 1, "model": 1}) == PartitionSpec()
+    assert partition_spec(path, shape, AXES) == PartitionSpec(*cuts)
+    assert partition_spec(path, shape, {"data": 8, "fsdp": 1, "model": 1}) == PartitionSpec()
 
 
 def test_the_axis_of_seeds_is_never_cut(monkeypatch):
     cuts = {(512, 128): PartitionSpec("data", None)}
     tree = {"head": {"output": {"kernel": jax.ShapeDtypeStruct((4096, 512, 128), "float32")}}}
-    monkeypatch.setattr("pspinal_jax.training.partition.partition", lambda path, shape, axes: cuts[shape])
+    monkeypatch.setattr("pspinal_jax.training.sharding.partition_spec", lambda path, shape, axes: cuts[shape])
     found = shardings(make_mesh(), tree, stacked=True)["head"]["output"]["kernel"].spec
     assert found == PartitionSpec(None, "data", None)

@@ -8,8 +8,8 @@ import pytest
 from pspinal_jax.models import build_model
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, Recipe
 from pspinal_jax.recipes.schema import Card
+from pspinal_jax.training.layouts import convert_state
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.run_form import convert_state
 from pspinal_jax.training.state import TrainState
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from pspinal_jax.data.arrays import Split
+from pspinal_jax.data.dataset import Split
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes import OptimizerConfig

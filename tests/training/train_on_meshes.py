@@ -16,11 +16,11 @@ from pspinal_jax.backbones import resnet, vgg5
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes import OptimizerConfig
-from pspinal_jax.training import partition
+from pspinal_jax.training import sharding
 from pspinal_jax.training.chunk import EpochPlan
-from pspinal_jax.training.mesh import AXES
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.programs import build_programs
+from pspinal_jax.training.sharding import AXES
 from pspinal_jax.training.state import Totals
 
 BATCH, EXAMPLES, STEPS = 16, 48, 20
@@ -98,7 +98,7 @@ def main():
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")
-    partition.LEAST_SIZE = 64  # or the small arrays here would all stay whole
+    sharding.LEAST_SIZE = 64  # or the small arrays here would all stay whole
     results = {}
     for name in arguments.meshes:
         shape = tuple(map(int, name.split("x")))

@@ -1,0 +1,276 @@
+"""The PyTorch side of the measurements: the same head and training step, eager or compiled. Imports torch."""
+
+# DOC of benchmark/torch_resnet: """ResNets in PyTorch with torchvision's names for their tensors, peers that ours are compared with. Imports torch."""  # noqa: E501
+
+# DOC of benchmark/torch_vgg5: """VGG-5 in PyTorch, the peer that ours is compared with. Imports torch."""  # noqa: E501
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+
+
+class TorchProgressiveHead(nn.Module):
+    """The progressive head of SPEC's equation in PyTorch, on features [N, D]."""
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        layer_width: int,
+        num_layers: int = 4,
+        dropout_rate: float = 0.2,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [num_features + index * layer_width for index in range(num_layers + 1)]
+        self.layers = nn.ModuleList(nn.Linear(width, layer_width) for width in widths[:-1])
+        self.norms = nn.ModuleList(nn.BatchNorm1d(layer_width) for _ in range(num_layers)) if batch_norm else None
+        self.output = nn.Linear(widths[-1], num_classes)
+        self.dropout_rate = dropout_rate
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C] of features [N, D]."""
+        dropped = functional.dropout(features, self.dropout_rate, self.training)
+        outputs: list[torch.Tensor] = []
+        for index, layer in enumerate(self.layers):
+            hidden = layer(torch.cat([dropped, *outputs], 1) if outputs else features)
+            if self.norms is not None:
+                hidden = self.norms[index](hidden)
+            outputs.append(functional.relu(hidden))
+        return self.output(torch.cat([dropped, *outputs], 1))
+
+    def load(self, params: dict[str, Any]) -> None:
+        """Take over the parameters of a `ProgressiveSpinalHead`, given as its documented tree."""
+
+        def copy(module: nn.Module, name: str, array: Any) -> None:
+            getattr(module, name).data.copy_(torch.from_numpy(np.array(array)))
+
+        layers = [(layer, params[f"layer_{index + 1}"]) for index, layer in enumerate(self.layers)]
+        for layer, tree in [*layers, (self.output, params["output"])]:
+            copy(layer, "weight", np.asarray(tree["kernel"]).T)
+            copy(layer, "bias", tree["bias"])
+        if self.norms is not None:
+            for norm, (_, tree) in zip(self.norms, layers, strict=True):
+                copy(norm, "weight", tree["norm"]["scale"])
+                copy(norm, "bias", tree["norm"]["bias"])
+
+
+class TorchClassifier(nn.Module):
+    """Logits [N, C] of standardised images [N, H, W, 1]: VGG-5 (channels last in memory) or none, then the head."""
+
+    def __init__(self, backbone: nn.Module | None, head: TorchProgressiveHead) -> None:
+        super().__init__()
+        self.backbone = backbone if backbone is None else backbone.to(memory_format=torch.channels_last)
+        self.head = head
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits."""
+        # A view of [N, H, W, 1] as [N, 1, H, W] is channels-last as it lies.
+        features = images.flatten(1) if self.backbone is None else self.backbone(images.permute(0, 3, 1, 2))
+        return self.head(features)
+
+
+def make_step(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    mean: float | tuple[float, ...],
+    std: float | tuple[float, ...],
+    compiled: bool,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A training step on the examples at the given indices, which returns the loss; data lie on the model's device."""
+    shift, scale = (torch.as_tensor(value, device=images.device) for value in (mean, std))
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        inputs = (images[rows].float() / 255 - shift) / scale
+        return functional.cross_entropy(model(inputs), labels[rows])
+
+    forward = torch.compile(loss_of) if compiled else loss_of
+
+    def step(rows: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = forward(rows)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def computing_in(dtype: str, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`model` with its products in `dtype` (by autocast for bfloat16) and logits in float32."""
+    if dtype == "float32":
+        return model
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(inputs.device.type, getattr(torch, dtype)):
+            logits: torch.Tensor = model(inputs)
+        return logits.float()
+
+    return forward
+
+
+def torch_device() -> str:
+    """The device that the comparison runs on: a GPU where JAX runs on one."""
+    import jax  # not needed by who runs PyTorch alone
+
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+class PictureExamples(torch.utils.data.Dataset):
+    """Images uint8 [N, H, W] one by one as PIL pictures made into tensors, as the published scripts' loaders do it."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, mean: Any, std: Any) -> None:
+        self._images, self._labels, self._mean, self._std = images, labels, mean, std
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """A standardised image [H, W, 1] and its label."""
+        pixels = np.array(Image.fromarray(self._images[index]))
+        return (torch.from_numpy(pixels).float().div(255).unsqueeze(-1) - self._mean) / self._std, int(
+            self._labels[index]
+        )
+
+
+def make_head(shape: Any, dropout_rate: float, params: dict[str, Any]) -> TorchProgressiveHead:
+    """The head of `shape` (num_features, layer_width, num_layers, num_classes, ..) with our parameters, training."""
+    model = TorchProgressiveHead(
+        shape.num_features, shape.num_classes, shape.layer_width, shape.num_layers, dropout_rate
+    )
+    model.load(params)
+    return model.train()
+
+
+DEPTHS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+VARIANTS = {"resnet18": (18, 1), "resnet50": (50, 1), "resnet101": (101, 1), "wide_resnet101_2": (101, 2)}
+"""Depth and width factor by name."""
+
+
+class Block(nn.Module):
+    """relu(f(x) + x), or of downsample(x) where f changes the shape; f is two or three convolutions."""
+
+    def __init__(self, fan_in: int, convs: list[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.count, width, total = len(convs), fan_in, 1
+        for index, (channels, side, stride) in enumerate(convs, start=1):
+            conv = nn.Conv2d(width, channels, side, stride, padding=side // 2, bias=False)
+            setattr(self, f"conv{index}", conv)
+            setattr(self, f"bn{index}", nn.BatchNorm2d(channels))
+            width, total = channels, total * stride
+        self.downsample = None
+        if total > 1 or fan_in != width:
+            self.downsample = nn.Sequential(nn.Conv2d(fan_in, width, 1, total, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """The block's maps."""
+        y = maps
+        for index in range(1, self.count + 1):
+            y = getattr(self, f"bn{index}")(getattr(self, f"conv{index}")(y))
+            y = torch.relu(y) if index < self.count else y
+        return torch.relu(y + (maps if self.downsample is None else self.downsample(maps)))
+
+
+class TorchResNet(nn.Module):
+    """Images [N, 3, H, W] to what `fc` makes of the features: logits, or the features themselves if there is none."""
+
+    def __init__(self, depth: int, width_factor: int = 1, fc: Callable[[int], nn.Module] | None = None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64)
+        fan_in = 64
+        for stage, count in enumerate(DEPTHS[depth], start=1):
+            channels, blocks = 32 * 2**stage, []
+            for number in range(count):
+                stride = 2 if stage > 1 and number == 0 else 1
+                if depth < 50:
+                    convs = [(channels, 3, stride), (channels, 3, 1)]
+                else:
+                    width = channels * width_factor
+                    convs = [(width, 1, 1), (width, 3, stride), (4 * channels, 1, 1)]
+                blocks.append(Block(fan_in, convs))
+                fan_in = convs[-1][0]
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        self.num_features = fan_in
+        self.fc = nn.Identity() if fc is None else fc(fan_in)
+
+    def trace(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What `forward` gives, and what leaves the stem and every block, in NHWC by our names."""
+        seen = {}
+        x = torch.relu(self.bn1(self.conv1(images)))
+        seen["stem"] = x
+        x = nn.functional.max_pool2d(x, 3, 2, padding=1)
+        for stage in range(1, 5):
+            for number, block in enumerate(getattr(self, f"layer{stage}"), start=1):
+                x = block(x)
+                seen[f"stage_{stage}/block_{number}"] = x
+        return self.fc(x.mean((2, 3))), {name: value.permute(0, 2, 3, 1) for name, value in seen.items()}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits or features."""
+        return self.trace(images)[0]
+
+
+def torch_resnet(variant: str, state_dict: dict[str, np.ndarray]) -> TorchResNet:
+    """The backbone `variant` with the tensors of `state_dict`, as `resnet_state_dict` gives them."""
+    model = TorchResNet(*VARIANTS[variant])
+    tensors: dict[str, Any] = {name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()}
+    counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    model.load_state_dict(tensors | counters)
+    return model
+
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (256, 256, 256))
+
+
+class TorchVGG5(nn.Module):
+    """Images [N, 1, 28, 28] to features [N, 256]; stages of 3x3 convolution, batch norm and ReLU, each then pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        fan_in = 1
+        for widths in STAGES:
+            layers = nn.ModuleList()
+            for width in widths:
+                layers.append(
+                    nn.ModuleDict({"conv": nn.Conv2d(fan_in, width, 3, padding=1), "norm": nn.BatchNorm2d(width)})
+                )
+                fan_in = width
+            self.stages.append(layers)
+
+    def trace(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The features, and what leaves every ReLU and every pool, in NHWC."""
+        seen = {}
+        maps = images
+        for s, layers in enumerate(self.stages, start=1):
+            for i, layer in enumerate(layers, start=1):
+                maps = torch.relu(layer["norm"](layer["conv"](maps)))
+                seen[f"stage_{s}/conv_{i}"] = maps.permute(0, 2, 3, 1)
+            maps = nn.functional.max_pool2d(maps, 2, 2)
+            seen[f"stage_{s}"] = maps.permute(0, 2, 3, 1)
+        return maps.flatten(1), seen
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The features."""
+        return self.trace(images)[0]
+
+    def load(self, params: dict[str, Any]) -> None:
+        """Take over the parameters of our `VGG5`."""
+        for s, layers in enumerate(self.stages, start=1):
+            for i, layer in enumerate(layers, start=1):
+                tree = params[f"stage_{s}"][f"conv_{i}"]
+                pairs = [
+                    (layer["conv"].weight, np.asarray(tree["kernel"]).transpose(3, 2, 0, 1)),
+                    (layer["conv"].bias, tree["bias"]),
+                    (layer["norm"].weight, tree["norm"]["scale"]),
+                    (layer["norm"].bias, tree["norm"]["bias"]),
+                ]
+                for tensor, array in pairs:
+                    tensor.data.copy_(torch.from_numpy(np.array(array)))

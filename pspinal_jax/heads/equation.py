@@ -1,0 +1,137 @@
+"""What the head computes, apart from how: the hashable description that both implementations take."""
+
+# DOC of heads/tree: """Reading the documented parameter tree of a progressive head, strictly."""  # noqa: E501
+
+# DOC of heads/unrolled: """The head written out layer by layer, as the paper's equation reads: the reference for every other form."""  # noqa: E501
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pspinal_jax.layers import norm
+from pspinal_jax.layers.dropout import dropout, keep_scale
+from pspinal_jax.layers.linear import Activation, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """Static description of a progressive head; see `ProgressiveSpinalHead` for the meaning of each field."""
+
+    num_classes: int
+    layer_width: int
+    num_layers: int
+    dropout_rate: float
+    layer_dropout_rate: float
+    batch_norm: bool
+    activation: Activation
+
+
+def layer_name(index: int) -> str:
+    """Name of hidden layer `index`, counted from 1 as in the paper."""
+    return f"layer_{index}"
+
+
+def read_layers(params: Tree, caller: str) -> tuple[list[Tree], Tree]:
+    """The entries of layer_1 .. layer_L, and of the output.
+
+    Args:
+      params: the documented tree, or one of the same structure (gradients, momenta).
+      caller: who asks, for the message.
+
+    Raises:
+      ValueError: if `params` is not such a tree.
+    """
+    layers = [params[layer_name(i)] for i in range(1, len(params) + 1) if layer_name(i) in params]
+    wrong = _what_is_wrong(params, layers)
+    if wrong:
+        raise ValueError(
+            f"{caller} expects layer_1 .. layer_L and output, each with kernel and bias, of one progressive head: "
+            f"{wrong}; pass the head's own entry of the params collection"
+        )
+    return layers, params["output"]
+
+
+def _what_is_wrong(params: Tree, layers: list[Tree]) -> str:
+    names = [layer_name(i + 1) for i in range(len(layers))] + ["output"]
+    if not layers or set(params) != set(names):
+        return f"got {', '.join(sorted(params)) or 'nothing'}"
+    entries = {"kernel", "bias", "norm"} if "norm" in layers[0] else {"kernel", "bias"}
+    for name in names:
+        expected = entries if name != "output" else {"kernel", "bias"}
+        if set(params[name]) != expected:
+            return f"{name} has {', '.join(sorted(params[name]))}, expected {', '.join(sorted(expected))}"
+    num_features, width = layers[0]["kernel"].shape
+    for index, name in enumerate(names):
+        fan_in, fan_out = params[name]["kernel"].shape
+        if fan_in != num_features + index * width or (name != "output" and fan_out != width):
+            expected_shape = f"[{num_features + index * width}, {'C' if name == 'output' else width}]"
+            return f"{name}/kernel is [{fan_in}, {fan_out}], expected {expected_shape}"
+    return ""
+
+
+def apply_unrolled(
+    spec: HeadConfig,
+    params: Tree,
+    batch_stats: Tree,
+    features: jax.Array,
+    *,
+    train: bool,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, Tree]:
+    """Logits of the head, one product per layer.
+
+    Args:
+      spec: what to compute.
+      params: ``{'layer_1': {'kernel': [D, W], 'bias': [W], 'norm': {'scale': [W], 'bias': [W]}}, ..,
+        'output': {'kernel': [D + L W, C], 'bias': [C]}}``, `norm` only where the spec has batch norm.
+      batch_stats: ``{'layer_1': {'norm': {'mean': [W], 'var': [W]}}, ..}`` or an empty dict.
+      features: [N, D], of the dtype to compute in.
+      train: whether batch norm uses and updates batch statistics.
+      dropout_key: key of all masks, or None for no dropout at all.
+
+    Returns:
+      (logits [N, C], new batch statistics); the latter is `batch_stats` itself when not training.
+    """
+    rows, num_features = features.shape
+    width = num_features + spec.num_layers * spec.layer_width
+
+    def drop_layer_input(index: int, inputs: jax.Array) -> jax.Array:
+        if dropout_key is None or spec.layer_dropout_rate == 0.0:
+            return inputs
+        # Every layer draws the mask of the widest input and cuts its own part, so that the scan form,
+        # whose buffer has that width from the start, sees the same one.
+        scale = keep_scale(dropout_key, index, spec.layer_dropout_rate, (rows, width), inputs.dtype)
+        return inputs * scale[:, : inputs.shape[1]]
+
+    dropped = dropout(dropout_key, spec.dropout_rate, features)
+    outputs: list[jax.Array] = []
+    new_stats: Tree = {}
+    for index in range(1, spec.num_layers + 1):
+        layer = params[layer_name(index)]
+        inputs = jnp.concatenate([dropped, *outputs], axis=-1) if index > 1 else features
+        hidden = linear(drop_layer_input(index, inputs), layer)
+        if spec.batch_norm:
+            running = batch_stats[layer_name(index)]["norm"]
+            hidden, running = batch_norm(hidden, layer["norm"], running, train=train)
+            new_stats[layer_name(index)] = {"norm": running}
+        outputs.append(spec.activation(hidden))
+    inputs = jnp.concatenate([dropped, *outputs], axis=-1)
+    logits = linear(drop_layer_input(spec.num_layers + 1, inputs), params["output"])
+    return logits, new_stats
+
+
+def linear(inputs: jax.Array, layer: Tree) -> jax.Array:
+    """Inputs [N, fan_in] times kernel [fan_in, width] plus bias, in the dtype of `inputs`."""
+    return inputs @ layer["kernel"].astype(inputs.dtype) + layer["bias"].astype(inputs.dtype)
+
+
+def batch_norm(inputs: jax.Array, affine: Tree, running: Tree, *, train: bool) -> tuple[jax.Array, Tree]:
+    """Batch norm of `inputs` [N, W], and the running statistics after it."""
+    if not train:
+        outputs = norm.normalize(inputs, running["mean"], running["var"], affine["scale"], affine["bias"])
+        return outputs, running
+    mean, var = norm.batch_statistics(inputs)
+    outputs = norm.normalize(inputs, mean, var, affine["scale"], affine["bias"])
+    new_mean, new_var = norm.update_running(running["mean"], running["var"], mean, var, inputs.shape[0])
+    return outputs, {"mean": new_mean, "var": new_var}

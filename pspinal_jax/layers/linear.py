@@ -1,0 +1,140 @@
+"""torch.nn.Linear's default initialisation, which the published scripts rely on."""
+
+# DOC of heads/declare: """Declaring a linear layer's parameters (and its batch norm's) in linen's variable collections."""  # noqa: E501
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pspinal_jax.layers.norm import statistics_dtype
+
+Initializer = jax.nn.initializers.Initializer
+Activation = Callable[[jax.Array], jax.Array]
+Tree = dict[str, Any]
+"""A nested dict of arrays, as in linen's variable collections."""
+
+
+def torch_linear_init(fan_in: int) -> Initializer:
+    """Uniform in ±1/sqrt(fan_in), for the kernel and the bias alike (SpinalNet scripts; torch.nn.Linear).
+
+    Args:
+      fan_in: number of inputs of the linear layer, at least 1.
+
+    Returns:
+      An initializer ``(key, shape, dtype) -> array``.
+    """
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
+        values = jax.random.uniform(key, shape, dtype or jnp.float32, -bound, bound)
+        return values if out_sharding is None else jax.lax.with_sharding_constraint(values, out_sharding)
+
+    return init
+
+
+class NormVariables(nn.Module):
+    """scale, bias [W] in ``params`` and mean, var [W] in ``batch_stats``, float32 or wider."""
+
+    width: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> tuple[Tree, dict[str, nn.Variable]]:
+        """The two parameters, and the two variables of the running statistics."""
+        shape = (self.width,)
+        params = {
+            "scale": self.param("scale", nn.initializers.ones, shape, self.param_dtype),
+            "bias": self.param("bias", nn.initializers.zeros, shape, self.param_dtype),
+        }
+        dtype = statistics_dtype(self.param_dtype)
+        running = {
+            "mean": self.variable("batch_stats", "mean", jnp.zeros, shape, dtype),
+            "var": self.variable("batch_stats", "var", jnp.ones, shape, dtype),
+        }
+        return params, running
+
+
+class Linear(NamedTuple):
+    """What makes a linear layer's variables, apart from its fan-in."""
+
+    width: int
+    batch_norm: bool = False
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+
+
+def declare_linear(module: nn.Module, fan_in: int, linear: Linear) -> tuple[Tree, dict[str, nn.Variable]]:
+    """Declare kernel [fan_in, width], bias [width] and, with batch norm, `norm`, in a compact method of `module`.
+
+    Returns:
+      The parameters as a dict, and the variables of the running statistics (empty without norm).
+    """
+    default = torch_linear_init(fan_in)
+    shape = (fan_in, linear.width)
+    params: Tree = {
+        "kernel": module.param("kernel", linear.kernel_init or default, shape, linear.param_dtype),
+        "bias": module.param("bias", linear.bias_init or default, shape[1:], linear.param_dtype),
+    }
+    running: dict[str, nn.Variable] = {}
+    if linear.batch_norm:
+        params["norm"], running = NormVariables(linear.width, linear.param_dtype, name="norm")()
+    return params, running
+
+
+class LinearVariables(nn.Module):
+    """The variables of a linear layer, declared but not applied."""
+
+    fan_in: int
+    linear: Linear
+
+    @nn.compact
+    def __call__(self) -> tuple[Tree, dict[str, nn.Variable]]:
+        """See `declare_linear`."""
+        return declare_linear(self, self.fan_in, self.linear)
+
+
+def as_rows(features: jax.Array, dtype: Any, param_dtype: Any) -> jax.Array:
+    """`features` [..., D] as rows [N, D] of the dtype to compute in.
+
+    Args:
+      features: floating-point array [..., D].
+      dtype: that dtype, or None for the wider of the features' and `param_dtype`.
+      param_dtype: dtype of the parameters.
+
+    Raises:
+      TypeError: if `features` is not a floating-point array.
+      ValueError: if it has no last axis, or an empty one.
+    """
+    if not hasattr(features, "dtype") or not jnp.issubdtype(features.dtype, jnp.floating):
+        kind = getattr(features, "dtype", type(features).__name__)
+        raise TypeError(
+            f"features must be a floating-point array, got {kind}; convert it, e.g. images.astype('float32') / 255"
+        )
+    if features.ndim < 1 or features.shape[-1] < 1:
+        raise ValueError(f"features must have shape [..., D] with D >= 1, got {features.shape}")
+    features = jnp.asarray(features)  # NumPy's float64 becomes what JAX computes in
+    if dtype is None:
+        dtype = jnp.promote_types(features.dtype, param_dtype)
+    return features.reshape(-1, features.shape[-1]).astype(dtype)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_rate(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a probability below 1."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,132 @@
+"""Batch norm with torch's conventions, as a function of arrays.
+
+torch keeps the UNBIASED variance (factor n / (n - 1)) in its running statistics and normalises a training
+batch with the biased one; flax.linen.BatchNorm keeps the biased one. Checkpoints and results of the published
+scripts follow torch.
+"""
+
+# DOC of backbones/norm_relu: """Batch norm with batch statistics, alone or followed by ReLU, with a hand-written backward pass."""  # noqa: E501
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+EPSILON = 1e-5
+MOMENTUM = 0.9
+"""Weight of the old running average (torch writes the same as momentum 0.1)."""
+
+
+def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype that means and variances are kept in: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def batch_statistics(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of `inputs` [..., W] over all axes but the last, each [W] and float32 or wider."""
+    inputs = inputs.astype(statistics_dtype(inputs.dtype))
+    axes = tuple(range(inputs.ndim - 1))
+    mean = jnp.mean(inputs, axes)
+    # Two passes: E[x^2] - E[x]^2 loses digits, and XLA's CPU code for it is the slower of the two.
+    variance = jnp.mean(jnp.square(inputs - mean), axes)
+    return mean, variance
+
+
+def normalize(inputs: jax.Array, mean: jax.Array, variance: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """(inputs - mean) / sqrt(variance + 1e-5) * scale + bias, computed in float32 or wider, in `inputs`' dtype."""
+    dtype = statistics_dtype(inputs.dtype)
+    factor = jax.lax.rsqrt(variance.astype(dtype) + EPSILON) * scale.astype(dtype)
+    shifted = (inputs.astype(dtype) - mean.astype(dtype)) * factor + bias.astype(dtype)
+    return shifted.astype(inputs.dtype)
+
+
+def update_running(
+    running_mean: jax.Array, running_var: jax.Array, mean: jax.Array, variance: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """New running mean and variance after a batch of `count` rows with that mean and biased variance."""
+    unbiased = variance * (count / (count - 1)) if count > 1 else variance
+    new_mean = MOMENTUM * running_mean + (1 - MOMENTUM) * mean.astype(running_mean.dtype)
+    new_var = MOMENTUM * running_var + (1 - MOMENTUM) * unbiased.astype(running_var.dtype)
+    return new_mean, new_var
+
+
+def check_rows(shape: tuple[int, ...]) -> int:
+    """The number of rows of a training batch of `shape`; ValueError where batch norm cannot learn from it."""
+    rows = math.prod(shape[:-1])
+    if rows < 2:
+        raise ValueError(
+            f"batch norm in training needs at least 2 rows, got features of shape {shape}; "
+            "use a larger batch or call the head with train=False"
+        )
+    return rows
+
+
+_AXES = (0, 1, 2)
+_Results = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@jax.custom_vjp
+def norm_relu(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> _Results:
+    """relu(batch_norm(inputs)) with the statistics of `inputs` themselves, torch's conventions (see heads/norm.py).
+
+    The backward pass is the textbook one: one sweep for the two sums per channel, one for the input's gradient, where
+    autodiff of mean, variance, normalisation and ReLU makes several. It recomputes the normalised values from
+    `inputs`, so that nothing but `inputs` is kept. Reverse-mode derivatives only (a custom VJP).
+
+    Args:
+      inputs: floating-point [N, H, W, C].
+      scale: [C].
+      bias: [C].
+
+    Returns:
+      (outputs [N, H, W, C] of `inputs`' dtype, mean [C], biased variance [C]), the statistics in float32 or wider; no
+      gradient flows through the statistics.
+    """
+    outputs, mean, variance = batch_norm(inputs, scale, bias)
+    return jax.nn.relu(outputs), mean, variance
+
+
+@jax.custom_vjp
+def batch_norm(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> _Results:
+    """As `norm_relu`, without the ReLU."""
+    mean, variance = batch_statistics(inputs)
+    return normalize(inputs, mean, variance, scale, bias), mean, variance
+
+
+def _norm_relu_fwd(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[_Results, tuple]:
+    outputs = norm_relu(inputs, scale, bias)
+    return outputs, (inputs, scale, bias, *outputs[1:])
+
+
+def _norm_relu_bwd(residuals: tuple, cotangents: tuple) -> _Results:
+    inputs, scale, bias, mean, variance = residuals
+    # The very expression of the forward pass, so that an output of exactly 0 (ReLU's gradient: 0) is judged alike.
+    alive = normalize(inputs, mean, variance, scale, bias) > 0
+    return _gradients(residuals, jnp.where(alive, cotangents[0].astype(mean.dtype), 0))
+
+
+def _batch_norm_fwd(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[_Results, tuple]:
+    outputs = batch_norm(inputs, scale, bias)
+    return outputs, (inputs, scale, bias, *outputs[1:])
+
+
+def _batch_norm_bwd(residuals: tuple, cotangents: tuple) -> _Results:
+    return _gradients(residuals, cotangents[0].astype(residuals[3].dtype))
+
+
+def _gradients(residuals: tuple, grad: jax.Array) -> _Results:
+    """Of inputs, scale and bias, for the gradient of the normalised values in the statistics' dtype."""
+    inputs, scale, bias, mean, variance = residuals
+    dtype = mean.dtype
+    count = inputs.size // inputs.shape[-1]
+    inverse = lax.rsqrt(variance + EPSILON)
+    centred = (inputs.astype(dtype) - mean) * inverse
+    grad_bias = jnp.sum(grad, _AXES)
+    grad_scale = jnp.sum(grad * centred, _AXES)
+    grad_inputs = (grad - grad_bias / count - centred * (grad_scale / count)) * (inverse * scale.astype(dtype))
+    return grad_inputs.astype(inputs.dtype), grad_scale.astype(scale.dtype), grad_bias.astype(bias.dtype)
+
+
+norm_relu.defvjp(_norm_relu_fwd, _norm_relu_bwd)
+batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)

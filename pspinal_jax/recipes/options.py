@@ -1,0 +1,43 @@
+"""How a run is carried out, as opposed to what it computes."""
+
+# DOC of processes/options: """The flags by which a run becomes one of several processes."""  # noqa: E501
+
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Options of `train` that are no part of the recipe."""
+
+    workdir: Path | None = None
+    """Run directory, runs/RECIPE by default; an unfinished run in it is resumed."""
+    init_from: Path | None = None
+    """Start from the selected parameters of this run directory."""
+    checkpoint_seconds: float = 1.0
+    """Least time between two checkpoints; the first epoch and the end are always saved."""
+    workers: int = 0
+    """Processes that decode photographs; 0 for threads of this one, which on few cores is as fast."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the extra `tensorboard`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """How a run's processes find each other.
+
+    Address, number and id are given together, or JAX finds them in the cluster's environment.
+    """
+
+    distributed: bool = False
+    """Run as one of several processes, on one or more machines; every process is started with the same command."""
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0, reachable from all. Without it JAX asks SLURM, Open MPI, Kubernetes or Cloud TPU."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """This process's number, from 0."""
+    initialization_timeout: int = 120
+    """Seconds to wait at the start until all processes are there."""
+    heartbeat_timeout: int = 30
+    """Seconds without a sign of life after which a process counts as dead, and the others end."""

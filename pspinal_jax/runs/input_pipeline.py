@@ -1,0 +1,260 @@
+"""Training examples and evaluated splits as the loop sees them: on the devices, or read from files while it runs."""
+
+# DOC of runs/shares: """Photographs batch by batch, of which every process reads and decodes only the rows that lie on its devices."""  # noqa: E501
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+
+from pspinal_jax.data.dataset import Split
+from pspinal_jax.data.images.images import ImageSplit
+from pspinal_jax.data.images.stream import stream
+from pspinal_jax.runs.progress import Stage
+from pspinal_jax.runs.seed_states import SeedStates
+from pspinal_jax.training.chunk import Batch
+from pspinal_jax.training.programs import Programs, padded_split
+from pspinal_jax.training.sharding import rows_here, shard_rows
+
+Evaluate = Callable[[Batch, int], dict[str, np.ndarray]]
+"""(padded batch or split, how many are real) -> sums loss and correct [K] and predictions [K, M], of K seeds."""
+Advance = Callable[[int, int], None]
+"""(first, steps): take so many steps of the epoch, from step `first` on, for every seed; returns when they are done."""
+
+
+class Examples(Protocol):
+    """Training examples.
+
+    Attributes:
+      count: how many.
+      first_chunk: steps to take at first, before it is known how many fit between two looks at the clock.
+      waited: seconds of the epoch in which the devices may have waited for input (an upper bound).
+    """
+
+    count: int
+    first_chunk: int
+    waited: float
+
+    def warm_up(self, seed_states: SeedStates, stage: Stage) -> None:
+        """Compile what an epoch of `stage` calls; the states stay as they are."""
+
+    def epoch(self, seed_states: SeedStates, stage: Stage, first: int) -> contextlib.AbstractContextManager[Advance]:
+        """The epoch that `seed_states` have planned, from step `first` on."""
+
+
+class EvaluatedSplit(Protocol):
+    """Examples to evaluate."""
+
+    @property
+    def count(self) -> int:
+        """How many."""
+
+    def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+        """Sums loss and correct [K] and predictions [K, count] over the split.
+
+        `before_call` is called before each call of `evaluate`, and may raise to give up.
+        """
+
+    def warm_up(self, evaluate: Evaluate) -> None:
+        """Compile the evaluation, by evaluating nothing."""
+
+
+class ResidentExamples:
+    """Examples that lie on the devices whole: a chunk of steps is one call."""
+
+    first_chunk = 8
+    waited = 0.0
+
+    def __init__(self, programs: Programs, split: Split) -> None:
+        self.count = len(split)
+        self._data: Batch = programs.replicate((split.inputs, split.labels))
+
+    def warm_up(self, seed_states: SeedStates, stage: Stage) -> None:
+        """See `Examples`: calls the programs for no steps."""
+        seed_states.run_chunk(0, 0, self._data)
+        if stage.tail_size:
+            seed_states.run_chunk(0, 0, self._data, tail_size=stage.tail_size)
+
+    @contextlib.contextmanager
+    def epoch(self, seed_states: SeedStates, stage: Stage, first: int) -> Iterator[Advance]:
+        """See `Examples`."""
+
+        def advance(first: int, steps: int) -> None:
+            tail = stage.tail_size if first >= stage.whole_steps else 0
+            seed_states.run_chunk(first, steps, self._data, tail_size=tail)
+
+        yield advance
+
+
+class StreamedExamples:
+    """Photographs that are decoded while the devices work on the batch before."""
+
+    first_chunk = 1
+
+    def __init__(self, programs: Programs, photos: ImageSplit, side: int, batch_size: int, workers: int) -> None:
+        self.count = len(photos)
+        self.waited = 0.0
+        self._programs, self._photos = programs, photos
+        self._shape, self._batch_size, self._workers = (side, side), batch_size, workers
+
+    def warm_up(self, seed_states: SeedStates, stage: Stage) -> None:
+        """See `Examples`: takes a step on black pictures and forgets it."""
+        for size in {self._batch_size, stage.tail_size} - {0}:
+            batch = np.zeros((size, *self._shape, 3), np.uint8), np.zeros(size, np.int32)
+            seed_states.compile_step(self._programs.shard_batch(batch))
+
+    @contextlib.contextmanager
+    def epoch(self, seed_states: SeedStates, stage: Stage, first: int) -> Iterator[Advance]:
+        """See `Examples`. Each seed reads its own order."""
+        self.waited = 0.0
+        used = stage.whole_steps * self._batch_size + stage.tail_size
+        with contextlib.ExitStack() as opened:
+            streams = [
+                opened.enter_context(
+                    contextlib.closing(
+                        process_local_batches(
+                            self._programs.mesh,
+                            self._photos,
+                            order[:used],
+                            self._shape,
+                            self._batch_size,
+                            first_batch=first,
+                            workers=self._workers,
+                        )
+                    )
+                )
+                for order in seed_states.orders()
+            ]
+
+            def advance(first: int, steps: int) -> None:
+                for step in range(first, first + steps):
+                    for index, batches in enumerate(streams):
+                        seed_states.run_batch(index, step, self._next(batches, seed_states, index))
+                seed_states.block()
+
+            yield advance
+
+    def _next(self, batches: Iterator[tuple[Batch, int]], seed_states: SeedStates, index: int) -> Batch:
+        start = time.perf_counter()
+        batch, size = next(batches)
+        if seed_states.idle(index):
+            self.waited += time.perf_counter() - start
+        return shard_rows(self._programs.mesh, batch, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidentSplit:
+    """A split on the devices: arrays padded to whole batches, and how many of their examples are real."""
+
+    arrays: Batch
+    count: int
+
+    @classmethod
+    def place(cls, programs: Programs, split: Split, batch_size: int) -> "ResidentSplit":
+        """`split` on the devices, padded to whole batches."""
+        return cls(programs.replicate(padded_split(split, batch_size)), len(split))
+
+    def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+        """See `EvaluatedSplit`."""
+        before_call()
+        sums = evaluate(self.arrays, self.count)
+        return sums | {"predictions": sums["predictions"][:, : self.count]}
+
+    def warm_up(self, evaluate: Evaluate) -> None:
+        """See `EvaluatedSplit`."""
+        evaluate(self.arrays, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit:
+    """Photographs that are decoded as they are evaluated, batch by batch; the last batch is padded and masked."""
+
+    programs: Programs
+    photos: ImageSplit
+    side: int
+    batch_size: int
+    workers: int
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.photos)
+
+    def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+        """See `EvaluatedSplit`."""
+        parts = []
+        mesh, order, shape = self.programs.mesh, np.arange(self.count), (self.side, self.side)
+        with contextlib.closing(
+            process_local_batches(mesh, self.photos, order, shape, self.batch_size, workers=self.workers, pad=True)
+        ) as batches:
+            for batch, size in batches:
+                before_call()
+                sums = evaluate(shard_rows(mesh, batch, self.batch_size), size)
+                parts.append(sums | {"predictions": sums["predictions"][:, :size]})
+        return {
+            "loss": np.sum([part["loss"] for part in parts], axis=0),
+            "correct": np.sum([part["correct"] for part in parts], axis=0),
+            "predictions": np.concatenate([part["predictions"] for part in parts], axis=1),
+        }
+
+    def warm_up(self, evaluate: Evaluate) -> None:
+        """See `EvaluatedSplit`."""
+        batch = np.zeros((self.batch_size, self.side, self.side, 3), np.uint8), np.zeros(self.batch_size, np.int32)
+        evaluate(self.programs.shard_batch(batch), 0)
+
+
+def process_local_batches(
+    mesh: Mesh,
+    photos: ImageSplit,
+    order: np.ndarray,
+    shape: tuple[int, int],
+    batch_size: int,
+    *,
+    first_batch: int = 0,
+    workers: int = 0,
+    pad: bool = False,
+) -> Generator[tuple[Batch, int], None, None]:
+    """The rows on the devices of this process (see `rows_here`) of the batches that `stream` would yield.
+
+    Args:
+      mesh: the devices.
+      photos: what to read from.
+      order: integers [M], numbers of photographs, the same on every process.
+      shape: (H, W).
+      batch_size: B over all devices.
+      first_batch: number of the batch to begin with.
+      workers: processes that read and decode; 0 for threads of this process.
+      pad: fill a smaller last batch with zeros, to B.
+
+    Yields:
+      ((images, labels), n): rows for `shard_rows`, and how many examples the whole batch has, without padding.
+    """
+    whole, tail = divmod(len(order), batch_size)
+    rows = rows_here(mesh, batch_size)
+    tail_rows = (rows[rows < tail] if pad else rows_here(mesh, tail)) if tail else rows[:0]
+    numbers = np.asarray(order[: whole * batch_size]).reshape(whole, batch_size)[first_batch:, rows].ravel()
+    tail_numbers = np.asarray(order[whole * batch_size :])[tail_rows]
+    # One stream is better than two, but its last batch cannot be the largest.
+    together = len(tail_rows) <= len(rows)
+    parts = [np.concatenate([numbers, tail_numbers])] if together else [numbers, tail_numbers]
+    sizes = [batch_size] * (whole - first_batch) + [tail] * (tail > 0)
+    with contextlib.ExitStack() as opened:
+        batches = (
+            batch
+            for part, size in zip(parts, (len(rows), len(tail_rows)), strict=False)
+            for batch in opened.enter_context(contextlib.closing(stream(photos, part, shape, size, workers=workers)))
+        )
+        empty = np.zeros((0, *shape, 3), np.uint8), np.zeros(0, np.int32)
+        for size in sizes:
+            batch = empty if size == tail and not len(tail_rows) else next(batches)
+            yield (_filled(batch, len(rows)) if pad else batch), size
+
+
+def _filled(batch: Batch, rows: int) -> Batch:
+    images, labels = batch
+    missing = rows - len(labels)
+    return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]), np.pad(labels, (0, missing))

@@ -1,0 +1,109 @@
+"""The result of a finished run: result.json."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from pspinal_jax.environment import device, versions
+from pspinal_jax.errors import RunError
+from pspinal_jax.models.build import count_parameters
+from pspinal_jax.runs.metrics import summary
+from pspinal_jax.runs.trainer import Trainer
+
+
+def make_result(trainer: Trainer) -> dict[str, Any]:
+    """What result.json holds. Under the validation protocol this is where the test split is evaluated, once.
+
+    Raises:
+      Stopped: after SIGINT or SIGTERM; the run is saved.
+    """
+    setup, position, recipe = trainer.setup, trainer.position, trainer.setup.recipe
+    params = trainer.seed_states.trees()["params"]
+    result: dict[str, Any] = {
+        "recipe": recipe.card.name,
+        "row": recipe.card.row,
+        "protocol": recipe.protocol,
+        "selection": describe_selection(trainer),
+        "head": recipe.model.head,
+        "seeds": trainer.seed_states.seeds,
+    }
+    if recipe.protocol == "paper":
+        result["test_accuracy"] = summary(position.last_accuracy)
+        result["last_test_accuracy"] = summary(position.last_accuracy)
+        result["best_on_test_accuracy"] = summary(position.best_accuracy)
+        result["best_on_test_epoch"] = position.best_epoch
+    else:
+        test = setup.splits["test"]
+        correct = test.evaluate(partial(trainer.seed_states.evaluate, best=True), trainer.stop_if_asked)["correct"]
+        result["test_accuracy"] = summary((correct / test.count).tolist())
+        selected = position.selected_epoch or position.best_epoch
+        validation = position.selected_accuracy or position.best_accuracy
+        if validation:
+            result["validation_accuracy"] = summary(validation)
+        result["selected_epoch"] = selected
+    lines = trainer.directory.metrics()
+    return result | {
+        "published_accuracy_percent": recipe.card.published_accuracy,
+        "parameters": count_parameters(params) // recipe.num_seeds,
+        "train_examples": len(trainer.stage.subset),
+        "test_examples": setup.splits["test"].count,
+        "epochs": recipe.epochs,
+        "seconds": round(position.total_seconds, 3),
+        "compile_seconds": round(sum(line["compile_seconds"] for line in lines), 3),
+        "seeds_as": "one program" if setup.programs.vectorized else "one after the other",
+        "device": device(),
+        "versions": versions(),
+    }
+
+
+def describe_selection(trainer: Trainer) -> str:
+    """In words: how the parameters were chosen whose test accuracy is reported."""
+    recipe = trainer.setup.recipe
+    if recipe.protocol == "paper":
+        return (
+            "the paper's protocol: trained on all training data, test accuracy of the last epoch; best_on_test is "
+            "selected on the test split"
+        )
+    if "validation" not in trainer.setup.splits:
+        return "last epoch, trained on all training data"
+    held = trainer.setup.splits["validation"].count
+    again = ", then trained again on all training data for as many epochs" if recipe.retrain else ""
+    return f"best epoch on {held} held-out training examples{again}"
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """A line or two for the terminal."""
+    lines = [f"test accuracy {_percent(result['test_accuracy'])}  ({result['selection']})"]
+    if "best_on_test_accuracy" in result:
+        best = _percent(result["best_on_test_accuracy"])
+        lines.append(f"best on test  {best}  (selected on the test split: not an estimate of accuracy on new data)")
+    if result["published_accuracy_percent"] is not None:
+        lines.append(f"the paper reports {result['published_accuracy_percent']} % for this row")
+    return "\n".join(lines)
+
+
+def _percent(values: dict[str, Any]) -> str:
+    mean = f"{100 * values['mean']:.2f} %"
+    if values["std"] is None:
+        return mean
+    return f"{mean} ± {100 * values['std']:.2f} (std of {len(values['each'])} seeds)"
+
+
+def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metrics: list[dict[str, Any]]) -> int:
+    """Index of the seed that does best on validation; without validation, the first. Never chosen on test."""
+    if config["num_seeds"] == 1:
+        return 0
+    try:
+        if result is not None and "validation_accuracy" in result:
+            return int(np.argmax(result["validation_accuracy"]["each"]))
+        evaluated = [line["validation_accuracy"] for line in metrics if "validation_accuracy" in line]
+        return int(np.argmax(np.max(np.asarray(evaluated), axis=0))) if evaluated else 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with --seed-index") from error
+
+
+def leading_seed(trees: Any, index: int, num_seeds: int) -> Any:
+    """The trees of one seed out of a checkpoint's."""
+    return trees if num_seeds == 1 else jax.tree.map(lambda leaf: leaf[index], trees)
