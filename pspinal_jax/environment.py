@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 import pspinal_jax
+from pspinal_jax.files import CACHE_SWITCH, cache_folder
 
 
 def versions() -> dict[str, str]:
@@ -48,10 +49,6 @@ def processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-SWITCH = "PSPINAL_JAX_CACHE"
-"""Environment variable: a folder for the cache, or 'off'."""
-
-
 def enable_compilation_cache() -> Path | None:
     """Turn the cache on, in the user's cache folder, unless the user said otherwise.
 
@@ -61,14 +58,13 @@ def enable_compilation_cache() -> Path | None:
     Returns:
       The folder, or None where there is no cache.
     """
-    choice = os.environ.get(SWITCH)
-    if choice == "off":
+    base = cache_folder()
+    if base is None:
         return None
     configured = jax.config.values["jax_compilation_cache_dir"]
     if configured:
         return Path(configured)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(choice) if choice else home / "pspinal_jax" / "xla"
+    folder = base if os.environ.get(CACHE_SWITCH) else base / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written is no reason not to train

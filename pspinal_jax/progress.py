@@ -1,6 +1,6 @@
 """Progress of downloads and of writing examples, on standard error."""
 
-# DOC of runs/progress: """Progress on standard error: steps, rate, loss, time left."""  # noqa: E501
+# DOC of runs/progress: """Progress on standard error: steps, rate, loss, time left."""
 
 import sys
 from typing import Any

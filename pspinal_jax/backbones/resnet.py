@@ -1,6 +1,6 @@
 """The residual block of the ResNet family, and the layer that it is made of."""
 
-# DOC of backbones/resnet: """The ResNet family, the backbones of the paper's photographs."""  # noqa: E501
+# DOC of backbones/resnet: """The ResNet family, the backbones of the paper's photographs."""
 
 from typing import Any, Literal, NamedTuple
 

@@ -2,7 +2,7 @@
 
 # DOC of benchmark/torch_resnet: """ResNets in PyTorch with torchvision's names for their tensors, peers that ours are compared with. Imports torch."""  # noqa: E501
 
-# DOC of benchmark/torch_vgg5: """VGG-5 in PyTorch, the peer that ours is compared with. Imports torch."""  # noqa: E501
+# DOC of benchmark/torch_vgg5: """VGG-5 in PyTorch, the peer that ours is compared with. Imports torch."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,6 @@
 """A data set as arrays in memory, checked once when it is made."""
 
-# DOC of data/splits: """Holding validation examples out of the training split."""  # noqa: E501
+# DOC of data/splits: """Holding validation examples out of the training split."""
 
 import dataclasses
 import zlib

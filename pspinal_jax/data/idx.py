@@ -1,6 +1,6 @@
 """Reading IDX, the format of MNIST and its kin: a magic number, big-endian sizes, then the values and nothing else."""
 
-# DOC of data/raw: """From raw files as published, in a folder or a zip, to checked arrays."""  # noqa: E501
+# DOC of data/raw: """From raw files as published, in a folder or a zip, to checked arrays."""
 
 import contextlib
 import gzip

@@ -1,6 +1,6 @@
 """From a recipe's data configuration to arrays, whatever the source."""
 
-# DOC of data/photos/load: """From a photograph recipe's data configuration to its splits."""  # noqa: E501
+# DOC of data/photos/load: """From a photograph recipe's data configuration to its splits."""
 
 import dataclasses
 import shlex

@@ -15,11 +15,11 @@ from pspinal_jax.data.examples import Examples
 from pspinal_jax.data.idx import Arrays, read_raw
 from pspinal_jax.data.images.checks import warn_of_skipped
 from pspinal_jax.data.images.published import read_pictures
-from pspinal_jax.data.lock import locked
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepared import default_data_dir, find_prepared, import_tfds
 from pspinal_jax.data.stl10 import read_stl10
 from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.files import locked
 from pspinal_jax.progress import progress_bar
 
 

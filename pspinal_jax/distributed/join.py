@@ -1,6 +1,6 @@
 """Whether the run's first process can listen where the others will look for it."""
 
-# DOC of processes/join: """Joining the other processes of a run, before JAX is asked for anything else."""  # noqa: E501
+# DOC of processes/join: """Joining the other processes of a run, before JAX is asked for anything else."""
 
 import contextlib
 import errno

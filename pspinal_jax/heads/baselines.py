@@ -1,10 +1,10 @@
 """One layer of the baseline heads: dropout, linear, norm, activation, in the order of the published scripts."""
 
-# DOC of heads/spinal: """SpinalNet's head, the baseline that ProgressiveSpinalNet set out to improve."""  # noqa: E501
+# DOC of heads/spinal: """SpinalNet's head, the baseline that ProgressiveSpinalNet set out to improve."""
 
-# DOC of heads/mlp: """The usual head: one hidden layer."""  # noqa: E501
+# DOC of heads/mlp: """The usual head: one hidden layer."""
 
-# DOC of heads/dense: """The plainest head: one linear layer."""  # noqa: E501
+# DOC of heads/dense: """The plainest head: one linear layer."""
 
 from typing import Any, Literal
 

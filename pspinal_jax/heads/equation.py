@@ -1,6 +1,6 @@
 """What the head computes, apart from how: the hashable description that both implementations take."""
 
-# DOC of heads/tree: """Reading the documented parameter tree of a progressive head, strictly."""  # noqa: E501
+# DOC of heads/tree: """Reading the documented parameter tree of a progressive head, strictly."""
 
 # DOC of heads/unrolled: """The head written out layer by layer, as the paper's equation reads: the reference for every other form."""  # noqa: E501
 

@@ -1,6 +1,6 @@
 """How a run is carried out, as opposed to what it computes."""
 
-# DOC of processes/options: """The flags by which a run becomes one of several processes."""  # noqa: E501
+# DOC of processes/options: """The flags by which a run becomes one of several processes."""
 
 import dataclasses
 from pathlib import Path

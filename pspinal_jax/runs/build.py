@@ -1,6 +1,6 @@
 """From a recipe and its data to everything that the loop works with."""
 
-# DOC of runs/start: """What a run's parameters start from: another run, or pretrained weights of the backbone."""  # noqa: E501
+# DOC of runs/start: """What a run's parameters start from: another run, or pretrained weights of the backbone."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

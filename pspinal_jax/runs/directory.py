@@ -11,7 +11,6 @@ checkpoints/    see pspinal_jax.checkpoints
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.files import atomic_file
 
 _SECONDS_TO_APPEAR = 20
 
@@ -196,13 +196,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
       RunError: if it cannot be written; what was at `path` stays.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        yield part
-        os.replace(part, path)
+        with atomic_file(path) as part:
+            yield part
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
 
 

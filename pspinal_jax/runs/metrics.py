@@ -1,8 +1,8 @@
 """The numbers that a run reports: an epoch's line, and mean and spread over seeds."""
 
-# DOC of runs/tensorboard: """TensorBoard events of a run, written with tensorboardX (no TensorFlow)."""  # noqa: E501
+# DOC of runs/tensorboard: """TensorBoard events of a run, written with tensorboardX (no TensorFlow)."""
 
-# DOC of runs/plots: """Pictures of a run: curves by epoch, and the confusion matrix."""  # noqa: E501
+# DOC of runs/plots: """Pictures of a run: curves by epoch, and the confusion matrix."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
 """A loss or gradient that is not finite stops the run, and what is needed to see it again is written down."""
 
-# DOC of runs/trainer: """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints."""  # noqa: E501
+# DOC of runs/trainer: """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints."""
 
 import dataclasses
 import signal

@@ -1,6 +1,6 @@
 """The examples that a study trains and measures on, as features."""
 
-# DOC of analysis/gradient_report: """results.json, results.png and the printed table of the gradient study."""  # noqa: E501
+# DOC of analysis/gradient_report: """results.json, results.png and the printed table of the gradient study."""
 
 import dataclasses
 import math

@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspinal_jax.errors import DataError
+from pspinal_jax.files import atomic_file
 
 SEPARATOR = "/"
 
@@ -26,12 +27,11 @@ def save_variables(path: Path, variables: Mapping[str, Any]) -> None:
     """
     from safetensors.numpy import save_file
 
-    part = path.with_name(path.name + ".part")
-    part.touch()
-    mode = part.stat().st_mode  # what the user's umask gives; safetensors gives the owner alone access
-    save_file(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR)), part)
-    part.chmod(mode)
-    part.replace(path)
+    with atomic_file(path) as part:
+        part.touch()
+        mode = part.stat().st_mode  # what the user's umask gives; safetensors gives the owner alone access
+        save_file(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR)), part)
+        part.chmod(mode)
 
 
 def read_variables(path: Path) -> dict[str, dict[str, Any]]:

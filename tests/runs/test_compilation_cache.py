@@ -14,7 +14,7 @@ def folder(tmp_path, monkeypatch):
     """A cache with an older entry, in use from the next start on; what JAX was configured with comes back."""
     (tmp_path / "older-cache").write_bytes(b"\x78 damaged too, but not by the newest kill")
     os.utime(tmp_path / "older-cache", (1, 1))
-    monkeypatch.setenv(environment.SWITCH, str(tmp_path))
+    monkeypatch.setenv(environment.CACHE_SWITCH, str(tmp_path))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     names += ("jax_persistent_cache_min_entry_size_bytes",)
     was = {name: jax.config.values[name] for name in names}

@@ -1,6 +1,6 @@
 """Which pictures can be decoded: each is decoded once, several at a time."""
 
-# DOC of data/photos/checks: """Which files of a folder can be decoded, remembered from one start to the next."""  # noqa: E501
+# DOC of data/photos/checks: """Which files of a folder can be decoded, remembered from one start to the next."""
 
 import collections
 import contextlib

@@ -1,0 +1,100 @@
+"""Files: written whole or not at all, held by one process at a time, and where caches lie."""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+CACHE_SWITCH = "PSPINAL_JAX_CACHE"
+"""Environment variable: a folder for all caches, or 'off'."""
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Where to write what shall be at `path`: it is moved there at the end of the `with`, or removed on an error.
+
+    Raises:
+      OSError: if it cannot be written; what was at `path` stays.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all; raises as `atomic_file`."""
+    with atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write the JSON value `value` to `path`, indented, whole or not at all; raises as `atomic_file`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, waiting_for: str) -> Iterator[bool]:
+    """Hold `folder` (made if need be) for this process; the lock goes with the process, however that ends.
+
+    Args:
+      folder: what to hold.
+      waiting_for: said on standard error when another process holds it.
+
+    Yields:
+      Whether the lock is held: not every file system has locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(handle, waiting_for)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, waiting_for: str) -> bool:
+    try:
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is {waiting_for}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def cache_folder() -> Path | None:
+    """The folder of this package's caches, which need not exist; None where there is to be none.
+
+    $PSPINAL_JAX_CACHE, or else $XDG_CACHE_HOME/pspinal_jax, or else ~/.cache/pspinal_jax; none with
+    PSPINAL_JAX_CACHE=off, or for a user without a home.
+    """
+    choice = os.environ.get(CACHE_SWITCH)
+    if choice == "off":
+        return None
+    if choice:
+        return Path(choice)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pspinal_jax"
+    except RuntimeError:
+        return None
+
+
+def differences(
+    found: Mapping[str, Any], expected: Mapping[str, Any], describe: Callable[[str, Any, Any], str]
+) -> list[str]:
+    """`describe(name, found, expected)` for every name at which the two differ, sorted; None stands for what is missing."""
+    names = sorted({*found, *expected})
+    return [
+        describe(name, found.get(name), expected.get(name)) for name in names if found.get(name) != expected.get(name)
+    ]
