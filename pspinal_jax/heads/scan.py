@@ -17,7 +17,8 @@ The zero rows stay zero in training: their gradient is zero.
 
 # DOC of heads/scan: """The head as one lax.scan over its layers: program size and compile time do not grow with their number.  # noqa: E501
 #
-# The buffer [prefix, y_1 .. y_L] has its full width from the start and layer i writes its own slot; kernel rows of slots
+# The buffer [prefix, y_1 .. y_L] has its full width from the start and layer i writes its own slot; kernel rows of
+# slots
 # not yet written are zero. What the layers make of the features is one product before the scan. Only with a mask
 # per layer (`layer_dropout_rate`) do the features have to stand in the buffer, as its prefix.
 #

@@ -2,7 +2,8 @@
 
 # DOC of heads/random_bits: """Random bits for masks: Threefry-2x32 with 20 rounds, all of a mask in one pass.
 #
-# The same function as behind jax.random's default keys (J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+# The same function as behind jax.random's default keys (J. Salmon et al., "Parallel random numbers: as easy as 1, 2,
+# 3",
 # SC 2011). jax.random.bits computes a block of two words for each word it returns, and on CPU in a loop of small
 # kernels; a mask by that way costs four times as much.
 # """

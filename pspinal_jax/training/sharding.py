@@ -11,14 +11,16 @@ Three axes, always, some of them of length 1:
 #
 # A rule of path and shape, and not linen's partitioning metadata: `nn.with_partitioning` puts a box (`nn.Partitioned`)
 # around every array that ``init`` returns, so that whoever uses a head by itself would find boxes where the documented
-# tree has arrays, and would have to unbox them to count, convert, save or compare. The rule asks nothing of the model. It
+# tree has arrays, and would have to unbox them to count, convert, save or compare. The rule asks nothing of the
+# model. It
 # covers momenta and averages, whose paths end as their parameters' do, and whatever backbone stands below the head.
 # """
 
 # DOC of training/replicas: """Batch norm per device: each device normalises its own share of a batch, as data-parallel training once did.  # noqa: E501
 #
 # A jitted step over a cut batch is the step on the whole batch: XLA inserts the exchanges that its means need, so batch
-# norm sees all B rows, whatever the number of devices. That is the default. In a step that is written for one device and
+# norm sees all B rows, whatever the number of devices. That is the default. In a step that is written for one device
+# and
 # mapped over D of them (`jax.shard_map`, before it `jax.pmap`; PyTorch's DistributedDataParallel does the same), batch
 # norm sees the device's own B / D rows, unless its means are exchanged by hand. That saves two small exchanges a layer
 # and makes the statistics noisier, so the result depends on the number of devices.

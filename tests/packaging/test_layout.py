@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-TOP = ["__init__", "__main__"]  # the package's own names, and the entry of the command line
-FREE = ["errors", "log_filter", "network"]  # for everybody; they import nothing of ours
+TOP = ["__init__", "__main__", "environment", "progress"]  # the package's own names, and the entry of the command line
+FREE = ["errors", "files", "log_filter", "network"]  # for everybody; they import nothing of ours
 
 
 def order():

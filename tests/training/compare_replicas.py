@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspinal_jax.heads import ProgressiveSpinalHead, norm
+from pspinal_jax.heads import ProgressiveSpinalHead
+from pspinal_jax.layers import norm
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes import OptimizerConfig
 from pspinal_jax.training import keys
