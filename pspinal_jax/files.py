@@ -93,7 +93,7 @@ def cache_folder() -> Path | None:
 def differences(
     found: Mapping[str, Any], expected: Mapping[str, Any], describe: Callable[[str, Any, Any], str]
 ) -> list[str]:
-    """`describe(name, found, expected)` for every name at which the two differ, sorted; None stands for what is missing."""
+    """`describe(name, found, expected)` for every name at which the two differ, sorted; None for what is missing."""
     names = sorted({*found, *expected})
     return [
         describe(name, found.get(name), expected.get(name)) for name in names if found.get(name) != expected.get(name)
