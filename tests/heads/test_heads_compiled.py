@@ -133,7 +133,7 @@ import sys
 import pspinal_jax
 assert "jax" not in sys.modules, "importing the package alone should cost nothing"
 pspinal_jax.ProgressiveSpinalHead
-print(*{name.partition_spec(".")[0] for name in sys.modules})
+print(*{name.partition(".")[0] for name in sys.modules})
 """
 
 
