@@ -5,8 +5,6 @@
 import sys
 from typing import Any
 
-from tqdm import tqdm
-
 from pspinal_jax.distributed.coordination import is_primary
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -21,6 +19,8 @@ def progress_bar(total: int | None, description: str, unit: str, shown: bool) ->
       unit: of what, 'B' for bytes.
       shown: False for a bar that prints nothing.
     """
+    from tqdm import tqdm  # not needed by who only measures
+
     return tqdm(
         total=total,
         desc=description,
@@ -40,6 +40,8 @@ class Progress:
     """A bar on a terminal; elsewhere a line every ten seconds; from process 0 only. Use in a `with`."""
 
     def __init__(self, total_steps: int, done: int, description: str) -> None:
+        from tqdm import tqdm
+
         live = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,

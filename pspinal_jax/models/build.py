@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pspinal_jax.backbones import efficientnet
 from pspinal_jax.backbones.resnet import LEAST_SIDE, ResNet, num_features
 from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, NUM_FEATURES, VGG5
 from pspinal_jax.errors import UsageError
@@ -40,6 +41,8 @@ def count_features(recipe: Recipe, input_shape: tuple[int, ...]) -> int:
     name = recipe.model.backbone
     if name == "none":
         return math.prod(input_shape)
+    if name in efficientnet.SCALES:
+        return efficientnet.NUM_FEATURES
     return NUM_FEATURES if name == "vgg5" else num_features(name)
 
 
@@ -61,6 +64,8 @@ def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) ->
             f"the backbone {name} takes colour images [H, W, 3] of {LEAST_SIDE} pixels and more, the data set has "
             f"{input_shape}"
         )
+    if name in efficientnet.SCALES:
+        return efficientnet.EfficientNetLite(name, dtype=dtype)
     return ResNet(name, dtype=dtype, remat=recipe.model.remat)
 
 

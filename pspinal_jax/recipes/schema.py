@@ -5,9 +5,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from pspinal_jax.errors import UsageError
+
+try:
+    from tyro.conf import Suppress
+except ImportError:  # recipes can be used, and benchmarks run, where the command line's parser is not installed
+    Suppress = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +86,20 @@ class ModelConfig:
     """Backbone and head."""
 
     backbone: Literal[
-        "none", "vgg5", "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2"
+        "none",
+        "vgg5",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+        "efficientnet_lite0",
+        "efficientnet_lite1",
+        "efficientnet_lite2",
     ] = "none"
     """'none': the head sees the pixels or features as they are; 'vgg5': 28x28 grey images to 256 features; the others:
-    colour images of any size to 512 (resnet18, resnet34) or 2048 features."""
+    colour images of any size to 512 (resnet18, resnet34), 1280 (efficientnet_lite) or 2048 features."""
     weights: str | None = None
     """Start the backbone from these weights: a .safetensors or .pt file, 'hf:OWNER/NAME' on the Hugging Face hub, or
     'pretrained' for the hub's ImageNet weights of the backbone."""
@@ -153,7 +166,7 @@ class MeshConfig:
 class Recipe:
     """All that decides a run's result, and `mesh`; two runs with equal recipes and data are equal."""
 
-    card: Annotated[Card, tyro.conf.Suppress]
+    card: Annotated[Card, Suppress]
     data: DataConfig
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
