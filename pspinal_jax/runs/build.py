@@ -26,8 +26,8 @@ from pspinal_jax.runs.input_pipeline import (
     StreamedSplit,
 )
 from pspinal_jax.runs.progress import Stage, make_stages
-from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import Programs, build_programs
+from pspinal_jax.training.optimizers import Schedule, make_optimizer
+from pspinal_jax.training.programs import Programs, StepConfig, build_programs
 from pspinal_jax.training.sharding import make_mesh, num_batch_shards, shardings, shards_parameters
 
 
@@ -120,10 +120,9 @@ def build_run_programs(
 ) -> tuple[Classifier, Programs]:
     """The model of `recipe` and its compiled pieces, for inputs of one example's `input_shape` and dtype."""
     model = build_model(recipe, input_shape, num_classes)
-    mesh = make_mesh(recipe.mesh)
-    programs = build_programs(
-        model,
-        make_optimizer(recipe.optimizer),
+    mesh = make_mesh(*dataclasses.astuple(recipe.mesh))
+    optimizer = recipe.optimizer
+    config = StepConfig(
         input_shape=input_shape,
         input_dtype=input_dtype,
         batch_size=recipe.batch_size,
@@ -131,22 +130,30 @@ def build_run_programs(
         label_smoothing=recipe.label_smoothing,
         vectorized=runs_vectorized(recipe),
         augment=augmentation(recipe),
-        head_layout="tree" if shards_parameters(mesh) else _head_layout(recipe),
+        head_layout="tree" if shards_parameters(mesh) else _head_layout(recipe, num_batch_shards(mesh)),
         frozen=("backbone",) if recipe.freeze == "backbone" else (),
         micro_batches=recipe.micro_batches,
         skip_nonfinite=recipe.on_nonfinite == "skip",
         mesh=mesh,
         batch_norm_per_device=recipe.batch_norm == "per_device",
     )
-    return model, programs
+    direction = make_optimizer(optimizer.name, optimizer.momentum, optimizer.nesterov, optimizer.weight_decay)
+    return model, build_programs(model, direction, config)
 
 
-def _head_layout(recipe: Recipe) -> Layout:
+def schedule_of(recipe: Recipe) -> Schedule:
+    """The learning-rate schedule of `recipe`."""
+    config = recipe.optimizer
+    return Schedule(config.schedule, config.learning_rate, config.decay_epochs, config.warmup_fraction)
+
+
+def _head_layout(recipe: Recipe, shards: int) -> Layout:
     model = recipe.model
     if model.head != "progressive":
         return "tree"
-    rows = recipe.batch_size // num_batch_shards(recipe.mesh)
-    return training_layout(model.implementation, model.num_layers, rows, model.layer_dropout_rate > 0.0)
+    return training_layout(
+        model.implementation, model.num_layers, recipe.batch_size // shards, model.layer_dropout_rate > 0.0
+    )
 
 
 def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
@@ -169,19 +176,19 @@ def place_split(recipe: Recipe, programs: Programs, split: Split | ImageSplit, w
 
 def check_devices(recipe: Recipe) -> None:
     """Raise UsageError unless the mesh fits the devices, and batches can be spread evenly over it."""
-    shares, parts = num_batch_shards(recipe.mesh), recipe.micro_batches
-    least = 2 * shares * parts
+    shards, parts = num_batch_shards(make_mesh(*dataclasses.astuple(recipe.mesh))), recipe.micro_batches
+    least = 2 * shards * parts
     if recipe.batch_norm == "per_device" and recipe.batch_size < least:
         raise UsageError(
             f"batch_size is {recipe.batch_size}, expected at least {least}: with --batch-norm per_device batch norm "
             "needs 2 examples on each device"
         )
-    for name, cuts in (("batch_size", shares * parts), ("eval_batch_size", shares)):
+    for name, factor in (("batch_size", shards * parts), ("eval_batch_size", shards)):
         size = getattr(recipe, name)
-        if size % cuts:
-            what = f"{shares} devices" + (f" times {parts} micro-batches" if cuts > shares else "")
+        if size % factor:
+            what = f"{shards} devices" + (f" times {parts} micro-batches" if factor > shards else "")
             raise UsageError(
-                f"{name} is {size}, expected a multiple of {cuts}: {what}; change --{name.replace('_', '-')}"
+                f"{name} is {size}, expected a multiple of {factor}: {what}; change --{name.replace('_', '-')}"
             )
 
 

@@ -27,7 +27,7 @@ from pspinal_jax.runs.build import augmentation, input_of
 from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.runs.input_pipeline import process_local_batches
 from pspinal_jax.training import keys
-from pspinal_jax.training.sharding import make_mesh, shard_rows, shardings
+from pspinal_jax.training.sharding import make_mesh, shard_process_local, shardings
 from pspinal_jax.weights.variables import read_variables, save_variables
 
 BACKBONE = "backbone.safetensors"
@@ -96,7 +96,7 @@ def extract_features(
 class _Extractor:
     def __init__(self, recipe: Recipe, model: Classifier, variables: dict[str, Any], workers: int) -> None:
         self._recipe, self._workers = recipe, workers
-        self._mesh = make_mesh(recipe.mesh)
+        self._mesh = make_mesh(*dataclasses.astuple(recipe.mesh))
         self._variables = put(variables, shardings(self._mesh, variables))
         augment = augmentation(recipe)
 
@@ -124,7 +124,7 @@ class _Extractor:
             progress_bar(len(photos), description, "image", is_primary()) as bar,
         ):
             for index, ((images, _), count) in enumerate(batches):
-                placed = shard_rows(self._mesh, images, size)
+                placed = shard_process_local(self._mesh, images, size)
                 if view is None:
                     features = self._plain(self._variables, placed)
                 else:

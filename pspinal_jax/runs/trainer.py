@@ -16,7 +16,7 @@ from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import Progress
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
+from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates, schedule_of
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import epoch_line, per_seed
 from pspinal_jax.runs.progress import Stage, TrainingProgress
@@ -183,7 +183,7 @@ class Trainer:
 
     def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
         stage, recipe, epoch = self.stage, self.setup.recipe, self.position.epoch
-        rates = learning_rates(recipe.optimizer, epoch, stage.steps_per_epoch, recipe.epochs)
+        rates = learning_rates(schedule_of(recipe), epoch, stage.steps_per_epoch, recipe.epochs)
         scale = np.asarray(self.position.rate_scale or [1.0] * recipe.num_seeds, np.float32)
         self._last_rates = (scale * rates[-1]).tolist()
         padded = padded_rates(rates, longest_epoch(self.setup.stages))

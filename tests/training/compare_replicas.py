@@ -14,11 +14,10 @@ import numpy as np
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.layers import norm
 from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.recipes import OptimizerConfig
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import build_programs
+from pspinal_jax.training.programs import StepConfig, build_programs
 from pspinal_jax.training.state import Totals
 from pspinal_jax.training.step import cross_entropy
 
@@ -52,14 +51,8 @@ def chunked(model, inputs, labels, **options):
     """Through the programs of a run."""
     run = build_programs(
         model,
-        make_optimizer(OptimizerConfig(momentum=0.0)),
-        input_shape=inputs.shape[1:],
-        input_dtype=inputs.dtype,
-        batch_size=BATCH,
-        eval_batch_size=BATCH,
-        label_smoothing=0.0,
-        vectorized=False,
-        **options,
+        make_optimizer(momentum=0.0),
+        StepConfig(inputs.shape[1:], inputs.dtype, batch_size=BATCH, eval_batch_size=BATCH, **options),
     )
     seed = run.replicate(np.uint32(0))
     plan = run.replicate(EpochPlan(np.arange(len(labels), dtype=np.int32), np.full(STEPS, RATE)))
