@@ -55,7 +55,7 @@ _GROUPS = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-"""M. Tan and Q. Le, arXiv 1905.11946, table 1; Lite leaves out squeeze-and-excitation and scales neither stem nor top."""
+"""M. Tan and Q. Le, arXiv 1905.11946, table 1; Lite has no squeeze-and-excitation and scales neither stem nor top."""
 _STEM_CHANNELS = 32
 
 

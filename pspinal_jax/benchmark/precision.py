@@ -34,6 +34,6 @@ def set_precision(precision: Precision) -> None:
     torch.backends.cudnn.benchmark = True  # as XLA, which tries a convolution's algorithms too
 
 
-def layer_dtype(precision: Precision) -> str:
+def layer_dtype(precision: Precision) -> Literal["float32", "bfloat16"]:
     """The dtype that layers compute in."""
     return "bfloat16" if precision == "bfloat16" else "float32"

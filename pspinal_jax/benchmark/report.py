@@ -42,7 +42,7 @@ def write_report(
       What results.json holds.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    results = {
+    results: dict[str, Any] = {
         "command": command,
         "measurements": [summarize(measurement, roofline["flops_per_second"]) for measurement in measurements],
         "geometric_mean_times_faster": _geometric_means(measurements),

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from pspinal_jax.benchmark.precision import Precision, layer_dtype, set_precision, usual_precisions
 from pspinal_jax.benchmark.report import Measurement, summarize, torch_version
-from pspinal_jax.benchmark.timing import time_interleaved
+from pspinal_jax.benchmark.timing import Work, time_interleaved
 from pspinal_jax.environment import device, versions
 from pspinal_jax.files import write_json
 
@@ -90,14 +91,18 @@ def vgg5(sizes: Sizes) -> list[Case]:
     from pspinal_jax.benchmark.step import NUM_EXAMPLES, JaxStep, benchmark_recipe, fake_data, step_flops
     from pspinal_jax.recipes import load_recipe
 
+    data = fake_data()
+
     def epoch(precision: Precision) -> list[Entry]:
         augmented = dataclasses.replace(load_recipe("kmnist-paper"), dtype=layer_dtype(precision))
         plain = benchmark_recipe("kmnist-paper", dtype=layer_dtype(precision))
         steps = sizes.vgg5_steps
-        work = {
-            f"compiled epoch{words}": (lambda count, s=JaxStep(recipe, fake_data()): s.run(count * steps))
-            for words, recipe in ((", augmented", augmented), (", not augmented", plain))
-        }
+
+        def epoch_of(recipe: Any) -> Work:
+            ours = JaxStep(recipe, data)
+            return lambda count: ours.run(count * steps)
+
+        work = {"compiled epoch, augmented": epoch_of(augmented), "compiled epoch, not augmented": epoch_of(plain)}
         timings = time_interleaved(work, rounds=3, seconds_per_round=0.0, most_repetitions=1)
         title = f"{steps} steps of kmnist-paper in one program, {precision}"
         flops = steps * step_flops(plain)
@@ -134,7 +139,7 @@ def head(sizes: Sizes) -> list[Case]:
     from pspinal_jax.benchmark.head import SHAPES, check_equal, suite_alternatives, torch_alternatives
     from pspinal_jax.benchmark.head import Case as HeadCase
 
-    def case(precision: Precision, peers: bool, shape: Any) -> list[Entry]:
+    def case(shape: Any, precision: Precision, peers: bool) -> list[Entry]:
         arrays = HeadCase(shape, jnp.dtype(layer_dtype(precision)))
         work = suite_alternatives(arrays)
         ours = next(iter(work))
@@ -150,7 +155,7 @@ def head(sizes: Sizes) -> list[Case]:
 
     cases = []
     for shape in SHAPES:
-        of_shape = _with_peers(sizes, lambda precision, peers, shape=shape: case(precision, peers, shape))
+        of_shape = _with_peers(sizes, partial(case, shape))
         cases += [(f"{shape}, {name}", do) for name, do in of_shape]
     return [("equality with PyTorch at the smallest size", check), *cases] if _torch_is_here() else cases
 
@@ -176,9 +181,10 @@ def seeds(sizes: Sizes) -> list[Case]:
     """Several seeds of the MNIST row as one program."""
     from pspinal_jax.benchmark.step import JaxStep, benchmark_recipe, fake_data
 
-    data, base = fake_data(), {}
+    data = fake_data()
+    base: dict[str, float] = {}
 
-    def case(precision: Precision, count: int) -> list[Entry]:
+    def case(count: int, precision: Precision) -> list[Entry]:
         recipe = benchmark_recipe("mnist-paper", dtype=layer_dtype(precision))
         recipe = dataclasses.replace(recipe, num_seeds=count, seed_mode="vmap" if count > 1 else "loop")
         steps = JaxStep(recipe, data)
@@ -191,7 +197,7 @@ def seeds(sizes: Sizes) -> list[Case]:
         return [_table(f"Seeds as one program, mnist-paper, batch 64, {precision}", columns, [row], precision)]
 
     return [
-        (f"{count} seeds, {precision}", _under(precision, lambda precision, count=count: case(precision, count)))
+        (f"{count} seeds, {precision}", _under(precision, partial(case, count)))
         for precision in sizes.precisions[-2:]
         for count in sizes.seeds
     ]
@@ -211,7 +217,7 @@ def depth(sizes: Sizes) -> list[Case]:
         columns = ["", "layers", "compile s", "ms a call"]
         return [_table("Gradient of the head, D 256, W 16, C 10, batch 64", columns, rows, "float32")]
 
-    return [(f"{number} layers", lambda number=number: case(number)) for number in sizes.depths]
+    return [(f"{number} layers", partial(case, number)) for number in sizes.depths]
 
 
 def augmentation(sizes: Sizes) -> list[Case]:
@@ -233,10 +239,10 @@ def augmentation(sizes: Sizes) -> list[Case]:
         row = [batch, milliseconds, round(1e3 * batch / milliseconds)]
         return [_table("Perspective and rotation of 28x28 images", ["batch", "ms", "images/s"], [row], "float32")]
 
-    return [(f"batch {batch}", lambda batch=batch: case(batch)) for batch in (64, 1024)]
+    return [(f"batch {batch}", partial(case, batch)) for batch in (64, 1024)]
 
 
-def images(backbone: str, sizes: Sizes) -> list[Case]:
+def images(backbone: Any, sizes: Sizes) -> list[Case]:
     """One training step of `backbone` and the head on images, and the features alone."""
     from pspinal_jax.benchmark.image_step import (
         OURS,
@@ -266,8 +272,14 @@ def images(backbone: str, sizes: Sizes) -> list[Case]:
         measurement = Measurement(
             f"one step of {what}, {precision}", _time(work, sizes), OURS, photo_step_flops(recipe)
         )
-        rows = [[name, sizes.image_batch / float(np.median(t.seconds))] for name, t in measurement.timings.items()]
-        rows = [[name, round(rate, 1), _peak_memory() if name == OURS else _torch_memory()] for name, rate in rows]
+        rows = [
+            [
+                name,
+                round(sizes.image_batch / float(np.median(timing.seconds)), 1),
+                _peak_memory() if name == OURS else _torch_memory(),
+            ]
+            for name, timing in measurement.timings.items()
+        ]
         columns = ["", "images/s, training", "peak MB of the process"]
         return [_timed(measurement, precision), _table(f"{what}, {precision}", columns, rows, precision)]
 
@@ -351,8 +363,8 @@ def _torch_memory() -> int | None:
 
 def run_section(name: str, seconds: float, output: Path, sizes: Sizes) -> None:
     """Measure the cases of section `name` until `seconds` are over; write `output` after each."""
-    started, entries, left_out = time.monotonic(), [], []
-    record = {"section": name, "entries": entries, "left_out": left_out, "status": "running"}
+    started, entries, left_out = time.monotonic(), list[Entry](), list[str]()
+    record: dict[str, Any] = {"section": name, "entries": entries, "left_out": left_out, "status": "running"}
     record |= {"device": device(), "versions": versions() | torch_version(), "cores": os.cpu_count()}
 
     def save(status: str) -> None:

@@ -13,7 +13,7 @@ from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import build_run_programs
+from pspinal_jax.runs.programs import build_run_programs
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.programs import make_order
 
@@ -73,6 +73,8 @@ class JaxStep:
         order = make_order(np.arange(NUM_EXAMPLES), NUM_EXAMPLES, programs.vectorized)(self.seed, np.int32(0))
         steps = NUM_EXAMPLES // recipe.batch_size
         rates = np.full(steps, recipe.optimizer.learning_rate, np.float32)
+        if programs.vectorized:
+            rates = np.tile(rates, (recipe.num_seeds, 1))
         self.plan = programs.replicate(EpochPlan(order, rates))
         self.data = programs.replicate(data)
         self.steps_per_epoch = steps

@@ -30,7 +30,7 @@ WEIGHTS = {
 """The sections in their order, and how much of the time each may take; what one leaves goes to those after it."""
 _SECONDS_TO_START = 12.0
 """A process needs about so long to load its libraries; it comes on top of a section's own time."""
-_BUSY = 0.1
+_LEAST_SECONDS = 15.0
 
 
 def run_suite(
@@ -68,7 +68,7 @@ def run_suite(
     with _stopping_on_signals():
         for number, name in enumerate(names):
             left = end - time.monotonic() - _SECONDS_TO_START * (len(names) - number)
-            seconds = max(1.0, left * WEIGHTS[name] / sum(WEIGHTS[other] for other in names[number:]))
+            seconds = max(_LEAST_SECONDS, left * WEIGHTS[name] / sum(WEIGHTS[other] for other in names[number:]))
             busy = busy_share()
             print(f"[{number + 1}/{len(names)}] {name}: up to {seconds:.0f} s", file=sys.stderr, flush=True)
             status = _run(workdir, name, seconds, end + 30, precisions, tiny)

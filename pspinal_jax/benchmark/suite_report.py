@@ -22,10 +22,11 @@ TITLES = {
     "augmentation": "Augmentation",
 }
 _FAIRNESS = """\
-Every section ran in a process of its own. Alternatives were timed in turn (A B C A B C ..), warm, and every clock was read after the
-device was done; medians over the rounds, with the 95 % interval of the median and the quartiles. The first call includes compilation.
-JAX and PyTorch were told the same arithmetic, which each table names: float32 is full float32 products, tf32 lets products round their
-operands to TF32, bfloat16 computes layers in bfloat16 (PyTorch by autocast) and lets what stays float32 use TF32."""
+Every section ran in a process of its own. Alternatives were timed in turn (A B C A B C ..), warm, and every clock was
+read after the device was done. Figures are medians over the rounds, with the 95 % interval of the median and the
+quartiles. The first call includes compilation. JAX and PyTorch were told the same arithmetic, which each table names:
+float32 is full float32 products, tf32 lets products round their operands to TF32, bfloat16 computes layers in bfloat16
+(PyTorch by autocast) and lets what stays float32 use TF32. Inputs are random, parameters too."""
 
 
 def write_suite_report(workdir: Path, about: dict[str, Any], order: list[str]) -> None:
@@ -71,7 +72,8 @@ def _warnings(records: dict[str, Any]) -> list[str]:
         return []
     worst = ", ".join(f"{name} {100 * value:.0f} %" for name, value in busy.items())
     return [
-        f"**Warning: the cores were not idle** just before these sections ({worst} of them in use): no figure of theirs counts."
+        f"**Warning: others used the cores** just before these sections ({worst} of them), so that no figure of theirs "
+        "counts."
     ]
 
 
@@ -130,12 +132,6 @@ def _tables(entries: list[dict[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

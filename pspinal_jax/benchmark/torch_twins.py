@@ -287,7 +287,7 @@ class TorchEfficientNetLite(nn.Module):
         super().__init__()
         self.num_features = efficientnet.NUM_FEATURES
         self.units = nn.ModuleDict({"stem": ConvNormRelu6(3, 32, 3, 2)})
-        self.blocks = efficientnet.block_configs(variant)  # type: ignore[arg-type]
+        self.blocks = efficientnet.block_configs(variant)
         for number, (kernel, stride, expansion, fan_in, channels) in enumerate(self.blocks, start=1):
             width = fan_in * expansion
             if expansion > 1:

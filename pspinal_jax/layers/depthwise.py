@@ -5,7 +5,7 @@ K x K' shifted, strided slices, each times one row of weights, it becomes one ve
 of their own for it, so there it stays a convolution: the branch is chosen where the program is lowered.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def same_padding(sides: tuple[int, int], kernel: tuple[int, int], stride: int) -> list[tuple[int, int]]:
+def same_padding(sides: Sequence[int], kernel: Sequence[int], stride: int) -> list[tuple[int, int]]:
     """TensorFlow's SAME padding (before, after) of each side: with an odd total the extra row comes at the end."""
     totals = [max((-(-side // stride) - 1) * stride + k - side, 0) for side, k in zip(sides, kernel, strict=True)]
     return [(total // 2, total - total // 2) for total in totals]

@@ -1,14 +1,14 @@
 """From a recipe's model configuration to a linen module."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pspinal_jax.backbones import efficientnet
-from pspinal_jax.backbones.resnet import LEAST_SIDE, ResNet, num_features
+from pspinal_jax.backbones.resnet import LEAST_SIDE, ResNet, ResNetName, num_features
 from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, NUM_FEATURES, VGG5
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
@@ -65,8 +65,8 @@ def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) ->
             f"{input_shape}"
         )
     if name in efficientnet.SCALES:
-        return efficientnet.EfficientNetLite(name, dtype=dtype)
-    return ResNet(name, dtype=dtype, remat=recipe.model.remat)
+        return efficientnet.EfficientNetLite(cast(efficientnet.EfficientNetName, name), dtype=dtype)
+    return ResNet(cast(ResNetName, name), dtype=dtype, remat=recipe.model.remat)
 
 
 def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any) -> nn.Module:

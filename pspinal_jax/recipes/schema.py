@@ -10,7 +10,7 @@ from pspinal_jax.errors import UsageError
 try:
     from tyro.conf import Suppress
 except ImportError:  # recipes can be used, and benchmarks run, where the command line's parser is not installed
-    Suppress = None
+    Suppress = None  # type: ignore[misc]
 
 
 @dataclasses.dataclass(frozen=True)

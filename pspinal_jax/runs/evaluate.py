@@ -11,9 +11,10 @@ import numpy as np
 from pspinal_jax.data import load_data
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import UsageError
-from pspinal_jax.runs.build import build_run_programs, check_devices, input_of, place_split
+from pspinal_jax.runs.build import input_of, place_split
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import plot_confusion
+from pspinal_jax.runs.programs import build_run_programs, check_devices
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs

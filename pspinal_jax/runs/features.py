@@ -23,9 +23,10 @@ from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import augmentation, input_of
+from pspinal_jax.runs.build import input_of
 from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.runs.input_pipeline import process_local_batches
+from pspinal_jax.runs.programs import augmentation
 from pspinal_jax.training import keys
 from pspinal_jax.training.sharding import make_mesh, shard_process_local, shardings
 from pspinal_jax.weights.variables import read_variables, save_variables
