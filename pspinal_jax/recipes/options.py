@@ -1,6 +1,4 @@
-"""How a run is carried out, as opposed to what it computes."""
-
-# DOC of processes/options: """The flags by which a run becomes one of several processes."""
+"""How a run is carried out, as opposed to what it computes, and how its processes find each other."""
 
 import dataclasses
 from pathlib import Path
