@@ -15,7 +15,7 @@ class RunOptions:
     checkpoint_seconds: float = 1.0
     """Least time between two checkpoints; the first epoch and the end are always saved."""
     workers: int = 0
-    """Processes that decode photographs; 0 for threads of this one, which on few cores is as fast."""
+    """Processes that decode image files; 0 for threads of this one, which on few cores is as fast."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra `tensorboard`)."""
 
