@@ -142,7 +142,7 @@ class MeshConfig:
     """
 
     data: int = -1
-    """Devices, or groups of them, over which a batch is sharded and parameters are not; -1: all that the others leave."""
+    """Devices, or groups of them, over which a batch is sharded and parameters are not; -1: as many as are left."""
     fsdp: int = 1
     """Devices over which a batch, the parameters and the optimiser's state are sharded."""
     model: int = 1

@@ -95,27 +95,33 @@ def train_step(
         loss, correct, gradients, batch_stats = loss_and_gradients(variables, batch, key)
     else:
         loss, correct, gradients, batch_stats = _accumulate(loss_and_gradients, micro_batches, variables, batch, key)
-    moving = trainable(state.params, frozen)
-    direction, opt_state = optimizer.update(gradients, state.opt_state, moving)
-    moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
-    new_state = TrainState(
-        step=state.step + 1, params={**state.params, **moved}, batch_stats=batch_stats, opt_state=opt_state
+    new_state = _descend(optimizer, frozen, state, gradients, learning_rate).replace(  # type: ignore[attr-defined]
+        batch_stats=batch_stats
     )
     finite = _all_finite(loss, gradients, None if skip_nonfinite else MOST_ENTRIES)
     totals = totals.replace(  # type: ignore[attr-defined]
         bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
     )
-    count = len(batch[1]) * (jax.lax.axis_size(axes) if axes else 1)
-    new_totals = totals.replace(  # type: ignore[attr-defined]
-        loss=totals.loss + loss.astype(totals.loss.dtype) * count,
-        correct=totals.correct + correct,
-        count=totals.count + count,
-    )
+    new_totals = totals.add(loss, correct, len(batch[1]) * (jax.lax.axis_size(axes) if axes else 1))
     if not skip_nonfinite:
         return new_state, new_totals
     same = state.replace(step=new_state.step)  # type: ignore[attr-defined]
     left_out = totals.replace(skipped=totals.skipped + 1)  # type: ignore[attr-defined]
     return jax.tree.map(partial(jnp.where, finite), (new_state, new_totals), (same, left_out))
+
+
+def _descend(
+    optimizer: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    state: TrainState,
+    gradients: Any,
+    learning_rate: jax.Array,
+) -> TrainState:
+    """`state` one step on, its running statistics apart."""
+    moving = trainable(state.params, frozen)
+    direction, opt_state = optimizer.update(gradients, state.opt_state, moving)
+    moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
+    return TrainState(state.step + 1, {**state.params, **moved}, state.batch_stats, opt_state)
 
 
 def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> jax.Array:
