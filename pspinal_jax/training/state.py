@@ -55,7 +55,7 @@ class Totals:
 
     def add(self, loss: jax.Array, correct: jax.Array, count: int) -> "Totals":
         """These sums and a batch's: its mean loss, its hits, its number of examples."""
-        return self.replace(  # type: ignore[attr-defined,no-any-return]
+        return self.replace(  # type: ignore[attr-defined]
             loss=self.loss + loss.astype(self.loss.dtype) * count,
             correct=self.correct + correct,
             count=self.count + count,
