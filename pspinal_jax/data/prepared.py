@@ -10,7 +10,6 @@ import numpy as np
 from pspinal_jax.data.cache import read_through_cache
 from pspinal_jax.data.dataset import Dataset, make_dataset
 from pspinal_jax.errors import DataError
-from pspinal_jax.log_filter import quiet_absl
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 STOCK_EMNIST = (
@@ -27,7 +26,6 @@ def import_tfds() -> Any:
         raise DataError(
             f"tensorflow-datasets is not installed ({error}); install it, or give --data.path an .npz file"
         ) from error
-    quiet_absl()
     return tfds
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
-from pspinal_jax.progress import Progress
+from pspinal_jax.progress import StepProgress
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
 from pspinal_jax.runs.directory import RunDirectory, write_json
@@ -171,7 +171,7 @@ class Trainer:
         self._plan_epoch(order)
         self._warm_up()
         done = position.epoch * stage.steps_per_epoch + position.step
-        with Progress(epochs * stage.steps_per_epoch, done, stage.name) as progress:
+        with StepProgress(epochs * stage.steps_per_epoch, done, stage.name, is_primary()) as progress:
             while True:
                 self._run_epoch(progress)
                 self._finish_epoch(epochs, progress)
@@ -200,7 +200,7 @@ class Trainer:
         self.stop_if_asked()
         self._compile_seconds = time.perf_counter() - start
 
-    def _run_epoch(self, progress: Progress) -> None:
+    def _run_epoch(self, progress: StepProgress) -> None:
         stage, position = self.stage, self.position
         if position.step == 0:
             self.seed_states.set_totals(None)
@@ -247,7 +247,7 @@ class Trainer:
             shown[str(self.stage.evaluates)] = f"{np.mean(self.position.last_accuracy):.4f}"
         return shown
 
-    def _finish_epoch(self, epochs: int, progress: Progress) -> None:
+    def _finish_epoch(self, epochs: int, progress: StepProgress) -> None:
         """Evaluate, select, and write the epoch's line."""
         stage, position = self.stage, self.position
         totals = self.seed_states.totals()

@@ -1,6 +1,6 @@
 """Run as a script, with 4 simulated devices: a jitted step, one under shard_map and one under pmap, into one .npz.
 
-Under shard_map and pmap the model sees a device's share of the batch. For statistics of the whole batch the head's norm
+Under shard_map and pmap the model sees a device's part of the batch. For statistics of the whole batch the head's norm
 is given their exchange by hand, which is what such a step needs and a jitted one does not.
 """
 
@@ -89,9 +89,9 @@ def pmapped(model, initial, inputs, labels):
     losses, hits = 0.0, 0
     for index in range(STEPS):
         rows = slice(index * BATCH, (index + 1) * BATCH)
-        cut = [array[rows].reshape(DEVICES, -1, *array.shape[1:]) for array in (inputs, labels)]
+        parts = [array[rows].reshape(DEVICES, -1, *array.shape[1:]) for array in (inputs, labels)]
         key = jnp.stack([keys.step_key(0, index)] * DEVICES)
-        params, stats, value, correct = run(params, stats, *cut, key)
+        params, stats, value, correct = run(params, stats, *parts, key)
         losses, hits = losses + float(value[0]) * BATCH, hits + int(correct[0])
     first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (params, stats))
     return flat(*first, Totals.zero().replace(loss=losses, correct=hits, count=STEPS * BATCH))

@@ -39,10 +39,10 @@ def plan(seed=SEED, epoch=0, rate=0.05, steps=6):
     return EpochPlan(order(seed, np.int32(epoch)), np.full(steps, rate, np.float32))
 
 
-def train(run, cuts, seed=SEED):
-    """State and totals after 6 steps, in chunks that end at `cuts`."""
+def train(run, ends, seed=SEED):
+    """State and totals after 6 steps, in chunks that end at `ends`."""
     state, totals = run.init(seed), run.zero_totals(seed)
-    for first, last in zip([0, *cuts], [*cuts, 6], strict=True):
+    for first, last in zip([0, *ends], [*ends, 6], strict=True):
         state, totals = run.chunk(state, totals, seed, plan(seed), np.int32(first), np.int32(last - first), DATA)
     return state, totals
 

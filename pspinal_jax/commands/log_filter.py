@@ -1,4 +1,4 @@
-"""TFDS and Orbax tell at every start, through absl's log, what a user can do nothing about."""
+"""TFDS and Orbax tell at every start, through absl's log, what a user of the command line can do nothing about."""
 
 import logging
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 
 def quiet_absl() -> None:
     """Let only errors of absl's logger through, and none of Orbax, which raises them too."""
+    import absl.logging  # noqa: F401  # makes the logger, of its own class, which tells where a message comes from
+
     logging.getLogger("absl").addFilter(_is_news)
 
 
