@@ -1,31 +1,17 @@
-"""The sections of `benchmark all`: what each measures, as a list of cases, on a CPU or an accelerator.
+"""The sections of `benchmark all`: what each measures, as a list of cases, on a CPU or an accelerator."""
 
-A section runs in a process of its own (suite.py starts it), so that one which fails, runs out of memory or out of time
-costs itself only. It writes its file anew after every case:
-
-    python -m pspinal_jax.benchmark.sections step --seconds 60 --output runs/benchmark-all/step.json
-"""
-
-import argparse
 import dataclasses
-import os
-import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspinal_jax.benchmark.precision import Precision, layer_dtype, set_precision, usual_precisions
+from pspinal_jax.benchmark.precision import Precision, layer_dtype, set_precision
 from pspinal_jax.benchmark.report import Measurement, summarize, torch_version
 from pspinal_jax.benchmark.timing import Work, time_interleaved
-from pspinal_jax.environment import device, versions
-from pspinal_jax.files import write_json
 
 Entry = dict[str, Any]
 Case = tuple[str, Callable[[], list[Entry]]]
@@ -57,16 +43,6 @@ class Sizes:
     image_side: int = 224
     compiled_images: bool = False
     vgg5_steps: int = 2
-
-
-def sizes_here(tiny: bool, precisions: Sequence[Precision] | None) -> Sizes:
-    """The sizes for this machine; `tiny` ones walk every case in seconds and measure nothing worth knowing."""
-    chosen = tuple(precisions or usual_precisions())
-    if tiny:
-        return Sizes(chosen, 1, 0.01, (1, 2), (2, 4), 2, 32, False, 1)
-    if jax.default_backend() == "cpu":
-        return Sizes(chosen)
-    return Sizes(chosen, 9, 0.1, (1, 4, 16, 64, 256, 512), (4, 16, 64), 64, 224, False, 937)
 
 
 def machine(sizes: Sizes) -> list[Case]:
@@ -103,7 +79,7 @@ def vgg5(sizes: Sizes) -> list[Case]:
             return lambda count: ours.run(count * steps)
 
         work = {"compiled epoch, augmented": epoch_of(augmented), "compiled epoch, not augmented": epoch_of(plain)}
-        timings = time_interleaved(work, rounds=3, seconds_per_round=0.0, most_repetitions=1)
+        timings = time_interleaved(work, rounds=3, warm=False)
         title = f"{steps} steps of kmnist-paper in one program, {precision}"
         flops = steps * step_flops(plain)
         entry = _timed(Measurement(title, timings, next(iter(work)), flops), precision)
@@ -157,7 +133,7 @@ def head(sizes: Sizes) -> list[Case]:
     for shape in SHAPES:
         of_shape = _with_peers(sizes, partial(case, shape))
         cases += [(f"{shape}, {name}", do) for name, do in of_shape]
-    return [("equality with PyTorch at the smallest size", check), *cases] if _torch_is_here() else cases
+    return [("equality with PyTorch at the smallest size", check), *cases] if torch_is_here() else cases
 
 
 def epoch(sizes: Sizes) -> list[Case]:
@@ -169,7 +145,7 @@ def epoch(sizes: Sizes) -> list[Case]:
 
     def case(precision: Precision, peers: bool) -> list[Entry]:
         work = jax_epochs(recipe, data) | (torch_epochs(recipe, data, compiled=False) if peers else {})
-        timings = time_interleaved(work, rounds=min(2, sizes.rounds), seconds_per_round=0.0, most_repetitions=1)
+        timings = time_interleaved(work, rounds=min(2, sizes.rounds), warm=False)
         title = f"an epoch of mnist-paper, {NUM_EXAMPLES} images, batch {recipe.batch_size}, {precision}"
         flops = NUM_EXAMPLES // recipe.batch_size * step_flops(recipe)
         return [_timed(Measurement(title, timings, OURS, flops), precision)]
@@ -192,7 +168,7 @@ def seeds(sizes: Sizes) -> list[Case]:
         milliseconds = 1e3 * float(np.median(timing.seconds))
         rate = 1e3 * count * recipe.batch_size / milliseconds
         base.setdefault(precision, rate)
-        row = [count, milliseconds, round(rate), rate / base[precision], timing.first_call, _peak_memory()]
+        row = [count, milliseconds, round(rate), rate / base[precision], timing.first_call, peak_memory()]
         columns = ["seeds", "ms a step of all", "examples/s", "times one seed's rate", "first call s", "peak MB"]
         return [_table(f"Seeds as one program, mnist-paper, batch 64, {precision}", columns, [row], precision)]
 
@@ -276,7 +252,7 @@ def images(backbone: Any, sizes: Sizes) -> list[Case]:
             [
                 name,
                 round(sizes.image_batch / float(np.median(timing.seconds)), 1),
-                _peak_memory() if name == OURS else _torch_memory(),
+                peak_memory() if name == OURS else _torch_memory(),
             ]
             for name, timing in measurement.timings.items()
         ]
@@ -320,11 +296,11 @@ def _under(precision: Precision, case: Callable[[Precision], list[Entry]]) -> Ca
 
 def _with_peers(sizes: Sizes, case: Callable[[Precision, bool], list[Entry]]) -> list[Case]:
     """`case` in each precision, beside PyTorch where it is installed."""
-    peers = _torch_is_here()
+    peers = torch_is_here()
     return [(name, _under(name, lambda precision: case(precision, peers))) for name in sizes.precisions]
 
 
-def _torch_is_here() -> bool:
+def torch_is_here() -> bool:
     return bool(torch_version())
 
 
@@ -341,14 +317,15 @@ def _table(title: str, columns: list[str], rows: list[list[Any]], precision: str
     return {"kind": "table", "title": title, "columns": columns, "rows": rows, "precision": precision}
 
 
-_peaks: dict[str, float] = {}
+peaks: dict[str, float] = {}
+"""Operations a second of products by precision, as the section machine measured them."""
 
 
 def _peak(precision: Precision) -> float | None:
-    return _peaks.get(precision)
+    return peaks.get(precision)
 
 
-def _peak_memory() -> int | None:
+def peak_memory() -> int | None:
     """Megabytes that XLA held at most on the first device, where it tells."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     peak = statistics.get("peak_bytes_in_use")
@@ -359,55 +336,3 @@ def _torch_memory() -> int | None:
     import torch
 
     return round(torch.cuda.max_memory_allocated() / 1e6) if torch.cuda.is_available() else None
-
-
-def run_section(name: str, seconds: float, output: Path, sizes: Sizes) -> None:
-    """Measure the cases of section `name` until `seconds` are over; write `output` after each."""
-    started, entries, left_out = time.monotonic(), list[Entry](), list[str]()
-    record: dict[str, Any] = {"section": name, "entries": entries, "left_out": left_out, "status": "running"}
-    record |= {"device": device(), "versions": versions() | torch_version(), "cores": os.cpu_count()}
-
-    def save(status: str) -> None:
-        spent = {
-            "seconds": time.monotonic() - started,
-            "load_average": os.getloadavg(),
-            "peak_memory_mb": _peak_memory(),
-        }
-        write_json(output, record | spent | {"status": status})
-
-    save("running")
-    if not _torch_is_here():
-        left_out.append("PyTorch: torch is not installed (extra `torch`)")
-    for case, measure in SECTIONS[name](sizes):
-        if time.monotonic() - started > seconds:
-            left_out.append(f"{case}: no time left")
-            continue
-        print(f"{name}: {case}", flush=True)
-        try:
-            entries.extend(measure())
-        except Exception as error:  # one case that fails must not cost the others
-            traceback.print_exc(file=sys.stdout)
-            line = (str(error).strip().splitlines() or [""])[0]
-            left_out.append(f"{case}: {type(error).__name__}: {line[:200]}")
-        save("running")
-    save("done")
-
-
-def main() -> None:
-    """The process of one section."""
-    parser = argparse.ArgumentParser(prog="python -m pspinal_jax.benchmark.sections")
-    parser.add_argument("section", choices=SECTIONS)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--precisions", nargs="+", choices=("float32", "tf32", "bfloat16"))
-    parser.add_argument("--peaks", default="{}", help="operations a second by precision, as JSON")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    import json
-
-    _peaks.update(json.loads(options.peaks))
-    run_section(options.section, options.seconds, options.output, sizes_here(options.tiny, options.precisions))
-
-
-if __name__ == "__main__":
-    main()

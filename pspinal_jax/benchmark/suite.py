@@ -96,7 +96,7 @@ def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Se
         for entry in _read(workdir / "machine.json").get("entries", [])
         if entry["kind"] == "peak"
     }
-    command = [sys.executable, "-m", "pspinal_jax.benchmark.sections", name, "--seconds", f"{seconds:.1f}"]
+    command = [sys.executable, "-m", "pspinal_jax.benchmark.section_process", name, "--seconds", f"{seconds:.1f}"]
     command += ["--output", str(workdir / f"{name}.json"), "--peaks", json.dumps(peaks)]
     command += ["--precisions", *precisions] if precisions else []
     command += ["--tiny"] if tiny else []
