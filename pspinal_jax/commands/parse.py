@@ -8,8 +8,8 @@ from typing import Any
 
 import tyro
 
-from pspinal_jax.commands.log_filter import quiet_absl
 from pspinal_jax.errors import UsageError
+from pspinal_jax.log_filter import quiet_absl
 
 _FRAME = re.compile(r"[╭╮╰╯│─]+|-{4,}")
 

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints import read_newest
 from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.files import differences
 from pspinal_jax.models.build import build_model, count_features
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 from pspinal_jax.runs.directory import RunDirectory, read_json
@@ -121,11 +123,9 @@ def _params_of_run(run: Path, model: Any, inputs: jax.ShapeDtypeStruct) -> Any:
     variables, _ = load_variables(run)
     expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)["params"]
     there, here = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-        for leaves in (jax.tree.leaves_with_path(variables["params"]), jax.tree.leaves_with_path(expected))
+        {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
+        for tree in (variables["params"], expected)
     )
-    if there != here:
-        names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-        listed = ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in names)
-        raise UsageError(f"--init-from {run} does not fit this model: {listed}")
+    if listed := differences(there, here, lambda name, old, new: f"{name} is {old} there and {new} here"):
+        raise UsageError(f"--init-from {run} does not fit this model: {', '.join(listed)}")
     return variables["params"]

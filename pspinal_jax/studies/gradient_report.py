@@ -1,6 +1,4 @@
-"""The examples that a study trains and measures on, as features."""
-
-# DOC of analysis/gradient_report: """results.json, results.png and the printed table of the gradient study."""
+"""The gradient study, from its examples to results.json, results.png and the printed table."""
 
 import dataclasses
 import math
@@ -10,8 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from pspinal_jax.data.dataset import Split, make_dataset
@@ -20,7 +16,7 @@ from pspinal_jax.data.npz import read_npz
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.models.build import count_parameters
-from pspinal_jax.runs.directory import write_json
+from pspinal_jax.runs.directory import whole_file, write_json
 from pspinal_jax.studies.gradient_study import (
     DENSE,
     MEASURED_EXAMPLES,
@@ -61,9 +57,6 @@ def _some(split: Split, most: int) -> tuple[np.ndarray, np.ndarray]:
     chosen = split.take(np.random.default_rng(0).permutation(len(split))[:most])
     scale = np.float32(255 if chosen.inputs.dtype == np.uint8 else 1)
     return chosen.inputs.reshape(len(chosen), -1).astype(np.float32) / scale, chosen.labels
-
-
-matplotlib.use("Agg")
 
 
 HEADER = (
@@ -170,16 +163,19 @@ def format_row(name: str, depth: int, summary: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _spread(values: list[float | None], form: str = ".2g", otherwise: str = "not finite") -> str:
+def _spread(values: list[float | None], digits: str = ".2g", otherwise: str = "not finite") -> str:
     if any(value is None for value in values):
         return otherwise
     numbers = np.array(values, float)
-    return f"{np.median(numbers):{form}} ({numbers.min():{form}} .. {numbers.max():{form}})"
+    return f"{np.median(numbers):{digits}} ({numbers.min():{digits}} .. {numbers.max():{digits}})"
 
 
 def _plot(path: Path, results: dict[str, Any], study: Study) -> None:
     """Top: at the features, by depth. Bottom: at each layer of the deepest. Left: at the start. Right: at the end."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row")
     deepest = study.depths[-1]
     for column, (index, epoch) in enumerate(((0, 0), (-1, study.epochs))):
         top, bottom = axes[:, column]
@@ -202,10 +198,8 @@ def _plot(path: Path, results: dict[str, Any], study: Study) -> None:
         axis.set_ylabel("gradient norm per example")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(f"{results['title']} (median and range)", fontsize=10)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
-    plt.close(figure)
-    part.replace(path)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 def _line(axis: Any, x: Sequence[int], low_to_high: tuple[np.ndarray, ...], name: str) -> None:

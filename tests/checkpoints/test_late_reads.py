@@ -4,8 +4,8 @@ import logging
 import sys
 from types import SimpleNamespace
 
+from pspinal_jax import log_filter
 from pspinal_jax.checkpoints import late_reads
-from pspinal_jax.commands import log_filter
 
 
 def test_only_late_reads_are_dropped(monkeypatch):
