@@ -301,6 +301,7 @@ def _with_peers(sizes: Sizes, case: Callable[[Precision, bool], list[Entry]]) ->
 
 
 def torch_is_here() -> bool:
+    """Whether PyTorch, the peer, is installed."""
     return bool(torch_version())
 
 
