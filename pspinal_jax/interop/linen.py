@@ -3,7 +3,9 @@
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
+from pspinal_jax.files import differences
 from pspinal_jax.heads.layouts import convert_batch_stats, convert_params
 from pspinal_jax.layers.linear import Tree
 
@@ -12,7 +14,7 @@ def fitting_variables(variables: Any, params: Tree, batch_stats: Tree) -> tuple[
     """The params and batch_stats of a linen head's `variables`, made to stand where these two stand.
 
     Args:
-      variables: ``{'params': .., 'batch_stats': ..}`` of a linen head in any form (tree, packed, fused).
+      variables: ``{'params': .., 'batch_stats': ..}`` of a linen head in any layout (tree, packed, fused).
       params: what they replace, in the documented tree.
       batch_stats: the same; {} without batch norm.
 
@@ -32,17 +34,14 @@ def fitting_variables(variables: Any, params: Tree, batch_stats: Tree) -> tuple[
 
 
 def _fit(collection: str, given: Tree, expected: Tree) -> Tree:
-    found, wanted = _shapes(given), _shapes(expected)
-    wrong = [
-        f"{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing of that name')}"
-        for name in sorted({*found, *wanted})
-        if found.get(name) != wanted.get(name)
-    ]
-    if wrong:
+    found, wanted = (
+        {name: list(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()} for tree in (given, expected)
+    )
+    if wrong := differences(found, wanted, _difference):
         raise ValueError(f"{collection} do not fit this head: {'; '.join(wrong)}")
     return jax.tree.map(lambda new, old: jax.numpy.asarray(new, old.dtype), given, expected)
 
 
-def _shapes(tree: Tree) -> dict[str, list[int]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
+def _difference(name: str, found: list[int] | None, wanted: list[int] | None) -> str:
+    told = "missing" if found is None else found
+    return f"{name} is {told}, expected {'nothing of that name' if wanted is None else wanted}"
