@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead
-from pspinal_jax.interop.options import HeadOptions
+from pspinal_jax.interop.linen import HeadOptions
 from pspinal_jax.layers.linear import Tree
 
 

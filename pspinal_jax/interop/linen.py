@@ -1,13 +1,42 @@
-"""Taking over a linen head's variables: in the documented tree, and only if they fit."""
+"""What the neighbours share with the linen head: its keyword options, and its variables, taken only if they fit."""
 
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import jax
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.files import differences
-from pspinal_jax.heads.layouts import convert_batch_stats, convert_params
-from pspinal_jax.layers.linear import Tree
+from pspinal_jax.heads.layouts import Implementation, convert_batch_stats, convert_params
+from pspinal_jax.layers.linear import Activation, Initializer, Tree
+
+
+class HeadOptions(TypedDict, total=False):
+    """What may be left out, with the defaults of `pspinal_jax.ProgressiveSpinalHead`, whose docstring has the details.
+
+    Attributes:
+      num_layers: L, number of hidden layers; 4 by default.
+      dropout_rate: probability of dropping a feature, one mask per forward pass; 0.2 by default.
+      layer_dropout_rate: probability of dropping an entry of the whole input of a layer or of the output, drawn afresh
+        for each; 0 by default.
+      norm: None (the default), or 'batch' for batch norm with torch's conventions before the activation.
+      activation: elementwise function, ReLU by default.
+      implementation: 'auto' (the default), 'unrolled', 'fused' or 'scan'; the same results up to rounding.
+      dtype: dtype to compute in and of the logits; by default the wider of the features' and `param_dtype`.
+      param_dtype: dtype of the parameters, float32 by default.
+      kernel_init: initializer of the kernels; by default uniform in ±1/sqrt(fan_in), torch.nn.Linear's.
+      bias_init: initializer of the biases; by default the same as torch.nn.Linear's.
+    """
+
+    num_layers: int
+    dropout_rate: float
+    layer_dropout_rate: float
+    norm: Literal["batch"] | None
+    activation: Activation
+    implementation: Implementation
+    dtype: Any
+    param_dtype: Any
+    kernel_init: Initializer | None
+    bias_init: Initializer | None
 
 
 def fitting_variables(variables: Any, params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:

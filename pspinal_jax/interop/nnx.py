@@ -12,8 +12,7 @@ from flax import nnx
 from pspinal_jax.heads.equation import apply_unrolled
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead as LinenHead
 from pspinal_jax.interop.functional import apply_head, draws_masks, init_head
-from pspinal_jax.interop.linen import fitting_variables
-from pspinal_jax.interop.options import HeadOptions
+from pspinal_jax.interop.linen import HeadOptions, fitting_variables
 from pspinal_jax.layers.linear import Tree, as_rows
 
 

@@ -19,7 +19,7 @@ def reference(images, view, size):
     return np.stack(cropped)
 
 
-def test_photographs_equal_pillows(resized):
+def test_images_equal_pillows(resized):
     images = resized(16, 230, 230, 3)
     view = draw_view(jax.random.key(3), 16, 230, 230, 224)
     assert 0 < np.asarray(view.flips).sum() < 16, "both kinds are there"

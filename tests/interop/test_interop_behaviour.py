@@ -14,9 +14,9 @@ from interop_support import COMPILE_FAST, assert_close, make_case
 
 from pspinal_jax import ProgressiveSpinalHead, pack_batch_stats, pack_params
 from pspinal_jax.interop.functional import apply_head, progressive_head
+from pspinal_jax.interop.linen import HeadOptions
 from pspinal_jax.interop.nnx import ProgressiveSpinalHead as NnxHead
 from pspinal_jax.interop.nnx import load_linen, to_linen
-from pspinal_jax.interop.options import HeadOptions
 from pspinal_jax.layers.dropout import FEATURES_STREAM, dropout_scale
 
 ALL_OPTIONS = {
