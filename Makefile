@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 WORKERS ?= 2
 DIST ?= dist
 
-.PHONY: train test test-torch test-slow test-clean lint notebooks docs wheel clean
+.PHONY: train test test-torch test-notebooks test-slow test-clean lint notebooks docs wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/pspinal-jax train $(RECIPE) $(ARGS)
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-test lint
 
 test-torch: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m torch $(ARGS)
+
+# The notebooks run from their committed source; test-slow has them too.
+test-notebooks: $(VENV)/.installed-torch
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests/notebooks $(ARGS)
 
 test-slow: $(VENV)/.installed-slow
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -1,6 +1,7 @@
 """Fixtures that several folders share: a small data set that can be learnt, and a run of it."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tests wait for compilation above all: a program that several of them use, or a second run of the suite, is compiled
@@ -12,6 +13,23 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile fast where the programs are small: optimising them takes longer than they run. Jax is imported later."""
+    if "not slow" in (config.option.markexpr or ""):
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """For tests that compare bits with what an ordinary process wrote, or read what the compiler makes."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make_arrays(num_train: int = 96, num_test: int = 50, num_classes: int = 3, seed: int = 0) -> dict[str, np.ndarray]:

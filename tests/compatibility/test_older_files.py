@@ -24,6 +24,8 @@ from pspinal_jax.interop import nnx as interop_nnx
 from pspinal_jax.interop.functional import progressive_head
 from pspinal_jax.weights import (
     classifier_state_dict,
+
+pytestmark = pytest.mark.usefixtures("optimised")
     classifier_variables,
     read_variables,
     resnet_state_dict,

@@ -31,6 +31,7 @@ def test_there_are_four():
 
 
 # In a process of its own: what Jupyter warns of is no failure of ours.
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PSPINAL_MNIST"}

@@ -5,6 +5,7 @@ import os
 import signal
 
 import chex
+import drawn_pictures
 import jax
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def weights(tmp_path):
     return path, shaken
 
 
-def test_a_folder_of_pictures_becomes_predictions(pictures, tmp_path, capsys):
+def test_a_folder_of_pictures_becomes_predictions_and_other_classes_are_refused(pictures, tmp_path, capsys):
     workdir = run(pictures, tmp_path / "run")
     result = read(workdir / "result.json")
     assert result["train_examples"] == 27 and result["test_examples"] == 9  # 14 a class: 3 test, 2 validation
@@ -81,6 +82,11 @@ def test_a_folder_of_pictures_becomes_predictions(pictures, tmp_path, capsys):
     assert main(["predict", str(workdir), paths[0]]) == 0
     table = capsys.readouterr().out.split()
     assert table[0] == paths[0] and table[1] == first["classes"][0]["class"] and table[3] == "%"
+
+    other = drawn_pictures.write_folder(tmp_path / "other", 3, side=40, shapes=("circle", "square", "triangle"))
+    assert main(["evaluate", str(workdir), "--data.path", str(other)]) == 2
+    refusal = "has the classes circle, square, triangle, but the run was trained on circle, cross"
+    assert refusal in capsys.readouterr().err
 
 
 class Killed(BaseException):
@@ -232,14 +238,3 @@ def test_what_does_not_fit_is_refused_in_one_line(pictures, tmp_path, monkeypatc
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and said in error
     assert not (tmp_path / "runs" / "folder" / "checkpoints").exists()
-
-
-def test_pictures_of_other_classes_are_refused(pictures, tmp_path, capsys):
-    import drawn_pictures
-
-    workdir = run(pictures, tmp_path / "run", "--epochs", "1")
-    other = drawn_pictures.write_folder(tmp_path / "other", 3, side=40, shapes=("circle", "square", "triangle"))
-    assert main(["evaluate", str(workdir), "--data.path", str(other)]) == 2
-    assert (
-        "has the classes circle, square, triangle, but the run was trained on circle, cross" in capsys.readouterr().err
-    )
