@@ -24,8 +24,6 @@ from pspinal_jax.interop import nnx as interop_nnx
 from pspinal_jax.interop.functional import progressive_head
 from pspinal_jax.weights import (
     classifier_state_dict,
-
-pytestmark = pytest.mark.usefixtures("optimised")
     classifier_variables,
     read_variables,
     resnet_state_dict,
@@ -33,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("optimised")
     save_variables,
 )
 
+pytestmark = pytest.mark.usefixtures("optimised")
 FIXTURES = Path(__file__).with_name("fixtures")
 INIT_KEY, DROPOUT_KEY = 0, 1
 TOLERANCE = 1e-6
