@@ -116,7 +116,7 @@ class RunDirectory:
             raise UsageError(f"{self.path} holds another run: {', '.join(changed[:4])}{more}; choose another --workdir")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+        """The lines of metrics.jsonl; a last line that a kill left unfinished is left out."""
         if not self.metrics_path.is_file():
             return []
         lines = []

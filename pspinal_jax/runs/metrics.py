@@ -185,13 +185,13 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title: str) -> None:
-    """The confusion matrix [C, C], rows the true class; colours are shares of the row."""
+    """The confusion matrix [C, C], rows the true class; colours are fractions of the row."""
     size = float(np.clip(0.45 * len(class_names), 5, 16))
     with _figure(path, size + 1, size) as figure:
         axis = figure.subplots()
-        shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        figure.colorbar(image, ax=axis, label="share of the true class")
+        fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+        figure.colorbar(image, ax=axis, label="fraction of the true class")
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
         axis.set_title(title)
@@ -200,7 +200,7 @@ def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title
             axis.set_yticks(range(len(class_names)), class_names)
             for (row, column), count in np.ndenumerate(matrix):
                 if count:
-                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    colour = "white" if fractions[row, column] > 0.5 else "black"
                     axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
 
 
