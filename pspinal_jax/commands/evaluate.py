@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from pspinal_jax.commands.parse import parse
+from pspinal_jax.errors import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,6 @@ def main(args: Sequence[str]) -> int:
     print(f"test accuracy {100 * report['accuracy']:.2f} % ({report['correct']} of {report['examples']})")
     for name, accuracy in report["class_accuracy"].items():
         shown = "no examples" if accuracy is None else f"{100 * accuracy:.2f} %"
-        print(f"  {name}: {shown}")
+        print(f"  {printable(name)}: {shown}")
     print(f"written to {parsed.run_dir}: evaluation.json, confusion.png")
     return 0
