@@ -46,6 +46,12 @@ def count_features(recipe: Recipe, input_shape: tuple[int, ...]) -> int:
     return NUM_FEATURES if name == "vgg5" else num_features(name)
 
 
+def abstract_variables(model: nn.Module, example_shape: tuple[int, ...], dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Shapes and dtypes of what ``model.init`` makes for examples of that shape and dtype; nothing is computed."""
+    inputs = jax.ShapeDtypeStruct((2, *example_shape), dtype)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
+
+
 def count_parameters(params: Any) -> int:
     """Number of trainable parameters in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
@@ -88,7 +94,6 @@ def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any)
         return SpinalHead(num_classes, model.layer_width, model.num_layers, model.dropout_rate, norm, dtype=dtype)
     if model.head == "dense":
         return DenseHead(num_classes, model.dropout_rate, dtype=dtype)
-    features = jax.ShapeDtypeStruct((2, num_features), dtype)
-    variables = jax.eval_shape(lambda x: progressive.init(jax.random.key(0), x, train=False), features)
-    width = matching_width(count_parameters(variables["params"]), num_features, num_classes, norm is not None)
+    params = abstract_variables(progressive, (num_features,), dtype)["params"]
+    width = matching_width(count_parameters(params), num_features, num_classes, norm is not None)
     return MLPHead(num_classes, width, model.dropout_rate, norm, dtype=dtype)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pspinal_jax.data.dataset import Split, make_dataset
@@ -15,7 +13,7 @@ from pspinal_jax.data.digits import read_digits
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import DataError, RunError
-from pspinal_jax.models.build import count_parameters
+from pspinal_jax.models.build import abstract_variables, count_parameters
 from pspinal_jax.runs.directory import whole_file, write_json
 from pspinal_jax.studies.gradient_study import (
     DENSE,
@@ -110,8 +108,7 @@ def report(workdir: Path, study: Study, examples: Examples, source: str, command
 
 def _measured(name: str, depth: int, study: Study, examples: Examples) -> dict[str, Any]:
     head = make_network(name, depth, examples.num_classes, study)
-    features = jax.ShapeDtypeStruct((2, examples.train_features.shape[1]), jnp.float32)
-    shapes = jax.eval_shape(lambda x: head.init(jax.random.key(0), x, train=False), features)
+    shapes = abstract_variables(head, examples.train_features.shape[1:])
     summary = summarise(follow(head, examples, study))
     summary = {"parameters": count_parameters(shapes["params"]), **summary}
     print(format_row(name, depth, summary), flush=True)
