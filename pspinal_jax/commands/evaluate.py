@@ -31,12 +31,16 @@ def main(args: Sequence[str]) -> int:
         prog="pspinal-jax evaluate",
         description="Evaluate the selected parameters of a run on the test split.",
     )
+    from pspinal_jax.runs.evaluate import file_names
     from pspinal_jax.runs.run import load_run
 
     report = load_run(parsed.run_dir, parsed.seed_index).evaluate(parsed.data_path)
+    if not report["trained_on_it"]:
+        print(printable(f"on other data than the run was trained on: {report['data']}"))
     print(f"test accuracy {100 * report['accuracy']:.2f} % ({report['correct']} of {report['examples']})")
     for name, accuracy in report["class_accuracy"].items():
         shown = "no examples" if accuracy is None else f"{100 * accuracy:.2f} %"
         print(f"  {printable(name)}: {shown}")
-    print(f"written to {parsed.run_dir}: evaluation.json, confusion.png")
+    if written := [name for name in file_names(report) if (parsed.run_dir / name).exists()]:
+        print(printable(f"in {parsed.run_dir}: {', '.join(written)}"))
     return 0

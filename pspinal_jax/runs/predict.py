@@ -159,7 +159,7 @@ def _predict_batch(
     rows = np.asarray(classifier.probabilities(batch))
     if not np.isfinite(rows).all():
         raise RunError(
-            f"{classifier.source} gives probabilities that are not finite: it is damaged or did not converge"
+            f"{classifier.source} gives probabilities that are not finite: it is damaged, or training diverged"
         )
     predictions = []
     for image, pixels, row in zip(images, inputs, rows, strict=False):

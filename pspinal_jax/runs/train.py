@@ -14,7 +14,7 @@ from pspinal_jax.environment import device, enable_compilation_cache, versions
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import input_of, set_up, split_examples
-from pspinal_jax.runs.directory import RunDirectory, flatten, read_json, write_json
+from pspinal_jax.runs.directory import RunDirectory, flatten
 from pspinal_jax.runs.features import cached_features, head_recipe
 from pspinal_jax.runs.metrics import check_installed, plot_curves, write_events
 from pspinal_jax.runs.restore import start_variables
@@ -45,7 +45,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if is_primary():
         directory.check(config)
     if broadcast_from_primary(directory.result_path.exists):
-        return read_json(directory.result_path)
+        return directory.result() or {}
     start = start_variables(recipe, options.init_from, *input_of(recipe, data), data.num_classes)
     directory.create(config)
     if isinstance(data, ImageDataset) and recipe.cache_features:
@@ -68,7 +68,7 @@ def _write_results(recipe: Recipe, options: RunOptions, directory: RunDirectory,
     plot_curves(lines, directory.curves_path, f"{recipe.card.name} ({recipe.model.head} head)")
     if options.tensorboard:
         write_events(lines, directory.path / "tensorboard")
-    write_json(directory.result_path, result)
+    directory.write_result(result)
 
 
 def work_directory(recipe: Recipe, options: RunOptions) -> Path:
@@ -76,12 +76,19 @@ def work_directory(recipe: Recipe, options: RunOptions) -> Path:
     return (options.workdir or Path("runs") / recipe.card.name).expanduser()
 
 
+def _absolute(path: Path | None) -> str:
+    """`path` as it will be looked up again, from whatever folder; text for what is not given, too."""
+    return str(None if path is None else path.expanduser().absolute())
+
+
 def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -> dict[str, Any]:
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}
     mesh = settings.pop("mesh")  # where the numbers lie, not what they are: a run may go on on other devices
-    where = {key: str(settings["data"].pop(key)) for key in ("path", "data_dir")}
+    where = {key: _absolute(getattr(recipe.data, key)) for key in ("path", "data_dir")}
+    for key in where:
+        settings["data"].pop(key)
     shape, dtype = input_of(recipe, data)
     return {
         "identity": {
