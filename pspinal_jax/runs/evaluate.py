@@ -13,11 +13,11 @@ from pspinal_jax.data import Dataset, load_data
 from pspinal_jax.data.images.images import ImageDataset
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError, printable
+from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import input_of, place_split
+from pspinal_jax.runs.build import build_run_programs, check_devices, input_of, place_split
 from pspinal_jax.runs.directory import write_json
 from pspinal_jax.runs.metrics import plot_confusion
-from pspinal_jax.runs.programs import build_run_programs, check_devices
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs
@@ -69,7 +69,7 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
             f"{data.source} is no longer what the run was trained on: it has changed since, and so may have its split "
             "into training and test examples; name the data to evaluate on with --data.path"
         )
-    _, programs = build_run_programs(recipe, shape, dtype, len(names))
+    programs = build_run_programs(recipe, build_model(recipe, shape, len(names)), shape, dtype)
     split = place_split(recipe, programs, data.test)
     sums = split.evaluate(partial(_evaluate, programs, programs.replicate(variables)))
     predictions = sums["predictions"][0]
