@@ -31,7 +31,6 @@ def main(args: Sequence[str]) -> int:
         prog="pspinal-jax evaluate",
         description="Evaluate the selected parameters of a run on the test split.",
     )
-    from pspinal_jax.runs.evaluate import file_names
     from pspinal_jax.runs.run import load_run
 
     report = load_run(parsed.run_dir, parsed.seed_index).evaluate(parsed.data_path)
@@ -41,6 +40,6 @@ def main(args: Sequence[str]) -> int:
     for name, accuracy in report["class_accuracy"].items():
         shown = "no examples" if accuracy is None else f"{100 * accuracy:.2f} %"
         print(f"  {printable(name)}: {shown}")
-    if written := [name for name in file_names(report) if (parsed.run_dir / name).exists()]:
-        print(printable(f"in {parsed.run_dir}: {', '.join(written)}"))
+    if report["files"]:
+        print(printable(f"written to {parsed.run_dir}: {', '.join(report['files'])}"))
     return 0

@@ -37,7 +37,7 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
     Returns:
       accuracy 0 .. 1, correct, examples, loss (nats), class_accuracy by name (None for a class without examples),
       confusion, rows the true class, data, where it came from, data_fingerprint, its checksum, and trained_on_it,
-      whether this is the data that the run was trained on.
+      whether this is the data that the run was trained on; and files, the names of what was written.
 
     Raises:
       PSpinalError: if the run or the data cannot be read or do not fit each other, the run's own data is no longer what
@@ -78,24 +78,21 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
         raise RunError(f"{run} gives logits that are not finite: training diverged; its accuracy would mean nothing")
     report = _report(predictions, data.test.labels, names) | {"loss": loss}
     report |= {"data": data.source, "data_fingerprint": fingerprint, "trained_on_it": same}
-    _write(run, report, names, recipe.card.name)
-    return report
+    return report | {"files": _write(run, report, names, recipe.card.name)}
 
 
-def file_names(report: dict[str, Any]) -> tuple[str, str]:
-    """The names of the files that `report` is written to: those of other data never replace those of the run's own."""
+def _write(run: Path, report: dict[str, Any], names: list[str], recipe_name: str) -> list[str]:
+    """Write `report` and return the names of the files, which are others for other data than the run's own."""
     ending = "" if report["trained_on_it"] else f"-{report['data_fingerprint']}"
-    return f"evaluation{ending}.json", f"confusion{ending}.png"
-
-
-def _write(run: Path, report: dict[str, Any], names: list[str], recipe_name: str) -> None:
-    numbers, plot = (run / name for name in file_names(report))
+    numbers, plot = run / f"evaluation{ending}.json", run / f"confusion{ending}.png"
     title = f"{recipe_name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
     try:
         write_json(numbers, report)
         plot_confusion(np.asarray(report["confusion"]), names, plot, title)
     except RunError as error:
         print(printable(f"warning: {error}"), file=sys.stderr)
+        return []
+    return [numbers.name, plot.name]
 
 
 def _fingerprint(recipe: Recipe, data: Dataset | ImageDataset) -> str:
