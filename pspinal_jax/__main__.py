@@ -1,12 +1,20 @@
 """The command line's entry: finds the command, and turns errors into one line and an exit status."""
 
+import contextlib
 import difflib
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from pspinal_jax import __version__
-from pspinal_jax.errors import PSpinalError, UsageError
+from pspinal_jax.errors import PSpinalError, UsageError, printable
+
+SECONDS_TO_END = 20
 
 COMMANDS = {
     "prepare": "download a data set, or take its raw files, and make it ready to train on",
@@ -27,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except PSpinalError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
         return 1
@@ -35,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130  # as shells report a program that SIGINT ended
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
 
 
@@ -60,5 +68,24 @@ def _usage() -> str:
     return "usage: pspinal-jax COMMAND ...\n\n" + "\n".join(lines) + "\n\nCOMMAND --help tells its arguments."
 
 
+def command_line() -> NoReturn:
+    """The process's whole life: `main`, then the end within `SECONDS_TO_END`, whatever still holds on to something."""
+    status = main()
+    threading.Thread(target=_end, args=(status,), daemon=True).start()
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(2 * SECONDS_TO_END)  # for a thread of another language that does not let Python go on
+    sys.exit(status)
+
+
+def _end(status: int) -> None:
+    """Leave with `status` after a while: threads of libraries may wait at the end for what never comes."""
+    time.sleep(SECONDS_TO_END)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line()

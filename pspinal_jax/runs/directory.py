@@ -102,6 +102,24 @@ class RunDirectory:
             raise RunError(f"{self.config_path} does not match its checksum: it is damaged; train in another --workdir")
         return config
 
+    def result(self) -> dict[str, Any] | None:
+        """What result.json holds; None if the run is not finished.
+
+        Raises:
+          RunError: if it is damaged.
+        """
+        if not self.result_path.exists():
+            return None
+        result = read_json(self.result_path)
+        checksum = result.pop("checksum", None) if isinstance(result, dict) else ""  # older runs have none
+        if checksum not in (None, json_checksum(result)):
+            raise RunError(f"{self.result_path} is damaged: it does not match its checksum; train in another --workdir")
+        return result
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json, with its checksum; raises as `write_json`."""
+        write_json(self.result_path, result | {"checksum": json_checksum(json.loads(json.dumps(result)))})
+
     def _check_same(self, config: dict[str, Any]) -> None:
         there = self.config()
         before, now = (flatten_dict(each.get("identity", {}), sep=".") for each in (there, config))
@@ -135,9 +153,9 @@ def read_json(path: Path) -> Any:
       RunError: if it cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {error}; it is damaged: train again in another --workdir") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,7 @@ from pspinal_jax.export.directory import check_free, write_export
 from pspinal_jax.export.program import export_classifier
 from pspinal_jax.models.build import build_model, count_parameters
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.directory import RunDirectory, read_json
+from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.runs.result import best_seed_index
 
@@ -33,10 +33,10 @@ def export_run(run: str | Path, output: str | Path | None = None, seed_index: in
     output = run / "export" if output is None else Path(output).expanduser()
     directory = RunDirectory(run)
     config = directory.config()
-    if not directory.result_path.exists():
+    result = directory.result()
+    if result is None:
         raise RunError(f"{run} is not finished: it has no result.json; run `train` again to go on")
     check_free(output)
-    result = read_json(directory.result_path)
     if seed_index is None:
         seed_index = best_seed_index(config, result, directory.metrics())
     variables, config = load_variables(run, seed_index)

@@ -21,6 +21,7 @@ from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.runs import manifest
 from pspinal_jax.runs.build import augmentation, input_of
 from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.runs.input_pipeline import process_local_batches
@@ -56,6 +57,7 @@ def add_backbone(directory: Path, variables: dict[str, Any]) -> dict[str, Any]:
       RunError: if the backbone's file is missing or damaged.
     """
     path = directory / BACKBONE
+    manifest.check(directory, BACKBONE)
     try:
         trees = read_variables(path)
     except DataError as error:
@@ -163,13 +165,15 @@ def cached_features(
       workers: processes that decode them; 0 for threads of this one.
     """
     path = directory.path / FEATURES
-    if not broadcast_from_primary(path.exists):
+    if not broadcast_from_primary(lambda: path.exists() and (directory.path / BACKBONE).exists()):
         variables = complete_backbone(recipe, model, start, *input_of(recipe, data))
         features = extract_features(recipe, model, variables, data, workers)
         if is_primary():
             save_backbone(directory.path / BACKBONE, variables)
             save_features(path, features)
+            manifest.record(directory.path, BACKBONE, FEATURES)
         barrier()
+    manifest.check(directory.path, BACKBONE, FEATURES)
     return read_npz(path, data.num_classes)
 
 

@@ -18,7 +18,7 @@ from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import Recipe, load_recipe
 from pspinal_jax.recipes.options import RunOptions
-from pspinal_jax.runs.directory import RunDirectory, read_json
+from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
 from pspinal_jax.runs.predict import Images, Prediction, predict
@@ -52,12 +52,12 @@ class Run:
         """What result.json holds; ``result["test_accuracy"]["mean"]`` is 0 .. 1.
 
         Raises:
-          RunError: if the run is not finished.
+          RunError: if the run is not finished, or result.json is damaged.
         """
-        path = RunDirectory(self.path).result_path
-        if not path.exists():
+        result = RunDirectory(self.path).result()
+        if result is None:
             raise RunError(f"{self.path} is not finished: it has no result.json; run `train` again to go on")
-        return read_json(path)
+        return result
 
     @functools.cached_property
     @absl_quietened()

@@ -17,7 +17,7 @@ from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import input_of, set_up, split_examples
-from pspinal_jax.runs.directory import RunDirectory, read_json, write_json
+from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.features import cached_features, head_recipe
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
 from pspinal_jax.runs.restore import start_variables
@@ -51,7 +51,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if broadcast_from_primary(directory.result_path.exists):
         if is_primary() and not directory.curves_path.exists():  # a kill came between the two
             _plot(recipe, directory)
-        return read_json(directory.result_path)
+        return directory.result() or {}
     shape, dtype = input_of(recipe, data)
     model = build_model(recipe, shape, data.num_classes)
     start = start_variables(recipe, model, options.init_from, shape, dtype)
@@ -72,7 +72,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             trainer.run()
             result = make_result(trainer)
         if is_primary():
-            write_json(directory.result_path, result)
+            directory.write_result(result)
             _plot(recipe, directory)
     return result
 
@@ -86,12 +86,19 @@ def work_directory(recipe: Recipe, options: RunOptions) -> Path:
     return (options.workdir or Path("runs") / recipe.card.name).expanduser()
 
 
+def _absolute(path: Path | None) -> str:
+    """`path` as it will be looked up again, from whatever folder; text for what is not given, too."""
+    return str(None if path is None else path.expanduser().absolute())
+
+
 def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -> dict[str, Any]:
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}
     mesh = settings.pop("mesh")  # where the numbers lie, not what they are: a run may go on on other devices
-    where = {key: str(settings["data"].pop(key)) for key in ("path", "data_dir")}
+    where = {key: _absolute(getattr(recipe.data, key)) for key in ("path", "data_dir")}
+    for key in where:
+        settings["data"].pop(key)
     shape, dtype = input_of(recipe, data)
     return {
         "identity": {
