@@ -1,9 +1,9 @@
 """Saving and restoring through Orbax: separate items, a checksum over all, fallback to the newest whole checkpoint."""
 
+import contextlib
 import copy
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,8 @@ from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.checkpoints.late_reads import ignore_late_reads
 from pspinal_jax.distributed.coordination import broadcast_from_primary, count
 from pspinal_jax.errors import RunError
+from pspinal_jax.files import plain_path
+from pspinal_jax.progress import warn
 
 Trees = dict[str, Any]
 """Trees of arrays by the name of their item: params, batch_stats, opt_state, best."""
@@ -37,9 +39,12 @@ class CheckpointStore:
     def __init__(self, directory: Path) -> None:
         ignore_late_reads()
         self._directory = directory.absolute()
+        self._opened = contextlib.ExitStack()
         try:
+            self._directory.parent.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
-                self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+                self._opened.enter_context(plain_path(self._directory)),
+                options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
             )
         except (OSError, ValueError) as error:
             raise self._cannot_write(error) from error
@@ -55,7 +60,8 @@ class CheckpointStore:
         if kind is not None and count() > 1:
             return  # closing would wait for the other processes, which may not come
         try:
-            self._manager.close()
+            with self._opened:
+                self._manager.close()
         except (OSError, ValueError) as error:  # the last save failed in the background
             if kind is None:
                 raise self._cannot_write(error) from error
@@ -147,7 +153,8 @@ def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) ->
     """
     if not directory.is_dir():
         raise RunError(f"{directory} does not exist: the run has no checkpoint yet")
-    with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with plain_path(directory) as path, ocp.CheckpointManager(path, options=options) as manager:
         if not manager.all_steps():
             raise RunError(f"{directory} holds no checkpoint")
         _, trees, progress = _newest(manager, abstract, fall_back=False)
@@ -196,7 +203,7 @@ def _search(
                 raise RunError(f"{problems[0]}; only `train` goes on from an older one") from error
             continue
         for problem in problems:
-            print(f"warning: {problem}; using checkpoint {step} instead", file=sys.stderr)
+            warn(f"{problem}; using checkpoint {step} instead")
         return step, trees, progress
     raise RunError(f"{'; '.join(problems)}; no whole checkpoint is left: train again in another --workdir")
 

@@ -22,7 +22,7 @@ from jax import export
 
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError
-from pspinal_jax.files import write_json
+from pspinal_jax.files import expanded, write_json
 from pspinal_jax.weights.variables import save_variables
 
 PROGRAM = "model.jaxexport"
@@ -75,7 +75,7 @@ def write_export(path: Path, exported: export.Exported, variables: dict[str, Any
       RunError: if `path` holds something else, or cannot be written.
     """
     try:
-        path = path.expanduser().resolve()
+        path = expanded(path).resolve()
         check_free(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _discard_leftovers(path)

@@ -21,9 +21,12 @@ from flax.traverse_util import flatten_dict
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import atomic_file, differences
+from pspinal_jax.files import atomic_file, differences, held
 
 _SECONDS_TO_APPEAR = 20
+_LOCK = ".lock"
+_LATER = {"jax"}
+"""Parts of the identity that older runs do not record."""
 
 
 class RunDirectory:
@@ -49,11 +52,33 @@ class RunDirectory:
                 self._check_same(config)
                 return
             entries = self.path.iterdir() if self.path.exists() else ()
-            others = [entry.name for entry in entries if not entry.name.endswith(".part")]
+            others = [entry.name for entry in entries if entry.name != _LOCK and not entry.name.endswith(".part")]
         except OSError as error:
             raise RunError(f"work directory {self.path} cannot be read: {error.strerror or error}") from error
         if others:
             raise RunError(f"{self.path} holds {others[0]} but no config.json: it is no run; choose another --workdir")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory, and keep other processes from training in it while in the `with`.
+
+        Raises:
+          RunError: if another process trains in it, or it cannot be written.
+        """
+        if not is_primary():
+            yield
+            return
+        with contextlib.ExitStack() as opened:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                other = opened.enter_context(held(self.path / _LOCK))
+            except OSError as error:
+                raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error
+            if other is not None:
+                raise RunError(
+                    f"{self.path} is in use: {other} trains there; wait until it has ended, or choose another --workdir"
+                )
+            yield
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the directory for a run of `config` unless it holds that run already; raises as `check`.
@@ -121,8 +146,9 @@ class RunDirectory:
         write_json(self.result_path, result | {"checksum": json_checksum(json.loads(json.dumps(result)))})
 
     def _check_same(self, config: dict[str, Any]) -> None:
-        there = self.config()
-        before, now = (flatten_dict(each.get("identity", {}), sep=".") for each in (there, config))
+        there = self.config().get("identity", {})
+        later = {key: config["identity"][key] for key in _LATER & config["identity"].keys()}
+        before, now = (flatten_dict(each, sep=".") for each in (later | there, config["identity"]))
         name = before.get("card.name")
         if name != now.get("card.name"):
             raise UsageError(
@@ -134,15 +160,15 @@ class RunDirectory:
             raise UsageError(f"{self.path} holds another run: {', '.join(changed[:4])}{more}; choose another --workdir")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a kill left unfinished is left out."""
+        """The lines of metrics.jsonl; damaged ones are left out, as is a last one cut off by a kill."""
         if not self.metrics_path.is_file():
             return []
         lines = []
         for text in self.metrics_path.read_bytes().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:  # no JSON, or no text
-                break
+            with contextlib.suppress(ValueError, RecursionError):  # no JSON, or no text
+                line = json.loads(text)
+                if isinstance(line, dict) and {"stage", "epoch", "step"} <= line.keys():
+                    lines.append(line)
         return lines
 
 

@@ -1,7 +1,6 @@
 """`evaluate`: what a run's selected parameters do on the test split."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,9 @@ from pspinal_jax.data import Dataset, load_data
 from pspinal_jax.data.images.images import ImageDataset
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError, printable
+from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
+from pspinal_jax.progress import warn
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import build_run_programs, check_devices, input_of, place_split
 from pspinal_jax.runs.directory import write_json
@@ -44,7 +45,7 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
         it was trained on, or its logits are not finite.
     """
     enable_compilation_cache()
-    run = Path(run).expanduser()
+    run = expanded(run)
     variables, config = load_variables(run, seed_index)
     recipe = dataclasses.replace(load_recipe_of(config), num_seeds=1)
     check_devices(recipe)
@@ -90,9 +91,9 @@ def _write(run: Path, report: dict[str, Any], names: list[str], recipe_name: str
         write_json(numbers, report)
         plot_confusion(np.asarray(report["confusion"]), names, plot, title)
     except RunError as error:
-        print(printable(f"warning: {error}"), file=sys.stderr)
+        warn(printable(error))
         return []
-    return [numbers.name, plot.name]
+    return [path.name for path in (numbers, plot) if path.exists()]
 
 
 def _fingerprint(recipe: Recipe, data: Dataset | ImageDataset) -> str:

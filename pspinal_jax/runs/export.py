@@ -8,6 +8,7 @@ from pspinal_jax.environment import versions
 from pspinal_jax.errors import RunError
 from pspinal_jax.export.directory import check_free, write_export
 from pspinal_jax.export.program import export_classifier
+from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model, count_parameters
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.directory import RunDirectory
@@ -29,8 +30,8 @@ def export_run(run: str | Path, output: str | Path | None = None, seed_index: in
     Raises:
       PSpinalError: if `run` is no finished run, or `output` cannot be written or holds anything but an export.
     """
-    run = Path(run).expanduser()
-    output = run / "export" if output is None else Path(output).expanduser()
+    run = expanded(run)
+    output = run / "export" if output is None else expanded(output)
     directory = RunDirectory(run)
     config = directory.config()
     result = directory.result()

@@ -5,6 +5,7 @@ The features are made when the run starts. They are kept in its directory, besid
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def head_recipe(recipe: Recipe) -> Recipe:
         cache_features=False,
         feature_views=0,
     )
+
+
+def head_of(start: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The head's part of the variables that `start` gives."""
+    parts = {name: {key: tree[key] for key in tree if key != "backbone"} for name, tree in start().items()}
+    return {name: tree for name, tree in parts.items() if tree}
 
 
 def save_backbone(path: Path, variables: dict[str, Any]) -> None:
@@ -149,7 +156,7 @@ def save_features(path: Path, data: Dataset) -> None:
 def cached_features(
     recipe: Recipe,
     model: Classifier,
-    start: dict[str, Any],
+    start: Callable[[], dict[str, Any]],
     data: ImageDataset,
     directory: RunDirectory,
     workers: int,
@@ -159,14 +166,14 @@ def cached_features(
     Args:
       recipe: has a frozen backbone.
       model: the recipe's.
-      start: the variables that the run starts from, see `start_variables`.
+      start: gives the variables that the run starts from, see `start_variables`.
       data: photographs.
       directory: the run's.
       workers: processes that decode them; 0 for threads of this one.
     """
     path = directory.path / FEATURES
     if not broadcast_from_primary(lambda: path.exists() and (directory.path / BACKBONE).exists()):
-        variables = complete_backbone(recipe, model, start, *input_of(recipe, data))
+        variables = complete_backbone(recipe, model, start(), *input_of(recipe, data))
         features = extract_features(recipe, model, variables, data, workers)
         if is_primary():
             save_backbone(directory.path / BACKBONE, variables)

@@ -14,6 +14,7 @@ from pspinal_jax.data.images.decode import decode
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.export.directory import is_export, read_export
+from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 
@@ -68,7 +69,7 @@ def predict(source: str | Path, images: Images, top: int = 1, seed_index: int | 
       RunError: if the run or the export cannot be read.
     """
     enable_compilation_cache()
-    source = Path(source).expanduser()
+    source = expanded(source)
     each = _each(images)
     if is_export(source):
         if seed_index is not None:
@@ -96,7 +97,7 @@ def _each(images: Images) -> list[Path | Image.Image]:
 
 def _opened(image: Any) -> Path | Image.Image:
     if isinstance(image, str | Path):
-        return Path(image).expanduser()
+        return expanded(image)
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)

@@ -1,5 +1,6 @@
 """Reading a run back: its recipe, and the parameters that it selected."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,21 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints import read_newest
+from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
-from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs import manifest
+from pspinal_jax.runs.directory import RunDirectory, writing
 from pspinal_jax.runs.features import add_backbone, head_recipe
 from pspinal_jax.runs.result import best_seed_index, leading_seed, selected_checksum
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 from pspinal_jax.weights import PRETRAINED, read_state_dict, resnet_variables
+from pspinal_jax.weights.variables import read_variables, save_variables
+
+START = "start.safetensors"
 
 
 def load_recipe_of(config: dict[str, Any]) -> Recipe:
@@ -119,6 +125,38 @@ def _trained_shapes(recipe: Recipe, config: dict[str, Any]) -> Any:
     if recipe.cache_features:
         shape, dtype, recipe = (count_features(recipe, shape),), "float32", head_recipe(recipe)
     return abstract_variables(build_model(recipe, shape, len(config["class_names"])), shape, dtype)
+
+
+def keep_start(
+    directory: RunDirectory, given: dict[str, Any] | None, read_given: Callable[[], dict[str, Any]]
+) -> Callable[[], dict[str, Any]]:
+    """Gives the variables that a run starts from, which lie in its directory from its beginning on.
+
+    Args:
+      directory: the run's.
+      given: what was read for a run that begins; None for one that goes on.
+      read_given: reads it, see `start_variables`; called only for runs that have no such file.
+    """
+    path = directory.path / START
+
+    def save(variables: dict[str, Any]) -> dict[str, Any]:
+        if variables and is_primary():
+            with writing(path):
+                save_variables(path, variables)
+            manifest.record(directory.path, START)
+        barrier()
+        return variables
+
+    def start() -> dict[str, Any]:
+        if not broadcast_from_primary(path.exists):
+            return save(read_given())
+        manifest.check(directory.path, START)
+        return read_variables(path)
+
+    if given is None:
+        return start
+    save(given)
+    return lambda: given
 
 
 def start_variables(

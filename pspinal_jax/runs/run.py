@@ -14,6 +14,7 @@ import flax.linen as nn
 import numpy as np
 
 from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import Recipe, load_recipe
@@ -39,7 +40,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path, seed_index: int | None = None) -> None:
-        self.path, self.seed_index = Path(path).expanduser(), seed_index
+        self.path, self.seed_index = expanded(path), seed_index
         self.config: dict[str, Any] = RunDirectory(self.path).config()
         self.recipe: Recipe = load_recipe_of(self.config)
         self.class_names = tuple(self.config["class_names"])
