@@ -1,12 +1,22 @@
 """The command line's entry: finds the command, and turns errors into one line and an exit status."""
 
+import codecs
+import contextlib
 import difflib
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from typing import Any, NoReturn
 
 from pspinal_jax import __version__
-from pspinal_jax.errors import PSpinalError, UsageError
+from pspinal_jax.errors import PSpinalError, UsageError, printable
+from pspinal_jax.progress import Unfailing, say
+
+SECONDS_TO_END = 20
 
 COMMANDS = {
     "prepare": "download a data set, or take its raw files, and make it ready to train on",
@@ -24,19 +34,22 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (by default the process's arguments) and return the exit status: 0, 1, 2 or 130."""
     args = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _dispatch(args)
-    except PSpinalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except BrokenPipeError:
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130  # as shells report a program that SIGINT ended
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with _standard_streams():
+        try:
+            status = _dispatch(args)
+            sys.stdout.flush()
+            return status
+        except PSpinalError as error:
+            say(f"error: {printable(error)}")
+            return error.exit_status
+        except BrokenPipeError:
+            return 1
+        except KeyboardInterrupt:
+            say("error: interrupted")
+            return 130  # as shells report a program that SIGINT ended
+        except OSError as error:
+            say(f"error: {printable(error)}")
+            return 1
 
 
 def _dispatch(args: list[str]) -> int:
@@ -60,5 +73,72 @@ def _usage() -> str:
     return "usage: pspinal-jax COMMAND ...\n\n" + "\n".join(lines) + "\n\nCOMMAND --help tells its arguments."
 
 
+@contextlib.contextmanager
+def _standard_streams() -> Iterator[None]:
+    """In a `with`, no stream of the process can end a command in the middle: neither what it is nor what it takes.
+
+    What standard error does not take is dropped; what standard output does not take is an OSError. Letters that the
+    terminal lacks are written as escapes. Where the process was started without them, they lead nowhere: the next
+    file that is opened, a checkpoint say, would otherwise get what native code prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="pspinal_jax")
+    error_stream, sys.stderr = sys.stderr, Unfailing(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stderr = error_stream
+        for stream in (sys.stdout, sys.stderr):
+            _leave(stream)
+
+
+def _leave(stream: Any) -> None:
+    """Flush `stream`; what it does not take leads nowhere, as Python would end with status 120."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For `codecs.register_error`: what stands for letters that an encoding lacks."""
+    assert isinstance(error, UnicodeEncodeError)
+    if error.object[error.start] == "±":
+        return "+-", error.start + 1
+    error.end = error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error("pspinal_jax", _spell)
+
+
+def command_line() -> NoReturn:
+    """The process's whole life: `main`, then the end within `SECONDS_TO_END`, whatever still holds on to something."""
+    status = main()
+    threading.Thread(target=_end, args=(status,), daemon=True).start()
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(2 * SECONDS_TO_END)  # for a thread of another language that does not let Python go on
+    sys.exit(status)
+
+
+def _end(status: int) -> None:
+    """Leave with `status` after a while: threads of libraries may wait at the end for what never comes."""
+    time.sleep(SECONDS_TO_END)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line()

@@ -1,5 +1,14 @@
 """Errors that a user can act on. The command line prints their one line and nothing else."""
 
+_JOINERS = "\u200c\u200d"  # a part of words in some scripts
+
+
+def printable(text: object) -> str:
+    """`text` on one line for a terminal: what is no printable character, escape sequences above all, as its escape."""
+    return "".join(
+        char if char.isprintable() or char in _JOINERS else char.encode("unicode_escape").decode() for char in str(text)
+    )
+
 
 class PSpinalError(Exception):
     """Something the user has to know: the thing, its value, what was expected, what to do."""

@@ -1,13 +1,17 @@
-"""Files: written whole or not at all, held by one process at a time, and where caches lie."""
+"""Files: written whole or not at all, held by one process at a time, under any name; and where caches lie."""
 
 import contextlib
 import json
 import os
-import sys
+import re
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from pspinal_jax.errors import UsageError
+from pspinal_jax.progress import say
 
 CACHE_SWITCH = "PSPINAL_JAX_CACHE"
 """Environment variable: a folder for all caches, or 'off'."""
@@ -66,11 +70,73 @@ def _lock(handle: int, waiting_for: str) -> bool:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that is {waiting_for}", file=sys.stderr)
+            say(f"waiting for another process that is {waiting_for}")
             fcntl.flock(handle, fcntl.LOCK_EX)
     except (ImportError, OSError):
         return False
     return True
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[str | None]:
+    """Hold the file `path` (made if need be) for this process; the hold goes with the process, however that ends.
+
+    Yields:
+      None where it is held, or where the file system has no locks; else which process holds it.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks no file that is open for reading alone
+    try:
+        other = None
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            other = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+        except (ImportError, OSError):
+            pass
+        if other is None:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield other
+    finally:
+        os.close(handle)
+
+
+_PLAIN_PATH = re.compile(r"[\w ./,+=@%~-]*")
+
+
+@contextlib.contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """`path`, whose folder exists, under a name that Orbax and TensorStore take within the `with`.
+
+    They read `*`, `?` and `[` in any part of a path as patterns, and take no bytes that are not UTF-8. Linux names the
+    folder by a number; elsewhere the path stays as it is.
+    """
+    path = path.absolute()
+    if _PLAIN_PATH.fullmatch(str(path)) or not Path("/proc/self/fd").is_dir():
+        yield path
+        return
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{handle}") / path.name
+    finally:
+        os.close(handle)
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with ~ as the user's home.
+
+    Raises:
+      UsageError: if there is no home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path} begins with ~, but no home directory is known; give the whole path") from None
 
 
 def cache_folder() -> Path | None:

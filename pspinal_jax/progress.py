@@ -1,9 +1,51 @@
-"""Progress on standard error: live on a terminal, elsewhere a line every ten seconds."""
+"""Progress and warnings on standard error, which ends nothing: it may be closed, full, or a pipe that nobody reads.
 
+Progress is live on a terminal, elsewhere a line every ten seconds.
+"""
+
+import contextlib
 import sys
 from typing import Any
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class Unfailing:
+    """A text stream that drops what cannot be written; None, as Python has for a closed one, drops everything."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text`, as far as that goes."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # full or broken, closed, None
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, as far as that goes."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        try:
+            return bool(self.stream.isatty())
+        except (ValueError, AttributeError):
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def say(line: str) -> None:
+    """Print `line` on standard error."""
+    print(line, file=Unfailing(sys.stderr), flush=True)
+
+
+def warn(line: str) -> None:
+    """Print `line` on standard error as a warning."""
+    say(f"warning: {line}")
 
 
 def progress_bar(
@@ -21,15 +63,16 @@ def progress_bar(
     """
     from tqdm import tqdm  # not needed by who only measures
 
+    stream = Unfailing(sys.stderr)
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         unit_scale=unit_scale,
         initial=initial,
-        file=sys.stderr,
+        file=stream,
         dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
+        mininterval=0.1 if stream.isatty() else _SECONDS_BETWEEN_LINES,
         disable=not shown,
     )
 

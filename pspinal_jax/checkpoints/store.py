@@ -1,9 +1,9 @@
 """Saving and restoring through Orbax: separate items, a checksum over all, fallback to the newest whole checkpoint."""
 
+import contextlib
 import copy
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,8 @@ from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.checkpoints.late_reads import ignore_late_reads
 from pspinal_jax.distributed.coordination import broadcast_from_primary, count
 from pspinal_jax.errors import RunError
+from pspinal_jax.files import plain_path
+from pspinal_jax.progress import warn
 
 Trees = dict[str, Any]
 """Trees of arrays by the name of their item: params, batch_stats, opt_state, best."""
@@ -37,9 +39,12 @@ class CheckpointStore:
     def __init__(self, directory: Path) -> None:
         ignore_late_reads()
         self._directory = directory.absolute()
+        self._opened = contextlib.ExitStack()
         try:
+            self._directory.parent.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
-                self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+                self._opened.enter_context(plain_path(self._directory)),
+                options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
             )
         except (OSError, ValueError) as error:
             raise self._cannot_write(error) from error
@@ -55,7 +60,8 @@ class CheckpointStore:
         if kind is not None and count() > 1:
             return  # closing would wait for the other processes, which may not come
         try:
-            self._manager.close()
+            with self._opened:
+                self._manager.close()
         except (OSError, ValueError) as error:  # the last save failed in the background
             if kind is None:
                 raise self._cannot_write(error) from error
@@ -133,7 +139,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) -> tuple[Trees, dict[str, Any]]:
-    """The newest whole checkpoint in `directory`, which is left as it is.
+    """The newest checkpoint in `directory`, which is left as it is; an older one never stands in for it.
 
     Args:
       directory: a run's checkpoints folder.
@@ -143,19 +149,20 @@ def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) ->
       (trees, progress).
 
     Raises:
-      RunError: if there is no checkpoint, or none is whole.
+      RunError: if there is no checkpoint, or the newest is damaged.
     """
     if not directory.is_dir():
         raise RunError(f"{directory} does not exist: the run has no checkpoint yet")
-    with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with plain_path(directory) as path, ocp.CheckpointManager(path, options=options) as manager:
         if not manager.all_steps():
             raise RunError(f"{directory} holds no checkpoint")
-        _, trees, progress = _newest(manager, abstract)
+        _, trees, progress = _newest(manager, abstract, fall_back=False)
         return trees, progress
 
 
 def _newest(
-    manager: ocp.CheckpointManager, abstract: Callable[[dict[str, Any]], Trees]
+    manager: ocp.CheckpointManager, abstract: Callable[[dict[str, Any]], Trees], fall_back: bool = True
 ) -> tuple[int, Trees, dict[str, Any]]:
     """(step, trees, progress) of the newest whole checkpoint; every damaged one is named on standard error.
 
@@ -163,12 +170,12 @@ def _newest(
     others, these would wait for it.
     """
     if count() > 1:
-        step = broadcast_from_primary(lambda: _newest_by_itself(Path(manager.directory), abstract))
+        step = broadcast_from_primary(lambda: _newest_by_itself(Path(manager.directory), abstract, fall_back))
         return step, *_read(manager, step, abstract, check=False)
-    return _search(manager, abstract)
+    return _search(manager, abstract, fall_back)
 
 
-def _newest_by_itself(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) -> int:
+def _newest_by_itself(directory: Path, abstract: Callable[[dict[str, Any]], Trees], fall_back: bool) -> int:
     alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="alone")
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
 
@@ -176,11 +183,11 @@ def _newest_by_itself(directory: Path, abstract: Callable[[dict[str, Any]], Tree
         return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract(progress))
 
     with ocp.CheckpointManager(directory, options=options) as manager:
-        return _search(manager, on_host)[0]
+        return _search(manager, on_host, fall_back)[0]
 
 
 def _search(
-    manager: ocp.CheckpointManager, abstract: Callable[[dict[str, Any]], Trees]
+    manager: ocp.CheckpointManager, abstract: Callable[[dict[str, Any]], Trees], fall_back: bool
 ) -> tuple[int, Trees, dict[str, Any]]:
     problems: list[str] = []
     ignore_late_reads()
@@ -192,9 +199,11 @@ def _search(
         except Exception as error:  # Orbax raises bare exceptions of many kinds on damaged files
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             problems.append(f"checkpoint {step} in {manager.directory} is damaged ({reason})")
+            if not fall_back:
+                raise RunError(f"{problems[0]}; only `train` goes on from an older one") from error
             continue
         for problem in problems:
-            print(f"warning: {problem}; using checkpoint {step} instead", file=sys.stderr)
+            warn(f"{problem}; using checkpoint {step} instead")
         return step, trees, progress
     raise RunError(f"{'; '.join(problems)}; no whole checkpoint is left: train again in another --workdir")
 

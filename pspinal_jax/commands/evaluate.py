@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from pspinal_jax.commands.parse import parse
+from pspinal_jax.errors import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +34,12 @@ def main(args: Sequence[str]) -> int:
     from pspinal_jax.runs.run import load_run
 
     report = load_run(parsed.run_dir, parsed.seed_index).evaluate(parsed.data_path)
+    if not report["trained_on_it"]:
+        print(printable(f"on other data than the run was trained on: {report['data']}"))
     print(f"test accuracy {100 * report['accuracy']:.2f} % ({report['correct']} of {report['examples']})")
     for name, accuracy in report["class_accuracy"].items():
         shown = "no examples" if accuracy is None else f"{100 * accuracy:.2f} %"
-        print(f"  {name}: {shown}")
-    print(f"written to {parsed.run_dir}: evaluation.json, confusion.png")
+        print(f"  {printable(name)}: {shown}")
+    if report["files"]:
+        print(printable(f"written to {parsed.run_dir}: {', '.join(report['files'])}"))
     return 0

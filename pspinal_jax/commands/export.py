@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from pspinal_jax.commands.parse import parse
+from pspinal_jax.errors import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,5 +35,5 @@ def main(args: Sequence[str]) -> int:
 
     output = load_run(parsed.run_dir, parsed.seed_index).export(parsed.output)
     files = ", ".join(f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in sorted(output.iterdir()))
-    print(f"written to {output}: {files}")
+    print(printable(f"written to {output}: {files}"))
     return 0

@@ -9,7 +9,7 @@ import tyro
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.commands.train import take_recipe
-from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.errors import DataError, UsageError, printable
 from pspinal_jax.recipes import Recipe
 
 
@@ -61,6 +61,6 @@ def main(args: Sequence[str]) -> int:
         save_features(parsed.output, features)
     except OSError as error:
         raise DataError(f"{parsed.output} cannot be written: {error.strerror or error}") from error
-    print(f"{len(features.train)} training and {len(features.test)} test features in {parsed.output}")
-    print(f"train a head on them with: pspinal-jax train features --data.path {parsed.output}")
+    print(f"{len(features.train)} training and {len(features.test)} test features in {printable(parsed.output)}")
+    print(f"train a head on them with: pspinal-jax train features --data.path {printable(parsed.output)}")
     return 0

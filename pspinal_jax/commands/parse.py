@@ -2,14 +2,18 @@
 
 import contextlib
 import io
+import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tyro
 
 from pspinal_jax.errors import UsageError
 from pspinal_jax.log_filter import quiet_absl
+
+LEAST_COLUMNS, MOST_COLUMNS = 40, 400
 
 _FRAME = re.compile(r"[╭╮╰╯│─]+|-{4,}")
 
@@ -29,7 +33,7 @@ def parse(
     """
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with _room_for_help(), contextlib.redirect_stderr(errors):
             arguments = tyro.cli(arguments_class, default=default, args=list(args), prog=prog, description=description)
     except SystemExit as stop:
         if not stop.code:
@@ -37,6 +41,19 @@ def parse(
         raise UsageError(_one_line(errors.getvalue())) from None
     quiet_absl()  # the command is about to start
     return arguments
+
+
+@contextlib.contextmanager
+def _room_for_help() -> Iterator[None]:
+    """A width that tyro's help fits into: on fewer than 6 columns it never ends."""
+    before, columns = os.environ.get("COLUMNS"), shutil.get_terminal_size().columns
+    os.environ["COLUMNS"] = str(min(max(columns, LEAST_COLUMNS), MOST_COLUMNS))
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _one_line(text: str) -> str:

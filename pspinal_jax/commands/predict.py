@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from pspinal_jax.commands.parse import parse
-from pspinal_jax.errors import UsageError
+from pspinal_jax.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from pspinal_jax.runs.predict import Prediction
@@ -52,7 +52,7 @@ def main(args: Sequence[str]) -> int:
         _print_table([prediction for prediction in predictions if prediction.error is None])
     failed = [prediction for prediction in predictions if prediction.error is not None]
     for prediction in failed:
-        print(f"error: {prediction.path}: {prediction.error}", file=sys.stderr)
+        print(printable(f"error: {prediction.path}: {prediction.error}"), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -82,7 +82,7 @@ def _as_json(prediction: "Prediction") -> dict[str, object]:
 
 def _print_table(predictions: Sequence["Prediction"]) -> None:
     rows = [
-        (str(prediction.path) if rank == 0 else "", name, f"{100 * probability:.2f} %")
+        (printable(prediction.path) if rank == 0 else "", printable(name), f"{100 * probability:.2f} %")
         for prediction in predictions
         for rank, (name, probability) in enumerate(prediction.classes)
     ]

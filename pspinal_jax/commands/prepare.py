@@ -11,7 +11,7 @@ import tyro
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.data.catalogue import CATALOGUE, DataSet, find_data_set
-from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.errors import DataError, UsageError, printable
 from pspinal_jax.recipes import list_recipes
 
 
@@ -54,10 +54,14 @@ def _prepare(data_set: DataSet, arguments: PrepareArguments) -> int:
 
     done = prepare_data_set(data_set, arguments.data_dir, arguments.raw, arguments.npz, show_progress=True)
     if done.was_there:
-        print(f"{data_set.name} is already prepared in {done.directory}; delete that folder to prepare it again")
+        print(
+            printable(
+                f"{data_set.name} is already prepared in {done.directory}; delete that folder to prepare it again"
+            )
+        )
     else:
-        print(f"{data_set.name} is prepared in {done.directory}")
-    print(f"train on it with: {_train_command(data_set, arguments.data_dir)}")
+        print(printable(f"{data_set.name} is prepared in {done.directory}"))
+    print(f"train on it with: {printable(_train_command(data_set, arguments.data_dir))}")
     sys.stdout.flush()
     return 0
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -10,7 +9,8 @@ import tyro
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.distributed.coordination import is_primary
-from pspinal_jax.errors import UsageError
+from pspinal_jax.errors import UsageError, printable
+from pspinal_jax.progress import say
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
 from pspinal_jax.recipes.options import ProcessOptions, RunOptions
 from pspinal_jax.runs.signals import Stopped, leave_at_once
@@ -66,9 +66,9 @@ def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:
             run = train(recipe, **vars(options))
     except Stopped as stop:
         if is_primary():
-            print(f"stopped by {stop}; the run is saved. {again}", file=sys.stderr)
+            say(printable(f"stopped by {stop}; the run is saved. {again}"))
         return 0
     if is_primary():
         print(describe_result(run.result))
-        print(f"results in {run.path}: result.json, metrics.jsonl, curves.png, checkpoints/")
+        print(f"results in {printable(run.path)}: result.json, metrics.jsonl, curves.png, checkpoints/")
     return 0

@@ -18,6 +18,9 @@ _DAMAGED = (
 )
 _CHUNK = 1 << 20
 
+MOST_BYTES = 2**30
+"""That one file, or all that is kept of a tar, may have once it is unpacked; a few MB of zip can become many GB."""
+
 
 @contextlib.contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
@@ -41,9 +44,10 @@ def read_zip_member(archive: zipfile.ZipFile, path: Path, entry: str) -> bytes:
     """The member `entry` of the zip at `path`.
 
     Raises:
-      DataError: if there is none, or it is damaged.
+      DataError: if there is none, it is damaged, or unpacked it would be larger than `MOST_BYTES`.
     """
     try:
+        _refuse_large(archive.getinfo(entry).file_size, f"{entry} in {path}")  # more than it says is never read
         # As a whole: read piece by piece, an entry's checksum would be skipped where gzip ends first.
         return archive.read(entry)
     except KeyError:
@@ -61,9 +65,10 @@ def read_tar(stream: IO[bytes], where: str, wanted: Callable[[str], bool]) -> di
       wanted: says of a path whether to keep that member.
 
     Raises:
-      DataError: if the archive is damaged or holds a path that points outside it.
+      DataError: if the archive is damaged, holds a path that points outside it, or more than `MOST_BYTES`.
     """
-    members = {}
+    members: dict[str, bytes] = {}
+    size = 0
     try:
         with gzip.GzipFile(fileobj=stream) as unzipped:
             with tarfile.open(fileobj=unzipped, mode="r|") as archive:
@@ -71,14 +76,22 @@ def read_tar(stream: IO[bytes], where: str, wanted: Callable[[str], bool]) -> di
                     _refuse_outside(member.name, where)
                     file = archive.extractfile(member) if member.isfile() and wanted(member.name) else None
                     if file is not None:
+                        size += member.size
+                        _refuse_large(size, where)
                         members[member.name] = file.read()
-            while unzipped.read(_CHUNK):
-                pass
+            while piece := unzipped.read(_CHUNK):
+                size += len(piece)
+                _refuse_large(size, where)
         while stream.read(_CHUNK):
             pass
     except _DAMAGED as error:
         raise _cannot_be_read(where, error) from error
     return members
+
+
+def _refuse_large(size: int, where: str) -> None:
+    if size > MOST_BYTES:
+        raise DataError(f"{where} has {size} bytes unpacked, expected at most {MOST_BYTES}; get the file again")
 
 
 def _refuse_outside(name: str, where: str) -> None:

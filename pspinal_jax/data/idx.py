@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pspinal_jax.data.archives import open_zip, read_zip_member
+from pspinal_jax.data.archives import MOST_BYTES, open_zip, read_zip_member
 from pspinal_jax.data.catalogue import CATALOGUE, DataSet
 from pspinal_jax.errors import DataError
 
@@ -78,6 +78,8 @@ def _parse(stream: io.BufferedIOBase, where: str, dtype: np.dtype, item_shape: t
     if count == 0:
         raise DataError(f"{where} holds no examples")
     num_bytes = count * int(np.prod(item_shape, dtype=np.int64)) * dtype.itemsize
+    if num_bytes > MOST_BYTES:
+        raise DataError(f"{where} says it holds {num_bytes} bytes, expected at most {MOST_BYTES}; get the file again")
     values = _read_up_to(stream, num_bytes)
     if len(values) < num_bytes:
         raise DataError(

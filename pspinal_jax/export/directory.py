@@ -1,15 +1,18 @@
 """The files of an export.
 
 model.jaxexport     the serialised program, parameters included
-export.json         class names, input, source and versions; checksums of the other two
+export.json         class names, input, source and versions; checksums of the other two, and of itself
 params.safetensors  the parameters and running statistics by themselves, see `pspinal_jax.weights.save_variables`
 """
 
+import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ import jax
 import numpy as np
 from jax import export
 
+from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError
+from pspinal_jax.files import expanded, write_json
 from pspinal_jax.weights.variables import save_variables
 
 PROGRAM = "model.jaxexport"
@@ -53,7 +58,8 @@ def check_free(path: Path) -> None:
     if names and (others or not is_export(path)):
         raise RunError(f"{path} holds {(others or names)[0]} and is no export; choose another --output")
     if names:
-        _describe(path)
+        with contextlib.suppress(_Damaged):  # what is damaged, a new export replaces
+            _read_description(path / DESCRIPTION)
 
 
 def write_export(path: Path, exported: export.Exported, variables: dict[str, Any], description: dict[str, Any]) -> None:
@@ -69,34 +75,47 @@ def write_export(path: Path, exported: export.Exported, variables: dict[str, Any
       RunError: if `path` holds something else, or cannot be written.
     """
     try:
-        path = path.expanduser().resolve()
+        path = expanded(path).resolve()
         check_free(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part, old = (path.with_name(path.name + suffix) for suffix in (".part", ".old"))
-        for leftover in (part, old):
-            _discard(leftover)
+        _discard_leftovers(path)
+        # Names of this process's own: neither another export nor what a killed one left is in the way.
+        part, old = (path.with_name(f"{path.name}.{_this_process()}.{kind}") for kind in ("part", "old"))
         part.mkdir()
         (part / PROGRAM).write_bytes(exported.serialize())
         save_variables(part / PARAMETERS, variables)
         checksums = {name: _checksum(part / name) for name in (PROGRAM, PARAMETERS)}
-        text = json.dumps({"format": FORMAT, **description, "sha256": checksums}, indent=2)
-        (part / DESCRIPTION).write_text(text + "\n")
+        content = {"format": FORMAT, **description, "sha256": checksums}
+        write_json(part / DESCRIPTION, content | {"checksum": json_checksum(content)})
         if path.exists() and any(path.iterdir()):
             os.replace(path, old)
         os.replace(part, path)
-        _discard(old)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _discard(folder: Path) -> None:
-    """Remove what a killed export left behind."""
-    if not folder.exists():
-        return
-    others = [entry.name for entry in folder.iterdir() if entry.name.removesuffix(".part") not in _FILES]
-    if others:
-        raise RunError(f"{folder} is in the way and holds {others[0]}; move it, or choose another --output")
-    shutil.rmtree(folder)
+def _this_process() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _discard_leftovers(path: Path) -> None:
+    """Remove what killed exports to `path` left beside it: of processes of this machine that are no more."""
+    for folder in path.parent.glob(f"{glob.escape(path.name)}.*"):
+        host, _, number = folder.name.removeprefix(f"{path.name}.").rpartition(".")[0].rpartition("-")
+        ours = folder.suffix in (".part", ".old") and host == socket.gethostname() and number.isdecimal()
+        if ours and (int(number) == os.getpid() or not _lives(int(number))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,28 +157,54 @@ def read_export(path: Path) -> Artifact:
     try:
         if _checksum(program) != description["sha256"][PROGRAM]:
             raise RunError(f"{program} is damaged: its checksum is not the one in {DESCRIPTION}; export the run again")
-        return Artifact(export.deserialize(bytearray(program.read_bytes())), description)
+        exported = export.deserialize(bytearray(program.read_bytes()))
+        _check_program(exported, description)
+        return Artifact(exported, description)
     except OSError as error:
         raise RunError(f"{program} cannot be read: {error.strerror or error}; export the run again") from error
-    except (ValueError, KeyError, TypeError) as error:  # of a JAX too old or too new for it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except RunError:
+        raise
+    except Exception as error:  # of a JAX too old or too new for it; of bytes that are no program, of any kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise RunError(f"{program} cannot be read by jax {jax.__version__}: {reason}; export the run again") from error
 
 
 def _describe(path: Path) -> dict[str, Any]:
     """export.json of the export in `path`, found to be one of ours."""
     require_export(path)
-    file = path / DESCRIPTION
+    return _read_description(path / DESCRIPTION)
+
+
+class _Damaged(RunError):
+    pass
+
+
+def _read_description(file: Path) -> dict[str, Any]:
     try:
-        description = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read: {error}; export the run again") from error
+        description = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _Damaged(f"{file} cannot be read: {error}; export the run again") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise RunError(f"{file} does not describe an export of this version: it has no format {FORMAT!r}")
     missing = [key for key in ("class_names", "input", "output", "sha256") if key not in description]
     if missing:
-        raise RunError(f"{file} lacks {', '.join(missing)}; export the run again")
+        raise _Damaged(f"{file} lacks {', '.join(missing)}; export the run again")
+    checksum = description.pop("checksum", None)  # which older exports have not
+    if checksum not in (None, json_checksum(description)):
+        raise _Damaged(f"{file} is damaged: it does not match its checksum; export the run again")
+    names = description["class_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _Damaged(f"{file} is damaged: class_names are no list of names; export the run again")
     return description
+
+
+def _check_program(exported: export.Exported, description: dict[str, Any]) -> None:
+    """Return if the program takes one array of inputs to one of probabilities, of as many classes as have names."""
+    inputs, outputs = exported.in_avals, exported.out_avals
+    classes = len(description["class_names"])
+    if len(inputs) != 1 or len(outputs) != 1 or outputs[0].ndim != 2 or outputs[0].shape[1] != classes:
+        shapes = [str(array) for array in (*inputs, *outputs)]
+        raise RunError(f"{PROGRAM} does not take inputs to probabilities of {classes} classes: {', '.join(shapes)}")
 
 
 def _checksum(path: Path) -> str:

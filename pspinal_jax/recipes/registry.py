@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 from pspinal_jax.errors import PSpinalError, UsageError
+from pspinal_jax.files import expanded
 from pspinal_jax.recipes.schema import Recipe
 
 
@@ -30,7 +31,7 @@ def load_recipe(name: str) -> Recipe:
       UsageError: if there is no such recipe or file, or the file defines none.
     """
     if name.endswith(".py"):
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.is_file():
             raise UsageError(f"recipe file {name} does not exist")
         return _load_file(path)

@@ -21,9 +21,12 @@ from flax.traverse_util import flatten_dict
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import atomic_file, differences
+from pspinal_jax.files import atomic_file, differences, held
 
 _SECONDS_TO_APPEAR = 20
+_LOCK = ".lock"
+_LATER = {"jax"}
+"""Parts of the identity that older runs do not record."""
 
 
 class RunDirectory:
@@ -49,11 +52,33 @@ class RunDirectory:
                 self._check_same(config)
                 return
             entries = self.path.iterdir() if self.path.exists() else ()
-            others = [entry.name for entry in entries if not entry.name.endswith(".part")]
+            others = [entry.name for entry in entries if entry.name != _LOCK and not entry.name.endswith(".part")]
         except OSError as error:
             raise RunError(f"work directory {self.path} cannot be read: {error.strerror or error}") from error
         if others:
             raise RunError(f"{self.path} holds {others[0]} but no config.json: it is no run; choose another --workdir")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory, and keep other processes from training in it while in the `with`.
+
+        Raises:
+          RunError: if another process trains in it, or it cannot be written.
+        """
+        if not is_primary():
+            yield
+            return
+        with contextlib.ExitStack() as opened:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                other = opened.enter_context(held(self.path / _LOCK))
+            except OSError as error:
+                raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error
+            if other is not None:
+                raise RunError(
+                    f"{self.path} is in use: {other} trains there; wait until it has ended, or choose another --workdir"
+                )
+            yield
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the directory for a run of `config` unless it holds that run already; raises as `check`.
@@ -102,9 +127,28 @@ class RunDirectory:
             raise RunError(f"{self.config_path} does not match its checksum: it is damaged; train in another --workdir")
         return config
 
+    def result(self) -> dict[str, Any] | None:
+        """What result.json holds; None if the run is not finished.
+
+        Raises:
+          RunError: if it is damaged.
+        """
+        if not self.result_path.exists():
+            return None
+        result = read_json(self.result_path)
+        checksum = result.pop("checksum", None) if isinstance(result, dict) else ""  # older runs have none
+        if checksum not in (None, json_checksum(result)):
+            raise RunError(f"{self.result_path} is damaged: it does not match its checksum; train in another --workdir")
+        return result
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json, with its checksum; raises as `write_json`."""
+        write_json(self.result_path, result | {"checksum": json_checksum(json.loads(json.dumps(result)))})
+
     def _check_same(self, config: dict[str, Any]) -> None:
-        there = self.config()
-        before, now = (flatten_dict(each.get("identity", {}), sep=".") for each in (there, config))
+        there = self.config().get("identity", {})
+        later = {key: config["identity"][key] for key in _LATER & config["identity"].keys()}
+        before, now = (flatten_dict(each, sep=".") for each in (later | there, config["identity"]))
         name = before.get("card.name")
         if name != now.get("card.name"):
             raise UsageError(
@@ -116,15 +160,15 @@ class RunDirectory:
             raise UsageError(f"{self.path} holds another run: {', '.join(changed[:4])}{more}; choose another --workdir")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+        """The lines of metrics.jsonl; damaged ones are left out, as is a last one cut off by a kill."""
         if not self.metrics_path.is_file():
             return []
         lines = []
         for text in self.metrics_path.read_bytes().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:  # no JSON, or no text
-                break
+            with contextlib.suppress(ValueError, RecursionError):  # no JSON, or no text
+                line = json.loads(text)
+                if isinstance(line, dict) and {"stage", "epoch", "step"} <= line.keys():
+                    lines.append(line)
         return lines
 
 
@@ -135,9 +179,9 @@ def read_json(path: Path) -> Any:
       RunError: if it cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {error}; it is damaged: train again in another --workdir") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data import load_data
+from pspinal_jax.data import Dataset, load_data
+from pspinal_jax.data.images.images import ImageDataset
 from pspinal_jax.environment import enable_compilation_cache
-from pspinal_jax.errors import UsageError
+from pspinal_jax.errors import DataError, RunError, UsageError, printable
+from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
+from pspinal_jax.progress import warn
+from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import build_run_programs, check_devices, input_of, place_split
-from pspinal_jax.runs.directory import RunDirectory, write_json
+from pspinal_jax.runs.directory import write_json
 from pspinal_jax.runs.metrics import plot_confusion
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.training.chunk import Batch
@@ -23,20 +27,25 @@ from pspinal_jax.training.programs import Programs
 def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Path | None = None) -> dict[str, Any]:
     """Evaluate a run exactly, every test example once, and write evaluation.json and confusion.png into it.
 
+    Of other data than the run was trained on they are evaluation-CHECKSUM.json and confusion-CHECKSUM.png, with the
+    data's checksum. Where they cannot be written, a warning says so.
+
     Args:
       run: run directory.
       seed_index: which of its seeds; by default the best on validation.
       data_path: a data set whose test split is taken in place of the run's own.
 
     Returns:
-      accuracy 0 .. 1, correct, examples, loss (nats), class_accuracy by name (None for a class without examples) and
-      confusion, rows the true class.
+      accuracy 0 .. 1, correct, examples, loss (nats), class_accuracy by name (None for a class without examples),
+      confusion, rows the true class, data, where it came from, data_fingerprint, its checksum, and trained_on_it,
+      whether this is the data that the run was trained on; and files, the names of what was written.
 
     Raises:
-      PSpinalError: if the run or the data cannot be read or do not fit each other.
+      PSpinalError: if the run or the data cannot be read or do not fit each other, the run's own data is no longer what
+        it was trained on, or its logits are not finite.
     """
     enable_compilation_cache()
-    run = Path(run).expanduser()
+    run = expanded(run)
     variables, config = load_variables(run, seed_index)
     recipe = dataclasses.replace(load_recipe_of(config), num_seeds=1)
     check_devices(recipe)
@@ -54,16 +63,44 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
             f"{data.source} has inputs of shape {list(shape)} ({dtype}), but the run was trained on "
             f"{config['input_shape']} ({config['input_dtype']})"
         )
+    fingerprint = _fingerprint(recipe, data)
+    same = fingerprint == config["identity"]["data_fingerprint"]
+    if data_path is None and not same:
+        raise DataError(
+            f"{data.source} is no longer what the run was trained on: it has changed since, and so may have its split "
+            "into training and test examples; name the data to evaluate on with --data.path"
+        )
     programs = build_run_programs(recipe, build_model(recipe, shape, len(names)), shape, dtype)
     split = place_split(recipe, programs, data.test)
     sums = split.evaluate(partial(_evaluate, programs, programs.replicate(variables)))
     predictions = sums["predictions"][0]
-    report = _report(predictions, data.test.labels, names) | {"loss": float(sums["loss"][0]) / split.count}
-    directory = RunDirectory(run)
-    write_json(directory.path / "evaluation.json", report)
-    title = f"{recipe.card.name}: {100 * report['accuracy']:.2f} % of {split.count} test examples"
-    plot_confusion(np.asarray(report["confusion"]), names, directory.path / "confusion.png", title)
-    return report
+    loss = float(sums["loss"][0]) / split.count
+    if not np.isfinite(loss):
+        raise RunError(f"{run} gives logits that are not finite: training diverged; its accuracy would mean nothing")
+    report = _report(predictions, data.test.labels, names) | {"loss": loss}
+    report |= {"data": data.source, "data_fingerprint": fingerprint, "trained_on_it": same}
+    return report | {"files": _write(run, report, names, recipe.card.name)}
+
+
+def _write(run: Path, report: dict[str, Any], names: list[str], recipe_name: str) -> list[str]:
+    """Write `report` and return the names of the files, which are others for other data than the run's own."""
+    ending = "" if report["trained_on_it"] else f"-{report['data_fingerprint']}"
+    numbers, plot = run / f"evaluation{ending}.json", run / f"confusion{ending}.png"
+    title = f"{recipe_name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
+    try:
+        write_json(numbers, report)
+        plot_confusion(np.asarray(report["confusion"]), names, plot, title)
+    except RunError as error:
+        warn(printable(error))
+        return []
+    return [path.name for path in (numbers, plot) if path.exists()]
+
+
+def _fingerprint(recipe: Recipe, data: Dataset | ImageDataset) -> str:
+    """The checksum of `data` as config.json records it."""
+    if isinstance(data, ImageDataset) and recipe.protocol == "validation":
+        data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
+    return data.fingerprint()
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -8,9 +8,10 @@ from pspinal_jax.environment import versions
 from pspinal_jax.errors import RunError
 from pspinal_jax.export.directory import check_free, write_export
 from pspinal_jax.export.program import export_classifier
+from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model, count_parameters
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.directory import RunDirectory, read_json
+from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.runs.result import best_seed_index
 
@@ -29,14 +30,14 @@ def export_run(run: str | Path, output: str | Path | None = None, seed_index: in
     Raises:
       PSpinalError: if `run` is no finished run, or `output` cannot be written or holds anything but an export.
     """
-    run = Path(run).expanduser()
-    output = run / "export" if output is None else Path(output).expanduser()
+    run = expanded(run)
+    output = run / "export" if output is None else expanded(output)
     directory = RunDirectory(run)
     config = directory.config()
-    if not directory.result_path.exists():
+    result = directory.result()
+    if result is None:
         raise RunError(f"{run} is not finished: it has no result.json; run `train` again to go on")
     check_free(output)
-    result = read_json(directory.result_path)
     if seed_index is None:
         seed_index = best_seed_index(config, result, directory.metrics())
     variables, config = load_variables(run, seed_index)

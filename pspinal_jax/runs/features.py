@@ -5,6 +5,7 @@ The features are made when the run starts. They are kept in its directory, besid
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.runs import manifest
 from pspinal_jax.runs.build import augmentation, input_of
 from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.runs.input_pipeline import process_local_batches
@@ -44,6 +46,12 @@ def head_recipe(recipe: Recipe) -> Recipe:
     )
 
 
+def head_of(start: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The head's part of the variables that `start` gives."""
+    parts = {name: {key: tree[key] for key in tree if key != "backbone"} for name, tree in start().items()}
+    return {name: tree for name, tree in parts.items() if tree}
+
+
 def save_backbone(path: Path, variables: dict[str, Any]) -> None:
     """Write the backbone's part of `variables`, whole or not at all."""
     save_variables(path, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
@@ -56,6 +64,7 @@ def add_backbone(directory: Path, variables: dict[str, Any]) -> dict[str, Any]:
       RunError: if the backbone's file is missing or damaged.
     """
     path = directory / BACKBONE
+    manifest.check(directory, BACKBONE)
     try:
         trees = read_variables(path)
     except DataError as error:
@@ -147,7 +156,7 @@ def save_features(path: Path, data: Dataset) -> None:
 def cached_features(
     recipe: Recipe,
     model: Classifier,
-    start: dict[str, Any],
+    start: Callable[[], dict[str, Any]],
     data: ImageDataset,
     directory: RunDirectory,
     workers: int,
@@ -157,19 +166,21 @@ def cached_features(
     Args:
       recipe: has a frozen backbone.
       model: the recipe's.
-      start: the variables that the run starts from, see `start_variables`.
+      start: gives the variables that the run starts from, see `start_variables`.
       data: photographs.
       directory: the run's.
       workers: processes that decode them; 0 for threads of this one.
     """
     path = directory.path / FEATURES
-    if not broadcast_from_primary(path.exists):
-        variables = complete_backbone(recipe, model, start, *input_of(recipe, data))
+    if not broadcast_from_primary(lambda: path.exists() and (directory.path / BACKBONE).exists()):
+        variables = complete_backbone(recipe, model, start(), *input_of(recipe, data))
         features = extract_features(recipe, model, variables, data, workers)
         if is_primary():
             save_backbone(directory.path / BACKBONE, variables)
             save_features(path, features)
+            manifest.record(directory.path, BACKBONE, FEATURES)
         barrier()
+    manifest.check(directory.path, BACKBONE, FEATURES)
     return read_npz(path, data.num_classes)
 
 

@@ -2,23 +2,25 @@
 
 import contextlib
 import json
-import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pspinal_jax.distributed.coordination import is_primary
-from pspinal_jax.errors import UsageError
+from pspinal_jax.errors import UsageError, printable
 from pspinal_jax.files import atomic_file
+from pspinal_jax.progress import warn
 from pspinal_jax.runs.directory import RunDirectory, write_text, writing
 from pspinal_jax.runs.progress import TrainingProgress, TrainingStage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LONGEST_TEXT = 60
 _MOST_NUMBERED_CLASSES = 30
 """Above so many classes the confusion matrix shows colours only."""
 
@@ -44,15 +46,23 @@ class MetricsWriter:
         if self._events is not None:
             self._events.close()
 
-    def rewind(self, count: int) -> None:
-        """Cut what was written to its first `count` lines: the epochs that the restored checkpoint knows of.
+    def rewind(self, finished: Sequence[tuple[str, int]]) -> None:
+        """Keep the lines of `finished`, the (stage, epoch) that the restored checkpoint knows of; say what is missing.
 
         Raises:
           RunError: if it cannot be written.
         """
         if not is_primary():
             return
-        lines = self.directory.metrics()[:count]
+        there = {(line["stage"], line["epoch"]): line for line in reversed(self.directory.metrics())}
+        lines = [there[epoch] for epoch in finished if epoch in there]
+        missing = [f"{stage} {epoch}" for stage, epoch in finished if (stage, epoch) not in there]
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            warn(
+                f"{self.directory.metrics_path} is damaged: it lacks the lines of finished epochs "
+                f"({', '.join(missing[:5])}{more}); the run goes on, and its result does not depend on them"
+            )
         write_text(self.directory.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
         if self._events is not None:
             self._events.restart(lines)
@@ -93,7 +103,7 @@ class _Events:
         with writing(self._path):
             if stage not in self._writers:
                 (self._path / stage).mkdir(parents=True, exist_ok=True)
-                self._writers[stage] = EventsWriter(str(self._path / stage / "events"))
+                self._writers[stage] = EventsWriter(str((self._path / stage / "events").absolute()))
             for name, value in line.items():
                 if name not in ("stage", "step"):
                     summary = scalar(name, float(np.mean(value)))
@@ -165,7 +175,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss and accuracy by epoch: the mean over seeds, and their range where there is more than one."""
     with _figure(path, 10, 4) as figure:
         left, right = figure.subplots(1, 2)
-        epochs = np.arange(1, len(lines) + 1)
+        epochs = _count_on(lines)
         for axis, kind, scale in ((left, "loss", 1.0), (right, "accuracy", 100.0)):
             for split in ("train", "validation", "test"):
                 key = f"{split}_{kind}"
@@ -181,39 +191,68 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
             axis.legend()
         left.set_ylabel("loss (nats)")
         right.set_ylabel("accuracy (%)")
-        figure.suptitle(title)
+        figure.suptitle(_drawable(title))
 
 
 def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title: str) -> None:
-    """The confusion matrix [C, C], rows the true class; colours are shares of the row."""
+    """The confusion matrix [C, C], rows the true class; colours are fractions of the row."""
     size = float(np.clip(0.45 * len(class_names), 5, 16))
     with _figure(path, size + 1, size) as figure:
         axis = figure.subplots()
-        shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        figure.colorbar(image, ax=axis, label="share of the true class")
+        fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+        figure.colorbar(image, ax=axis, label="fraction of the true class")
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
-        axis.set_title(title)
+        axis.set_title(_drawable(title))
         if len(class_names) <= _MOST_NUMBERED_CLASSES:
-            axis.set_xticks(range(len(class_names)), class_names, rotation=90)
-            axis.set_yticks(range(len(class_names)), class_names)
+            labels = [_drawable(name) for name in class_names]
+            # Names that cannot be told apart any more have their number before them.
+            labels = labels if len({*labels}) == len(labels) else [f"{i}: {label}" for i, label in enumerate(labels)]
+            axis.set_xticks(range(len(labels)), labels, rotation=90)
+            axis.set_yticks(range(len(labels)), labels)
             for (row, column), count in np.ndenumerate(matrix):
                 if count:
-                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    colour = "white" if fractions[row, column] > 0.5 else "black"
                     axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+
+
+def _count_on(lines: list[dict[str, Any]]) -> np.ndarray:
+    """The epoch of each line, counted on from stage to stage."""
+    numbers, before = [], 0
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        here = [line["epoch"] for line in lines if line["stage"] == stage]
+        numbers += [before + epoch for epoch in here]
+        before += max(here)
+    return np.array(numbers)
 
 
 @contextlib.contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """A figure (inches) that is saved to `path` at the end of the `with`. A plot that fails is one warning, no more."""
+    """A figure (inches) that is saved to `path` at the end of the `with`. A plot that fails is one warning, no more.
+
+    What is written on it is text, never markup.
+    """
     try:
+        import matplotlib
         from matplotlib.figure import Figure  # no pyplot: a notebook's backend is its own
 
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        with atomic_file(path) as part:
-            figure.savefig(part, dpi=110, format="png")
+        with matplotlib.rc_context({"text.usetex": False, "text.parse_math": False}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layouts that do not fit
+            figure = Figure(figsize=(width, height), layout="constrained")
+            yield figure
+            with atomic_file(path) as part:
+                figure.savefig(part, dpi=110, format="png")
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"warning: {path} was not drawn: {reason}", file=sys.stderr)
+        warn(printable(f"{path} was not drawn: {reason}"))
+
+
+def _drawable(text: str) -> str:
+    """`text` on one line, with a replacement character for what the font lacks, and cut to a length that fits."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    text = printable(text)
+    text = text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…"
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(char if ord(char) in glyphs else "\ufffd" for char in text)

@@ -12,8 +12,9 @@ from PIL import Image
 
 from pspinal_jax.data.images.decode import decode
 from pspinal_jax.environment import enable_compilation_cache
-from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.export.directory import is_export, read_export
+from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 
@@ -68,7 +69,7 @@ def predict(source: str | Path, images: Images, top: int = 1, seed_index: int | 
       RunError: if the run or the export cannot be read.
     """
     enable_compilation_cache()
-    source = Path(source).expanduser()
+    source = expanded(source)
     each = _each(images)
     if is_export(source):
         if seed_index is not None:
@@ -96,7 +97,7 @@ def _each(images: Images) -> list[Path | Image.Image]:
 
 def _opened(image: Any) -> Path | Image.Image:
     if isinstance(image, str | Path):
-        return Path(image).expanduser()
+        return expanded(image)
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)
@@ -123,7 +124,15 @@ def _of_run(run: Path, seed_index: int | None) -> _Classifier:
 
 def _of_export(path: Path) -> _Classifier:
     artifact = read_export(path)
-    call = jax.jit(artifact.exported.call)
+    program = jax.jit(artifact.exported.call)
+
+    def call(images: np.ndarray) -> np.ndarray:
+        try:
+            return np.asarray(program(images))
+        except Exception as error:  # of many kinds, where the program's bytes are none of ours
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise RunError(f"the program of {path} cannot be run: {reason}; export the run again") from error
+
     return _Classifier(path, artifact.class_names, artifact.input_shape, str(artifact.input_dtype), call)
 
 
@@ -148,8 +157,13 @@ def _predict_batch(
     for index, pixels in enumerate(inputs):
         if isinstance(pixels, np.ndarray):
             batch[index] = pixels
+    rows = np.asarray(classifier.probabilities(batch))
+    if not np.isfinite(rows).all():
+        raise RunError(
+            f"{classifier.source} gives probabilities that are not finite: it is damaged, or training diverged"
+        )
     predictions = []
-    for image, pixels, row in zip(images, inputs, np.asarray(classifier.probabilities(batch)), strict=False):
+    for image, pixels, row in zip(images, inputs, rows, strict=False):
         path = image if isinstance(image, Path) else None
         if isinstance(pixels, str):
             predictions.append(Prediction(path, error=pixels))

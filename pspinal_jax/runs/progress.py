@@ -91,6 +91,11 @@ class TrainingProgress:
         """Steps since the parameters were initialised, rounds before included."""
         return (self.epochs_before + self.epoch) * stage.steps_per_epoch + self.step
 
+    def finished(self, recipe: Recipe, stages: list[TrainingStage]) -> list[tuple[str, int]]:
+        """(stage, epoch) of every finished epoch, in order."""
+        counts = [recipe.epochs] * self.stage + [self.epoch]
+        return [(stage.name, epoch + 1) for stage, count in zip(stages, counts, strict=False) for epoch in range(count)]
+
     def stage_epochs(self, recipe: Recipe) -> int:
         """Epochs of the stage under way: as many as the recipe says or, to retrain, as any seed selected."""
         return max(self.selected_epoch) if self.selected_epoch else recipe.epochs

@@ -1,22 +1,29 @@
 """Reading a run back: its recipe, and the parameters that it selected."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints import read_newest
+from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
-from pspinal_jax.runs.directory import RunDirectory, read_json
+from pspinal_jax.runs import manifest
+from pspinal_jax.runs.directory import RunDirectory, writing
 from pspinal_jax.runs.features import add_backbone, head_recipe
-from pspinal_jax.runs.result import best_seed_index, leading_seed
+from pspinal_jax.runs.result import best_seed_index, leading_seed, selected_checksum
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 from pspinal_jax.weights import PRETRAINED, read_state_dict, resnet_variables
+from pspinal_jax.weights.variables import read_variables, save_variables
+
+START = "start.safetensors"
 
 
 def load_recipe_of(config: dict[str, Any]) -> Recipe:
@@ -52,14 +59,15 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
       ({'params': .., 'batch_stats': ..}, config.json). The variables are what the run's model applies.
 
     Raises:
-      RunError: if `run` is no run directory or holds no whole checkpoint.
+      RunError: if `run` is no run directory, its newest checkpoint is damaged or missing, or the parameters are not
+        those that result.json speaks of, or not finite.
       UsageError: if there is no such seed.
     """
     directory = RunDirectory(run)
     config = directory.config()
     recipe = load_recipe_of(config)
     count = recipe.num_seeds
-    result = read_json(directory.result_path) if directory.result_path.exists() else None
+    result = directory.result()
     if seed_index is None:
         seed_index = best_seed_index(config, result, directory.metrics())
     if not 0 <= seed_index < count:
@@ -79,9 +87,36 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
 
     # Under the paper's protocol the result is the last epoch's; its "best" was selected on the test split.
     takes_last = recipe.protocol == "paper"
-    trees, _ = read_newest(directory.checkpoints_path, wanted)
-    variables = leading_seed(trees if takes_last else trees["best"], seed_index, count)
-    return (add_backbone(run, variables) if recipe.cache_features else variables), config
+    trees, progress = read_newest(directory.checkpoints_path, wanted)
+    selected = trees if takes_last else trees["best"]
+    if result is not None and not _speaks_of(result, selected, progress):
+        raise RunError(
+            f"the newest checkpoint in {directory.checkpoints_path} does not hold the parameters of result.json: it "
+            "was replaced, or a newer one is missing; train again in another --workdir"
+        )
+    variables = leading_seed(selected, seed_index, count)
+    if recipe.cache_features:
+        variables = add_backbone(run, variables)
+    _check_finite(run, variables)
+    return variables, config
+
+
+def _speaks_of(result: dict[str, Any], selected: Any, progress: dict[str, Any]) -> bool:
+    """Whether `result` is the result of the parameters `selected`, of all seeds."""
+    if "selected_checksum" in result:
+        return bool(result["selected_checksum"] == selected_checksum(selected))
+    if "selected_epoch" in result:  # a run of before there was such a checksum
+        return bool(result["selected_epoch"] == (progress["selected_epoch"] or progress["best_epoch"]))
+    return bool(result["test_accuracy"]["each"] == progress["last_accuracy"])
+
+
+def _check_finite(run: Path, variables: dict[str, Any]) -> None:
+    for name, leaf in flatten_dict(variables, sep="/").items():
+        if not np.isfinite(np.asarray(leaf)).all():
+            raise RunError(
+                f"{run} holds parameters that are not finite, {name} first: training diverged; train again in another "
+                "--workdir with a lower --optimizer.learning-rate"
+            )
 
 
 def _trained_shapes(recipe: Recipe, config: dict[str, Any]) -> Any:
@@ -90,6 +125,38 @@ def _trained_shapes(recipe: Recipe, config: dict[str, Any]) -> Any:
     if recipe.cache_features:
         shape, dtype, recipe = (count_features(recipe, shape),), "float32", head_recipe(recipe)
     return abstract_variables(build_model(recipe, shape, len(config["class_names"])), shape, dtype)
+
+
+def keep_start(
+    directory: RunDirectory, given: dict[str, Any] | None, read_given: Callable[[], dict[str, Any]]
+) -> Callable[[], dict[str, Any]]:
+    """Gives the variables that a run starts from, which lie in its directory from its beginning on.
+
+    Args:
+      directory: the run's.
+      given: what was read for a run that begins; None for one that goes on.
+      read_given: reads it, see `start_variables`; called only for runs that have no such file.
+    """
+    path = directory.path / START
+
+    def save(variables: dict[str, Any]) -> dict[str, Any]:
+        if variables and is_primary():
+            with writing(path):
+                save_variables(path, variables)
+            manifest.record(directory.path, START)
+        barrier()
+        return variables
+
+    def start() -> dict[str, Any]:
+        if not broadcast_from_primary(path.exists):
+            return save(read_given())
+        manifest.check(directory.path, START)
+        return read_variables(path)
+
+    if given is None:
+        return start
+    save(given)
+    return lambda: given
 
 
 def start_variables(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError
 from pspinal_jax.models.build import count_parameters
@@ -44,7 +45,9 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
             result["validation_accuracy"] = summary(validation)
         result["selected_epoch"] = selected
     lines = trainer.directory.metrics()
+    trees = trainer.seed_states.trees()
     return result | {
+        "selected_checksum": selected_checksum(trees if recipe.protocol == "paper" else trees["best"]),
         "published_accuracy_percent": recipe.card.published_accuracy,
         "parameters": count_parameters(params) // recipe.num_seeds,
         "train_examples": len(trainer.stage.subset),
@@ -102,6 +105,11 @@ def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metri
         return int(np.argmax(np.max(np.asarray(evaluated), axis=0))) if evaluated else 0
     except (KeyError, TypeError, ValueError) as error:
         raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with --seed-index") from error
+
+
+def selected_checksum(selected: Any) -> str:
+    """A checksum of the parameters and running statistics that a result is of, those of all seeds."""
+    return json_checksum({name: tree_checksums(selected.get(name, {})) for name in ("params", "batch_stats")})
 
 
 def leading_seed(trees: Any, index: int, num_seeds: int) -> Any:

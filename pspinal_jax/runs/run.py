@@ -14,11 +14,12 @@ import flax.linen as nn
 import numpy as np
 
 from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import Recipe, load_recipe
 from pspinal_jax.recipes.options import RunOptions
-from pspinal_jax.runs.directory import RunDirectory, read_json
+from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
 from pspinal_jax.runs.predict import Images, Prediction, predict
@@ -39,7 +40,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path, seed_index: int | None = None) -> None:
-        self.path, self.seed_index = Path(path).expanduser(), seed_index
+        self.path, self.seed_index = expanded(path), seed_index
         self.config: dict[str, Any] = RunDirectory(self.path).config()
         self.recipe: Recipe = load_recipe_of(self.config)
         self.class_names = tuple(self.config["class_names"])
@@ -52,12 +53,12 @@ class Run:
         """What result.json holds; ``result["test_accuracy"]["mean"]`` is 0 .. 1.
 
         Raises:
-          RunError: if the run is not finished.
+          RunError: if the run is not finished, or result.json is damaged.
         """
-        path = RunDirectory(self.path).result_path
-        if not path.exists():
+        result = RunDirectory(self.path).result()
+        if result is None:
             raise RunError(f"{self.path} is not finished: it has no result.json; run `train` again to go on")
-        return read_json(path)
+        return result
 
     @functools.cached_property
     @absl_quietened()

@@ -76,7 +76,8 @@ def leave_at_once(advice: str) -> Iterator[None]:
             from pspinal_jax.distributed.failure import leave_together
 
             leave_together(line)
-        os.write(sys.stderr.fileno(), f"{line}\n".encode())
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or broken
+            os.write(sys.stderr.fileno(), f"{line}\n".encode())  # print, in the middle of a print, would fail
         os._exit(0)
 
     before = {number: signal.signal(number, leave) for number in _SIGNALS}

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints import CheckpointStore
@@ -13,17 +17,28 @@ from pspinal_jax.data.dataset import Dataset
 from pspinal_jax.data.images.images import ImageDataset
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import device, enable_compilation_cache, versions
+from pspinal_jax.errors import UsageError
+from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import input_of, set_up, split_examples
-from pspinal_jax.runs.directory import RunDirectory, read_json, write_json
-from pspinal_jax.runs.features import cached_features, head_recipe
+from pspinal_jax.runs.build import Setup, input_of, set_up, split_examples
+from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.features import cached_features, head_of, head_recipe
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
-from pspinal_jax.runs.restore import start_variables
+from pspinal_jax.runs.restore import keep_start, start_variables
 from pspinal_jax.runs.result import make_result
 from pspinal_jax.runs.signals import StopRequest
 from pspinal_jax.runs.trainer import Trainer
+
+_DECIDING = (
+    "default_prng_impl",
+    "threefry_partitionable",
+    "random_seed_offset",
+    "enable_x64",
+    "default_matmul_precision",
+)
+"""JAX's settings with which the same run gives other numbers."""
 
 
 def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
@@ -39,6 +54,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         check_installed()
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
+    _check_apart(directory.path, recipe.data.path)
     data = primary_first(lambda: load_data(recipe.data))
     if isinstance(data, ImageDataset) and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
@@ -51,18 +67,30 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if broadcast_from_primary(directory.result_path.exists):
         if is_primary() and not directory.curves_path.exists():  # a kill came between the two
             _plot(recipe, directory)
-        return read_json(directory.result_path)
+        return directory.result() or {}
     shape, dtype = input_of(recipe, data)
     model = build_model(recipe, shape, data.num_classes)
-    start = start_variables(recipe, model, options.init_from, shape, dtype)
-    directory.create(config)
-    if isinstance(data, ImageDataset) and recipe.cache_features:
-        features = cached_features(recipe, model, start, data, directory, options.workers)
-        head_only, start = head_recipe(recipe), {}
-        head = build_model(head_only, features.train.inputs.shape[1:], features.num_classes)
-        setup = set_up(head_only, head, features, options.workers)
-    else:
-        setup = set_up(recipe, model, data, options.workers)
+
+    def read_given() -> dict[str, Any]:
+        return start_variables(recipe, model, options.init_from, shape, dtype)
+
+    given = None if broadcast_from_primary(directory.config_path.exists) else read_given()
+    with directory.held():
+        directory.create(config)
+        start = keep_start(directory, given, read_given)
+        if isinstance(data, ImageDataset) and recipe.cache_features:
+            features = cached_features(recipe, model, start, data, directory, options.workers)
+            head_only, start = head_recipe(recipe), partial(head_of, start)
+            head = build_model(head_only, features.train.inputs.shape[1:], features.num_classes)
+            setup = set_up(head_only, head, features, options.workers)
+        else:
+            setup = set_up(recipe, model, data, options.workers)
+        return _train(setup, recipe, options, directory, start)
+
+
+def _train(
+    setup: Setup, recipe: Recipe, options: RunOptions, directory: RunDirectory, start: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     with StopRequest() as stop:
         with (
             CheckpointStore(directory.checkpoints_path) as store,
@@ -72,9 +100,19 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             trainer.run()
             result = make_result(trainer)
         if is_primary():
-            write_json(directory.result_path, result)
+            directory.write_result(result)
             _plot(recipe, directory)
     return result
+
+
+def _check_apart(workdir: Path, data: Path | None) -> None:
+    """Raise UsageError if the run would write into the folder that it reads."""
+    place, folder = os.path.realpath(workdir), "" if data is None else os.path.realpath(expanded(data))
+    if folder and os.path.isdir(folder) and os.path.commonpath([place, folder]) == folder:
+        raise UsageError(
+            f"the work directory {workdir} lies inside the data, {data}: what a run writes there would become data; "
+            "choose another --workdir"
+        )
 
 
 def _plot(recipe: Recipe, directory: RunDirectory) -> None:
@@ -83,7 +121,12 @@ def _plot(recipe: Recipe, directory: RunDirectory) -> None:
 
 def work_directory(recipe: Recipe, options: RunOptions) -> Path:
     """The run directory: --workdir, or runs/ and the recipe's name."""
-    return (options.workdir or Path("runs") / recipe.card.name).expanduser()
+    return expanded(options.workdir or Path("runs") / recipe.card.name)
+
+
+def _absolute(path: Path | None) -> str:
+    """`path` as it will be looked up again, from whatever folder; text for what is not given, too."""
+    return str(None if path is None else expanded(path).absolute())
 
 
 def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -> dict[str, Any]:
@@ -91,13 +134,16 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}
     mesh = settings.pop("mesh")  # where the numbers lie, not what they are: a run may go on on other devices
-    where = {key: str(settings["data"].pop(key)) for key in ("path", "data_dir")}
+    where = {key: _absolute(getattr(recipe.data, key)) for key in ("path", "data_dir")}
+    for key in where:
+        settings["data"].pop(key)
     shape, dtype = input_of(recipe, data)
     return {
         "identity": {
             **settings,
             "init_from": None if options.init_from is None else str(options.init_from.resolve()),
             "data_fingerprint": data.fingerprint(),
+            "jax": {name: getattr(jax.config, f"jax_{name}", None) for name in _DECIDING},
         },
         "num_seeds": recipe.num_seeds,
         "class_names": list(data.class_names),

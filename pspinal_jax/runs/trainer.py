@@ -48,7 +48,7 @@ class Trainer:
         store: CheckpointStore,
         stop: StopRequest,
         checkpoint_seconds: float,
-        start: dict[str, Any] | None = None,
+        start: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.setup = setup
         self.progress = TrainingProgress()
@@ -85,10 +85,7 @@ class Trainer:
 
     def _fresh_seed_states(self) -> SeedStates:
         recipe = self.setup.recipe
-        seed_states = SeedStates(self.setup.programs, [recipe.seed + index for index in range(recipe.num_seeds)])
-        if self._start is not None:
-            seed_states.start_from(self._start)
-        return seed_states
+        return SeedStates(self.setup.programs, [recipe.seed + index for index in range(recipe.num_seeds)])
 
     def _restore(self) -> None:
         def wanted(progress: dict[str, Any]) -> dict[str, Any]:
@@ -96,13 +93,14 @@ class Trainer:
 
         found = self._store.restore(wanted)
         if found is None:
-            self._metrics.rewind(0)
+            self.seed_states.start_from(self._start())
+            self._metrics.rewind([])
             return
         trees, progress = found
         self.progress = TrainingProgress(**progress)
         self.seed_states.set_trees(trees, self.progress.steps_taken(self.stage))
         self.seed_states.set_totals(self.progress.totals or None)
-        self._metrics.rewind(self.progress.lines)
+        self._metrics.rewind(self.progress.finished(self.setup.recipe, self.setup.stages))
 
     def _save(self) -> None:
         self.progress.totals = self.seed_states.totals() if self.progress.step else {}
@@ -120,6 +118,7 @@ class Trainer:
             self.progress.selected_epoch = progress.best_epoch
             self.progress.selected_accuracy = progress.best_accuracy
             self.seed_states = self._fresh_seed_states()
+            self.seed_states.start_from(self._start())
         else:
             self.progress.epochs_before = progress.epochs_before + progress.epoch
             best, self.seed_states = self.seed_states, self._fresh_seed_states()

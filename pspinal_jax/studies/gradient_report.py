@@ -13,6 +13,7 @@ from pspinal_jax.data.digits import read_digits
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import DataError, RunError
+from pspinal_jax.files import expanded
 from pspinal_jax.models.build import abstract_variables, count_parameters
 from pspinal_jax.runs.directory import whole_file, write_json
 from pspinal_jax.studies.gradient_study import (
@@ -40,7 +41,7 @@ def read_examples(path: Path | None, most: int, batch_size: int) -> tuple[Exampl
     if path is None:
         data = make_dataset(dict(read_digits()), "scikit-learn's digits", None)
     else:
-        data = read_npz(path.expanduser(), None)
+        data = read_npz(expanded(path), None)
     (train, train_labels), (test, test_labels) = (_some(split, most) for split in (data.train, data.test))
     if len(train) < batch_size:
         raise DataError(

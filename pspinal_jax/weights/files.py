@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.errors import DataError
+from pspinal_jax.files import expanded
 from pspinal_jax.weights.hub import PREFIX, fetch
 
 _PYTORCH = (".pt", ".pth", ".bin")
@@ -38,7 +39,7 @@ def read_state_dict(source: str | Path) -> dict[str, np.ndarray]:
     """
     if str(source).startswith(PREFIX):
         return _read_safetensors(fetch(str(source)))
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix != ".safetensors" and path.suffix not in _PYTORCH:
         raise DataError(f"weights: {source} is none of FILE.safetensors, FILE.pt, FILE.pth and hf:OWNER/NAME")
     if not path.is_file():
