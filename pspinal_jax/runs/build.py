@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from pspinal_jax.data.dataset import Dataset, Split, hold_out
-from pspinal_jax.data.images.images import ImageDataset, ImageSplit
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.models.build import build_model
@@ -52,7 +51,7 @@ class Setup:
     stages: list[Stage]
 
 
-def split_examples(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[np.ndarray, np.ndarray]:
+def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np.ndarray]:
     """Indices (train, validation) into the training data; validation is empty where nothing is held out.
 
     A validation split of the data's own counts on from the end of its training split.
@@ -63,7 +62,7 @@ def split_examples(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[np.nda
     check_devices(recipe)
     check_classes(recipe, data.num_classes)
     wants_validation = recipe.protocol == "validation"
-    if isinstance(data, ImageDataset) or data.validation is not None:
+    if data.validation is not None or not data.in_memory:
         own = len(data.validation) if data.validation is not None and wants_validation else 0
         train, validation = np.arange(len(data.train)), len(data.train) + np.arange(own)
     else:
@@ -77,26 +76,26 @@ def split_examples(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[np.nda
     return train, validation
 
 
-def set_up(recipe: Recipe, data: Dataset | ImageDataset, workers: int = 0) -> Setup:
+def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0) -> Setup:
     """Build the model and its programs, and split the data; raises as `split_examples`.
 
     Args:
       recipe: the recipe.
-      data: arrays, which are brought to the devices, or photographs, which are read while training.
-      workers: processes that decode photographs; 0 for threads of this one.
+      data: arrays, which are brought to the devices, or images, which are read while training.
+      workers: processes that decode images; 0 for threads of this one.
     """
     train, validation = split_examples(recipe, data)
-    model, programs = build_run_programs(recipe, *input_of(recipe, data), data.num_classes)
+    model, programs = build_run_programs(recipe, data.example_shape, data.example_dtype, data.num_classes)
     # A validation split of the data's own follows the training examples; stages tell them apart by index.
-    pool = data.train if data.validation is None else data.train.join(data.validation)  # type: ignore[arg-type]
+    pool = data.train if data.validation is None else data.train.join(data.validation)
     splits: dict[str, EvaluatedSplit] = {"test": place_split(recipe, programs, data.test, workers)}
     if len(validation):
         splits["validation"] = place_split(recipe, programs, pool.take(validation), workers)
     examples: Examples
-    if isinstance(pool, ImageSplit):
+    if pool.inputs is None:
         examples = StreamedExamples(programs, pool, recipe.data.train_side, recipe.batch_size, workers)
     else:
-        examples = ResidentExamples(programs, pool)
+        examples = ResidentExamples(programs, (pool.inputs, pool.labels))
     return Setup(
         recipe=recipe,
         model=model,
@@ -105,14 +104,6 @@ def set_up(recipe: Recipe, data: Dataset | ImageDataset, workers: int = 0) -> Se
         splits=splits,
         stages=make_stages(recipe, train, validation),
     )
-
-
-def input_of(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of one example as the model of `recipe` sees it."""
-    if isinstance(data, Dataset):
-        return data.train.inputs.shape[1:], data.train.inputs.dtype
-    side = recipe.data.image_size or 0
-    return (side, side, 3), np.dtype(np.uint8)
 
 
 def build_run_programs(
@@ -160,11 +151,11 @@ def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] 
     return augment
 
 
-def place_split(recipe: Recipe, programs: Programs, split: Split | ImageSplit, workers: int = 0) -> EvaluatedSplit:
+def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int = 0) -> EvaluatedSplit:
     """`split`, ready to be evaluated in the recipe's evaluation batches."""
-    if isinstance(split, ImageSplit):
+    if split.inputs is None:
         return StreamedSplit(programs, split, recipe.data.image_size or 0, recipe.eval_batch_size, workers)
-    return ResidentSplit.place(programs, split, recipe.eval_batch_size)
+    return ResidentSplit.place(programs, (split.inputs, split.labels), recipe.eval_batch_size)
 
 
 def check_devices(recipe: Recipe) -> None:

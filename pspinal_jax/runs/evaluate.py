@@ -11,7 +11,7 @@ import numpy as np
 from pspinal_jax.data import load_data
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import UsageError
-from pspinal_jax.runs.build import build_run_programs, check_devices, input_of, place_split
+from pspinal_jax.runs.build import build_run_programs, check_devices, place_split
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import plot_confusion
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
@@ -46,7 +46,7 @@ def evaluate(run: Path, seed_index: int | None = None, data_path: Path | None = 
             f"{data.source} has the classes {_shortened(data.class_names)}, but the run was trained on "
             f"{_shortened(names)}"
         )
-    shape, dtype = input_of(recipe, data)
+    shape, dtype = data.example_shape, data.example_dtype
     if list(shape) != config["input_shape"] or str(dtype) != config["input_dtype"]:
         raise UsageError(
             f"{data.source} has inputs of shape {list(shape)} ({dtype}), but the run was trained on "

@@ -7,13 +7,12 @@ from typing import Any
 
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
-from pspinal_jax.data.dataset import Dataset
-from pspinal_jax.data.images.images import ImageDataset
+from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import device, enable_compilation_cache, versions
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import input_of, set_up, split_examples
+from pspinal_jax.runs.build import set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory, flatten, read_json, write_json
 from pspinal_jax.runs.features import cached_features, head_recipe
 from pspinal_jax.runs.metrics import check_installed, plot_curves, write_events
@@ -37,7 +36,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     data = primary_first(lambda: load_data(recipe.data))
-    if isinstance(data, ImageDataset) and recipe.protocol == "validation":
+    if not data.in_memory and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
     config = _config(recipe, options, data)
@@ -46,9 +45,9 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         directory.check(config)
     if broadcast_from_primary(directory.result_path.exists):
         return read_json(directory.result_path)
-    start = start_variables(recipe, options.init_from, *input_of(recipe, data), data.num_classes)
+    start = start_variables(recipe, options.init_from, data.example_shape, data.example_dtype, data.num_classes)
     directory.create(config)
-    if isinstance(data, ImageDataset) and recipe.cache_features:
+    if not data.in_memory and recipe.cache_features:
         features = cached_features(recipe, start, data, directory, options.workers)
         setup, start = set_up(head_recipe(recipe), features), {}
     else:
@@ -76,13 +75,12 @@ def work_directory(recipe: Recipe, options: RunOptions) -> Path:
     return (options.workdir or Path("runs") / recipe.card.name).expanduser()
 
 
-def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -> dict[str, Any]:
+def _config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dict[str, Any]:
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}
     mesh = settings.pop("mesh")  # where the numbers lie, not what they are: a run may go on on other devices
     where = {key: str(settings["data"].pop(key)) for key in ("path", "data_dir")}
-    shape, dtype = input_of(recipe, data)
     return {
         "identity": {
             **settings,
@@ -91,8 +89,8 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -
         },
         "num_seeds": recipe.num_seeds,
         "class_names": list(data.class_names),
-        "input_shape": list(shape),
-        "input_dtype": str(dtype),
+        "input_shape": list(data.example_shape),
+        "input_dtype": str(data.example_dtype),
         "data_source": data.source,
         "data_location": where,
         "mesh": mesh,

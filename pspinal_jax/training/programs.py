@@ -11,7 +11,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from pspinal_jax.data.dataset import Split
 from pspinal_jax.distributed.arrays import put
 from pspinal_jax.heads.layouts import Layout
 from pspinal_jax.training import keys
@@ -210,10 +209,7 @@ def make_order(subset: np.ndarray, length: int, vectorized: bool, shuffle: bool 
     return jax.jit(jax.vmap(order, (0, None)) if vectorized else order)
 
 
-def padded_split(split: Split, batch_size: int) -> Batch:
-    """Host arrays of `split`, padded with zeros to a multiple of `batch_size`."""
-    extra = -len(split) % batch_size
-    return (
-        np.pad(split.inputs, [(0, extra)] + [(0, 0)] * (split.inputs.ndim - 1)),
-        np.pad(split.labels, (0, extra)),
-    )
+def padded_split(inputs: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:
+    """Host arrays of a split, padded with zeros to a multiple of `batch_size`."""
+    extra = -len(labels) % batch_size
+    return np.pad(inputs, [(0, extra)] + [(0, 0)] * (inputs.ndim - 1)), np.pad(labels, (0, extra))
