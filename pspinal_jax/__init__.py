@@ -1,7 +1,8 @@
 """ProgressiveSpinalNet heads for JAX and Flax, with a compiled training path and the paper's recipes.
 
 The names below are loaded on first use, so ``import pspinal_jax`` costs nothing and
-``pspinal_jax.ProgressiveSpinalHead`` pulls in jax and flax only.
+``pspinal_jax.ProgressiveSpinalHead`` pulls in jax and flax only. `train` and `load_run` are the command line's Python
+side, see `pspinal_jax.runs.run`.
 """
 
 from importlib import import_module
@@ -22,15 +23,21 @@ if TYPE_CHECKING:
         unpack_batch_stats,
         unpack_params,
     )
+    from pspinal_jax.runs.run import Run, load_run, train
+
+_RUNS = ("Run", "load_run", "train")
 
 __all__ = [
     "DenseHead",
     "MLPHead",
     "ProgressiveSpinalHead",
+    "Run",
     "SpinalHead",
     "fuse_params",
+    "load_run",
     "pack_batch_stats",
     "pack_params",
+    "train",
     "unfuse_params",
     "unpack_batch_stats",
     "unpack_params",
@@ -39,7 +46,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("pspinal_jax.heads"), name)
+        return getattr(import_module("pspinal_jax.runs.run" if name in _RUNS else "pspinal_jax.heads"), name)
     raise AttributeError(f"module 'pspinal_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -1,6 +1,7 @@
-"""What a result was measured on and with."""
+"""What a result was measured on and with, and JAX's persistent compilation cache.
 
-# DOC of runs/compilation_cache: """JAX's persistent compilation cache, on by default: a program is compiled once per machine, not once per start."""  # noqa: E501
+The cache is on by default: a program is compiled once per machine, not once per start.
+"""
 
 import contextlib
 import importlib.metadata
@@ -37,8 +38,6 @@ def device() -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's model name, as far as the system tells, with the number of its cores given to us."""
-    import os
-
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:

@@ -1,6 +1,7 @@
 """The backbones: from images [N, H, W, C] to features [N, D]. Nothing here imports more than jax, flax and numpy."""
 
+from pspinal_jax.backbones.efficientnet import EfficientNetLite, EfficientNetName
 from pspinal_jax.backbones.resnet import ResNet, ResNetName, num_features
 from pspinal_jax.backbones.vgg5 import VGG5
 
-__all__ = ["VGG5", "ResNet", "ResNetName", "num_features"]
+__all__ = ["VGG5", "EfficientNetLite", "EfficientNetName", "ResNet", "ResNetName", "num_features"]

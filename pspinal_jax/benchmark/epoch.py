@@ -38,13 +38,15 @@ def jax_epochs(recipe: Recipe, data: tuple[np.ndarray, np.ndarray]) -> dict[str,
     }
 
 
-def torch_epochs(recipe: Recipe, data: tuple[np.ndarray, np.ndarray]) -> dict[str, Work]:
-    """PyTorch's: on tensors that lie on the device, eager and compiled, and through a DataLoader.
+def torch_epochs(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], compiled: bool = True) -> dict[str, Work]:
+    """PyTorch's: on tensors that lie on the device, eager and (if `compiled`) compiled, and through a DataLoader.
 
     Raises:
       ImportError: if torch is not installed.
     """
     import torch
+
+    from pspinal_jax.benchmark.torch_twins import torch_device
 
     params = JaxStep(recipe, data).params
     size = recipe.batch_size
@@ -53,7 +55,7 @@ def torch_epochs(recipe: Recipe, data: tuple[np.ndarray, np.ndarray]) -> dict[st
         def work(count: int) -> None:
             loss = None
             for _ in range(count):
-                order = torch.randperm(NUM_EXAMPLES)
+                order = torch.randperm(NUM_EXAMPLES, device=torch_device())
                 for start in range(0, NUM_EXAMPLES - size + 1, size):
                     loss = step(order[start : start + size])
             if loss is not None:
@@ -62,9 +64,10 @@ def torch_epochs(recipe: Recipe, data: tuple[np.ndarray, np.ndarray]) -> dict[st
         return work
 
     work: dict[str, Work] = {}
-    for name, compiled in (("PyTorch eager", False), ("torch.compile", True)):
-        check_equal(recipe, data, compiled)
-        step, _ = torch_step(recipe, data, params, compiled)
+    names = {"PyTorch eager": False} | ({"torch.compile": True} if compiled else {})
+    for name, by_compiler in names.items():
+        check_equal(recipe, data, by_compiler)
+        step, _ = torch_step(recipe, data, params, by_compiler)
         work[name] = on_device(step)
     return work | {PUBLISHED: _published_shape(recipe, data, params)}
 

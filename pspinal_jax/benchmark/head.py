@@ -146,6 +146,13 @@ def alternatives(case: Case) -> dict[str, Work]:
     }
 
 
+def suite_alternatives(case: Case) -> dict[str, Work]:
+    """The few of `alternatives` that `benchmark all` has time for."""
+    return {f"{name}, compiled loop": case.in_loop(name) for name in ("fused", "unrolled")} | {
+        "fused, call by call": case.by_call("fused")
+    }
+
+
 def torch_alternatives(case: Case) -> dict[str, Work]:
     """Eager PyTorch and torch.compile on the same arrays.
 

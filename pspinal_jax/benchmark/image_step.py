@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pspinal_jax.benchmark.roofline import count_flops
@@ -12,8 +13,7 @@ from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import build_run_programs
-from pspinal_jax.weights import resnet_state_dict
+from pspinal_jax.runs.programs import build_run_programs
 
 OURS = "jitted step"
 """What `train` calls for every batch that it reads."""
@@ -68,16 +68,23 @@ class ImageStep:
         return jax.tree.map(np.array, {"params": self.state.params, "batch_stats": self.state.batch_stats})
 
 
-def torch_photo_steps(recipe: Recipe, batch: Batch, ours: ImageStep) -> dict[str, Work]:
-    """The peers, eager PyTorch and torch.compile, channels last, from our variables, after a check of equality.
+def torch_photo_steps(
+    recipe: Recipe, batch: Batch, ours: ImageStep, compiled: bool = True, checked: bool = True
+) -> dict[str, Work]:
+    """The peers, eager PyTorch and torch.compile (if `compiled`), channels last, from our variables.
+
+    What both compute is compared first, if `checked`.
 
     Raises:
       ImportError: if torch is not installed.
       RunError: if they compute something else.
     """
     work: dict[str, Work] = {}
-    for name, compiled in (("PyTorch eager, channels last", False), ("torch.compile, channels last", True)):
-        step = _torch_step(recipe, batch, ours.variables, compiled)
+    if checked:
+        check_equal(recipe, batch)
+    names = {"PyTorch eager, channels last": False} | ({"torch.compile, channels last": True} if compiled else {})
+    for name, by_compiler in names.items():
+        step = _torch_step(recipe, batch, ours.variables, by_compiler)
 
         def run(num_steps: int, step: Any = step) -> None:
             loss = None
@@ -87,8 +94,56 @@ def torch_photo_steps(recipe: Recipe, batch: Batch, ours: ImageStep) -> dict[str
                 float(loss.detach())  # waits for the device
 
         work[name] = run
-    check_equal(recipe, batch)
     return work
+
+
+def feature_passes(recipe: Recipe, batch: Batch, peers: bool) -> tuple[dict[str, Work], int]:
+    """The backbone's features of `batch` without training, ours and (if `peers`) eager PyTorch's; operations of a pass.
+
+    PyTorch's side has parameters of its own: the time does not depend on them.
+    """
+    model = build_model(recipe, batch[0].shape[1:], NUM_CLASSES)
+    images = jnp.asarray(batch[0])
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
+    features = partial(model.apply, train=False, method="features")
+    call = jax.jit(features)
+
+    def ours(count: int) -> None:
+        result = None
+        for _ in range(count):
+            result = call(variables, images)
+        jax.block_until_ready(result)
+
+    work: dict[str, Work] = {"jitted features": ours}
+    if peers:
+        work["PyTorch eager, channels last"] = _torch_features(recipe, batch)
+    return work, count_flops(features, variables, images)
+
+
+def _torch_features(recipe: Recipe, batch: Batch) -> Work:
+    import torch
+
+    from pspinal_jax.benchmark.torch_twins import (
+        VARIANTS,
+        TorchEfficientNetLite,
+        TorchResNet,
+        computing_in,
+        torch_device,
+    )
+
+    name = recipe.model.backbone
+    backbone = TorchEfficientNetLite(name) if name.startswith("efficientnet") else TorchResNet(*VARIANTS[name])
+    backbone = backbone.to(torch_device(), memory_format=torch.channels_last).eval()
+    images = torch.from_numpy(batch[0]).to(torch_device())
+    forward = computing_in(recipe.dtype, backbone)
+
+    def run(count: int) -> None:
+        with torch.inference_mode():
+            for _ in range(count):
+                result = forward((images.float() / 255).permute(0, 3, 1, 2))
+            float(result[0, 0])  # waits for the device
+
+    return run
 
 
 def _torch_step(recipe: Recipe, batch: Batch, variables: dict[str, Any], compiled: bool) -> Any:
@@ -96,16 +151,22 @@ def _torch_step(recipe: Recipe, batch: Batch, variables: dict[str, Any], compile
 
     from pspinal_jax.benchmark.torch_twins import (
         TorchClassifier,
+        TorchEfficientNetLite,
         TorchProgressiveHead,
         computing_in,
         make_step,
         torch_device,
         torch_resnet,
     )
+    from pspinal_jax.weights import resnet_state_dict  # loads safetensors, which not every benchmark needs
 
     config, device = recipe.model, torch_device()
     own = {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree}
-    backbone = torch_resnet(config.backbone, resnet_state_dict(own, config.backbone))
+    if config.backbone.startswith("efficientnet"):
+        backbone = TorchEfficientNetLite(config.backbone)
+        backbone.load(own["params"])
+    else:
+        backbone = torch_resnet(config.backbone, resnet_state_dict(own, config.backbone))
     head = TorchProgressiveHead(
         backbone.num_features, NUM_CLASSES, config.layer_width, config.num_layers, config.dropout_rate
     )

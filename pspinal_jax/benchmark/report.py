@@ -3,16 +3,11 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 
 from pspinal_jax.benchmark.timing import Timing, ratio
 from pspinal_jax.environment import device, versions
-from pspinal_jax.runs.directory import write_json
+from pspinal_jax.files import write_json
 
 
 class Measurement(NamedTuple):
@@ -47,9 +42,9 @@ def write_report(
       What results.json holds.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    results = {
+    results: dict[str, Any] = {
         "command": command,
-        "measurements": [_summary(measurement, roofline["flops_per_second"]) for measurement in measurements],
+        "measurements": [summarize(measurement, roofline["flops_per_second"]) for measurement in measurements],
         "geometric_mean_times_faster": _geometric_means(measurements),
         "left_out": left_out,
         "roofline": roofline,
@@ -57,17 +52,19 @@ def write_report(
         "versions": versions() | torch_version(),
     }
     write_json(workdir / "results.json", results)
-    _plot(workdir / "results.png", results)
+    plot_timings(workdir / "results.png", results["measurements"], results["device"]["kind"])
     print(format_report(results))
     return results
 
 
-def _summary(measurement: Measurement, peak: float) -> dict[str, Any]:
+def summarize(measurement: Measurement, peak: float | None) -> dict[str, Any]:
+    """What results.json says of a measurement; `peak` is the machine's rate of products, None where it is not known."""
     ours = measurement.timings[measurement.ours]
     alternatives = {}
     for name, timing in measurement.timings.items():
         summary = timing.summary()
-        alternatives[name] = summary | {"share_of_peak": measurement.flops / summary["median"] / peak}
+        share = None if peak is None else measurement.flops / summary["median"] / peak
+        alternatives[name] = summary | {"share_of_peak": share}
     return {
         "title": measurement.title,
         "ours": measurement.ours,
@@ -119,9 +116,10 @@ def format_table(measurement: dict[str, Any]) -> str:
         if name != measurement["ours"]:
             times = measurement["times_faster"][name]
             faster = f"{times['median']:.2f} x ({times['interval_95'][0]:.2f} .. {times['interval_95'][1]:.2f})"
+        share = "" if values["share_of_peak"] is None else f"{100 * values['share_of_peak']:.0f} %"
         lines.append(
             f"| {name} | {1e3 * values['median']:.3f} | {low:.3f} .. {high:.3f} | {first:.3f} .. {third:.3f} | "
-            f"{100 * values['share_of_peak']:.0f} % | {values['first_call']:.2f} | {faster} |"
+            f"{share} | {values['first_call']:.2f} | {faster} |"
         )
     return "\n".join(lines)
 
@@ -135,23 +133,17 @@ def torch_version() -> dict[str, str]:
     return {"torch": torch.__version__}
 
 
-def _plot(path: Path, results: dict[str, Any]) -> None:
-    """Horizontal bars, a panel per measurement."""
-    measurements = results["measurements"]
+def plot_timings(path: Path, measurements: list[dict[str, Any]], title: str) -> None:
+    """Write horizontal bars as a PNG, a panel for each of the summaries in `measurements`."""
+    from matplotlib.figure import Figure
+
     heights = [0.36 * len(measurement["alternatives"]) + 0.9 for measurement in measurements]
-    figure, axes = plt.subplots(
-        len(measurements),
-        1,
-        figsize=(8, sum(heights) + 0.5),
-        height_ratios=heights,
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(8, sum(heights) + 0.5), layout="constrained")
+    axes = figure.subplots(len(measurements), 1, height_ratios=heights, squeeze=False)
     for axis, measurement in zip(axes[:, 0], measurements, strict=True):
         _bars(axis, measurement)
-    figure.suptitle(results["device"]["kind"], fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _bars(axis: Any, measurement: dict[str, Any]) -> None:

@@ -43,6 +43,28 @@ def measure_roofline(dtype: jnp.dtype = jnp.float32) -> dict[str, float]:
     }
 
 
+def torch_product_rate(dtype: str, size: int | None = None) -> float | None:
+    """flops_per_second of PyTorch's product of the same matrices, None where torch is not installed."""
+    try:
+        import torch
+
+        from pspinal_jax.benchmark.torch_twins import torch_device
+    except ImportError:
+        return None
+    place = torch_device()
+    size = size or (2048 if place == "cpu" else 8192)
+    matrix = torch.randn(size, size, device=place).to(getattr(torch, dtype)) / size
+
+    def products(count: int) -> None:
+        value = matrix
+        for _ in range(count):
+            value = value @ matrix
+        float(value[0, 0])  # waits for the device
+
+    timing = time_interleaved({"products": products}, rounds=5)["products"]
+    return 2 * size**3 / float(np.median(timing.seconds))
+
+
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
     """Two for every multiplication and addition of a product or convolution in ``function(*args)``.
 

@@ -13,7 +13,7 @@ from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import build_run_programs
+from pspinal_jax.runs.programs import build_run_programs
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.programs import make_order
 
@@ -66,12 +66,15 @@ class JaxStep:
     def __init__(self, recipe: Recipe, data: tuple[np.ndarray, np.ndarray]) -> None:
         _, programs = build_run_programs(recipe, IMAGE_SHAPE, np.uint8, 10)
         self.programs = programs
-        self.seed = programs.replicate(np.uint32(0))
+        seeds = np.arange(recipe.num_seeds, dtype=np.uint32) if programs.vectorized else np.uint32(0)
+        self.seed = programs.replicate(seeds)
         self.state = programs.init(self.seed)
         self.totals = programs.zero_totals(self.seed)
-        order = make_order(np.arange(NUM_EXAMPLES), NUM_EXAMPLES, vectorized=False)(self.seed, np.int32(0))
+        order = make_order(np.arange(NUM_EXAMPLES), NUM_EXAMPLES, programs.vectorized)(self.seed, np.int32(0))
         steps = NUM_EXAMPLES // recipe.batch_size
         rates = np.full(steps, recipe.optimizer.learning_rate, np.float32)
+        if programs.vectorized:
+            rates = np.tile(rates, (recipe.num_seeds, 1))
         self.plan = programs.replicate(EpochPlan(order, rates))
         self.data = programs.replicate(data)
         self.steps_per_epoch = steps
@@ -101,16 +104,23 @@ class JaxStep:
         return jax.tree.map(np.array, self.state.params)
 
 
-def torch_steps(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], ours: JaxStep) -> dict[str, Work]:
-    """The peers: eager PyTorch and torch.compile, from our initial parameters, after a check of equality at p = 0."""
+def torch_steps(
+    recipe: Recipe, data: tuple[np.ndarray, np.ndarray], ours: JaxStep, compiled: bool = True, checked: bool = True
+) -> dict[str, Work]:
+    """The peers: eager PyTorch and torch.compile (if `compiled`), from our initial parameters.
+
+    What both compute is compared first, at a dropout rate of 0, if `checked`.
+    """
     import torch
 
     from pspinal_jax.benchmark.torch_twins import torch_device
 
     work: dict[str, Work] = {}
-    for name, compiled in (("PyTorch eager", False), ("torch.compile", True)):
-        check_equal(recipe, data, compiled)
-        step, _ = torch_step(recipe, data, ours.params, compiled)
+    names = {"PyTorch eager": False} | ({"torch.compile": True} if compiled else {})
+    for name, by_compiler in names.items():
+        if checked:
+            check_equal(recipe, data, by_compiler)
+        step, _ = torch_step(recipe, data, ours.params, by_compiler)
         order = torch.randperm(NUM_EXAMPLES, device=torch_device())
 
         def run(num_steps: int, step: Callable[..., Any] = step, order: Any = order) -> None:

@@ -56,7 +56,13 @@ def ratio(peer: Timing, ours: Timing) -> dict[str, Any]:
 
 
 def time_interleaved(
-    work: Mapping[str, Work], *, rounds: int = 15, seconds_per_round: float = 0.3, most_repetitions: int = 1_000_000
+    work: Mapping[str, Work],
+    *,
+    rounds: int = 15,
+    seconds_per_round: float = 0.3,
+    most_repetitions: int = 1_000_000,
+    settle_seconds: float = _SETTLE_SECONDS,
+    warm: bool = True,
 ) -> dict[str, Timing]:
     """Time every alternative once per round, in turn, each after a pause and a tenth of its work untimed.
 
@@ -65,6 +71,8 @@ def time_interleaved(
       rounds: how often each is timed.
       seconds_per_round: repetitions per timing are chosen so that it takes about so long.
       most_repetitions: upper bound on them.
+      settle_seconds: the pause.
+      warm: False times single repetitions, right after the first call: for work of many seconds.
 
     Returns:
       A `Timing` for each.
@@ -74,13 +82,14 @@ def time_interleaved(
         start = time.perf_counter()
         do(1)
         first_call[name] = time.perf_counter() - start
-        repetitions[name] = _calibrate(do, seconds_per_round, most_repetitions)
+        repetitions[name] = _calibrate(do, seconds_per_round, most_repetitions) if warm else 1
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, do in work.items():
             # The peer's threads spin for a while after its work; let them sleep, then warm up our own.
-            time.sleep(_SETTLE_SECONDS)
-            do(max(1, repetitions[name] // 10))
+            time.sleep(settle_seconds)
+            if warm:
+                do(max(1, repetitions[name] // 10))
             start = time.perf_counter()
             do(repetitions[name])
             seconds[name].append((time.perf_counter() - start) / repetitions[name])

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional
+
+from pspinal_jax.backbones import efficientnet
+from pspinal_jax.layers.depthwise import same_padding
 
 
 class TorchProgressiveHead(nn.Module):
@@ -134,6 +136,8 @@ class PictureExamples(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """A standardised image [H, W, 1] and its label."""
+        from PIL import Image
+
         pixels = np.array(Image.fromarray(self._images[index]))
         return (torch.from_numpy(pixels).float().div(255).unsqueeze(-1) - self._mean) / self._std, int(
             self._labels[index]
@@ -274,3 +278,62 @@ class TorchVGG5(nn.Module):
                 ]
                 for tensor, array in pairs:
                     tensor.data.copy_(torch.from_numpy(np.array(array)))
+
+
+class TorchEfficientNetLite(nn.Module):
+    """Images [N, 3, H, W] to features [N, 1280]: our `EfficientNetLite`, with TensorFlow's padding."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        self.num_features = efficientnet.NUM_FEATURES
+        self.units = nn.ModuleDict({"stem": ConvNormRelu6(3, 32, 3, 2)})
+        self.blocks = efficientnet.block_configs(variant)
+        for number, (kernel, stride, expansion, fan_in, channels) in enumerate(self.blocks, start=1):
+            width = fan_in * expansion
+            if expansion > 1:
+                self.units[f"block_{number}/expand"] = ConvNormRelu6(fan_in, width)
+            self.units[f"block_{number}/depthwise"] = ConvNormRelu6(width, width, kernel, stride, groups=width)
+            self.units[f"block_{number}/project"] = ConvNormRelu6(width, channels, relu=False)
+        self.units["top"] = ConvNormRelu6(self.blocks[-1].channels, self.num_features)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The features."""
+        maps = self.units["stem"](images)
+        for number, config in enumerate(self.blocks, start=1):
+            names = [f"block_{number}/{name}" for name in ("expand", "depthwise", "project")]
+            y = maps
+            for name in names:
+                y = self.units[name](y) if name in self.units else y
+            maps = maps + y if y.shape == maps.shape and config.stride == 1 else y
+        return self.units["top"](maps).mean((2, 3))
+
+    def load(self, params: dict[str, Any]) -> None:
+        """Take over the parameters of our `EfficientNetLite`."""
+        for name, unit in self.units.items():
+            tree = params
+            for part in name.split("/"):
+                tree = tree[part]
+            norm = tree["norm"]
+            arrays = (np.asarray(tree["kernel"]).transpose(3, 2, 0, 1), norm["scale"], norm["bias"])
+            for tensor, array in zip((unit.conv.weight, unit.norm.weight, unit.norm.bias), arrays, strict=True):
+                tensor.data.copy_(torch.from_numpy(np.array(array)))
+
+
+class ConvNormRelu6(nn.Module):
+    """relu6(batch_norm(conv(x))) with TensorFlow's SAME padding; `relu` False leaves the last step out."""
+
+    def __init__(
+        self, fan_in: int, channels: int, side: int = 1, stride: int = 1, groups: int = 1, relu: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(fan_in, channels, side, stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(channels, eps=efficientnet.EPSILON)
+        self.side, self.stride, self.relu = side, stride, relu
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """The unit's maps."""
+        if self.side > 1:
+            (top, bottom), (left, right) = same_padding(tuple(maps.shape[2:]), (self.side,) * 2, self.stride)
+            maps = functional.pad(maps, (left, right, top, bottom))
+        maps = self.norm(self.conv(maps))
+        return functional.relu6(maps) if self.relu else maps

@@ -3,6 +3,9 @@
 Orbax raises the first array's error and closes its event loop. tensorstore then reports every other array to the closed
 loop, and Python prints a traceback for each; asyncio does so for those whose error nobody asked for, and warns of reads
 and writes that never began. All that anyone could act on is in the first.
+
+This stays beside Orbax, and not in commands/ as other filters do: whoever opens a damaged checkpoint from Python would
+read dozens of tracebacks. Each filter drops one exact message of these libraries and nothing else.
 """
 
 import logging

@@ -17,9 +17,6 @@ from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.checkpoints.late_reads import ignore_late_reads
 from pspinal_jax.distributed.coordination import broadcast_from_primary, count
 from pspinal_jax.errors import RunError
-from pspinal_jax.log_filter import quiet_absl
-
-quiet_absl()
 
 Trees = dict[str, Any]
 """Trees of arrays by the name of their item: params, batch_stats, opt_state, best."""
@@ -48,7 +45,7 @@ class CheckpointStore:
             raise self._cannot_write(error) from error
         self._last_time = -float("inf")
         self._last_cost: float | None = None
-        self._position: dict[str, Any] | None = None
+        self._progress: dict[str, Any] | None = None
         """Of the newest checkpoint."""
 
     def __enter__(self) -> "CheckpointStore":
@@ -67,24 +64,24 @@ class CheckpointStore:
         """Whether `seconds` have passed since the last save, and enough more to keep saving below 5 % of the time."""
         return time.monotonic() - self._last_time >= max(seconds, 20 * (self._last_cost or 0.0))
 
-    def save(self, step: int, trees: Trees, position: dict[str, Any]) -> None:
-        """Save `trees` and the JSON value `position`; does nothing if they are saved.
+    def save(self, step: int, trees: Trees, progress: dict[str, Any]) -> None:
+        """Save `trees` and the JSON value `progress`; does nothing if they are saved.
 
-        The checkpoint's number is `step`, or the next free one if another position was saved at that step: nothing is
+        The checkpoint's number is `step`, or the next free one if other progress was saved at that step: nothing is
         overwritten.
 
         Raises:
           RunError: if the disk is full or not writable; what was saved before stays.
         """
         start, newest = time.monotonic(), self._manager.latest_step()
-        if newest is not None and position == self._position:
+        if newest is not None and progress == self._progress:
             return
         trees = {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
         # The copy is taken before the next step donates these buffers.
         trees = jax.tree.map(lambda leaf: leaf.copy(), trees)
         record = {
-            "position": position,
-            "position_checksum": json_checksum(position),
+            "position": progress,
+            "position_checksum": json_checksum(progress),
             "checksums": {name: tree_checksums(tree) for name, tree in trees.items()},
         }
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
@@ -94,7 +91,7 @@ class CheckpointStore:
             self._manager.save(number, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **items))
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
             raise self._cannot_write(error) from error
-        self._position = copy.deepcopy(position)
+        self._progress = copy.deepcopy(progress)
         self._last_time = time.monotonic()
         # The first save of a process also pays for Orbax's set-up, which says nothing about the next.
         self._last_cost = 0.0 if self._last_cost is None else self._last_time - start
@@ -120,11 +117,11 @@ class CheckpointStore:
         """The newest whole checkpoint, see `read_newest`; damaged newer ones are deleted. None if there are none."""
         if not self._manager.all_steps():
             return None
-        step, trees, position = _newest(self._manager, abstract)
+        step, trees, progress = _newest(self._manager, abstract)
         for newer in [other for other in self._manager.all_steps() if other > step]:
             self._manager.delete(newer)
-        self._position = copy.deepcopy(position)
-        return trees, position
+        self._progress = copy.deepcopy(progress)
+        return trees, progress
 
 
 def _reason(error: Exception) -> str:
@@ -140,10 +137,10 @@ def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) ->
 
     Args:
       directory: a run's checkpoints folder.
-      abstract: position -> the trees wanted, as jax.ShapeDtypeStruct with shardings; other items are not read.
+      abstract: progress -> the trees wanted, as jax.ShapeDtypeStruct with shardings; other items are not read.
 
     Returns:
-      (trees, position).
+      (trees, progress).
 
     Raises:
       RunError: if there is no checkpoint, or none is whole.
@@ -153,14 +150,14 @@ def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) ->
     with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         if not manager.all_steps():
             raise RunError(f"{directory} holds no checkpoint")
-        _, trees, position = _newest(manager, abstract)
-        return trees, position
+        _, trees, progress = _newest(manager, abstract)
+        return trees, progress
 
 
 def _newest(
     manager: ocp.CheckpointManager, abstract: Callable[[dict[str, Any]], Trees]
 ) -> tuple[int, Trees, dict[str, Any]]:
-    """(step, trees, position) of the newest whole checkpoint; every damaged one is named on standard error.
+    """(step, trees, progress) of the newest whole checkpoint; every damaged one is named on standard error.
 
     Of several processes, process 0 looks for it by itself: if one found damage while it restores together with the
     others, these would wait for it.
@@ -175,8 +172,8 @@ def _newest_by_itself(directory: Path, abstract: Callable[[dict[str, Any]], Tree
     alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="alone")
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
 
-    def on_host(position: dict[str, Any]) -> Trees:
-        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract(position))
+    def on_host(progress: dict[str, Any]) -> Trees:
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract(progress))
 
     with ocp.CheckpointManager(directory, options=options) as manager:
         return _search(manager, on_host)[0]
@@ -189,7 +186,7 @@ def _search(
     ignore_late_reads()
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            trees, position = _read(manager, step, abstract)
+            trees, progress = _read(manager, step, abstract)
         except RunError:
             raise
         except Exception as error:  # Orbax raises bare exceptions of many kinds on damaged files
@@ -198,7 +195,7 @@ def _search(
             continue
         for problem in problems:
             print(f"warning: {problem}; using checkpoint {step} instead", file=sys.stderr)
-        return step, trees, position
+        return step, trees, progress
     raise RunError(f"{'; '.join(problems)}; no whole checkpoint is left: train again in another --workdir")
 
 
@@ -207,7 +204,7 @@ def _read(
 ) -> tuple[Trees, dict[str, Any]]:
     record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
     if not isinstance(record, dict) or json_checksum(record["position"]) != record["position_checksum"]:
-        raise DamagedCheckpoint("its position does not match its checksum")
+        raise DamagedCheckpoint("its progress does not match its checksum")
     wanted = abstract(record["position"])
     items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items() if jax.tree.leaves(tree)}
     restored = manager.restore(step, args=ocp.args.Composite(**items))

@@ -1,12 +1,13 @@
 """`pspinal-jax benchmark WHAT`: measure something beside its peers."""
 
+import contextlib
 import dataclasses
+import io
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import UsageError
 
 NO_TORCH = "PyTorch eager and torch.compile: torch is not installed (extra `torch`)"
@@ -103,10 +104,15 @@ def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {name:8} {arguments.__doc__}" for name, (arguments, _) in _BENCHMARKS.items()]
+        lines += [f"  {'all':8} {_all.__doc__}"]
         print("\n".join(["usage: pspinal-jax benchmark WHAT [flags]", "", *lines]))
         return 0 if args else UsageError.exit_status
+    if args[0] == "all":
+        return _all(args[1:])
     if args[0] not in _BENCHMARKS:
-        raise UsageError(f"unknown benchmark {args[0]!r}; there are: {', '.join(_BENCHMARKS)}")
+        raise UsageError(f"unknown benchmark {args[0]!r}; there are: {', '.join(_BENCHMARKS)}, all")
+    from pspinal_jax.commands.parse import parse
+
     arguments, run = _BENCHMARKS[args[0]]
     parsed = parse(
         arguments,
@@ -117,6 +123,34 @@ def main(args: Sequence[str]) -> int:
     )
     run(parsed, f"pspinal-jax benchmark {shlex.join(args)}")
     return 0
+
+
+def _all(args: Sequence[str]) -> int:
+    """Every benchmark, each with its part of the time, as one report with tables and plots."""
+    # argparse, since this one runs where nothing but JAX's own packages and PyTorch are installed.
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="pspinal-jax benchmark all", description=_all.__doc__)
+    parser.add_argument("--minutes", type=float, default=8.0, help="about how long it may take (default: 8)")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/benchmark-all"), help="where report.md goes")
+    parser.add_argument("--sections", nargs="+", default=[], help="only these")
+    parser.add_argument("--precisions", nargs="+", default=[], choices=("float32", "tf32", "bfloat16"))
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: a rehearsal, its figures mean nothing")
+    parser.add_argument("--overwrite", action="store_true", help="write over the results in --workdir")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            parsed = parser.parse_args(args)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(said.getvalue().strip().splitlines()[-1].split("error: ")[-1]) from None
+    from pspinal_jax.benchmark.suite import run_suite
+
+    command = f"pspinal-jax benchmark all {shlex.join(args)}".strip()
+    failed = run_suite(
+        parsed.workdir, parsed.minutes, command, parsed.sections, parsed.precisions, parsed.tiny, parsed.overwrite
+    )
+    return 1 if failed else 0
 
 
 def _step(arguments: StepArguments, command: str) -> None:

@@ -30,9 +30,9 @@ def main(args: Sequence[str]) -> int:
         prog="pspinal-jax evaluate",
         description="Evaluate the selected parameters of a run on the test split.",
     )
-    from pspinal_jax.runs.evaluate import evaluate
+    from pspinal_jax.runs.run import load_run
 
-    report = evaluate(parsed.run_dir, parsed.seed_index, parsed.data_path)
+    report = load_run(parsed.run_dir, parsed.seed_index).evaluate(parsed.data_path)
     print(f"test accuracy {100 * report['accuracy']:.2f} % ({report['correct']} of {report['examples']})")
     for name, accuracy in report["class_accuracy"].items():
         shown = "no examples" if accuracy is None else f"{100 * accuracy:.2f} %"

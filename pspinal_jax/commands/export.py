@@ -30,9 +30,9 @@ def main(args: Sequence[str]) -> int:
         prog="pspinal-jax export",
         description="Write a run's classifier, images or features to probabilities, as a file for CPU, CUDA and TPU.",
     )
-    from pspinal_jax.runs.export import export_run
+    from pspinal_jax.runs.run import load_run
 
-    output = export_run(parsed.run_dir, parsed.output, parsed.seed_index)
+    output = load_run(parsed.run_dir, parsed.seed_index).export(parsed.output)
     files = ", ".join(f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in sorted(output.iterdir()))
     print(f"written to {output}: {files}")
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.log_filter import quiet_absl
 
 _FRAME = re.compile(r"[╭╮╰╯│─]+|-{4,}")
 
@@ -29,11 +30,13 @@ def parse(
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(arguments_class, default=default, args=list(args), prog=prog, description=description)
+            arguments = tyro.cli(arguments_class, default=default, args=list(args), prog=prog, description=description)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(_one_line(errors.getvalue())) from None
+    quiet_absl()  # the command is about to start
+    return arguments
 
 
 def _one_line(text: str) -> str:

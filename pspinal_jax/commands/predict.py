@@ -1,4 +1,4 @@
-"""`pspinal-jax predict RUN_DIR IMAGE...`, `predict --artifact DIR IMAGE...`: class and probability of pictures."""
+"""`pspinal-jax predict RUN_DIR IMAGE...`, `predict --artifact DIR IMAGE...`: class and probability of images."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ class PredictArguments:
     """Arguments of `predict`."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a `train`, or the directory of an `export`; with --artifact the first picture."""
+    """Run directory of a `train`, or the directory of an `export`; with --artifact the first image."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Picture files."""
+    """Image files."""
     artifact: Path | None = None
     """Classify with this export, the directory that `export` wrote, in place of a run."""
     top: int = 1
-    """How many classes to name for each picture."""
+    """How many classes to name for each image."""
     json: bool = False
     """Print JSON in place of a table."""
     seed_index: int | None = None
@@ -35,12 +35,12 @@ class PredictArguments:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command with its arguments; returns the exit status: 1 if a picture could not be read."""
+    """Run the command with its arguments; returns the exit status: 1 if an image could not be read."""
     parsed = parse(
         PredictArguments,
         args,
         prog="pspinal-jax predict",
-        description="Classify pictures with the selected parameters of a run, or with an export.",
+        description="Classify images with the selected parameters of a run, or with an export.",
     )
     source, images = _source_and_images(parsed)
     from pspinal_jax.runs.predict import predict
@@ -57,18 +57,18 @@ def main(args: Sequence[str]) -> int:
 
 
 def _source_and_images(parsed: PredictArguments) -> tuple[Path, tuple[Path, ...]]:
-    """The directory to classify with, and the pictures.
+    """The directory to classify with, and the images.
 
     Raises:
-      UsageError: if there are no pictures, or --artifact stands beside a run directory.
+      UsageError: if there are no images, or --artifact stands beside a run directory.
       RunError: if --artifact is no export.
     """
     if parsed.artifact is None:
         if not parsed.images:
-            raise UsageError("predict takes a run directory, or --artifact DIR, and at least one picture")
+            raise UsageError("predict takes a run directory, or --artifact DIR, and at least one image")
         return parsed.run_dir, parsed.images
     if parsed.run_dir.is_dir():
-        raise UsageError(f"{parsed.run_dir} is a directory; with --artifact, predict takes pictures only")
+        raise UsageError(f"{parsed.run_dir} is a directory; with --artifact, predict takes images only")
     from pspinal_jax.export.directory import require_export
 
     require_export(parsed.artifact)

@@ -61,15 +61,14 @@ def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:
     try:
         with leave_at_once(f"nothing is lost. {again}"):
             from pspinal_jax.runs.result import describe_result  # only now: these take seconds
-            from pspinal_jax.runs.train import train, work_directory
+            from pspinal_jax.runs.run import train
 
-            directory = work_directory(recipe, options)
-            result = train(recipe, options)
+            run = train(recipe, **vars(options))
     except Stopped as stop:
         if is_primary():
             print(f"stopped by {stop}; the run is saved. {again}", file=sys.stderr)
         return 0
     if is_primary():
-        print(describe_result(result))
-        print(f"results in {directory}: result.json, metrics.jsonl, curves.png, checkpoints/")
+        print(describe_result(run.result))
+        print(f"results in {run.path}: result.json, metrics.jsonl, curves.png, checkpoints/")
     return 0

@@ -10,7 +10,6 @@ import numpy as np
 from pspinal_jax.data.cache import Named, content_stamp, read_through_cache
 from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset
 from pspinal_jax.errors import DataError
-from pspinal_jax.log_filter import quiet_absl
 
 _ARRAYS = {"train_images", "train_labels", "test_images", "test_labels"}
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -28,7 +27,6 @@ def import_tfds() -> Any:
         raise DataError(
             f"tensorflow-datasets is not installed ({error}); install it, or give --data.path an .npz file"
         ) from error
-    quiet_absl()
     return tfds
 
 

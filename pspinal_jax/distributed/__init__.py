@@ -1,4 +1,4 @@
-"""Several processes as one run: joining, agreeing, ending together, and arrays that are spread over them.
+"""Several processes as one run: joining, coordination, ending together, and arrays that are sharded over them.
 
-With one process all of it does nothing. agree.py and options.py import no JAX, so that everybody can ask.
+With one process all of it does nothing. coordination.py imports no JAX, so that everybody can ask.
 """

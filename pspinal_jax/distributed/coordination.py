@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.files import differences
 
 Result = TypeVar("Result")
 
@@ -87,10 +88,10 @@ def assert_same(values: Mapping[str, Any]) -> None:
         return
     there = broadcast_from_primary(lambda: dict(values))
     here = json.loads(json.dumps(dict(values)))
-    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-    if names:
-        listed = ", ".join(f"{name} is {here.get(name)!r} here and {there.get(name)!r} there" for name in names[:4])
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    found = differences(here, there, lambda name, mine, other: f"{name} is {mine!r} here and {other!r} there")
+    if found:
+        listed = ", ".join(found[:4])
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         raise UsageError(
             f"process {index()} differs from process 0: {listed}{more}; start all with the same command and the "
             "same files"

@@ -42,7 +42,7 @@ def native_output_aside(process: str) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f"pspinal-jax-process-{process}-", suffix=".log")
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as opened:
-        kept = {number: os.dup(number) for number in (1, 2)}
+        copies = {number: os.dup(number) for number in (1, 2)}
         for stream, number in (("stdout", 1), ("stderr", 2)):
             getattr(sys, stream).flush()
             setattr(sys, stream, opened.enter_context(open(os.dup(number), "w", buffering=1, errors="replace")))
@@ -56,7 +56,7 @@ def native_output_aside(process: str) -> Iterator[Path]:
                 os.unlink(name)
             raise
         finally:
-            for number, copy in kept.items():
+            for number, copy in copies.items():
                 os.dup2(copy, number)
                 os.close(copy)
             sys.stdout, sys.stderr = before

@@ -1,6 +1,4 @@
-"""Whether the run's first process can listen where the others will look for it."""
-
-# DOC of processes/join: """Joining the other processes of a run, before JAX is asked for anything else."""
+"""Joining the other processes of a run, before JAX is asked for anything else."""
 
 import contextlib
 import errno

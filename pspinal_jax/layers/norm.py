@@ -33,10 +33,17 @@ def batch_statistics(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, variance
 
 
-def normalize(inputs: jax.Array, mean: jax.Array, variance: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """(inputs - mean) / sqrt(variance + 1e-5) * scale + bias, computed in float32 or wider, in `inputs`' dtype."""
+def normalize(
+    inputs: jax.Array,
+    mean: jax.Array,
+    variance: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    epsilon: float = EPSILON,
+) -> jax.Array:
+    """(inputs - mean) / sqrt(variance + epsilon) * scale + bias, in float32 or wider, given in `inputs`' dtype."""
     dtype = statistics_dtype(inputs.dtype)
-    factor = jax.lax.rsqrt(variance.astype(dtype) + EPSILON) * scale.astype(dtype)
+    factor = jax.lax.rsqrt(variance.astype(dtype) + epsilon) * scale.astype(dtype)
     shifted = (inputs.astype(dtype) - mean.astype(dtype)) * factor + bias.astype(dtype)
     return shifted.astype(inputs.dtype)
 

@@ -1,13 +1,14 @@
 """From a recipe's model configuration to a linen module."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pspinal_jax.backbones.resnet import LEAST_SIDE, ResNet, num_features
+from pspinal_jax.backbones import efficientnet
+from pspinal_jax.backbones.resnet import LEAST_SIDE, ResNet, ResNetName, num_features
 from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, NUM_FEATURES, VGG5
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
@@ -40,7 +41,15 @@ def count_features(recipe: Recipe, input_shape: tuple[int, ...]) -> int:
     name = recipe.model.backbone
     if name == "none":
         return math.prod(input_shape)
+    if name in efficientnet.SCALES:
+        return efficientnet.NUM_FEATURES
     return NUM_FEATURES if name == "vgg5" else num_features(name)
+
+
+def abstract_variables(model: nn.Module, example_shape: tuple[int, ...], dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Shapes and dtypes of what ``model.init`` makes for examples of that shape and dtype; nothing is computed."""
+    inputs = jax.ShapeDtypeStruct((2, *example_shape), dtype)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
 
 
 def count_parameters(params: Any) -> int:
@@ -61,7 +70,9 @@ def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) ->
             f"the backbone {name} takes colour images [H, W, 3] of {LEAST_SIDE} pixels and more, the data set has "
             f"{input_shape}"
         )
-    return ResNet(name, dtype=dtype, remat=recipe.model.remat)
+    if name in efficientnet.SCALES:
+        return efficientnet.EfficientNetLite(cast(efficientnet.EfficientNetName, name), dtype=dtype)
+    return ResNet(cast(ResNetName, name), dtype=dtype, remat=recipe.model.remat)
 
 
 def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any) -> nn.Module:
@@ -83,7 +94,6 @@ def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any)
         return SpinalHead(num_classes, model.layer_width, model.num_layers, model.dropout_rate, norm, dtype=dtype)
     if model.head == "dense":
         return DenseHead(num_classes, model.dropout_rate, dtype=dtype)
-    features = jax.ShapeDtypeStruct((2, num_features), dtype)
-    variables = jax.eval_shape(lambda x: progressive.init(jax.random.key(0), x, train=False), features)
-    width = matching_width(count_parameters(variables["params"]), num_features, num_classes, norm is not None)
+    params = abstract_variables(progressive, (num_features,), dtype)["params"]
+    width = matching_width(count_parameters(params), num_features, num_classes, norm is not None)
     return MLPHead(num_classes, width, model.dropout_rate, norm, dtype=dtype)

@@ -1,6 +1,4 @@
-"""How a run is carried out, as opposed to what it computes."""
-
-# DOC of processes/options: """The flags by which a run becomes one of several processes."""
+"""How a run is carried out, as opposed to what it computes, and how its processes find each other."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +15,7 @@ class RunOptions:
     checkpoint_seconds: float = 1.0
     """Least time between two checkpoints; the first epoch and the end are always saved."""
     workers: int = 0
-    """Processes that decode photographs; 0 for threads of this one, which on few cores is as fast."""
+    """Processes that decode image files; 0 for threads of this one, which on few cores is as fast."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra `tensorboard`)."""
 

@@ -5,9 +5,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from pspinal_jax.errors import UsageError
+
+try:
+    from tyro.conf import Suppress
+except ImportError:  # recipes can be used, and benchmarks run, where the command line's parser is not installed
+    Suppress = None  # type: ignore[misc]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,7 @@ class DataConfig:
     """TFDS name of the data set."""
     path: Path | None = None
     """Read this instead: an .npz file with train_images (or 2-D float features), train_labels, test_images and
-    test_labels, the directory of a data set that TFDS prepared as array_record or, for photographs, a folder of class
+    test_labels, the directory of a data set that TFDS prepared as array_record or, for image files, a folder of class
     folders (or of train, valid and test folders that hold class folders)."""
     data_dir: Path | None = None
     """TFDS data folder; by default TFDS's own (TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
@@ -45,23 +48,23 @@ class DataConfig:
     num_validation: int = 0
     """Examples held out of train to select the epoch by; 0 trains on all and takes the last epoch."""
     image_size: int | None = None
-    """Photographs: side in pixels of the square images that the model sees. They are read from their files while
-    training. None for data that is held in memory."""
+    """Image files: side in pixels of the square images that the model sees. They are read while training. None for data
+    that is held in memory."""
     resize: int | None = None
-    """Photographs: side that training pictures are resized to, without keeping the aspect, before they are cropped to
+    """Image files: side that training images are resized to, whatever their aspect, before they are cropped to
     image_size; by default 230 / 224 of it where they are cropped. Evaluation resizes to image_size."""
     validation_fraction: float = 0.0
-    """Photographs: share of each class held out of train to select the epoch by, where the data has no validation
+    """Image files: fraction of each class held out of train to select the epoch by, where the data has no validation
     split of its own."""
     test_fraction: float = 0.2
-    """Photographs in class folders without a test folder: share of each class that is the test split."""
+    """Image files in class folders without a test folder: fraction of each class that is the test split."""
     strict: bool = False
-    """Photographs: refuse a folder with unreadable pictures; otherwise they are named and left out."""
+    """Image files: refuse a folder with unreadable images; otherwise they are named and left out."""
     split_seed: int = 0
     """Seed of the choice of those examples, the same for every training seed."""
     augment: Literal["none", "perspective_rotation", "rotation_crop_flip"] = "none"
     """perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees).
-    rotation_crop_flip: photographs; rotation (up to 15 degrees), random crop to image_size, flip (p 0.5)."""
+    rotation_crop_flip: image files; rotation (up to 15 degrees), random crop to image_size, flip (p 0.5)."""
     transposed: bool = False
     """Swap rows and columns of every image: EMNIST as it is stored, and as the published scripts saw it."""
     drop_remainder: bool = True
@@ -71,7 +74,7 @@ class DataConfig:
 
     @property
     def train_side(self) -> int:
-        """Photographs: side in pixels that training pictures are decoded to."""
+        """Image files: side in pixels that training images are decoded to."""
         size = self.image_size or 0
         if self.resize is not None:
             return self.resize
@@ -83,10 +86,20 @@ class ModelConfig:
     """Backbone and head."""
 
     backbone: Literal[
-        "none", "vgg5", "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2"
+        "none",
+        "vgg5",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+        "efficientnet_lite0",
+        "efficientnet_lite1",
+        "efficientnet_lite2",
     ] = "none"
     """'none': the head sees the pixels or features as they are; 'vgg5': 28x28 grey images to 256 features; the others:
-    colour images of any size to 512 (resnet18, resnet34) or 2048 features."""
+    colour images of any size to 512 (resnet18, resnet34), 1280 (efficientnet_lite) or 2048 features."""
     weights: str | None = None
     """Start the backbone from these weights: a .safetensors or .pt file, 'hf:OWNER/NAME' on the Hugging Face hub, or
     'pretrained' for the hub's ImageNet weights of the backbone."""
@@ -128,10 +141,10 @@ class OptimizerConfig:
     decay_epochs: int = 7
     """Epochs between two decays of the schedule `step`."""
     warmup_fraction: float = 0.3
-    """Share of the steps that one_cycle warms up for."""
+    """Fraction of the steps that one_cycle warms up for."""
     steering: Literal["none", "best_on_test"] = "none"
     """best_on_test: as the published VGG-5 scripts, an epoch that does not beat the best TEST accuracy so far draws a
-    new learning rate, the scheduled one times U(0,1)^3, kept until the next such draw; paper's protocol only."""
+    new learning rate, the scheduled one times U(0,1)^3, until the next such draw; paper's protocol only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,18 +155,18 @@ class MeshConfig:
     """
 
     data: int = -1
-    """Devices, or groups of them, that share a batch and have the parameters whole; -1: all that the others leave."""
+    """Devices, or groups of them, over which a batch is sharded and parameters are not; -1: as many as are left."""
     fsdp: int = 1
-    """Devices that share a batch, the parameters and the optimiser's state."""
+    """Devices over which a batch, the parameters and the optimiser's state are sharded."""
     model: int = 1
-    """Devices that share the output layer of the head: each has so many of the classes; a divisor of their number."""
+    """Devices over which the output layer of the head is sharded, by class; a divisor of the number of classes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """All that decides a run's result, and `mesh`; two runs with equal recipes and data are equal."""
 
-    card: Annotated[Card, tyro.conf.Suppress]
+    card: Annotated[Card, Suppress]
     data: DataConfig
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -164,7 +177,7 @@ class Recipe:
     eval_batch_size: int = 1000
     """Examples per evaluation step; the last batch is padded and masked."""
     micro_batches: int = 1
-    """Parts that a step's batch is cut into, one after the other, to save memory; batch norm sees each by itself."""
+    """Parts that a step's batch is split into, one after the other, to save memory; batch norm sees each by itself."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Where the loss or a gradient is not finite, stop the run and name the step, or leave that step out and go on."""
     freeze: Literal["none", "backbone"] = "none"
@@ -176,7 +189,7 @@ class Recipe:
     """With cache_features: augmented passes over the training data, whose features are all trained on; 0 for one pass
     without augmentation."""
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Fraction of the target spread evenly over all classes."""
     seed: int = 0
     """First seed; with num_seeds K the seeds are seed .. seed + K - 1."""
     num_seeds: int = 1
@@ -184,7 +197,7 @@ class Recipe:
     seed_mode: Literal["auto", "loop", "vmap"] = "auto"
     """Train the seeds one after the other, or as one vectorised program; auto: loop on CPU, vmap elsewhere."""
     batch_norm: Literal["global", "per_device"] = "global"
-    """What batch norm sees in training on several devices: the whole batch, or each device its own share; then the
+    """What batch norm sees in training on several devices: the whole batch, or each device its own part; then the
     result depends on the number of devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype to compute in; parameters stay float32."""
@@ -257,8 +270,8 @@ class Recipe:
                 resize,
                 "used with --data.augment rotation_crop_flip, which crops to image_size",
             )
-        photographs = data.augment == "rotation_crop_flip"
-        _require(not photographs or size is not None, "data.augment", data.augment, "used with --data.image-size")
+        crops = data.augment == "rotation_crop_flip"
+        _require(not crops or size is not None, "data.augment", data.augment, "used with --data.image-size")
 
     def _check_freezing(self) -> None:
         model = self.model
@@ -278,14 +291,14 @@ class Recipe:
             self.seed_mode != "vmap" or self.data.image_size is None,
             "seed_mode",
             self.seed_mode,
-            "loop or auto for photographs, which every seed reads in its own order",
+            "loop or auto for image files, which every seed reads in its own order",
         )
         _require(self.feature_views >= 0, "feature_views", self.feature_views, "at least 0")
         _require(
             not self.cache_features or (self.freeze == "backbone" and self.data.image_size is not None),
             "cache_features",
             self.cache_features,
-            "used with --freeze backbone, on photographs",
+            "used with --freeze backbone, on image files",
         )
         _require(
             self.feature_views == 0 or self.cache_features,

@@ -3,8 +3,7 @@
 # DOC of runs/start: """What a run's parameters start from: another run, or pretrained weights of the backbone."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +11,6 @@ import numpy as np
 
 from pspinal_jax.data.dataset import Dataset, Split, hold_out
 from pspinal_jax.errors import UsageError
-from pspinal_jax.heads.layouts import Layout, training_layout
-from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.input_pipeline import (
@@ -24,10 +21,10 @@ from pspinal_jax.runs.input_pipeline import (
     StreamedExamples,
     StreamedSplit,
 )
+from pspinal_jax.runs.programs import build_run_programs, check_classes, check_devices
 from pspinal_jax.runs.progress import Stage, make_stages
-from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import Programs, build_programs
-from pspinal_jax.training.sharding import make_mesh, num_batch_shards, shardings, shards_parameters
+from pspinal_jax.training.programs import Programs
+from pspinal_jax.training.sharding import shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,88 +103,11 @@ def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0) -> Setup:
     )
 
 
-def build_run_programs(
-    recipe: Recipe, input_shape: tuple[int, ...], input_dtype: Any, num_classes: int
-) -> tuple[Classifier, Programs]:
-    """The model of `recipe` and its compiled pieces, for inputs of one example's `input_shape` and dtype."""
-    model = build_model(recipe, input_shape, num_classes)
-    mesh = make_mesh(recipe.mesh)
-    programs = build_programs(
-        model,
-        make_optimizer(recipe.optimizer),
-        input_shape=input_shape,
-        input_dtype=input_dtype,
-        batch_size=recipe.batch_size,
-        eval_batch_size=recipe.eval_batch_size,
-        label_smoothing=recipe.label_smoothing,
-        vectorized=runs_vectorized(recipe),
-        augment=augmentation(recipe),
-        head_layout="tree" if shards_parameters(mesh) else _head_layout(recipe),
-        frozen=("backbone",) if recipe.freeze == "backbone" else (),
-        micro_batches=recipe.micro_batches,
-        skip_nonfinite=recipe.on_nonfinite == "skip",
-        mesh=mesh,
-        batch_norm_per_device=recipe.batch_norm == "per_device",
-    )
-    return model, programs
-
-
-def _head_layout(recipe: Recipe) -> Layout:
-    model = recipe.model
-    if model.head != "progressive":
-        return "tree"
-    rows = recipe.batch_size // num_batch_shards(recipe.mesh)
-    return training_layout(model.implementation, model.num_layers, rows, model.layer_dropout_rate > 0.0)
-
-
-def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-    """The augmentation (key, images) -> images that `recipe` asks for, None for none."""
-    if recipe.data.augment == "none":
-        return None
-    from pspinal_jax.augment import augment, augment_photographs
-
-    if recipe.data.augment == "rotation_crop_flip":
-        return partial(augment_photographs, size=recipe.data.image_size)
-    return augment
-
-
 def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int = 0) -> EvaluatedSplit:
     """`split`, ready to be evaluated in the recipe's evaluation batches."""
     if split.inputs is None:
         return StreamedSplit(programs, split, recipe.data.image_size or 0, recipe.eval_batch_size, workers)
     return ResidentSplit.place(programs, (split.inputs, split.labels), recipe.eval_batch_size)
-
-
-def check_devices(recipe: Recipe) -> None:
-    """Raise UsageError unless the mesh fits the devices, and batches can be spread evenly over it."""
-    shares, parts = num_batch_shards(recipe.mesh), recipe.micro_batches
-    least = 2 * shares * parts
-    if recipe.batch_norm == "per_device" and recipe.batch_size < least:
-        raise UsageError(
-            f"batch_size is {recipe.batch_size}, expected at least {least}: with --batch-norm per_device batch norm "
-            "needs 2 examples on each device"
-        )
-    for name, cuts in (("batch_size", shares * parts), ("eval_batch_size", shares)):
-        size = getattr(recipe, name)
-        if size % cuts:
-            what = f"{shares} devices" + (f" times {parts} micro-batches" if cuts > shares else "")
-            raise UsageError(
-                f"{name} is {size}, expected a multiple of {cuts}: {what}; change --{name.replace('_', '-')}"
-            )
-
-
-def check_classes(recipe: Recipe, num_classes: int) -> None:
-    """Raise UsageError unless the classes can be cut evenly over the mesh's axis model."""
-    cuts = recipe.mesh.model
-    if num_classes % cuts:
-        raise UsageError(f"mesh.model is {cuts}, expected a divisor of {num_classes}, the number of classes")
-
-
-def runs_vectorized(recipe: Recipe) -> bool:
-    """Whether the seeds of `recipe` run as one program: on CPU that is no faster, elsewhere small models gain."""
-    if recipe.num_seeds == 1 or recipe.seed_mode == "loop" or recipe.data.image_size is not None:
-        return False
-    return recipe.seed_mode == "vmap" or jax.default_backend() != "cpu"
 
 
 def abstract_trees(trees: Any, recipe: Recipe, programs: Programs) -> Any:

@@ -11,15 +11,16 @@ import numpy as np
 from pspinal_jax.data import load_data
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import UsageError
-from pspinal_jax.runs.build import build_run_programs, check_devices, place_split
+from pspinal_jax.runs.build import place_split
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import plot_confusion
+from pspinal_jax.runs.programs import build_run_programs, check_devices
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs
 
 
-def evaluate(run: Path, seed_index: int | None = None, data_path: Path | None = None) -> dict[str, Any]:
+def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Path | None = None) -> dict[str, Any]:
     """Evaluate a run exactly, every test example once, and write evaluation.json and confusion.png into it.
 
     Args:
@@ -35,11 +36,12 @@ def evaluate(run: Path, seed_index: int | None = None, data_path: Path | None = 
       PSpinalError: if the run or the data cannot be read or do not fit each other.
     """
     enable_compilation_cache()
+    run = Path(run).expanduser()
     variables, config = load_variables(run, seed_index)
     recipe = dataclasses.replace(load_recipe_of(config), num_seeds=1)
     check_devices(recipe)
     names = config["class_names"]
-    source = recipe.data if data_path is None else dataclasses.replace(recipe.data, path=data_path)
+    source = recipe.data if data_path is None else dataclasses.replace(recipe.data, path=Path(data_path))
     data = load_data(dataclasses.replace(source, num_classes=len(names)))
     if data.class_names != tuple(names):
         raise UsageError(

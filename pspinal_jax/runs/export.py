@@ -15,7 +15,7 @@ from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.runs.result import best_seed_index
 
 
-def export_run(run: Path, output: Path | None = None, seed_index: int | None = None) -> Path:
+def export_run(run: str | Path, output: str | Path | None = None, seed_index: int | None = None) -> Path:
     """Write the export of a finished run; see `pspinal_jax.export.directory` for its files.
 
     Args:
@@ -29,7 +29,8 @@ def export_run(run: Path, output: Path | None = None, seed_index: int | None = N
     Raises:
       PSpinalError: if `run` is no finished run, or `output` cannot be written or holds anything but an export.
     """
-    output = run / "export" if output is None else output.expanduser()
+    run = Path(run).expanduser()
+    output = run / "export" if output is None else Path(output).expanduser()
     directory = RunDirectory(run)
     config = directory.config()
     if not directory.result_path.exists():
@@ -47,7 +48,7 @@ def export_run(run: Path, output: Path | None = None, seed_index: int | None = N
 
 
 def _for_inference(recipe: Recipe) -> Recipe:
-    """`recipe` with a model that computes on the documented tree in the form that suits it."""
+    """`recipe` with a model that computes on the documented tree in the layout that suits it."""
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, implementation="auto", remat=False))
 
 

@@ -22,11 +22,11 @@ from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import augmentation
 from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.runs.input_pipeline import process_local_batches
+from pspinal_jax.runs.programs import augmentation
 from pspinal_jax.training import keys
-from pspinal_jax.training.sharding import make_mesh, shard_rows, shardings
+from pspinal_jax.training.sharding import make_mesh, shard_process_local, shardings
 from pspinal_jax.weights.variables import read_variables, save_variables
 
 BACKBONE = "backbone.safetensors"
@@ -89,7 +89,7 @@ def extract_features(
 class _Extractor:
     def __init__(self, recipe: Recipe, model: Classifier, variables: dict[str, Any], workers: int) -> None:
         self._recipe, self._workers = recipe, workers
-        self._mesh = make_mesh(recipe.mesh)
+        self._mesh = make_mesh(*dataclasses.astuple(recipe.mesh))
         self._variables = put(variables, shardings(self._mesh, variables))
         augment = augmentation(recipe)
 
@@ -117,7 +117,7 @@ class _Extractor:
             progress_bar(len(split), description, "image", is_primary()) as bar,
         ):
             for index, ((images, _), count) in enumerate(batches):
-                placed = shard_rows(self._mesh, images, size)
+                placed = shard_process_local(self._mesh, images, size)
                 if view is None:
                     features = self._plain(self._variables, placed)
                 else:

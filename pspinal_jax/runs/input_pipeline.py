@@ -17,7 +17,7 @@ from pspinal_jax.runs.progress import Stage
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs, padded_split
-from pspinal_jax.training.sharding import rows_here, shard_rows
+from pspinal_jax.training.sharding import process_local_rows, shard_process_local
 
 Evaluate = Callable[[Batch, int], dict[str, np.ndarray]]
 """(padded batch or split, how many are real) -> sums loss and correct [K] and predictions [K, M], of K seeds."""
@@ -142,7 +142,7 @@ class StreamedExamples:
         batch, size = next(batches)
         if seed_states.idle(index):
             self.waited += time.perf_counter() - start
-        return shard_rows(self._programs.mesh, batch, size)
+        return shard_process_local(self._programs.mesh, batch, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ class ResidentSplit:
     @classmethod
     def place(cls, programs: Programs, arrays: tuple[np.ndarray, np.ndarray], batch_size: int) -> "ResidentSplit":
         """The examples and labels `arrays` on the devices, padded to whole batches."""
-        return cls(programs.replicate(padded_split(*arrays, batch_size)), len(arrays[1]))
+        return cls(programs.replicate(padded_split(arrays, batch_size)), len(arrays[1]))
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""
@@ -192,7 +192,7 @@ class StreamedSplit:
         ) as batches:
             for batch, size in batches:
                 before_call()
-                sums = evaluate(shard_rows(mesh, batch, self.batch_size), size)
+                sums = evaluate(shard_process_local(mesh, batch, self.batch_size), size)
                 parts.append(sums | {"predictions": sums["predictions"][:, :size]})
         return {
             "loss": np.sum([part["loss"] for part in parts], axis=0),
@@ -217,7 +217,7 @@ def process_local_batches(
     workers: int = 0,
     pad: bool = False,
 ) -> Generator[tuple[Batch, int], None, None]:
-    """The rows on the devices of this process (see `rows_here`) of the batches that `stream` would yield.
+    """The rows on the devices of this process (see `process_local_rows`) of the batches that `stream` would yield.
 
     Args:
       mesh: the devices.
@@ -230,11 +230,11 @@ def process_local_batches(
       pad: fill a smaller last batch with zeros, to B.
 
     Yields:
-      ((images, labels), n): rows for `shard_rows`, and how many examples the whole batch has, without padding.
+      ((images, labels), n): rows for `shard_process_local`, and how many examples the whole batch has, without padding.
     """
     whole, tail = divmod(len(order), batch_size)
-    rows = rows_here(mesh, batch_size)
-    tail_rows = (rows[rows < tail] if pad else rows_here(mesh, tail)) if tail else rows[:0]
+    rows = process_local_rows(mesh, batch_size)
+    tail_rows = (rows[rows < tail] if pad else process_local_rows(mesh, tail)) if tail else rows[:0]
     numbers = np.asarray(order[: whole * batch_size]).reshape(whole, batch_size)[first_batch:, rows].ravel()
     tail_numbers = np.asarray(order[whole * batch_size :])[tail_rows]
     # One stream is better than two, but its last batch cannot be the largest.

@@ -1,4 +1,4 @@
-"""`predict`: the classes that a run, or an export of one, gives pictures in files."""
+"""`predict`: the classes that a run, or an export of one, gives images."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,18 +19,21 @@ from pspinal_jax.runs.restore import load_recipe_of, load_variables
 
 BATCH_SIZE = 32
 
+Images = Sequence[str | Path | Image.Image | np.ndarray] | np.ndarray
+"""Paths, Pillow images and arrays, see `predict`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says of one picture.
+    """What the model says of one image.
 
     Attributes:
-      path: the picture's file.
+      path: the image's file; None for an array or a Pillow image.
       classes: (name, probability) of the most probable classes, most probable first; empty where there is an error.
       error: why it could not be read, or None.
     """
 
-    path: Path
+    path: Path | None
     classes: tuple[tuple[str, float], ...] = ()
     error: str | None = None
 
@@ -47,22 +50,26 @@ class _Classifier:
     transposed: bool = False
 
 
-def predict(source: Path, paths: Sequence[Path], top: int = 1, seed_index: int | None = None) -> list[Prediction]:
-    """Classify pictures with a run's selected parameters.
+def predict(source: str | Path, images: Images, top: int = 1, seed_index: int | None = None) -> list[Prediction]:
+    """Classify images with a run's selected parameters.
 
     Args:
       source: run directory, or the directory of an export.
-      paths: picture files of any format and size that Pillow reads; they are resized to what the model sees.
+      images: files of any format that Pillow reads, Pillow images, and arrays uint8 [H, W] or [H, W, C], C 1 or 3; or
+        one array uint8 [N, H, W] or [N, H, W, C]. Each may have any size: it is resized to what the model sees.
       top: how many classes to name for each.
       seed_index: which of the run's seeds; by default the best on validation. An export has but one.
 
     Returns:
-      A prediction a path, in their order; unreadable pictures have an error.
+      A prediction an image, in their order; files that cannot be read have an error.
 
     Raises:
-      PSpinalError: if the run or the export cannot be read, or does not classify images.
+      UsageError: if `images`, `top` or `seed_index` are not as above, or `source` does not classify images.
+      RunError: if the run or the export cannot be read.
     """
     enable_compilation_cache()
+    source = Path(source).expanduser()
+    each = _each(images)
     if is_export(source):
         if seed_index is not None:
             raise UsageError(f"--seed-index is {seed_index}, but {source} is an export, of one seed; leave it out")
@@ -71,9 +78,34 @@ def predict(source: Path, paths: Sequence[Path], top: int = 1, seed_index: int |
         classifier = _of_run(source, seed_index)
     _check(classifier, top)
     predictions: list[Prediction] = []
-    for start in range(0, len(paths), BATCH_SIZE):
-        predictions += _predict_batch(classifier, paths[start : start + BATCH_SIZE], min(BATCH_SIZE, len(paths)), top)
+    for start in range(0, len(each), BATCH_SIZE):
+        predictions += _predict_batch(classifier, each[start : start + BATCH_SIZE], min(BATCH_SIZE, len(each)), top)
     return predictions
+
+
+def _each(images: Images) -> list[Path | Image.Image]:
+    """One image after the other; UsageError if something among them is none."""
+    one = isinstance(images, str | Path | Image.Image)
+    if one or (
+        isinstance(images, np.ndarray) and (images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3)))
+    ):
+        what = f"an array {list(images.shape)}" if isinstance(images, np.ndarray) else repr(images)
+        raise UsageError(f"images is {what}, expected several images; put one image into a list")
+    return [_opened(image) for image in images]
+
+
+def _opened(image: Any) -> Path | Image.Image:
+    if isinstance(image, str | Path):
+        return Path(image).expanduser()
+    if isinstance(image, Image.Image):
+        return image
+    array = np.asarray(image)
+    grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
+    if array.dtype != np.uint8 or not array.size or not (grey or (array.ndim == 3 and array.shape[2] == 3)):
+        raise UsageError(
+            f"an image is an array {array.dtype} {list(array.shape)}, expected uint8 [H, W], [H, W, 1] or [H, W, 3]"
+        )
+    return Image.fromarray(array.reshape(array.shape[:2]) if grey else array)
 
 
 def _of_run(run: Path, seed_index: int | None) -> _Classifier:
@@ -107,17 +139,20 @@ def _check(classifier: _Classifier, top: int) -> None:
         raise UsageError(f"--top is {top}, expected 1 .. {len(classifier.class_names)}, the number of classes")
 
 
-def _predict_batch(classifier: _Classifier, paths: Sequence[Path], size: int, top: int) -> list[Prediction]:
-    """Predictions of `paths`, computed as one batch of `size`."""
-    images = [_read(path, classifier.shape, classifier.transposed) for path in paths]
+def _predict_batch(
+    classifier: _Classifier, images: Sequence[Path | Image.Image], size: int, top: int
+) -> list[Prediction]:
+    """Predictions of `images`, computed as one batch of `size`."""
+    inputs = [_read(image, classifier.shape, classifier.transposed) for image in images]
     batch = np.zeros((size, *classifier.shape), np.uint8)
-    for index, image in enumerate(images):
-        if isinstance(image, np.ndarray):
-            batch[index] = image
+    for index, pixels in enumerate(inputs):
+        if isinstance(pixels, np.ndarray):
+            batch[index] = pixels
     predictions = []
-    for path, image, row in zip(paths, images, np.asarray(classifier.probabilities(batch)), strict=False):
-        if isinstance(image, str):
-            predictions.append(Prediction(path, error=image))
+    for image, pixels, row in zip(images, inputs, np.asarray(classifier.probabilities(batch)), strict=False):
+        path = image if isinstance(image, Path) else None
+        if isinstance(pixels, str):
+            predictions.append(Prediction(path, error=pixels))
             continue
         best = np.argsort(-row, kind="stable")[:top]
         named = tuple((classifier.class_names[index], float(row[index])) for index in best)
@@ -125,14 +160,14 @@ def _predict_batch(classifier: _Classifier, paths: Sequence[Path], size: int, to
     return predictions
 
 
-def _read(path: Path, shape: tuple[int, ...], transposed: bool) -> np.ndarray | str:
-    """The picture as the model sees it, or why it cannot be read."""
+def _read(image: Path | Image.Image, shape: tuple[int, ...], transposed: bool) -> np.ndarray | str:
+    """The image as the model sees it, or why it cannot be read."""
     try:
-        image = decode(path.read_bytes(), (shape[0], shape[1]))
+        pixels = decode(image.read_bytes() if isinstance(image, Path) else image, (shape[0], shape[1]))
     except OSError as error:
         return error.strerror or str(error)
     except DataError as error:
         return str(error)
     if shape[2] == 1:
-        image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
-    return image.swapaxes(0, 1) if transposed else image
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    return pixels.swapaxes(0, 1) if transposed else pixels

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints import read_newest
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.models.build import build_model, count_features
+from pspinal_jax.files import differences
+from pspinal_jax.models.build import abstract_variables, build_model, count_features
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 from pspinal_jax.runs.directory import RunDirectory, read_json
 from pspinal_jax.runs.features import add_backbone, head_recipe
@@ -86,9 +88,7 @@ def _trained_shapes(recipe: Recipe, config: dict[str, Any]) -> Any:
     shape, dtype = tuple(config["input_shape"]), config["input_dtype"]
     if recipe.cache_features:
         shape, dtype, recipe = (count_features(recipe, shape),), "float32", head_recipe(recipe)
-    model = build_model(recipe, shape, len(config["class_names"]))
-    inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
+    return abstract_variables(build_model(recipe, shape, len(config["class_names"])), shape, dtype)
 
 
 def start_variables(
@@ -108,7 +108,7 @@ def start_variables(
     """
     model = build_model(recipe, input_shape, num_classes)
     if init_from is not None:
-        return {"params": _params_of_run(init_from, model, jax.ShapeDtypeStruct((2, *input_shape), input_dtype))}
+        return {"params": _params_of_run(init_from, abstract_variables(model, input_shape, input_dtype)["params"])}
     if recipe.model.weights is None:
         return {}
     name = recipe.model.backbone
@@ -117,15 +117,12 @@ def start_variables(
     return {collection: {"backbone": tree} for collection, tree in backbone.items()}
 
 
-def _params_of_run(run: Path, model: Any, inputs: jax.ShapeDtypeStruct) -> Any:
+def _params_of_run(run: Path, expected: Any) -> Any:
     variables, _ = load_variables(run)
-    expected = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)["params"]
     there, here = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-        for leaves in (jax.tree.leaves_with_path(variables["params"]), jax.tree.leaves_with_path(expected))
+        {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
+        for tree in (variables["params"], expected)
     )
-    if there != here:
-        names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-        listed = ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in names)
-        raise UsageError(f"--init-from {run} does not fit this model: {listed}")
+    if listed := differences(there, here, lambda name, old, new: f"{name} is {old} there and {new} here"):
+        raise UsageError(f"--init-from {run} does not fit this model: {', '.join(listed)}")
     return variables["params"]

@@ -91,9 +91,11 @@ class SeedStates:
         return float(group.rates[index, step] if self._programs.vectorized else group.rates[step])
 
     def warm_up(self) -> None:
-        """Compile the keeping of the best, by keeping none."""
+        """Compile `update_best`, by updating none."""
         for group in self._groups:
-            group.best = self._programs.keep(group.best, _variables(group.state), np.zeros(group.seed.shape, bool))
+            group.best = self._programs.update_best(
+                group.best, _variables(group.state), np.zeros(group.seed.shape, bool)
+            )
 
     def compile_step(self, batch: Batch) -> None:
         """Compile a step on a batch from the host, by taking it with a copy of a state."""
@@ -160,7 +162,7 @@ class SeedStates:
         for index, group in enumerate(self._groups):
             flags = improved if self._programs.vectorized else improved[index]
             if np.any(flags):
-                group.best = self._programs.keep(group.best, _variables(group.state), flags)
+                group.best = self._programs.update_best(group.best, _variables(group.state), flags)
 
     def trees(self) -> dict[str, Any]:
         """The arrays of a checkpoint, by item."""

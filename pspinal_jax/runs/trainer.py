@@ -14,11 +14,12 @@ import numpy as np
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
-from pspinal_jax.progress import Progress
+from pspinal_jax.progress import StepProgress
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import epoch_line, per_seed
+from pspinal_jax.runs.programs import schedule_of
 from pspinal_jax.runs.progress import Stage, TrainingProgress
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.signals import Stopped, StopRequest
@@ -170,7 +171,7 @@ class Trainer:
         self._plan_epoch(order)
         self._warm_up()
         done = position.epoch * stage.steps_per_epoch + position.step
-        with Progress(epochs * stage.steps_per_epoch, done, stage.name) as progress:
+        with StepProgress(epochs * stage.steps_per_epoch, done, stage.name, is_primary()) as progress:
             while True:
                 self._run_epoch(progress)
                 self._finish_epoch(epochs, progress)
@@ -183,7 +184,7 @@ class Trainer:
 
     def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
         stage, recipe, epoch = self.stage, self.setup.recipe, self.position.epoch
-        rates = learning_rates(recipe.optimizer, epoch, stage.steps_per_epoch, recipe.epochs)
+        rates = learning_rates(schedule_of(recipe), epoch, stage.steps_per_epoch, recipe.epochs)
         scale = np.asarray(self.position.rate_scale or [1.0] * recipe.num_seeds, np.float32)
         self._last_rates = (scale * rates[-1]).tolist()
         padded = padded_rates(rates, longest_epoch(self.setup.stages))
@@ -199,7 +200,7 @@ class Trainer:
         self.stop_if_asked()
         self._compile_seconds = time.perf_counter() - start
 
-    def _run_epoch(self, progress: Progress) -> None:
+    def _run_epoch(self, progress: StepProgress) -> None:
         stage, position = self.stage, self.position
         if position.step == 0:
             self.seed_states.set_totals(None)
@@ -246,7 +247,7 @@ class Trainer:
             shown[str(self.stage.evaluates)] = f"{np.mean(self.position.last_accuracy):.4f}"
         return shown
 
-    def _finish_epoch(self, epochs: int, progress: Progress) -> None:
+    def _finish_epoch(self, epochs: int, progress: StepProgress) -> None:
         """Evaluate, select, and write the epoch's line."""
         stage, position = self.stage, self.position
         totals = self.seed_states.totals()

@@ -1,4 +1,4 @@
-"""A picture of what the augmentation does: rows of raw, perspective, rotated and doubly warped images.
+"""An image of what the augmentation does: rows of raw, perspective, rotated and doubly warped images.
 
 python -m pspinal_jax.studies.contact_sheet --data ../shared/data/mnist.npz --out docs/augmentation_contact_sheet.png
 """

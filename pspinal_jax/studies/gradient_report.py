@@ -1,6 +1,4 @@
-"""The examples that a study trains and measures on, as features."""
-
-# DOC of analysis/gradient_report: """results.json, results.png and the printed table of the gradient study."""
+"""The gradient study, from its examples to results.json, results.png and the printed table."""
 
 import dataclasses
 import math
@@ -8,10 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from pspinal_jax.data.dataset import ArraySplit, make_dataset
@@ -19,8 +13,8 @@ from pspinal_jax.data.digits import read_digits
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import DataError, RunError
-from pspinal_jax.models.build import count_parameters
-from pspinal_jax.runs.directory import write_json
+from pspinal_jax.models.build import abstract_variables, count_parameters
+from pspinal_jax.runs.directory import whole_file, write_json
 from pspinal_jax.studies.gradient_study import (
     DENSE,
     MEASURED_EXAMPLES,
@@ -61,9 +55,6 @@ def _some(split: ArraySplit, most: int) -> tuple[np.ndarray, np.ndarray]:
     chosen = split.take(np.random.default_rng(0).permutation(len(split))[:most])
     scale = np.float32(255 if chosen.inputs.dtype == np.uint8 else 1)
     return chosen.inputs.reshape(len(chosen), -1).astype(np.float32) / scale, chosen.labels
-
-
-matplotlib.use("Agg")
 
 
 HEADER = (
@@ -117,8 +108,7 @@ def report(workdir: Path, study: Study, examples: Examples, source: str, command
 
 def _measured(name: str, depth: int, study: Study, examples: Examples) -> dict[str, Any]:
     head = make_network(name, depth, examples.num_classes, study)
-    features = jax.ShapeDtypeStruct((2, examples.train_features.shape[1]), jnp.float32)
-    shapes = jax.eval_shape(lambda x: head.init(jax.random.key(0), x, train=False), features)
+    shapes = abstract_variables(head, examples.train_features.shape[1:])
     summary = summarise(follow(head, examples, study))
     summary = {"parameters": count_parameters(shapes["params"]), **summary}
     print(format_row(name, depth, summary), flush=True)
@@ -170,16 +160,19 @@ def format_row(name: str, depth: int, summary: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _spread(values: list[float | None], form: str = ".2g", otherwise: str = "not finite") -> str:
+def _spread(values: list[float | None], digits: str = ".2g", otherwise: str = "not finite") -> str:
     if any(value is None for value in values):
         return otherwise
     numbers = np.array(values, float)
-    return f"{np.median(numbers):{form}} ({numbers.min():{form}} .. {numbers.max():{form}})"
+    return f"{np.median(numbers):{digits}} ({numbers.min():{digits}} .. {numbers.max():{digits}})"
 
 
 def _plot(path: Path, results: dict[str, Any], study: Study) -> None:
     """Top: at the features, by depth. Bottom: at each layer of the deepest. Left: at the start. Right: at the end."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row")
     deepest = study.depths[-1]
     for column, (index, epoch) in enumerate(((0, 0), (-1, study.epochs))):
         top, bottom = axes[:, column]
@@ -202,10 +195,8 @@ def _plot(path: Path, results: dict[str, Any], study: Study) -> None:
         axis.set_ylabel("gradient norm per example")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(f"{results['title']} (median and range)", fontsize=10)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
-    plt.close(figure)
-    part.replace(path)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 def _line(axis: Any, x: Sequence[int], low_to_high: tuple[np.ndarray, ...], name: str) -> None:

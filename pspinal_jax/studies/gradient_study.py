@@ -25,7 +25,7 @@ MEASURED_EXAMPLES = 256
 _RUN_A_FEW_TIMES = {"xla_backend_optimization_level": 0}
 """Compiler options for what is compiled in seconds and runs in milliseconds."""
 _DEEP = 8
-"""Layers from which on the progressive head trains in the form whose program does not grow with them."""
+"""Layers from which on the progressive head trains as the scan, whose program does not grow with them."""
 
 
 @dataclasses.dataclass(frozen=True)

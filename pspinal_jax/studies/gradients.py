@@ -1,6 +1,7 @@
-"""How much gradient arrives: at the features, at each layer's pre-activation, at each kernel."""
+"""How much gradient arrives: at the features, at each layer's pre-activation, at each kernel.
 
-# DOC of analysis/plain_stack: """A plain deep stack of layers, the contrast to heads whose layers see more than the one before."""  # noqa: E501
+`PlainStack` is the contrast: a deep stack whose layers see the layer before and nothing else.
+"""
 
 from typing import Any, Literal
 

@@ -43,8 +43,8 @@ def run_chunk(
     """Consecutive training steps of an epoch.
 
     The number of steps is an operand, not part of the program: one compilation serves every chunk length, and since
-    every length runs the very same instructions, results do not depend on how an epoch is cut into chunks. (A lax.scan
-    is the same loop with its length compiled in.)
+    every length runs the very same instructions, results do not depend on how an epoch is split into chunks. (A
+    lax.scan is the same loop with its length compiled in.)
 
     Args:
       step: the training step.

@@ -1,4 +1,4 @@
-"""The form that a head's parameters take inside a compiled chunk: the one that its implementation computes with.
+"""The layout of a head's parameters inside a compiled chunk: the one that its implementation computes with.
 
 Outside (checkpoints, evaluation, the user's hands) there is only the documented tree. Going in and out moves numbers
 and computes nothing, so results do not depend on where chunks begin and end.
@@ -14,38 +14,38 @@ from pspinal_jax.training.state import Totals, TrainState, trainable
 
 
 def in_layout(
-    form: Layout, frozen: tuple[str, ...], run: Callable[..., tuple[TrainState, Totals]]
+    layout: Layout, frozen: tuple[str, ...], run: Callable[..., tuple[TrainState, Totals]]
 ) -> Callable[..., tuple[TrainState, Totals]]:
-    """`run(state, ..) -> (state, totals)` with its inside in `form`, and the documented tree going in and out.
+    """`run(state, ..) -> (state, totals)` with its inside in `layout`, and the documented tree going in and out.
 
     The optimiser's state covers the entries of the parameters that are not `frozen`.
     """
-    if form == "tree":
+    if layout == "tree":
         return run
 
     def converted(state: TrainState, *arguments: Any) -> tuple[TrainState, Totals]:
-        state, totals = run(convert_state(state, form, frozen), *arguments)
+        state, totals = run(convert_state(state, layout, frozen), *arguments)
         return convert_state(state, "tree", frozen), totals
 
     return converted
 
 
-def convert_state(state: TrainState, form: Layout, frozen: tuple[str, ...] = ()) -> TrainState:
-    """`state` with all that belongs to its ``head`` in the given form, the optimiser's state included."""
+def convert_state(state: TrainState, layout: Layout, frozen: tuple[str, ...] = ()) -> TrainState:
+    """`state` with all that belongs to its ``head`` in the given layout, the optimiser's state included."""
 
     def params(tree: Any) -> Any:
-        return _convert_head(convert_params, tree, form)
+        return _convert_head(convert_params, tree, layout)
 
     return TrainState(
         step=state.step,
         params=params(state.params),
-        batch_stats=_convert_head(convert_batch_stats, state.batch_stats, form),
+        batch_stats=_convert_head(convert_batch_stats, state.batch_stats, layout),
         opt_state=_convert_copies(params, trainable(state.params, frozen), state.opt_state),
     )
 
 
-def _convert_head(convert: Callable[[Any, Layout], Any], tree: Any, form: Layout) -> Any:
-    return {**tree, "head": convert(tree["head"], form)} if "head" in tree else tree
+def _convert_head(convert: Callable[[Any, Layout], Any], tree: Any, layout: Layout) -> Any:
+    return {**tree, "head": convert(tree["head"], layout)} if "head" in tree else tree
 
 
 def _convert_copies(convert: Callable[[Any], Any], params: Any, tree: Any) -> Any:

@@ -21,7 +21,7 @@ from pspinal_jax.training.sharding import (
     make_mesh,
     per_device,
     replicated_on,
-    shard_over,
+    shard_batch,
     shardings,
     shards_parameters,
 )
@@ -30,11 +30,47 @@ from pspinal_jax.training.step import Evaluation, eval_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What the programs of a run compute, beside its model and its optimiser.
+
+    Attributes:
+      input_shape: one example's shape.
+      input_dtype: its dtype.
+      batch_size: examples per step over all devices, a multiple of the mesh's data times fsdp.
+      eval_batch_size: examples per evaluation step, likewise.
+      label_smoothing: see `cross_entropy`.
+      vectorized: run all seeds as one program, over a leading axis.
+      augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
+      head_layout: the layout of the head's parameters inside a chunk; what goes in and out is the documented tree.
+      frozen: entries at the top of the parameters that are not trained.
+      micro_batches: see `train_step`; the last, smaller batch of an epoch is not split.
+      skip_nonfinite: see `train_step`.
+      mesh: the devices; by default all of them on the axis data.
+      batch_norm_per_device: normalise each device's part of a training batch by itself; the last, smaller batch of an
+        epoch is normalised whole. Parameters must not be sharded.
+    """
+
+    input_shape: tuple[int, ...]
+    input_dtype: Any
+    batch_size: int
+    eval_batch_size: int
+    label_smoothing: float = 0.0
+    vectorized: bool = False
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    head_layout: Layout = "tree"
+    frozen: tuple[str, ...] = ()
+    micro_batches: int = 1
+    skip_nonfinite: bool = False
+    mesh: Mesh = dataclasses.field(default_factory=make_mesh)
+    batch_norm_per_device: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Programs:
     """The compiled pieces of a run. With `vectorized`, states, seeds, totals and orders have a leading seed axis.
 
     Attributes:
-      mesh: the devices, see mesh.py.
+      mesh: the devices, see sharding.py.
       init: seed -> state.
       zero_totals: seed -> totals.
       chunk: (state, totals, seed, plan, first, num_steps, data) -> (state, totals); state and totals are donated.
@@ -42,7 +78,7 @@ class Programs:
       batch_step: (state, totals, seed, learning_rate, batch) -> (state, totals), one step on a batch that the host
         brings; state and totals are donated. Never vectorised.
       evaluate: (variables, data, count) -> Evaluation.
-      keep: (best, candidate, improved) -> best; the older best is donated.
+      update_best: (best, candidate, improved) -> best; the older best is donated.
       vectorized: whether all seeds run as one program.
     """
 
@@ -53,7 +89,7 @@ class Programs:
     tail: Callable[[int], Callable[..., tuple[TrainState, Totals]]]
     batch_step: Callable[..., tuple[TrainState, Totals]]
     evaluate: Callable[..., Evaluation]
-    keep: Callable[..., Any]
+    update_best: Callable[..., Any]
     vectorized: bool
 
     @property
@@ -66,129 +102,107 @@ class Programs:
         return put(tree, self.replicated)
 
     def place(self, tree: Any) -> Any:
-        """A state, or parts of one, where the programs want it: parameters cut as the mesh says."""
+        """A state, or parts of one, where the programs want it: parameters sharded as the mesh says."""
         return put(tree, shardings(self.mesh, tree, stacked=self.vectorized))
 
     def shard_batch(self, batch: Batch) -> Batch:
         """A host's batch spread over the devices."""
-        return shard_over(self.mesh, batch)
+        return shard_batch(self.mesh, batch)
 
 
-def build_programs(
-    model: Any,
-    optimizer: optax.GradientTransformation,
-    *,
-    input_shape: tuple[int, ...],
-    input_dtype: Any,
-    batch_size: int,
-    eval_batch_size: int,
-    label_smoothing: float,
-    vectorized: bool,
-    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-    head_layout: Layout = "tree",
-    frozen: tuple[str, ...] = (),
-    micro_batches: int = 1,
-    skip_nonfinite: bool = False,
-    mesh: Mesh | None = None,
-    batch_norm_per_device: bool = False,
-) -> Programs:
+def build_programs(model: Any, optimizer: optax.GradientTransformation, config: StepConfig) -> Programs:
     """Everything that a run calls, jitted for a mesh of devices.
 
-    The data lies on every device whole; batches and parameters are cut as mesh.py and partition.py say. XLA inserts
-    the exchanges, so that the programs compute what one device would, batch norm over the whole batch included.
+    The data lies on every device whole; batches and parameters are sharded as sharding.py says. XLA inserts the
+    exchanges, so that the programs compute what one device would, batch norm over the whole batch included.
 
     Args:
       model: called as ``model.apply(variables, inputs, train=...)``.
       optimizer: gives the direction of descent.
-      input_shape: one example's shape.
-      input_dtype: its dtype.
-      batch_size: examples per step over all devices, a multiple of the mesh's data times fsdp.
-      eval_batch_size: examples per evaluation step, likewise.
-      label_smoothing: see `cross_entropy`.
-      vectorized: run all seeds as one program, over a leading axis.
-      augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
-      head_layout: the form of the head's parameters inside a chunk; all that goes in and out is the documented tree.
-      frozen: entries at the top of the parameters that are not trained.
-      micro_batches: see `train_step`; the last, smaller batch of an epoch is not cut.
-      skip_nonfinite: see `train_step`.
-      mesh: the devices, as `make_mesh` gives them; by default all of them on the axis data.
-      batch_norm_per_device: normalise each device's share of a training batch by itself; the last, smaller batch of an
-        epoch is normalised whole. Parameters must not be cut.
+      config: everything else.
     """
-    mesh = mesh or make_mesh()
+    mesh, vectorized = config.mesh, config.vectorized
     replicated = replicated_on(mesh)
-    inputs = jax.ShapeDtypeStruct((2, *input_shape), input_dtype)
-    start = partial(init_state, model, optimizer, inputs, frozen)
+    inputs = jax.ShapeDtypeStruct((2, *config.input_shape), config.input_dtype)
 
-    def sharded(batch: Batch) -> Batch:
-        return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
+    def seeds(function: Callable[..., Any], axes: tuple[Any, ...] = (0,)) -> Callable[..., Any]:
+        return jax.vmap(function, axes) if vectorized else function
 
-    options: Any = {"label_smoothing": label_smoothing, "frozen": frozen, "skip_nonfinite": skip_nonfinite}
-    plain_step = partial(train_step, model.apply, optimizer, **options)
-    whole_step: Step = partial(plain_step, micro_batches=micro_batches)
-    if batch_norm_per_device:
-        whole_step = per_device(mesh, whole_step)
+    start = seeds(partial(init_state, model, optimizer, inputs, config.frozen))
+    states: Any = replicated
+    variables: Any = replicated
+    if shards_parameters(mesh):
+        shapes = jax.eval_shape(start, jax.ShapeDtypeStruct((1,) if vectorized else (), np.uint32))
+        states = shardings(mesh, shapes, stacked=vectorized)
+        variables = {"params": states.params, "batch_stats": states.batch_stats}
+    jit = partial(jax.jit, out_shardings=replicated)
+    jit_steps = partial(jax.jit, donate_argnums=(0, 1), out_shardings=(states, replicated))
+    step, tail_step = _make_steps(model, optimizer, config)
+
+    def chunk(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
+        run = in_layout(config.head_layout, config.frozen, partial(run_chunk, step, size, config.batch_size))
+        return jit_steps(seeds(run, (0, 0, 0, EpochPlan(0, 0), None, None, None)))
+
+    def batch_step(state: TrainState, totals: Totals, seed: jax.Array, rate: jax.Array, batch: Batch) -> Any:
+        take = step if len(batch[1]) == config.batch_size else tail_step
+        return take(state, totals, batch, rate, keys.step_key(seed, state.step))
+
+    def evaluate(variables: Any, data: Batch, count: jax.Array) -> Evaluation:
+        def one(batch: Batch, mask: jax.Array) -> Evaluation:
+            return eval_step(model.apply, variables, _sharded(mesh, batch), mask)
+
+        return evaluate_split(one, config.eval_batch_size, data, count)
+
+    return Programs(
+        mesh=mesh,
+        init=jit(start, out_shardings=states),
+        zero_totals=jit(seeds(lambda seed: Totals.zero())),
+        chunk=chunk(step, config.batch_size),
+        tail=cache(partial(chunk, tail_step)),
+        batch_step=jit_steps(batch_step),
+        evaluate=jit(seeds(evaluate, (0, None, None))),
+        update_best=jit(seeds(_update_best, (0, 0, 0)), donate_argnums=0, out_shardings=variables),
+        vectorized=vectorized,
+    )
+
+
+def _make_steps(model: Any, optimizer: optax.GradientTransformation, config: StepConfig) -> tuple[Step, Step]:
+    """The training step on a whole batch, and the one on the last, smaller batch of an epoch."""
+    plain_step = partial(
+        train_step,
+        model.apply,
+        optimizer,
+        label_smoothing=config.label_smoothing,
+        frozen=config.frozen,
+        skip_nonfinite=config.skip_nonfinite,
+    )
+    whole_step: Step = partial(plain_step, micro_batches=config.micro_batches)
+    if config.batch_norm_per_device:
+        whole_step = per_device(config.mesh, whole_step)
 
     def advance(
         take: Step, state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Totals]:
-        if augment is not None:
-            batch = (augment(keys.augment_key(key), batch[0]), batch[1])
+        if config.augment is not None:
+            batch = (config.augment(keys.augment_key(key), batch[0]), batch[1])
         state, totals = take(state, totals, batch, rate, key)
-        if shards_parameters(mesh):  # or XLA may gather in one step what it has to cut again in the next
-            state = jax.lax.with_sharding_constraint(state, shardings(mesh, state))
+        if shards_parameters(config.mesh):  # or XLA may gather in one step what it has to shard again in the next
+            state = jax.lax.with_sharding_constraint(state, shardings(config.mesh, state))
         return state, totals
 
     def step(
         state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Totals]:
-        return advance(whole_step, state, totals, sharded(batch), rate, key)
+        return advance(whole_step, state, totals, _sharded(config.mesh, batch), rate, key)
 
-    tail_step = partial(advance, plain_step)
-
-    def batch_step(state: TrainState, totals: Totals, seed: jax.Array, rate: jax.Array, batch: Batch) -> Any:
-        whole = len(batch[1]) == batch_size
-        return (step if whole else tail_step)(state, totals, batch, rate, keys.step_key(seed, state.step))
-
-    def evaluate(variables: Any, data: Batch, count: jax.Array) -> Evaluation:
-        def one(batch: Batch, mask: jax.Array) -> Evaluation:
-            return eval_step(model.apply, variables, sharded(batch), mask)
-
-        return evaluate_split(one, eval_batch_size, data, count)
-
-    def seeds(function: Callable[..., Any], axes: tuple[Any, ...]) -> Callable[..., Any]:
-        return jax.vmap(function, axes) if vectorized else function
-
-    def steps(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
-        axes = (0, 0, 0, EpochPlan(0, 0), None, None, None)
-        run = in_layout(head_layout, frozen, partial(run_chunk, step, size, batch_size))
-        return jit(seeds(run, axes), donate_argnums=(0, 1), out_shardings=(states, replicated))
-
-    @cache
-    def tail(size: int) -> Callable[..., tuple[TrainState, Totals]]:
-        return steps(tail_step, size)
-
-    jit = partial(jax.jit, out_shardings=replicated)
-    states: Any = replicated
-    variables: Any = replicated
-    if shards_parameters(mesh):
-        shapes = jax.eval_shape(seeds(start, (0,)), jax.ShapeDtypeStruct((1,) if vectorized else (), np.uint32))
-        states = shardings(mesh, shapes, stacked=vectorized)
-        variables = {"params": states.params, "batch_stats": states.batch_stats}
-    return Programs(
-        mesh=mesh,
-        init=jit(seeds(start, (0,)), out_shardings=states),
-        zero_totals=jit(seeds(lambda seed: Totals.zero(), (0,))),
-        chunk=steps(step, batch_size),
-        tail=tail,
-        batch_step=jit(batch_step, donate_argnums=(0, 1), out_shardings=(states, replicated)),
-        evaluate=jit(seeds(evaluate, (0, None, None))),
-        keep=jit(seeds(_keep, (0, 0, 0)), donate_argnums=0, out_shardings=variables),
-        vectorized=vectorized,
-    )
+    return step, partial(advance, plain_step)
 
 
-def _keep(best: Any, candidate: Any, improved: jax.Array) -> Any:
+def _sharded(mesh: Mesh, batch: Batch) -> Batch:
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
+
+
+def _update_best(best: Any, candidate: Any, improved: jax.Array) -> Any:
     return jax.tree.map(partial(jnp.where, improved), candidate, best)
 
 
@@ -209,7 +223,8 @@ def make_order(subset: np.ndarray, length: int, vectorized: bool, shuffle: bool 
     return jax.jit(jax.vmap(order, (0, None)) if vectorized else order)
 
 
-def padded_split(inputs: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:
-    """Host arrays of a split, padded with zeros to a multiple of `batch_size`."""
+def padded_split(split: Batch, batch_size: int) -> Batch:
+    """Host arrays (inputs, labels) of a split, padded with zeros to a multiple of `batch_size`."""
+    inputs, labels = split
     extra = -len(labels) % batch_size
     return np.pad(inputs, [(0, extra)] + [(0, 0)] * (inputs.ndim - 1)), np.pad(labels, (0, extra))

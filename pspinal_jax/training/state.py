@@ -53,6 +53,14 @@ class Totals:
         correct, count, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
         return cls(jnp.zeros((), jnp.float32), correct, count, jnp.full((), -1, jnp.int32), skipped)
 
+    def add(self, loss: jax.Array, correct: jax.Array, count: int) -> "Totals":
+        """These sums and a batch's: its mean loss, its hits, its number of examples."""
+        return self.replace(  # type: ignore[attr-defined]
+            loss=self.loss + loss.astype(self.loss.dtype) * count,
+            correct=self.correct + correct,
+            count=self.count + count,
+        )
+
 
 def trainable(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
     """`params` without the entries at the top that are `frozen`."""

@@ -39,7 +39,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     Args:
       logits: [N, C]; computed in float32 or wider.
       labels: integers [N].
-      label_smoothing: share of the target that is spread evenly over the C classes.
+      label_smoothing: fraction of the target that is spread evenly over the C classes.
 
     Returns:
       [N], in nats.
@@ -79,12 +79,12 @@ def train_step(
       key: key of the step's random numbers.
       label_smoothing: see `cross_entropy`.
       frozen: entries at the top of `params` that stay as they are; they have no gradient and no optimiser state.
-      micro_batches: K, into how many parts of B / K examples the batch is cut, one after the other, to save memory.
+      micro_batches: K, into how many parts of B / K examples the batch is split, one after the other, to save memory.
         The gradient is their mean. Batch norm sees each part by itself.
       skip_nonfinite: leave the state as it was, but for its step, where the loss or a gradient is not finite.
         Otherwise the totals tell of it, and the state is lost.
-      axes: names of mapped axes, inside of `jax.shard_map`: `batch` is then this device's share of a batch, and batch
-        norm sees that share alone. The step is the whole batch's: loss and gradients are means over the devices, and
+      axes: names of mapped axes, inside of `jax.shard_map`: `batch` is then this device's part of a batch, and batch
+        norm sees that part alone. The step is the whole batch's: loss and gradients are means over the devices, and
         so are the running statistics. Every device draws dropout masks of its own.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -95,27 +95,33 @@ def train_step(
         loss, correct, gradients, batch_stats = loss_and_gradients(variables, batch, key)
     else:
         loss, correct, gradients, batch_stats = _accumulate(loss_and_gradients, micro_batches, variables, batch, key)
-    moving = trainable(state.params, frozen)
-    direction, opt_state = optimizer.update(gradients, state.opt_state, moving)
-    moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
-    new_state = TrainState(
-        step=state.step + 1, params={**state.params, **moved}, batch_stats=batch_stats, opt_state=opt_state
+    new_state = _descend(optimizer, frozen, state, gradients, learning_rate).replace(  # type: ignore[attr-defined]
+        batch_stats=batch_stats
     )
     finite = _all_finite(loss, gradients, None if skip_nonfinite else MOST_ENTRIES)
     totals = totals.replace(  # type: ignore[attr-defined]
         bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
     )
-    count = len(batch[1]) * (jax.lax.axis_size(axes) if axes else 1)
-    new_totals = totals.replace(  # type: ignore[attr-defined]
-        loss=totals.loss + loss.astype(totals.loss.dtype) * count,
-        correct=totals.correct + correct,
-        count=totals.count + count,
-    )
+    new_totals = totals.add(loss, correct, len(batch[1]) * (jax.lax.axis_size(axes) if axes else 1))
     if not skip_nonfinite:
         return new_state, new_totals
-    kept = state.replace(step=new_state.step)  # type: ignore[attr-defined]
+    same = state.replace(step=new_state.step)  # type: ignore[attr-defined]
     left_out = totals.replace(skipped=totals.skipped + 1)  # type: ignore[attr-defined]
-    return jax.tree.map(partial(jnp.where, finite), (new_state, new_totals), (kept, left_out))
+    return jax.tree.map(partial(jnp.where, finite), (new_state, new_totals), (same, left_out))
+
+
+def _descend(
+    optimizer: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    state: TrainState,
+    gradients: Any,
+    learning_rate: jax.Array,
+) -> TrainState:
+    """`state` one step on, its running statistics apart."""
+    moving = trainable(state.params, frozen)
+    direction, opt_state = optimizer.update(gradients, state.opt_state, moving)
+    moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
+    return TrainState(state.step + 1, {**state.params, **moved}, state.batch_stats, opt_state)
 
 
 def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> jax.Array:
@@ -146,7 +152,7 @@ def _loss_and_gradients(
             model = jax.lax.pcast(model, axes, to="varying")
         logits, updated = apply(model, inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
         loss, batch_stats = cross_entropy(logits, labels, label_smoothing).mean(), updated.get("batch_stats", {})
-        if axes:  # the loss, not the gradients: those of parameters that all devices share are summed already
+        if axes:  # the loss, not the gradients: those of parameters on all devices are summed already
             loss, batch_stats = jax.lax.pmean((loss, batch_stats), axes)
         return loss, (batch_stats, logits)
 
@@ -160,8 +166,8 @@ def _accumulate(
     loss_and_gradients: Callable[..., Any], parts: int, variables: Any, batch: Any, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
     """What `loss_and_gradients` gives, as means (hits: as the sum) over `parts` micro-batches."""
-    # Every K-th example, so that under a sharded batch each device cuts its own share.
-    cut = jax.tree.map(lambda a: a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+    # Every K-th example, so that each device splits its own part of a sharded batch.
+    split = jax.tree.map(lambda a: a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def body(carry: Any, part: Any) -> Any:
         (loss, correct, gradients), batch_stats = carry
@@ -170,10 +176,10 @@ def _accumulate(
         *sums, batch_stats = loss_and_gradients(model, micro_batch, jax.random.fold_in(key, index))
         return (jax.tree.map(jnp.add, (loss, correct, gradients), tuple(sums)), batch_stats), None
 
-    shapes = jax.eval_shape(loss_and_gradients, variables, jax.tree.map(lambda a: a[0], cut), key)
+    shapes = jax.eval_shape(loss_and_gradients, variables, jax.tree.map(lambda a: a[0], split), key)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[:3])
     start = (nothing, variables["batch_stats"])
-    ((loss, correct, gradients), batch_stats), _ = jax.lax.scan(body, start, (jnp.arange(parts), cut))
+    ((loss, correct, gradients), batch_stats), _ = jax.lax.scan(body, start, (jnp.arange(parts), split))
     return loss / parts, correct, jax.tree.map(lambda g: g / parts, gradients), batch_stats
 
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pspinal_jax.backbones.resnet import LEAST_SIDE, VARIANTS, ResNet, ResNetName
@@ -15,7 +13,7 @@ from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, STAGES, VGG5
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.heads.equation import layer_name, read_layers
 from pspinal_jax.layers.linear import check_choice
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier, abstract_variables
 from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables
 from pspinal_jax.weights.resnet import resnet_layers
 
@@ -148,5 +146,4 @@ def _entries(layout: Layout, sizes: _Sizes) -> list[Entry]:
     elif layout.backbone != "none":
         backbone, shape = ResNet(cast(ResNetName, layout.backbone)), (LEAST_SIDE, LEAST_SIDE, 3)
         layers = layers + resnet_layers(layout.backbone, _BACKBONE)
-    model, inputs = Classifier(head, backbone), jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-    return entries_of(layers, jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs))
+    return entries_of(layers, abstract_variables(Classifier(head, backbone), shape))

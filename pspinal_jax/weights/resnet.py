@@ -4,11 +4,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pspinal_jax.backbones.resnet import LEAST_SIDE, VARIANTS, ResNet, ResNetName, block_convs, num_features
+from pspinal_jax.models import abstract_variables
 from pspinal_jax.weights.hub import PREFIX
 from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables
 
@@ -67,7 +66,5 @@ def resnet_layers(variant: str, path: tuple[str, ...] = ()) -> list[Layer]:
 
 @functools.cache
 def _entries(variant: str) -> list[Entry]:
-    layers = resnet_layers(variant)
-    images = jax.ShapeDtypeStruct((1, LEAST_SIDE, LEAST_SIDE, 3), jnp.float32)
-    model = ResNet(cast(ResNetName, variant))
-    return entries_of(layers, jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images))
+    shapes = abstract_variables(ResNet(cast(ResNetName, variant)), (LEAST_SIDE, LEAST_SIDE, 3))
+    return entries_of(resnet_layers(variant), shapes)

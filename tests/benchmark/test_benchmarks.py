@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from pspinal_jax import weights
 from pspinal_jax.__main__ import main
 from pspinal_jax.benchmark import head
 from pspinal_jax.benchmark.compile import measure_published
@@ -210,7 +211,7 @@ def test_a_step_on_photographs_is_the_same_in_pytorch(monkeypatch):
     assert list(work) == ["PyTorch eager, channels last", "torch.compile, channels last"]
     work["PyTorch eager, channels last"](1)
     ours.run(1)
-    right = image_step.resnet_state_dict
-    monkeypatch.setattr(image_step, "resnet_state_dict", lambda *given: right(*given) | {"bn1.bias": np.ones(64, "f")})
+    right = weights.resnet_state_dict
+    monkeypatch.setattr(weights, "resnet_state_dict", lambda *given: right(*given) | {"bn1.bias": np.ones(64, "f")})
     with pytest.raises(RunError, match="PyTorch's loss differs from ours"):
         image_step.check_equal(recipe, batch)

@@ -3,7 +3,7 @@
 The environment says what to do: DEVICES simulates so many; STOP=PROCESS:STEP:SIGNAL sends that process a signal before
 step STEP, counted over the run, and takes that step alone, or, where STEP is "model", before the model is built;
 TINY_RESNET makes resnet18 small; HERE in an argument stands for the folder $HERE/PROCESS; OBSERVED names a file for
-what was seen: how many pictures were decoded, whether the data set stood prepared when it was asked for, and the step
+what was seen: how many images were decoded, whether the data set stood prepared when it was asked for, and the step
 that the run went on from.
 """
 

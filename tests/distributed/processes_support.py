@@ -103,7 +103,7 @@ def free_port():
 
 
 def write_four_classes(path):
-    """Images [N, 4, 4] of four classes, so that an axis of two or four devices can share them."""
+    """Images [N, 4, 4] of four classes, so that they can be sharded over two or four devices."""
     rng = np.random.default_rng(0)
     arrays = {}
     for part, count in (("train", 96), ("test", 48)):

@@ -60,7 +60,7 @@ def test_two_processes_compute_what_one_does(data, tmp_path, capfd):
     [("4 1 1", 50), ("1 4 1", 3), ("1 2 2", 3), ("2 1 2", 3), ("1 1 4", 3), ("2 2 1", 3)],
 )
 def test_200_steps_on_every_mesh(data, tmp_path, mesh, epochs):
-    """Parameters and classes are cut across processes where that axis is the longer one; 4 steps an epoch."""
+    """Parameters and classes are sharded across processes where that axis is the longer one; 4 steps an epoch."""
     axes = zip(("data", "fsdp", "model"), mesh.split(), strict=True)
     flags = ["--epochs", str(epochs), *(word for axis, size in axes for word in (f"--mesh.{axis}", size))]
     run_to_the_end(tmp_path, small(data, tmp_path / "two", *flags))

@@ -304,8 +304,8 @@ def test_a_damaged_export_gets_one_line(trained, tmp_path, capsys):
     said.unlink()
     refused(capsys, 1, "is no export: it has no export.json", *words)
     refused(capsys, 2, "Missing from pspinal-jax predict", "predict", "--artifact", output)
-    refused(capsys, 2, "with --artifact, predict takes pictures only", "predict", trained, *words[1:])
-    refused(capsys, 2, "at least one picture", "predict", trained)
+    refused(capsys, 2, "with --artifact, predict takes images only", "predict", trained, *words[1:])
+    refused(capsys, 2, "at least one image", "predict", trained)
 
 
 def test_parameters_too_large_for_the_format_are_refused(monkeypatch):

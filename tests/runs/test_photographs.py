@@ -218,7 +218,7 @@ def test_gradients_may_be_accumulated(pictures, tmp_path):
         (["--cache-features"], "cache_features is True, expected used with --freeze backbone"),
         (["--micro-batches", "3"], "micro_batches is 3, expected a divisor of batch_size"),
         (["--data.image-size", "16"], "colour images [H, W, 3] of 32 pixels and more"),
-        (["--seed-mode", "vmap"], "seed_mode is vmap, expected loop or auto for photographs"),
+        (["--seed-mode", "vmap"], "seed_mode is vmap, expected loop or auto for image files"),
         (["--model.weights", "missing.safetensors"], "missing.safetensors"),
         (["--data.num-classes", "7"], "has 3 classes, but data.num_classes is 7"),
         (["--batch-size", "64"], "batch_size is 64, but only 27 examples are left"),

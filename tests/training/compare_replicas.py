@@ -1,6 +1,6 @@
 """Run as a script, with 4 simulated devices: a jitted step, one under shard_map and one under pmap, into one .npz.
 
-Under shard_map and pmap the model sees a device's share of the batch. For statistics of the whole batch the head's norm
+Under shard_map and pmap the model sees a device's part of the batch. For statistics of the whole batch the head's norm
 is given their exchange by hand, which is what such a step needs and a jitted one does not.
 """
 
@@ -14,11 +14,10 @@ import numpy as np
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.layers import norm
 from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.recipes import OptimizerConfig
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import build_programs
+from pspinal_jax.training.programs import StepConfig, build_programs
 from pspinal_jax.training.state import Totals
 from pspinal_jax.training.step import cross_entropy
 
@@ -52,14 +51,8 @@ def chunked(model, inputs, labels, **options):
     """Through the programs of a run."""
     run = build_programs(
         model,
-        make_optimizer(OptimizerConfig(momentum=0.0)),
-        input_shape=inputs.shape[1:],
-        input_dtype=inputs.dtype,
-        batch_size=BATCH,
-        eval_batch_size=BATCH,
-        label_smoothing=0.0,
-        vectorized=False,
-        **options,
+        make_optimizer(momentum=0.0),
+        StepConfig(inputs.shape[1:], inputs.dtype, batch_size=BATCH, eval_batch_size=BATCH, **options),
     )
     seed = run.replicate(np.uint32(0))
     plan = run.replicate(EpochPlan(np.arange(len(labels), dtype=np.int32), np.full(STEPS, RATE)))
@@ -96,9 +89,9 @@ def pmapped(model, initial, inputs, labels):
     losses, hits = 0.0, 0
     for index in range(STEPS):
         rows = slice(index * BATCH, (index + 1) * BATCH)
-        cut = [array[rows].reshape(DEVICES, -1, *array.shape[1:]) for array in (inputs, labels)]
+        parts = [array[rows].reshape(DEVICES, -1, *array.shape[1:]) for array in (inputs, labels)]
         key = jnp.stack([keys.step_key(0, index)] * DEVICES)
-        params, stats, value, correct = run(params, stats, *cut, key)
+        params, stats, value, correct = run(params, stats, *parts, key)
         losses, hits = losses + float(value[0]) * BATCH, hits + int(correct[0])
     first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (params, stats))
     return flat(*first, Totals.zero().replace(loss=losses, correct=hits, count=STEPS * BATCH))

@@ -56,7 +56,7 @@ def test_training_does_not_depend_on_the_mesh(results):
     assert_same(results, 1e-9)
 
 
-def test_parameters_are_cut_as_the_mesh_says(results):
+def test_parameters_are_sharded_as_the_mesh_says(results):
     shards = {mesh: tuple(found["shard"]) for mesh, found in results.items()}
     assert shards == {"1x1x1": (34, 104), "4x1x1": (34, 104), "2x2x2": (17, 52)}
     assert results["2x2x2"]["argument_bytes"] < 0.6 * results["4x1x1"]["argument_bytes"]
@@ -105,9 +105,9 @@ def test_micro_batches_train_alike_on_every_mesh(tmp_path):
 @pytest.mark.slow
 def test_a_hundred_thousand_classes(tmp_path):
     results = train_on(tmp_path, "1x1x1", "1x1x8", "2x1x4", classes=100_000, dtype="float32", steps=3)
-    whole, *cut = results.values()
+    whole, *sharded = results.values()
     assert whole["holds_all_classes"] and tuple(whole["shard"]) == (34, 100_000)
-    for found, width in zip(cut, (12_500, 25_000), strict=True):
+    for found, width in zip(sharded, (12_500, 25_000), strict=True):
         assert not found["holds_all_classes"] and tuple(found["shard"]) == (34, width)
         np.testing.assert_allclose(found["losses"], whole["losses"], rtol=1e-5)
         np.testing.assert_array_equal(found["predictions"], whole["predictions"])

@@ -9,10 +9,9 @@ import pytest
 
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.recipes import OptimizerConfig
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import build_programs, make_order
+from pspinal_jax.training.programs import StepConfig, build_programs, make_order
 
 RNG = np.random.default_rng(0)
 INPUTS = RNG.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
@@ -40,15 +39,8 @@ def programs(frozen=(), norm=True, dropout_rate=0.2, optimizer="adamw", **option
     model = Classifier(head=head, backbone=Backbone(norm), mean=0.4, std=0.3, freeze_backbone=bool(frozen))
     return build_programs(
         model,
-        make_optimizer(OptimizerConfig(optimizer, weight_decay=0.01)),
-        input_shape=(4, 4, 1),
-        input_dtype=np.uint8,
-        batch_size=8,
-        eval_batch_size=8,
-        label_smoothing=0.1,
-        vectorized=False,
-        frozen=frozen,
-        **options,
+        make_optimizer(optimizer, weight_decay=0.01),
+        StepConfig((4, 4, 1), np.uint8, 8, 8, label_smoothing=0.1, frozen=frozen, **options),
     )
 
 
@@ -100,13 +92,8 @@ def test_a_frozen_backbone_is_the_head_trained_on_its_features():
     head = ProgressiveSpinalHead(3, 4, num_layers=2, dropout_rate=0.2, norm="batch")
     on_features = build_programs(
         Classifier(head=head),
-        make_optimizer(OptimizerConfig("sgd")),
-        input_shape=(6,),
-        input_dtype=np.float32,
-        batch_size=8,
-        eval_batch_size=8,
-        label_smoothing=0.1,
-        vectorized=False,
+        make_optimizer("sgd"),
+        StepConfig((6,), np.float32, batch_size=8, eval_batch_size=8, label_smoothing=0.1),
     )
     start = on_features.init(SEED)
     start = start.replace(params={"head": state.params["head"]}, batch_stats={"head": state.batch_stats["head"]})
@@ -125,13 +112,13 @@ def test_steps_on_the_hosts_batches_equal_the_compiled_epoch():
 
 
 def test_micro_batches_give_the_gradient_of_the_batch():
-    """Without batch norm and dropout, cutting the batch changes nothing but rounding."""
+    """Without batch norm and dropout, splitting the batch changes nothing but rounding."""
     options = {"norm": False, "dropout_rate": 0.0, "optimizer": "sgd"}
     whole, totals = train(programs(**options))
-    cut, cut_totals = train(programs(**options, micro_batches=4))
-    chex.assert_trees_all_close(whole.params, cut.params, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(totals.loss, cut_totals.loss, rtol=1e-5)
-    assert int(totals.correct) == int(cut_totals.correct) and int(cut_totals.count) == 40
+    split, split_totals = train(programs(**options, micro_batches=4))
+    chex.assert_trees_all_close(whole.params, split.params, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(totals.loss, split_totals.loss, rtol=1e-5)
+    assert int(totals.correct) == int(split_totals.correct) and int(split_totals.count) == 40
 
 
 def test_each_micro_batch_updates_the_running_statistics_in_turn():
@@ -148,7 +135,7 @@ def test_each_micro_batch_updates_the_running_statistics_in_turn():
     assert int(totals.count) == 8 and int(state.step) == 1
 
 
-def test_a_last_smaller_batch_from_the_host_is_not_cut():
+def test_a_last_smaller_batch_from_the_host_is_not_split():
     run = programs(micro_batches=4)
     state, totals = run.init(SEED), run.zero_totals(SEED)
     state, totals = run.batch_step(state, totals, SEED, np.float32(0.1), run.shard_batch((INPUTS[:3], LABELS[:3])))

@@ -1,4 +1,4 @@
-"""What a mesh is made of, and which arrays are cut over it; training on meshes is in test_devices.py."""
+"""What a mesh is made of, and which arrays are sharded over it; training on meshes is in test_devices.py."""
 
 import dataclasses
 
@@ -8,38 +8,38 @@ from jax.sharding import PartitionSpec
 
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes import MeshConfig, load_recipe
-from pspinal_jax.runs.build import check_classes, check_devices
+from pspinal_jax.runs.programs import check_classes, check_devices
 from pspinal_jax.training.sharding import make_mesh, mesh_shape, partition_spec, shardings
 
 AXES = {"data": 2, "fsdp": 4, "model": 2}
 
 
 @pytest.mark.parametrize(
-    ("config", "devices", "shape"),
+    ("axes", "devices", "shape"),
     [
-        (MeshConfig(), 1, (1, 1, 1)),
-        (MeshConfig(), 8, (8, 1, 1)),
-        (MeshConfig(fsdp=2, model=2), 8, (2, 2, 2)),
-        (MeshConfig(data=2, model=4), 8, (2, 1, 4)),
-        (MeshConfig(fsdp=8), 8, (1, 8, 1)),
+        ((-1, 1, 1), 1, (1, 1, 1)),
+        ((-1, 1, 1), 8, (8, 1, 1)),
+        ((-1, 2, 2), 8, (2, 2, 2)),
+        ((2, 1, 4), 8, (2, 1, 4)),
+        ((-1, 8, 1), 8, (1, 8, 1)),
     ],
 )
-def test_data_takes_what_the_other_axes_leave(config, devices, shape):
-    assert mesh_shape(config, devices) == shape
+def test_data_takes_what_the_other_axes_leave(axes, devices, shape):
+    assert mesh_shape(*axes, devices) == shape
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("axes", "expected"),
     [
-        (MeshConfig(model=3), r"data -1 x fsdp 1 x model 3, expected divisors of 8, the number of devices"),
-        (MeshConfig(fsdp=16), r"data -1 x fsdp 16 x model 1, expected divisors of 8"),
-        (MeshConfig(data=4), r"data 4 x fsdp 1 x model 1, expected a product of 8, the number of devices"),
-        (MeshConfig(data=4, fsdp=4), r"expected a product of 8.*change --mesh.data"),
+        ((-1, 1, 3), r"data -1 x fsdp 1 x model 3, expected divisors of 8, the number of devices"),
+        ((-1, 16, 1), r"data -1 x fsdp 16 x model 1, expected divisors of 8"),
+        ((4, 1, 1), r"data 4 x fsdp 1 x model 1, expected a product of 8, the number of devices"),
+        ((4, 4, 1), r"expected a product of 8.*change --mesh.data"),
     ],
 )
-def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, expected):
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, expected):
     with pytest.raises(UsageError, match=expected):
-        mesh_shape(config, 8)
+        mesh_shape(*axes, 8)
 
 
 def test_what_does_not_fit_is_refused_before_the_run():
@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_refused_before_the_run():
 
 
 @pytest.mark.parametrize(
-    ("path", "shape", "cuts"),
+    ("path", "shape", "spec"),
     [
         ("head/output/kernel", (512, 100), ("fsdp", "model")),
         ("trace/head/output/kernel", (512, 100), ("fsdp", "model")),  # its momentum
@@ -75,14 +75,14 @@ def test_what_does_not_fit_is_refused_before_the_run():
         ("count", (), ()),
     ],
 )
-def test_which_arrays_are_cut(path, shape, cuts):
-    assert partition_spec(path, shape, AXES) == PartitionSpec(*cuts)
+def test_which_arrays_are_sharded(path, shape, spec):
+    assert partition_spec(path, shape, AXES) == PartitionSpec(*spec)
     assert partition_spec(path, shape, {"data": 8, "fsdp": 1, "model": 1}) == PartitionSpec()
 
 
-def test_the_axis_of_seeds_is_never_cut(monkeypatch):
-    cuts = {(512, 128): PartitionSpec("data", None)}
+def test_the_axis_of_seeds_is_never_sharded(monkeypatch):
+    specs = {(512, 128): PartitionSpec("data", None)}
     tree = {"head": {"output": {"kernel": jax.ShapeDtypeStruct((4096, 512, 128), "float32")}}}
-    monkeypatch.setattr("pspinal_jax.training.sharding.partition_spec", lambda path, shape, axes: cuts[shape])
+    monkeypatch.setattr("pspinal_jax.training.sharding.partition_spec", lambda path, shape, axes: specs[shape])
     found = shardings(make_mesh(), tree, stacked=True)["head"]["output"]["kernel"].spec
     assert found == PartitionSpec(None, "data", None)

@@ -5,14 +5,12 @@ import numpy as np
 import optax
 import pytest
 
-from pspinal_jax.data.dataset import Split
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.recipes import OptimizerConfig
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan
-from pspinal_jax.training.optimizers import learning_rates, make_optimizer
-from pspinal_jax.training.programs import build_programs, make_order, padded_split
+from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
+from pspinal_jax.training.programs import StepConfig, build_programs, make_order, padded_split
 from pspinal_jax.training.step import cross_entropy
 
 NUM_EXAMPLES = 50
@@ -31,13 +29,8 @@ def model() -> Classifier:
 def programs(batch_size=8, vectorized=False, optimizer=None, label_smoothing=0.0, eval_batch_size=16):
     return build_programs(
         model(),
-        optimizer or make_optimizer(OptimizerConfig()),
-        input_shape=(3, 3, 1),
-        input_dtype=np.uint8,
-        batch_size=batch_size,
-        eval_batch_size=eval_batch_size,
-        label_smoothing=label_smoothing,
-        vectorized=vectorized,
+        optimizer or make_optimizer(),
+        StepConfig((3, 3, 1), np.uint8, batch_size, eval_batch_size, label_smoothing, vectorized),
     )
 
 
@@ -46,10 +39,10 @@ def plan(seed=SEED, epoch=0, rate=0.05, steps=6):
     return EpochPlan(order(seed, np.int32(epoch)), np.full(steps, rate, np.float32))
 
 
-def train(run, cuts, seed=SEED):
-    """State and totals after 6 steps, in chunks that end at `cuts`."""
+def train(run, ends, seed=SEED):
+    """State and totals after 6 steps, in chunks that end at `ends`."""
     state, totals = run.init(seed), run.zero_totals(seed)
-    for first, last in zip([0, *cuts], [*cuts, 6], strict=True):
+    for first, last in zip([0, *ends], [*ends, 6], strict=True):
         state, totals = run.chunk(state, totals, seed, plan(seed), np.int32(first), np.int32(last - first), DATA)
     return state, totals
 
@@ -129,7 +122,7 @@ def test_evaluation_counts_every_example_once(batch_size):
     run = programs(eval_batch_size=batch_size)
     state = run.init(SEED)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    split = padded_split(Split(INPUTS, LABELS), batch_size)
+    split = padded_split(DATA, batch_size)
     result = run.evaluate(variables, split, np.int32(NUM_EXAMPLES))
     logits = model().apply(variables, jnp.asarray(INPUTS), train=False)
     assert int(result.correct) == int((logits.argmax(-1) == LABELS).sum())
@@ -142,7 +135,7 @@ def test_evaluation_of_nothing_is_nothing():
     run = programs()
     state = run.init(SEED)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    result = run.evaluate(variables, padded_split(Split(INPUTS, LABELS), 16), np.int32(0))
+    result = run.evaluate(variables, padded_split(DATA, 16), np.int32(0))
     assert float(result.loss) == 0 and int(result.correct) == 0
 
 
@@ -155,20 +148,20 @@ def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(smoothing):
 
 
 @pytest.mark.parametrize(
-    ("config", "reference"),
+    ("ours", "reference"),
     [
-        (OptimizerConfig("sgd", momentum=0.5), optax.sgd(0.1, momentum=0.5)),
-        (OptimizerConfig("sgd", momentum=0.9, nesterov=True), optax.sgd(0.1, momentum=0.9, nesterov=True)),
-        (OptimizerConfig("sgd", momentum=0.0), optax.sgd(0.1)),
-        (OptimizerConfig("adam"), optax.adam(0.1)),
+        (make_optimizer("sgd", momentum=0.5), optax.sgd(0.1, momentum=0.5)),
+        (make_optimizer("sgd", momentum=0.9, nesterov=True), optax.sgd(0.1, momentum=0.9, nesterov=True)),
+        (make_optimizer("sgd", momentum=0.0), optax.sgd(0.1)),
+        (make_optimizer("adam"), optax.adam(0.1)),
         (
-            OptimizerConfig("adamw", weight_decay=0.2),
+            make_optimizer("adamw", weight_decay=0.2),
             optax.adamw(0.1, weight_decay=0.2, mask={"bias": False, "kernel": True}),
         ),
     ],
 )
-def test_optimizers_are_optaxs(config, reference):
-    ours, rate = make_optimizer(config), 0.1
+def test_optimizers_are_optaxs(ours, reference):
+    rate = 0.1
     params = here = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     state, reference_state = ours.init(params), reference.init(params)
     for step in range(3):
@@ -181,8 +174,8 @@ def test_optimizers_are_optaxs(config, reference):
 
 
 def test_schedules():
-    def rates(schedule, **fields):
-        return learning_rates(OptimizerConfig(learning_rate=0.5, schedule=schedule, **fields), 0, 100, 1)
+    def rates(name, **fields):
+        return learning_rates(Schedule(name, 0.5, **fields), 0, 100, 1)
 
     np.testing.assert_allclose(rates("constant"), 0.5)
     cosine = rates("cosine")
@@ -192,10 +185,10 @@ def test_schedules():
     assert one_cycle.argmax() == 30 and one_cycle[30] == np.float32(0.5)
     np.testing.assert_allclose(one_cycle[0], 0.02, rtol=1e-5)
     assert 0 < one_cycle[99] < 0.001
-    config = OptimizerConfig(schedule="one_cycle")
-    np.testing.assert_array_equal(learning_rates(config, 2, 20, 5), learning_rates(config, 0, 100, 1)[40:60])
-    config = OptimizerConfig(learning_rate=0.5, schedule="step", decay_epochs=3)
-    by_epoch = np.stack([learning_rates(config, epoch, 13, 8) for epoch in range(8)])
+    schedule = Schedule("one_cycle")
+    np.testing.assert_array_equal(learning_rates(schedule, 2, 20, 5), learning_rates(schedule, 0, 100, 1)[40:60])
+    schedule = Schedule("step", 0.5, decay_epochs=3)
+    by_epoch = np.stack([learning_rates(schedule, epoch, 13, 8) for epoch in range(8)])
     np.testing.assert_allclose(by_epoch, np.repeat([[0.5], [0.05], [0.005]], [3, 3, 2], 0) + np.zeros(13), rtol=1e-6)
 
 

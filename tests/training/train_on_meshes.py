@@ -15,11 +15,10 @@ from jax.sharding import AxisType
 from pspinal_jax.backbones import resnet, vgg5
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.recipes import OptimizerConfig
 from pspinal_jax.training import sharding
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import build_programs
+from pspinal_jax.training.programs import StepConfig, build_programs
 from pspinal_jax.training.sharding import AXES
 from pspinal_jax.training.state import Totals
 
@@ -47,15 +46,16 @@ def train(arguments, mesh):
     labels = rng.integers(0, arguments.classes, EXAMPLES).astype(np.int32)
     run = build_programs(
         make_model(arguments.model, arguments.classes, arguments.width, dtype),
-        make_optimizer(OptimizerConfig(momentum=0.5)),
-        input_shape=inputs.shape[1:],
-        input_dtype=dtype,
-        batch_size=BATCH,
-        eval_batch_size=BATCH,
-        label_smoothing=0.1,
-        vectorized=False,
-        micro_batches=arguments.micro_batches,
-        mesh=mesh,
+        make_optimizer(momentum=0.5),
+        StepConfig(
+            inputs.shape[1:],
+            dtype,
+            batch_size=BATCH,
+            eval_batch_size=BATCH,
+            label_smoothing=0.1,
+            micro_batches=arguments.micro_batches,
+            mesh=mesh,
+        ),
     )
     data, seed = run.replicate((inputs, labels)), run.replicate(np.uint32(0))
     order = np.concatenate([rng.permutation(EXAMPLES) for _ in range(-(-STEPS * BATCH // EXAMPLES))]).astype(np.int32)

@@ -1,5 +1,6 @@
 """From an encoded image of any kind to RGB pixels of one size, with Pillow."""
 
+import contextlib
 import io
 import re
 import warnings
@@ -38,7 +39,7 @@ differed by up to 15 (46 and 49 dB).
 """
 
 
-def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
+def decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
     """The image in `data` as RGB, resized to `size` whatever its aspect.
 
     JPEG, PNG, BMP, GIF, TIFF, WebP, PPM and JPEG 2000 in any mode: grey, 16-bit grey (its upper 8 bits), palette, CMYK.
@@ -48,7 +49,7 @@ def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
     changes stands at `_DRAFT_GAP`.
 
     Args:
-      data: an encoded image.
+      data: an encoded image, or one that Pillow has opened or made, which stays as it is.
       size: (H, W).
 
     Returns:
@@ -68,9 +69,10 @@ def decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
         raise DataError(f"the image cannot be decoded: {reason}") from error
 
 
-def _decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
+def _decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
     height, width = size
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    opened = contextlib.nullcontext(data.copy()) if isinstance(data, Image.Image) else _open(data)
+    with opened as image:
         limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice as many
         if limit is not None and image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} pixels are more than Pillow's limit of {limit}")
@@ -81,6 +83,10 @@ def _decode(data: bytes, size: tuple[int, int]) -> np.ndarray:
         if orientation in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[orientation])
         return np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -1,4 +1,4 @@
-"""Streamed photographs on two processes: each decodes its own rows of a batch, and together they are one process."""
+"""Streamed images on two processes: each decodes its own rows of a batch, and together they are one process."""
 
 import chex
 import numpy as np
@@ -11,15 +11,15 @@ from pspinal_jax.runs.restore import load_variables
 pytestmark = pytest.mark.slow
 
 EPOCHS = 2
-TRAIN, VALIDATION, TEST = 30, 6, 9  # what 15 pictures a class leave of three classes
-"""30 in batches of 8 leave 6, which 4 devices cannot share: each has all of them."""
+TRAIN, VALIDATION, TEST = 30, 6, 9  # what 15 images a class leave of three classes
+"""30 in batches of 8 leave 6, which does not divide over 4 devices: each has all of them."""
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     from PIL import Image
 
-    folder, rng = tmp_path_factory.mktemp("pictures") / "noise", np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("images") / "noise", np.random.default_rng(0)
     for label in range(3):
         (folder / f"class_{label}").mkdir(parents=True)
         for index in range(15):
@@ -29,9 +29,9 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def arguments(pictures, workdir, *flags):
+def arguments(images, workdir, *flags):
     text = (
-        f"train folder --data.path {pictures} --workdir {workdir} --model.backbone resnet18 --model.weights None "
+        f"train folder --data.path {images} --workdir {workdir} --model.backbone resnet18 --model.weights None "
         f"--data.image-size 32 --batch-size 8 --eval-batch-size 8 --model.layer-width 8 --epochs {EPOCHS} "
         "--data.validation-fraction 0.2 --data.no-drop-remainder --optimizer.name sgd --optimizer.learning-rate 0.01"
     )
@@ -39,10 +39,10 @@ def arguments(pictures, workdir, *flags):
 
 
 @pytest.mark.parametrize(("devices", "flags"), [(2, ()), (1, ("--mesh.fsdp", "2"))])
-def test_two_processes_decode_a_share_each(pictures, tmp_path, monkeypatch, devices, flags):
-    both = run_to_the_end(tmp_path, arguments(pictures, tmp_path / "two", *flags), devices=devices, TINY_RESNET="1")
+def test_two_processes_decode_a_part_each(images, tmp_path, monkeypatch, devices, flags):
+    both = run_to_the_end(tmp_path, arguments(images, tmp_path / "two", *flags), devices=devices, TINY_RESNET="1")
     (alone,) = run_to_the_end(
-        tmp_path, arguments(pictures, tmp_path / "one", *flags), processes=1, devices=2 * devices, TINY_RESNET="1"
+        tmp_path, arguments(images, tmp_path / "one", *flags), processes=1, devices=2 * devices, TINY_RESNET="1"
     )
     assert alone.seen["decoded"] == EPOCHS * (TRAIN + VALIDATION) + TEST
     decoded = [process.seen["decoded"] for process in both]
@@ -58,10 +58,10 @@ def test_two_processes_decode_a_share_each(pictures, tmp_path, monkeypatch, devi
             np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-3)
 
 
-def test_features_are_made_by_two_processes(pictures, tmp_path):
+def test_features_are_made_by_two_processes(images, tmp_path):
     flags = ["--freeze", "backbone", "--cache-features", "--data.augment", "none"]
-    run_to_the_end(tmp_path, arguments(pictures, tmp_path / "two", *flags), TINY_RESNET="1")
-    run_to_the_end(tmp_path, arguments(pictures, tmp_path / "one", *flags), processes=1, devices=4, TINY_RESNET="1")
+    run_to_the_end(tmp_path, arguments(images, tmp_path / "two", *flags), TINY_RESNET="1")
+    run_to_the_end(tmp_path, arguments(images, tmp_path / "one", *flags), processes=1, devices=4, TINY_RESNET="1")
     ours, theirs = (dict(np.load(tmp_path / name / "features.npz")) for name in ("two", "one"))
     assert set(ours) == set(theirs)
     for name in ours:

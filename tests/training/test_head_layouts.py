@@ -1,4 +1,4 @@
-"""The form of the head's parameters inside a chunk changes nothing but speed."""
+"""The layout of the head's parameters inside a chunk changes nothing but speed."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pspinal_jax.models import build_model
-from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, Recipe
+from pspinal_jax.recipes import DataConfig, ModelConfig, Recipe
 from pspinal_jax.recipes.schema import Card
 from pspinal_jax.training.layouts import convert_state
 from pspinal_jax.training.optimizers import make_optimizer
@@ -20,18 +20,18 @@ def state_of(optimizer, head="progressive"):
     numbers = iter(range(10_000))
     different = lambda tree: jax.tree.map(lambda leaf: leaf + next(numbers), tree)  # noqa: E731
     params = different(variables["params"])
-    opt_state = different(make_optimizer(optimizer).init(params))
+    opt_state = different(optimizer.init(params))
     return TrainState(jnp.int32(7), params, different(variables["batch_stats"]), opt_state)
 
 
-OPTIMIZERS = [OptimizerConfig("sgd", momentum=0.9), OptimizerConfig("sgd", momentum=0.0), OptimizerConfig("adamw")]
+OPTIMIZERS = [make_optimizer("sgd", momentum=0.9), make_optimizer("sgd", momentum=0.0), make_optimizer("adamw")]
 
 
-@pytest.mark.parametrize("form", ["fused", "packed"])
+@pytest.mark.parametrize("layout", ["fused", "packed"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["momentum", "sgd", "adamw"])
-def test_a_state_comes_back_as_it_went(form, optimizer):
+def test_a_state_comes_back_as_it_went(layout, optimizer):
     state = state_of(optimizer)
-    running = convert_state(state, form)
+    running = convert_state(state, layout)
     assert "layer_1" in state.params["head"] and "layer_1" not in running.params["head"]
     # Momenta go along with their parameters.
     copies = [part for part in jax.tree.leaves(running.opt_state) if part.ndim == 2 and part.shape[0] == 5]
@@ -41,11 +41,11 @@ def test_a_state_comes_back_as_it_went(form, optimizer):
     jax.tree.map(np.testing.assert_array_equal, back, state)
 
 
-def test_weight_decay_spares_biases_in_every_form():
-    optimizer = make_optimizer(OptimizerConfig("adamw", weight_decay=0.5))
-    state = state_of(OptimizerConfig("adamw", weight_decay=0.5))
-    for form in ("tree", "fused", "packed"):
-        here = convert_state(state, form)
+def test_weight_decay_spares_biases_in_every_layout():
+    optimizer = make_optimizer("adamw", weight_decay=0.5)
+    state = state_of(optimizer)
+    for layout in ("tree", "fused", "packed"):
+        here = convert_state(state, layout)
         nothing = jax.tree.map(jnp.zeros_like, here.params)
         direction, _ = optimizer.update(nothing, optimizer.init(here.params), here.params)
         for path, leaf in jax.tree_util.tree_leaves_with_path(direction):

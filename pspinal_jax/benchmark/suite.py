@@ -1,0 +1,177 @@
+"""`benchmark all`: every benchmark in turn, each in a process of its own with its part of the time, and one report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pspinal_jax.benchmark.suite_report import write_suite_report
+from pspinal_jax.errors import UsageError
+from pspinal_jax.files import write_json
+
+WEIGHTS = {
+    "machine": 0.5,
+    "step": 1.3,
+    "head": 2.2,
+    "vgg5": 1.5,
+    "seeds": 1.2,
+    "efficientnet_lite0": 1.0,
+    "resnet50": 0.8,
+    "wide_resnet101_2": 1.2,
+    "depth": 0.6,
+    "epoch": 0.7,
+    "augmentation": 0.2,
+}
+"""The sections in their order, and how much of the time each may take; what one leaves goes to those after it."""
+_SECONDS_TO_START = 12.0
+"""A process needs about so long to load its libraries; it comes on top of a section's own time."""
+_LEAST_SECONDS = 15.0
+
+
+def run_suite(
+    workdir: Path,
+    minutes: float,
+    command: str,
+    sections: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    tiny: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Measure, and write a file of each section, its log, report.md and its plots into `workdir` as they come.
+
+    Args:
+      workdir: where to write.
+      minutes: about how long all of it may take.
+      command: what was typed.
+      sections: those to measure, in the suite's order; all by default.
+      precisions: see precision.py; those of the machine by default.
+      tiny: the smallest sizes, to see that everything runs.
+      overwrite: write over results that are there.
+
+    Returns:
+      How many sections failed.
+
+    Raises:
+      UsageError: on an unknown section, too little time, or results that would be written over.
+    """
+    _check(workdir, minutes, sections, overwrite)
+    workdir.mkdir(parents=True, exist_ok=True)
+    names = [name for name in WEIGHTS if name in sections or not sections]
+    for name in names:
+        (workdir / f"{name}.json").unlink(missing_ok=True)
+    end, about, failed = time.monotonic() + 60 * minutes, describe_machine(command, minutes), 0
+    with _stopping_on_signals():
+        for number, name in enumerate(names):
+            left = end - time.monotonic() - _SECONDS_TO_START * (len(names) - number)
+            seconds = max(_LEAST_SECONDS, left * WEIGHTS[name] / sum(WEIGHTS[other] for other in names[number:]))
+            busy = busy_share()
+            print(f"[{number + 1}/{len(names)}] {name}: up to {seconds:.0f} s", file=sys.stderr, flush=True)
+            status = _run(workdir, name, seconds, end + 30, precisions, tiny)
+            failed += status != "done"
+            _amend(workdir / f"{name}.json", name, status, busy)
+            write_suite_report(workdir, about, list(WEIGHTS))
+    print(f"{workdir / 'report.md'}", flush=True)
+    return failed
+
+
+def _check(workdir: Path, minutes: float, sections: Sequence[str], overwrite: bool) -> None:
+    unknown = [name for name in sections if name not in WEIGHTS]
+    if unknown:
+        raise UsageError(f"unknown section {unknown[0]!r} of benchmark all; there are: {', '.join(WEIGHTS)}")
+    if not minutes > 0:
+        raise UsageError(f"--minutes is {minutes:g}, expected a positive number")
+    if (workdir / "report.md").exists() and not overwrite:
+        raise UsageError(f"{workdir} holds a report already; give another --workdir, or --overwrite to write over it")
+
+
+def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Sequence[str], tiny: bool) -> str:
+    """Run a section; 'done', or in a few words why not."""
+    peaks = {
+        entry["precision"]: entry["flops_per_second"]
+        for entry in _read(workdir / "machine.json").get("entries", [])
+        if entry["kind"] == "peak"
+    }
+    command = [sys.executable, "-m", "pspinal_jax.benchmark.section_process", name, "--seconds", f"{seconds:.1f}"]
+    command += ["--output", str(workdir / f"{name}.json"), "--peaks", json.dumps(peaks)]
+    command += ["--precisions", *precisions] if precisions else []
+    command += ["--tiny"] if tiny else []
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # PyTorch needs some of the memory too
+    # A case that has begun may end; what hangs may not take the others' time.
+    patience = max(1.0, min(1.5 * seconds + 45.0, latest - time.monotonic()))
+    with open(workdir / f"{name}.log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(patience)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {patience:.0f} s"
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return "done" if code == 0 else f"failed with exit status {code}, see {name}.log"
+
+
+def _amend(path: Path, name: str, status: str, busy: float | None) -> None:
+    record = {"section": name, "entries": [], "left_out": []} | _read(path)
+    write_json(path, record | {"status": status, "busy_before": busy})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+class _stopping_on_signals:
+    """SIGTERM ends a section as Ctrl-C does: its process is killed, and what was measured stays."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, self._stop)
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    @staticmethod
+    def _stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+
+def describe_machine(command: str, minutes: float) -> dict[str, Any]:
+    """What the report says of where it was made: GPU and driver where nvidia-smi tells, cores, load."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        gpu = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        gpu = ""
+    return {
+        "command": command,
+        "minutes": minutes,
+        "date": time.strftime("%Y-%m-%d"),
+        "gpu": gpu or None,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+    }
+
+
+def busy_share(seconds: float = 0.5) -> float | None:
+    """How much of all cores others use just now, 0 to 1; None where the system does not tell."""
+
+    def ticks() -> tuple[int, int]:
+        values = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        return sum(values), values[3] + values[4]
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        after = ticks()
+    except (OSError, ValueError, IndexError):
+        return None
+    total = after[0] - before[0]
+    return 1 - (after[1] - before[1]) / total if total else None

@@ -1,0 +1,191 @@
+"""The Python door: train a recipe, or open a run, and use it; the commands call the same functions."""
+
+import dataclasses
+import difflib
+import functools
+import numbers
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import numpy as np
+
+from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.log_filter import absl_quietened
+from pspinal_jax.models.build import build_model
+from pspinal_jax.recipes import Recipe, load_recipe
+from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.runs.directory import RunDirectory, read_json
+from pspinal_jax.runs.evaluate import evaluate
+from pspinal_jax.runs.export import export_run
+from pspinal_jax.runs.predict import Images, Prediction, predict
+from pspinal_jax.runs.restore import load_recipe_of, load_variables
+from pspinal_jax.runs.train import train as train_recipe
+from pspinal_jax.runs.train import work_directory
+
+
+class Run:
+    """A run in its directory. `load_run` opens one, `train` returns one; parameters are read when they are asked for.
+
+    Attributes:
+      path: the run directory.
+      seed_index: which of the run's seeds its answers are of; None for the best on validation.
+      config: what config.json holds.
+      recipe: the recipe that was trained, its data included.
+      class_names: names of the C classes, in the order of the logits.
+    """
+
+    def __init__(self, path: str | Path, seed_index: int | None = None) -> None:
+        self.path, self.seed_index = Path(path).expanduser(), seed_index
+        self.config: dict[str, Any] = RunDirectory(self.path).config()
+        self.recipe: Recipe = load_recipe_of(self.config)
+        self.class_names = tuple(self.config["class_names"])
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, recipe {self.recipe.card.name!r})"
+
+    @functools.cached_property
+    def result(self) -> dict[str, Any]:
+        """What result.json holds; ``result["test_accuracy"]["mean"]`` is 0 .. 1.
+
+        Raises:
+          RunError: if the run is not finished.
+        """
+        path = RunDirectory(self.path).result_path
+        if not path.exists():
+            raise RunError(f"{self.path} is not finished: it has no result.json; run `train` again to go on")
+        return read_json(path)
+
+    @functools.cached_property
+    @absl_quietened()
+    def variables(self) -> dict[str, Any]:
+        """The selected parameters and running statistics, {'params': .., 'batch_stats': ..}, float32.
+
+        Raises:
+          PSpinalError: if they cannot be read, or there is no such seed.
+        """
+        return load_variables(self.path, self.seed_index)[0]
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The linen module: ``run.model.apply(run.variables, inputs [N, ...], train=False)`` gives logits [N, C].
+
+        Inputs are what config.json says: uint8 images [N, H, W, channels], or float32 features [N, D].
+        """
+        return build_model(self.recipe, tuple(self.config["input_shape"]), len(self.class_names))
+
+    @absl_quietened()
+    def predict(self, images: Images, top: int = 1) -> list[Prediction]:
+        """Classify `images`; see `pspinal_jax.runs.predict.predict`, which raises PSpinalError.
+
+        Args:
+          images: paths (Path or text), Pillow images and arrays uint8 [H, W] or [H, W, C] of any size, in any mixture;
+            or one array uint8 [N, H, W] or [N, H, W, C]. C is 1 or 3.
+          top: how many classes to name for each.
+
+        Returns:
+          A `Prediction` an image, in their order; a file that cannot be read has its `error`.
+        """
+        return predict(self.path, images, top, self.seed_index)
+
+    @absl_quietened()
+    def evaluate(self, data_path: str | Path | None = None) -> dict[str, Any]:
+        """Evaluate on the run's test split, or that of `data_path`; as `pspinal_jax.runs.evaluate.evaluate`."""
+        return evaluate(self.path, self.seed_index, data_path)
+
+    @absl_quietened()
+    def export(self, output: str | Path | None = None) -> Path:
+        """Write the classifier as files that JAX alone runs; as `pspinal_jax.runs.export.export_run`."""
+        return export_run(self.path, output, self.seed_index)
+
+
+def load_run(path: str | Path, seed_index: int | None = None) -> Run:
+    """The run in the directory `path`.
+
+    Args:
+      path: run directory of a `train`, finished or not.
+      seed_index: which of its seeds, from 0; by default the best on validation.
+
+    Raises:
+      RunError: if it is no run directory, or its config.json is damaged.
+    """
+    return Run(path, seed_index)
+
+
+@absl_quietened()
+def train(recipe: Recipe | str | Path, **changes: Any) -> Run:
+    """Train `recipe`, or what is left of it, in its run directory; of a finished run, what is there.
+
+    ``train("digits", epochs=5, model__layer_width=64, workdir="runs/mine")`` is the command
+    ``pspinal-jax train digits --epochs 5 --model.layer-width 64 --workdir runs/mine``.
+
+    Args:
+      recipe: a recipe, the name of one, or the path of a .py file that defines one.
+      **changes: flags of `train` by their names: fields of `pspinal_jax.recipes.Recipe`, nested ones with a double
+        underscore (``data__path``) or, in a ``**{"data.path": ..}``, a dot; and fields of `RunOptions` (``workdir``,
+        ``init_from``, ``checkpoint_seconds``, ``workers``, ``tensorboard``). A nested config can be given whole.
+
+    Returns:
+      The finished run.
+
+    Raises:
+      UsageError: if there is no such recipe, field or choice, or a value is of the wrong type or out of range.
+      PSpinalError: if the data or the run directory cannot be used, or training fails.
+      pspinal_jax.runs.signals.Stopped: after SIGINT (Ctrl-C) or SIGTERM, once the run is saved; call again to go on.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+    given = {name.replace("__", ".").replace("-", "_"): value for name, value in changes.items()}
+    for_options = {name: given.pop(name) for name in RunOptions.__dataclass_fields__ if name in given}
+    known = [*_names(Recipe), *RunOptions.__dataclass_fields__]
+    for name in given:
+        if name not in known or name.split(".")[0] == "card":
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"train has no setting {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
+    options = _replaced(RunOptions(), for_options)
+    changed = _replaced(loaded, given)
+    train_recipe(changed, options)
+    return Run(work_directory(changed, options))
+
+
+def _names(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields, configs inside included."""
+    for name, hint in typing.get_type_hints(config_class).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(hint):
+            yield from _names(typing.cast(type, hint), f"{prefix}{name}.")
+
+
+def _replaced(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass `config` with `changes` by dotted name, all at once, as some only fit together."""
+    hints = typing.get_type_hints(type(config))
+    values = {name: _value(prefix + name, value, hints[name]) for name, value in changes.items() if "." not in name}
+    for name in {name.split(".")[0] for name in changes if "." in name}:
+        inner = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{name}.")}
+        values[name] = _replaced(values.get(name, getattr(config, name)), inner, f"{prefix}{name}.")
+    return dataclasses.replace(config, **values)
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type `hint` has it: paths of text, numbers of numpy; UsageError if it is of another."""
+    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        if typing.get_origin(kind) is Literal:
+            if isinstance(value, str) and value in typing.get_args(kind):
+                return value
+        elif typing.get_origin(kind) is tuple:
+            if isinstance(value, Sequence | np.ndarray) and len(value) == len(typing.get_args(kind)):
+                return tuple(
+                    _value(name, each, inner) for each, inner in zip(value, typing.get_args(kind), strict=True)
+                )
+        elif kind in (int, float):
+            wanted = numbers.Integral if kind is int else numbers.Real
+            if isinstance(value, wanted) and not isinstance(value, bool):
+                return kind(value)
+        elif kind is Path and isinstance(value, str | Path):
+            return Path(value)
+        elif isinstance(value, kind):
+            return value
+    expected = " or ".join(map(repr, typing.get_args(hint))) if typing.get_origin(hint) is Literal else hint
+    raise UsageError(f"{name} is {value!r}, expected {getattr(expected, '__name__', expected)}")
