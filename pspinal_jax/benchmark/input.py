@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from pspinal_jax.benchmark.report import plot_bars
 from pspinal_jax.data.images import ImageSplit
-from pspinal_jax.data.images.images import Files
+from pspinal_jax.data.images.encoded import Files
 from pspinal_jax.data.images.stream import stream
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, UsageError

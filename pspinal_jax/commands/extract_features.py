@@ -21,7 +21,7 @@ class _Arguments:
     init_from: Path | None = None
     """Take the backbone of this run directory in place of --model.weights."""
     workers: int = 0
-    """Processes that decode photographs; 0 for threads of this one."""
+    """Processes that decode images; 0 for threads of this one."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -35,24 +35,22 @@ def main(args: Sequence[str]) -> int:
         default=_Arguments(recipe),
     )
     from pspinal_jax.data import load_data
-    from pspinal_jax.data.images.images import ImageDataset
     from pspinal_jax.environment import enable_compilation_cache
     from pspinal_jax.models.build import build_model
-    from pspinal_jax.runs.build import input_of
     from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
     from pspinal_jax.runs.restore import start_variables
 
     recipe = parsed.recipe
     if recipe.model.backbone == "none":
-        raise UsageError(f"{name} has no backbone; extract-features takes a recipe of photographs with one")
+        raise UsageError(f"{name} has no backbone; extract-features takes a recipe of images with one")
     if not parsed.output.parent.is_dir():
         raise UsageError(f"--output is {parsed.output}, but {parsed.output.parent} is no folder")
     data = load_data(recipe.data)
-    if not isinstance(data, ImageDataset):
-        raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of photographs")
+    if data.in_memory:
+        raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of images")
     data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     enable_compilation_cache()
-    shape, dtype = input_of(recipe, data)
+    shape, dtype = data.example_shape, data.example_dtype
     model = build_model(recipe, shape, data.num_classes)
     start = start_variables(recipe, model, parsed.init_from, shape, dtype)
     variables = complete_backbone(recipe, model, start, shape, dtype)

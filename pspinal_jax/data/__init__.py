@@ -1,6 +1,6 @@
-"""Data: from files to checked arrays in memory. TFDS is imported only where a TFDS data set is read."""
+"""Data: from files to a checked `Dataset`. TFDS is imported only where a TFDS data set is read."""
 
-from pspinal_jax.data.dataset import Dataset, Split
-from pspinal_jax.data.load import load_data, load_dataset
+from pspinal_jax.data.dataset import ArraySplit, Dataset, Split
+from pspinal_jax.data.load import load_data
 
-__all__ = ["Dataset", "Split", "load_data", "load_dataset"]
+__all__ = ["ArraySplit", "Dataset", "Split", "load_data"]

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from pspinal_jax.data.catalogue import DataSet
-from pspinal_jax.data.examples import Examples, Images
+from pspinal_jax.data.images.encoded import Examples, Images
 
 OUR_VERSION = "1.0.0"
 
@@ -22,7 +22,7 @@ def make_builder(
     Args:
       data_set: gives name, shape and order.
       data_dir: TFDS data folder.
-      examples: what to write; no split may be empty. Images are stored as PNG, encoded pictures as they are.
+      examples: what to write; no split may be empty. Images are stored as PNG, encoded images as they are.
       on_example: called after each example.
     """
 
@@ -52,13 +52,13 @@ def make_builder(
 
         def _generate_examples(self, images: Images, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
             for index, label in enumerate(labels):
-                yield index, {"image": _picture(images[index]), "label": int(label)}
+                yield index, {"image": _as_tfds_takes_it(images[index]), "label": int(label)}
                 on_example()
 
     return Builder(data_dir=str(data_dir), file_format="array_record")
 
 
-def _picture(image: np.ndarray | bytes) -> Image.Image | bytes:
+def _as_tfds_takes_it(image: np.ndarray | bytes) -> Image.Image | bytes:
     if isinstance(image, bytes):
         return image
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

@@ -1,8 +1,7 @@
-"""A prepared data set's arrays kept beside it, because decoding 70,000 PNG records takes ten seconds every time."""
+"""What takes long to read, kept in a stamped .npz beside it: 70,000 PNG records cost ten seconds every time."""
 
 import contextlib
 import hashlib
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -10,31 +9,39 @@ from pathlib import Path
 
 import numpy as np
 
-from pspinal_jax.data.idx import Arrays
+from pspinal_jax.files import atomic_file
 
+Named = dict[str, np.ndarray]
 _MOST_BYTES = 2**28  # of a prepared directory; larger sets are not meant to be held in memory
 _CHUNK = 1 << 20
 _STAMP = "stamp"
 
 
-def read_through_cache(directory: Path, read: Callable[[], Arrays]) -> Arrays:
-    """What `read` returns for the prepared `directory`, from its cache where that is whole and still fits.
+def read_through_cache(
+    directory: Path, kind: str, stamp: str | None, read: Callable[[], Named], fits: Callable[[Named], bool]
+) -> Named:
+    """The arrays that `read` returns for the prepared `directory`, from its cache where that is whole and still fits.
 
-    The cache is `.VERSION.arrays.npz` beside the directory. It is made after the first read; where it cannot be, or is
-    damaged, or belongs to other records, the records are read.
+    Args:
+      directory: a prepared data set.
+      kind: the cache is `.VERSION.KIND.npz` beside it.
+      stamp: says which files the arrays belong to; None for no cache.
+      read: makes the arrays. They are stored then; where they cannot be, the next reader makes them again.
+      fits: whether arrays with the right stamp are those that `read` would make.
     """
-    stamp = _stamp(directory)
     if stamp is None:
         return read()
-    path = directory.with_name(f".{directory.name}.arrays.npz")
+    path = directory.with_name(f".{directory.name}.{kind}.npz")
     arrays = _load(path, stamp)
-    if arrays is None:
+    if arrays is None or not fits(arrays):
         arrays = read()
-        _store(path, stamp, arrays)
+        # A folder that cannot be written or is full only costs the next reader time.
+        with contextlib.suppress(OSError), atomic_file(path) as part, part.open("wb") as file:
+            np.savez(file, **{_STAMP: np.array(stamp)}, **arrays)  # type: ignore[arg-type]
     return arrays
 
 
-def _stamp(directory: Path) -> str | None:
+def content_stamp(directory: Path) -> str | None:
     """A checksum of every file in `directory`, or None if it is too large or not readable."""
     digest = hashlib.sha256()
     try:
@@ -57,26 +64,11 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _load(path: Path, stamp: str) -> Arrays | None:
+def _load(path: Path, stamp: str) -> Named | None:
     try:
         with path.open("rb") as file, np.load(file) as archive:  # never unpickles, and zip checks every array's CRC
             if str(archive[_STAMP]) != stamp:
                 return None
-            names = [name.removesuffix("_images") for name in archive.files if name.endswith("_images")]
-            return {name: (archive[f"{name}_images"], archive[f"{name}_labels"]) for name in names}
+            return {name: archive[name] for name in archive.files if name != _STAMP}
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
         return None
-
-
-def _store(path: Path, stamp: str, arrays: Arrays) -> None:
-    named = {f"{name}_images": images for name, (images, _) in arrays.items()}
-    named |= {f"{name}_labels": labels for name, (_, labels) in arrays.items()}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    # A folder that cannot be written or is full only costs the next reader time.
-    with contextlib.suppress(OSError):
-        try:
-            with part.open("wb") as file:
-                np.savez(file, **{_STAMP: np.array(stamp)}, **named)  # type: ignore[arg-type]
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)

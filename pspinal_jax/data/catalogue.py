@@ -26,9 +26,9 @@ class DataSet:
 
     Attributes:
       name: what `prepare` and TFDS call it.
-      image_shape: (H, W, C); None where pictures differ.
+      image_shape: (H, W, C); None where images differ.
       class_names: in the order of the labels 0 .. C-1; empty where the folders' names are taken.
-      files: split -> (file of images, file of labels); for pictures in class folders, split -> (its folder,). Empty for
+      files: split -> (file of images, file of labels); for images in class folders, split -> (its folder,). Empty for
         the set that scikit-learn ships.
       downloads: what to fetch: those files, or the archive that holds them.
       folder: name of the folder that downloads go to; MNIST's names recur in KMNIST and Fashion-MNIST.
@@ -40,9 +40,9 @@ class DataSet:
       parts: further splits: name -> (split they are cut from, first example, end or None).
       keep_order: whether examples stay in the files' order; otherwise TFDS shuffles them, the same way every time.
       layout: how the files are stored.
-      num_folders: number of class folders, for a set of pictures in class folders.
+      num_folders: number of class folders, for a set of images in class folders.
       left_out: a folder among them that is no class.
-      num_train: how many pictures of each class are drawn to train on, of a set that has only one folder; the rest is
+      num_train: how many images of each class are drawn to train on, of a set that has only one folder; the rest is
         to test on.
       origin: where the files come from, if nothing can be downloaded.
     """
@@ -73,7 +73,7 @@ class DataSet:
 
     @property
     def in_folders(self) -> bool:
-        """Whether it is made of pictures in class folders, which stay as they were encoded."""
+        """Whether it is made of images in class folders, which stay as they were encoded."""
         return self.layout == "class folders"
 
     @property
@@ -220,7 +220,7 @@ CATALOGUE: dict[str, DataSet] = {
             archive_folder="stl10_binary",
             first_label=1,
         ),
-        # Its smallest class has 31 pictures.
+        # Its smallest class has 31 images.
         DataSet(
             "caltech101",
             (None, None, 3),

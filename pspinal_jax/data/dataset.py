@@ -1,22 +1,48 @@
-"""A data set as arrays in memory, checked once when it is made."""
-
-# DOC of data/splits: """Holding validation examples out of the training split."""
+"""A data set: its splits, its classes, and what a model sees of an example. Arrays are checked when it is made."""
 
 import dataclasses
 import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
 from pspinal_jax.errors import DataError, UsageError
 
 
+class Split(Protocol):
+    """Examples with their labels: arrays in memory (`ArraySplit`) or encoded images (`ImageSplit`)."""
+
+    @property
+    def inputs(self) -> np.ndarray | None:
+        """All examples [N, ...]; None where they are read one by one."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N], each 0 .. num_classes - 1."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """Example number `index`; an encoded image is decoded and resized to `size`, (H, W)."""
+
+    def take(self, indices: np.ndarray) -> Self:
+        """The examples at `indices`, in that order; nothing is read."""
+
+    def join(self, other: Self) -> Self:
+        """These examples, then those of `other`."""
+
+    def checksum(self, validation: Self | None, test: Self, class_names: tuple[str, ...]) -> int:
+        """A checksum of the data set of which this is the training split."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """Examples with their labels.
+class ArraySplit:
+    """A `Split` in memory.
 
     Attributes:
       inputs: images uint8 [N, H, W, C], or features float32 [N, D].
-      labels: int32 [N], each 0 .. num_classes - 1.
+      labels: see `Split`.
     """
 
     inputs: np.ndarray
@@ -25,37 +51,106 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def join(self, other: "Split") -> "Split":
-        """These examples, then those of `other`."""
-        return Split(np.concatenate([self.inputs, other.inputs]), np.concatenate([self.labels, other.labels]))
+    def read(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """See `Split`; arrays have the size that they have."""
+        del size
+        example: np.ndarray = self.inputs[index]
+        return example
 
-    def take(self, indices: np.ndarray) -> "Split":
-        """The examples at `indices`, in that order."""
-        return Split(self.inputs[indices], self.labels[indices])
+    def take(self, indices: np.ndarray) -> "ArraySplit":
+        """See `Split`."""
+        return ArraySplit(self.inputs[indices], self.labels[indices])
+
+    def join(self, other: "ArraySplit") -> "ArraySplit":
+        """See `Split`."""
+        return ArraySplit(np.concatenate([self.inputs, other.inputs]), np.concatenate([self.labels, other.labels]))
+
+    def checksum(self, validation: "ArraySplit | None", test: "ArraySplit", class_names: tuple[str, ...]) -> int:
+        """See `Split`: over every example and label."""
+        del class_names
+        crc = 0
+        for split in (self, test, *([validation] if validation else [])):
+            for array in (split.inputs, split.labels):
+                crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
+        return crc
+
+
+S = TypeVar("S", bound=Split, covariant=True)
+_UINT8 = np.dtype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Train and test split, the classes' names, where it all came from, and a validation split of its own or None."""
+class Dataset(Generic[S]):
+    """Splits of one kind, their classes, and where they came from.
 
-    train: Split
-    test: Split
+    Attributes:
+      splits: 'train', 'test', and 'validation' if there is one of its own.
+      class_names: in the order of the labels 0 .. C-1.
+      source: named in messages.
+      example_shape: of one example as a model sees it, (H, W, C) or (D,).
+      example_dtype: uint8 for images, float32 for features.
+      skipped: names of the unreadable files that were left out.
+    """
+
+    splits: Mapping[str, S]
     class_names: tuple[str, ...]
     source: str
-    validation: Split | None = None
+    example_shape: tuple[int, ...]
+    example_dtype: np.dtype[Any] = _UINT8
+    skipped: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
         """C, the number of classes."""
         return len(self.class_names)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the examples are arrays; otherwise they are read from files batch by batch."""
+        return self.train.inputs is not None
+
+    @property
+    def train(self) -> S:
+        """What is trained on."""
+        return self.splits["train"]
+
+    @property
+    def test(self) -> S:
+        """The test split."""
+        return self.splits["test"]
+
+    @property
+    def validation(self) -> S | None:
+        """The validation split, or None."""
+        return self.splits.get("validation")
+
     def fingerprint(self) -> str:
-        """A checksum of every example, so that a resumed run notices that its data changed."""
-        crc = 0
-        for split in (self.train, self.test, *([self.validation] if self.validation else [])):
-            for array in (split.inputs, split.labels):
-                crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
-        return f"{crc:08x}"
+        """A checksum that changes when an example, a label or a split does, and with images when a class name does."""
+        return f"{self.train.checksum(self.validation, self.test, self.class_names):08x}"
+
+    def with_validation(self, fraction: float, seed: int) -> "Dataset[S]":
+        """The data set with a validation split drawn from every class of the training split.
+
+        Args:
+          fraction: share of each class to hold out, rounded to the nearest number; a class keeps at least one training
+            example. 0 holds nothing out.
+          seed: decides the draw.
+
+        Returns:
+          The data set; unchanged if it has its own validation split, or if there is nothing to hold out.
+
+        Raises:
+          UsageError: if `fraction` does not lie in 0 <= fraction < 1.
+        """
+        if not 0 <= fraction < 1:
+            raise UsageError(f"the validation fraction is {fraction}, expected 0 <= fraction < 1")
+        if self.validation is not None:
+            return self
+        rest, held_out = split_by_class(self.train.labels, fraction, seed)
+        if not len(held_out):
+            return self
+        drawn = {"train": self.train.take(rest), "validation": self.train.take(held_out)}
+        return dataclasses.replace(self, splits={**self.splits, **drawn})
 
 
 def make_dataset(
@@ -63,8 +158,8 @@ def make_dataset(
     source: str,
     num_classes: int | None,
     class_names: tuple[str, ...] | None = None,
-) -> Dataset:
-    """Check raw arrays and bring them into the form that training takes.
+) -> Dataset[ArraySplit]:
+    """Check raw arrays and bring them into what training takes.
 
     Args:
       splits: 'train', 'test' and perhaps 'validation', each (inputs, labels). Inputs: uint8 [N, H, W] or
@@ -91,16 +186,17 @@ def make_dataset(
     if len(class_names) != num_classes:
         raise DataError(f"{source}: {len(class_names)} class names for {num_classes} classes")
     for name, split in checked.items():
-        low, high = int(split.labels.min()), int(split.labels.max())
-        if low < 0 or high >= num_classes:
-            raise DataError(
-                f"{source}: {name}_labels go from {low} to {high}, expected 0 .. {num_classes - 1}; "
-                "correct the labels or set --data.num-classes"
-            )
-    return Dataset(train, checked["test"], class_names, source, checked.get("validation"))
+        check_labels(f"{source}: {name}", split.labels, num_classes)
+    return array_dataset(checked, class_names, source)
 
 
-def _check_split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
+def array_dataset(splits: dict[str, ArraySplit], class_names: tuple[str, ...], source: str) -> Dataset[ArraySplit]:
+    """The data set of `splits`, 'train', 'test' and perhaps 'validation', which are as they should be."""
+    inputs = splits["train"].inputs
+    return Dataset(splits, class_names, source, inputs.shape[1:], inputs.dtype)
+
+
+def _check_split(where: str, inputs: np.ndarray, labels: np.ndarray) -> ArraySplit:
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{where}_labels have shape {labels.shape} and dtype {labels.dtype}, expected integers [N]")
     if inputs.ndim < 1 or len(inputs) != len(labels):
@@ -109,18 +205,28 @@ def _check_split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
         raise DataError(f"{where} is empty")
     if inputs.dtype == np.uint8 and inputs.ndim in (3, 4):
         images = inputs if inputs.ndim == 4 else inputs[..., None]
-        return Split(np.ascontiguousarray(images), labels.astype(np.int32))
+        return ArraySplit(np.ascontiguousarray(images), labels.astype(np.int32))
     if np.issubdtype(inputs.dtype, np.floating) and inputs.ndim == 2:
         bad = ~np.isfinite(inputs).all(axis=1)
         if bad.any():
             raise DataError(
                 f"{where}: features hold NaN or infinity in {int(bad.sum())} rows, first in row {int(bad.argmax())}"
             )
-        return Split(np.ascontiguousarray(inputs, np.float32), labels.astype(np.int32))
+        return ArraySplit(np.ascontiguousarray(inputs, np.float32), labels.astype(np.int32))
     raise DataError(
         f"{where}_images have shape {inputs.shape} and dtype {inputs.dtype}, expected uint8 images [N, H, W] or "
         "[N, H, W, C], or floating-point features [N, D]"
     )
+
+
+def check_labels(where: str, labels: np.ndarray, num_classes: int) -> None:
+    """Raise DataError unless all labels of the split `where` are classes."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"{where}_labels go from {low} to {high}, expected 0 .. {num_classes - 1}; correct the labels or set "
+            "--data.num-classes"
+        )
 
 
 def hold_out(num_examples: int, num_validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,3 +242,24 @@ def hold_out(num_examples: int, num_validation: int, seed: int) -> tuple[np.ndar
         )
     shuffled = np.random.default_rng(seed).permutation(num_examples)
     return np.sort(shuffled[num_validation:]), np.sort(shuffled[:num_validation])
+
+
+def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`draw_by_class` with `fraction` of every class, rounded to the nearest number, but never all of one."""
+    return draw_by_class(labels, lambda members: min(round(fraction * members), members - 1), seed)
+
+
+def draw_by_class(labels: np.ndarray, count: Callable[[int], int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (rest, drawn), both sorted: `count(members)` of every class, drawn without replacement.
+
+    Args:
+      labels: integers [N].
+      count: how many to draw of a class with so many members.
+      seed: decides the draw; what one class draws does not depend on the others.
+    """
+    drawn = [np.zeros(0, np.int64)]
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        drawn.append(np.random.default_rng([seed, int(label)]).permutation(members)[: count(len(members))])
+    taken = np.sort(np.concatenate(drawn))
+    return np.setdiff1d(np.arange(len(labels)), taken), taken

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pspinal_jax.data.catalogue import DataSet, Download
 from pspinal_jax.errors import DataError
+from pspinal_jax.files import atomic_file
 from pspinal_jax.network import problem_reaching, reason
 from pspinal_jax.progress import progress_bar
 
@@ -45,21 +45,18 @@ def download(data_set: DataSet, missing: list[Download], folder: Path, show_prog
     """
     folder.mkdir(parents=True, exist_ok=True)
     for item in missing:
-        part = folder / f".{item.file}.{os.getpid()}.part"
         try:
-            digest = _fetch(item, part, show_progress)
-            if digest != item.sha256:
-                raise DataError(
-                    f"{data_set.name}: {item.url} has SHA-256 {digest}, expected {item.sha256}; try again, or give the "
-                    "raw files with --raw DIR"
-                )
-            part.replace(folder / item.file)
+            with atomic_file(folder / item.file) as part:
+                digest = _fetch(item, part, show_progress)
+                if digest != item.sha256:
+                    raise DataError(
+                        f"{data_set.name}: {item.url} has SHA-256 {digest}, expected {item.sha256}; try again, or give "
+                        "the raw files with --raw DIR"
+                    )
         except _NETWORK_ERRORS as error:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()  # it holds the connection
             raise _unreachable(data_set, missing, item, error) from error
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _fetch(item: Download, target: Path, show_progress: bool) -> str:

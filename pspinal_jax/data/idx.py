@@ -1,6 +1,7 @@
-"""Reading IDX, the format of MNIST and its kin: a magic number, big-endian sizes, then the values and nothing else."""
+"""Reading MNIST and its kin as published, in a folder or a zip.
 
-# DOC of data/raw: """From raw files as published, in a folder or a zip, to checked arrays."""
+Their format is IDX: a magic number, big-endian sizes, then the values and nothing else.
+"""
 
 import contextlib
 import gzip

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pspinal_jax.data.dataset import Dataset, make_dataset
+from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset
 from pspinal_jax.errors import DataError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
-def read_npz(path: Path, num_classes: int | None) -> Dataset:
+def read_npz(path: Path, num_classes: int | None) -> Dataset[ArraySplit]:
     """The data set in `path`: train_images, train_labels, test_images, test_labels; class_names and validation_images
     and validation_labels if it has them.
 

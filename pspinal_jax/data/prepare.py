@@ -11,10 +11,10 @@ from typing import Any
 from pspinal_jax.data.catalogue import DataSet
 from pspinal_jax.data.digits import read_digits
 from pspinal_jax.data.download import check_reachable, download, missing_downloads
-from pspinal_jax.data.examples import Examples
 from pspinal_jax.data.idx import Arrays, read_raw
 from pspinal_jax.data.images.checks import warn_of_skipped
-from pspinal_jax.data.images.published import read_pictures
+from pspinal_jax.data.images.encoded import Examples
+from pspinal_jax.data.images.published import read_published
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepared import default_data_dir, find_prepared, import_tfds
 from pspinal_jax.data.stl10 import read_stl10
@@ -46,7 +46,7 @@ def prepare_data_set(
     Args:
       data_set: an entry of the catalogue.
       data_dir: TFDS data folder; TFDS's own by default.
-      raw: folder with the files as published; see `read_raw`, `read_stl10` and `read_pictures`.
+      raw: folder with the files as published; see `read_raw`, `read_stl10` and `read_published`.
       npz: in place of `raw`, an .npz file with train_images, train_labels, test_images and test_labels: images upright,
         labels from 0. With neither, the files are downloaded.
       show_progress: whether to show bars on standard error.
@@ -88,7 +88,7 @@ def _check_sources(data_set: DataSet, raw: Path | None, npz: Path | None) -> Non
     if not data_set.files and (raw is not None or npz is not None):
         raise UsageError(f"{data_set.name} comes with scikit-learn and takes neither --raw nor --npz")
     if data_set.in_folders and npz is not None:
-        raise UsageError(f"{data_set.name} is made of pictures of different sizes and takes --raw, not --npz")
+        raise UsageError(f"{data_set.name} is made of images of different sizes and takes --raw, not --npz")
 
 
 def _read(
@@ -111,7 +111,7 @@ def _read(
 
 def _read_files(data_set: DataSet, place: Path, archives: contextlib.ExitStack, show_progress: bool) -> Examples:
     if data_set.in_folders:
-        return read_pictures(data_set, place, archives, show_progress)
+        return read_published(data_set, place, archives, show_progress)
     splits = read_stl10(data_set, place) if data_set.layout == "stl10" else read_raw(data_set, place)
     return Examples(splits | _cut_parts(data_set, splits), data_set.class_names)
 
@@ -120,10 +120,11 @@ def _read_npz(data_set: DataSet, path: Path) -> Arrays:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file; give --npz an .npz file")
     data = read_npz(path, data_set.num_classes)
-    shape, dtype = data.train.inputs.shape[1:], data.train.inputs.dtype
-    if shape != data_set.image_shape or dtype != "uint8":
-        raise DataError(f"{path} holds {dtype} of shape {shape}, expected uint8 {data_set.image_shape}")
-    splits = {name: (split.inputs, split.labels) for name, split in (("train", data.train), ("test", data.test))}
+    if data.example_shape != data_set.image_shape or data.example_dtype != "uint8":
+        raise DataError(
+            f"{path} holds {data.example_dtype} of shape {data.example_shape}, expected uint8 {data_set.image_shape}"
+        )
+    splits = {name: (data.splits[name].inputs, data.splits[name].labels) for name in ("train", "test")}
     return splits | _cut_parts(data_set, splits)
 
 
@@ -165,7 +166,7 @@ def _clear_leftovers(directory: Path, downloads: Path) -> None:
 
     for leftover in directory.glob(f"incomplete.*_{OUR_VERSION}"):
         shutil.rmtree(leftover)
-    for leftover in downloads.glob(".*.part"):
+    for leftover in downloads.glob("*.part"):
         leftover.unlink()
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data.cache import read_through_cache
-from pspinal_jax.data.dataset import Dataset, make_dataset
+from pspinal_jax.data.cache import Named, content_stamp, read_through_cache
+from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset
 from pspinal_jax.errors import DataError
 
+_ARRAYS = {"train_images", "train_labels", "test_images", "test_labels"}
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 STOCK_EMNIST = (
     "TFDS's own emnist cannot be used: its images are transposed, and its letters count 37 classes and hold 88,800 of "
@@ -60,7 +61,7 @@ def _is_array_record(directory: Path) -> bool:
     return isinstance(info, dict) and info.get("fileFormat") == "array_record"
 
 
-def read_prepared(directory: Path, num_classes: int | None) -> Dataset:
+def read_prepared(directory: Path, num_classes: int | None) -> Dataset[ArraySplit]:
     """The data set whose dataset_info.json stands in `directory`, as arrays.
 
     Raises:
@@ -84,7 +85,7 @@ def open_prepared(directory: Path) -> Any:
 
 
 def check_format(builder: Any) -> str:
-    """What to call the data set of `builder`, whose form suits us.
+    """What to call the data set of `builder`, which is one that we can read.
 
     Raises:
       DataError: if it was not prepared as array_record, has no train and test split of images with labels, or is TFDS's
@@ -103,18 +104,31 @@ def check_format(builder: Any) -> str:
     return source
 
 
-def read_builder(builder: Any, num_classes: int | None) -> Dataset:
+def read_builder(builder: Any, num_classes: int | None) -> Dataset[ArraySplit]:
     """The data set of a prepared TFDS `builder`, as arrays; see `read_prepared`."""
     source = check_format(builder)
+    directory = Path(builder.data_dir)
     try:
-        splits = read_through_cache(
-            Path(builder.data_dir), lambda: {name: _read_split(builder, name) for name in ("train", "test")}
+        arrays = read_through_cache(
+            directory,
+            "arrays",
+            content_stamp(directory),
+            lambda: _read_arrays(builder),
+            lambda known: set(known) >= _ARRAYS,
         )
     except Exception as error:  # a damaged file surfaces as one of many kinds
         raise DataError(f"{source} cannot be read: {error}; delete it and prepare it again") from error
+    splits = {name: (arrays[f"{name}_images"], arrays[f"{name}_labels"]) for name in ("train", "test")}
     label = builder.info.features["label"]
     names = tuple(label.names) if getattr(label, "names", None) else None
     return make_dataset(splits, source, num_classes, names)
+
+
+def _read_arrays(builder: Any) -> Named:
+    arrays = {}
+    for name in ("train", "test"):
+        arrays[f"{name}_images"], arrays[f"{name}_labels"] = _read_split(builder, name)
+    return arrays
 
 
 def _read_split(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,14 @@
 """From a recipe, its model and its data to everything that the loop works with."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from pspinal_jax.data.dataset import Dataset, Split, hold_out
-from pspinal_jax.data.images.images import ImageDataset, ImageSplit
 from pspinal_jax.errors import UsageError
-from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.input_pipeline import (
@@ -22,10 +19,10 @@ from pspinal_jax.runs.input_pipeline import (
     StreamedExamples,
     StreamedSplit,
 )
+from pspinal_jax.runs.programs import build_run_programs, check_classes, check_devices
 from pspinal_jax.runs.progress import TrainingStage, make_stages
-from pspinal_jax.training.optimizers import Schedule, make_optimizer
-from pspinal_jax.training.programs import Programs, StepConfig, build_programs
-from pspinal_jax.training.sharding import make_mesh, num_batch_shards, shardings, shards_parameters
+from pspinal_jax.training.programs import Programs
+from pspinal_jax.training.sharding import shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Setup:
     stages: list[TrainingStage]
 
 
-def split_examples(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[np.ndarray, np.ndarray]:
+def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np.ndarray]:
     """Indices (train, validation) into the training data; validation is empty where nothing is held out.
 
     A validation split of the data's own counts on from the end of its training split.
@@ -60,7 +57,7 @@ def split_examples(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[np.nda
     check_devices(recipe)
     check_classes(recipe, data.num_classes)
     wants_validation = recipe.protocol == "validation"
-    if isinstance(data, ImageDataset) or data.validation is not None:
+    if data.validation is not None or not data.in_memory:
         own = len(data.validation) if data.validation is not None and wants_validation else 0
         train, validation = np.arange(len(data.train)), len(data.train) + np.arange(own)
     else:
@@ -74,27 +71,27 @@ def split_examples(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[np.nda
     return train, validation
 
 
-def set_up(recipe: Recipe, model: Classifier, data: Dataset | ImageDataset, workers: int = 0) -> Setup:
+def set_up(recipe: Recipe, model: Classifier, data: Dataset[Split], workers: int = 0) -> Setup:
     """Build the programs of `model` and split the data; raises as `split_examples`.
 
     Args:
       recipe: the recipe.
       model: the recipe's.
-      data: arrays, which are brought to the devices, or photographs, which are read while training.
-      workers: processes that decode photographs; 0 for threads of this one.
+      data: arrays, which are brought to the devices, or images, which are read while training.
+      workers: processes that decode images; 0 for threads of this one.
     """
     train, validation = split_examples(recipe, data)
-    programs = build_run_programs(recipe, model, *input_of(recipe, data))
+    programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype)
     # A validation split of the data's own follows the training examples; stages tell them apart by index.
-    pool = data.train if data.validation is None else data.train.join(data.validation)  # type: ignore[arg-type]
+    pool = data.train if data.validation is None else data.train.join(data.validation)
     splits: dict[str, EvaluatedSplit] = {"test": place_split(recipe, programs, data.test, workers)}
     if len(validation):
         splits["validation"] = place_split(recipe, programs, pool.take(validation), workers)
     examples: Examples
-    if isinstance(pool, ImageSplit):
+    if pool.inputs is None:
         examples = StreamedExamples(programs, pool, recipe.data.train_side, recipe.batch_size, workers)
     else:
-        examples = ResidentExamples(programs, pool)
+        examples = ResidentExamples(programs, (pool.inputs, pool.labels))
     return Setup(
         recipe=recipe,
         model=model,
@@ -105,100 +102,11 @@ def set_up(recipe: Recipe, model: Classifier, data: Dataset | ImageDataset, work
     )
 
 
-def input_of(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of one example as the model of `recipe` sees it."""
-    if isinstance(data, Dataset):
-        return data.train.inputs.shape[1:], data.train.inputs.dtype
-    side = recipe.data.image_size or 0
-    return (side, side, 3), np.dtype(np.uint8)
-
-
-def build_run_programs(recipe: Recipe, model: Classifier, input_shape: tuple[int, ...], input_dtype: Any) -> Programs:
-    """The compiled pieces of the recipe's `model`, for inputs of one example's `input_shape` and dtype."""
-    mesh = make_mesh(*dataclasses.astuple(recipe.mesh))
-    optimizer = recipe.optimizer
-    config = StepConfig(
-        input_shape=input_shape,
-        input_dtype=input_dtype,
-        batch_size=recipe.batch_size,
-        eval_batch_size=recipe.eval_batch_size,
-        label_smoothing=recipe.label_smoothing,
-        vectorized=runs_vectorized(recipe),
-        augment=augmentation(recipe),
-        head_layout="tree" if shards_parameters(mesh) else _head_layout(recipe, num_batch_shards(mesh)),
-        frozen=("backbone",) if recipe.freeze == "backbone" else (),
-        micro_batches=recipe.micro_batches,
-        skip_nonfinite=recipe.on_nonfinite == "skip",
-        mesh=mesh,
-        batch_norm_per_device=recipe.batch_norm == "per_device",
-    )
-    direction = make_optimizer(optimizer.name, optimizer.momentum, optimizer.nesterov, optimizer.weight_decay)
-    return build_programs(model, direction, config)
-
-
-def schedule_of(recipe: Recipe) -> Schedule:
-    """The learning-rate schedule of `recipe`."""
-    config = recipe.optimizer
-    return Schedule(config.schedule, config.learning_rate, config.decay_epochs, config.warmup_fraction)
-
-
-def _head_layout(recipe: Recipe, shards: int) -> Layout:
-    model = recipe.model
-    if model.head != "progressive":
-        return "tree"
-    return training_layout(
-        model.implementation, model.num_layers, recipe.batch_size // shards, model.layer_dropout_rate > 0.0
-    )
-
-
-def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-    """The augmentation (key, images) -> images that `recipe` asks for, None for none."""
-    if recipe.data.augment == "none":
-        return None
-    from pspinal_jax.augment import augment, rotate_crop_flip
-
-    if recipe.data.augment == "rotation_crop_flip":
-        return partial(rotate_crop_flip, size=recipe.data.image_size)
-    return augment
-
-
-def check_devices(recipe: Recipe) -> None:
-    """Raise UsageError unless the mesh fits the devices, and batches can be spread evenly over it."""
-    shards, parts = num_batch_shards(make_mesh(*dataclasses.astuple(recipe.mesh))), recipe.micro_batches
-    least = 2 * shards * parts
-    if recipe.batch_norm == "per_device" and recipe.batch_size < least:
-        raise UsageError(
-            f"batch_size is {recipe.batch_size}, expected at least {least}: with --batch-norm per_device batch norm "
-            "needs 2 examples on each device"
-        )
-    for name, factor in (("batch_size", shards * parts), ("eval_batch_size", shards)):
-        size = getattr(recipe, name)
-        if size % factor:
-            what = f"{shards} devices" + (f" times {parts} micro-batches" if factor > shards else "")
-            raise UsageError(
-                f"{name} is {size}, expected a multiple of {factor}: {what}; change --{name.replace('_', '-')}"
-            )
-
-
-def check_classes(recipe: Recipe, num_classes: int) -> None:
-    """Raise UsageError unless the classes can be sharded evenly over the mesh's axis model."""
-    shards = recipe.mesh.model
-    if num_classes % shards:
-        raise UsageError(f"mesh.model is {shards}, expected a divisor of {num_classes}, the number of classes")
-
-
-def runs_vectorized(recipe: Recipe) -> bool:
-    """Whether the seeds of `recipe` run as one program: on CPU that is no faster, elsewhere small models gain."""
-    if recipe.num_seeds == 1 or recipe.seed_mode == "loop" or recipe.data.image_size is not None:
-        return False
-    return recipe.seed_mode == "vmap" or jax.default_backend() != "cpu"
-
-
-def place_split(recipe: Recipe, programs: Programs, split: Split | ImageSplit, workers: int = 0) -> EvaluatedSplit:
+def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int = 0) -> EvaluatedSplit:
     """`split`, ready to be evaluated in the recipe's evaluation batches."""
-    if isinstance(split, ImageSplit):
+    if split.inputs is None:
         return StreamedSplit(programs, split, recipe.data.image_size or 0, recipe.eval_batch_size, workers)
-    return ResidentSplit.place(programs, split, recipe.eval_batch_size)
+    return ResidentSplit.place(programs, (split.inputs, split.labels), recipe.eval_batch_size)
 
 
 def abstract_trees(trees: Any, recipe: Recipe, programs: Programs) -> Any:

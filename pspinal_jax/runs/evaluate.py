@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.data import Dataset, load_data
-from pspinal_jax.data.images.images import ImageDataset
+from pspinal_jax.data.dataset import Split
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError, printable
 from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
 from pspinal_jax.progress import warn
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import build_run_programs, check_devices, input_of, place_split
+from pspinal_jax.runs.build import place_split
 from pspinal_jax.runs.directory import write_json
 from pspinal_jax.runs.metrics import plot_confusion
+from pspinal_jax.runs.programs import build_run_programs, check_devices
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs
@@ -57,7 +58,7 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
             f"{data.source} has the classes {_shortened(data.class_names)}, but the run was trained on "
             f"{_shortened(names)}"
         )
-    shape, dtype = input_of(recipe, data)
+    shape, dtype = data.example_shape, data.example_dtype
     if list(shape) != config["input_shape"] or str(dtype) != config["input_dtype"]:
         raise UsageError(
             f"{data.source} has inputs of shape {list(shape)} ({dtype}), but the run was trained on "
@@ -96,9 +97,9 @@ def _write(run: Path, report: dict[str, Any], names: list[str], recipe_name: str
     return [path.name for path in (numbers, plot) if path.exists()]
 
 
-def _fingerprint(recipe: Recipe, data: Dataset | ImageDataset) -> str:
+def _fingerprint(recipe: Recipe, data: Dataset[Split]) -> str:
     """The checksum of `data` as config.json records it."""
-    if isinstance(data, ImageDataset) and recipe.protocol == "validation":
+    if not data.in_memory and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     return data.fingerprint()
 

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspinal_jax.data.dataset import Dataset, Split
-from pspinal_jax.data.images.images import ImageDataset, ImageSplit
+from pspinal_jax.data.dataset import ArraySplit, Dataset, Split, array_dataset
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.distributed.arrays import put, whole
 from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
@@ -23,9 +22,9 @@ from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs import manifest
-from pspinal_jax.runs.build import augmentation, input_of
 from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.runs.input_pipeline import process_local_batches
+from pspinal_jax.runs.programs import augmentation
 from pspinal_jax.training import keys
 from pspinal_jax.training.sharding import make_mesh, shard_process_local, shardings
 from pspinal_jax.weights.variables import read_variables, save_variables
@@ -73,8 +72,8 @@ def add_backbone(directory: Path, variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def extract_features(
-    recipe: Recipe, model: Classifier, variables: dict[str, Any], data: ImageDataset, workers: int = 0
-) -> Dataset:
+    recipe: Recipe, model: Classifier, variables: dict[str, Any], data: Dataset[Split], workers: int = 0
+) -> Dataset[ArraySplit]:
     """The backbone's features of all of `data`, float32, with its running statistics.
 
     Args:
@@ -82,23 +81,17 @@ def extract_features(
         rows follow one another, whole pass by whole pass. 0: one pass without augmentation.
       model: has the backbone.
       variables: its parameters and running statistics.
-      data: photographs.
+      data: images.
       workers: processes that decode them; 0 for threads of this one.
     """
     extractor = _Extractor(recipe, model, variables, workers)
     passes = [extractor.run(data.train, f"features, view {view + 1}", view) for view in range(recipe.feature_views)]
     train = np.concatenate(passes) if passes else extractor.run(data.train, "features of train")
-    labels = np.tile(data.train.labels, max(1, recipe.feature_views))
-    validation = data.validation
-    return Dataset(
-        train=Split(train, labels),
-        test=Split(extractor.run(data.test, "features of test"), data.test.labels),
-        validation=None
-        if validation is None
-        else Split(extractor.run(validation, "features of validation"), validation.labels),
-        class_names=data.class_names,
-        source=f"features of {data.source}",
-    )
+    splits = {"train": ArraySplit(train, np.tile(data.train.labels, max(1, recipe.feature_views)))}
+    for name, split in data.splits.items():
+        if name != "train":
+            splits[name] = ArraySplit(extractor.run(split, f"features of {name}"), split.labels)
+    return array_dataset(splits, data.class_names, f"features of {data.source}")
 
 
 class _Extractor:
@@ -117,8 +110,8 @@ class _Extractor:
 
         self._plain, self._augmented = jax.jit(plain), jax.jit(augmented)
 
-    def run(self, photos: ImageSplit, description: str, view: int | None = None) -> np.ndarray:
-        """Features [N, D] of `photos`; augmented with the random numbers of pass `view`."""
+    def run(self, split: Split, description: str, view: int | None = None) -> np.ndarray:
+        """Features [N, D] of `split`; augmented with the random numbers of pass `view`."""
         data, size = self._recipe.data, self._recipe.eval_batch_size
         side = data.train_side if view is not None else data.image_size or 0
         key = jax.random.fold_in(keys.init_key(data.split_seed), view or 0)
@@ -126,10 +119,10 @@ class _Extractor:
         with (
             contextlib.closing(
                 process_local_batches(
-                    self._mesh, photos, np.arange(len(photos)), (side, side), size, workers=self._workers, pad=True
+                    self._mesh, split, np.arange(len(split)), (side, side), size, workers=self._workers, pad=True
                 )
             ) as batches,
-            progress_bar(len(photos), description, "image", is_primary()) as bar,
+            progress_bar(len(split), description, "image", is_primary()) as bar,
         ):
             for index, ((images, _), count) in enumerate(batches):
                 placed = shard_process_local(self._mesh, images, size)
@@ -142,13 +135,11 @@ class _Extractor:
         return np.concatenate(parts)
 
 
-def save_features(path: Path, data: Dataset) -> None:
+def save_features(path: Path, data: Dataset[ArraySplit]) -> None:
     """Write `data` as an .npz that `--data.path` takes, whole or not at all."""
     arrays = {"class_names": np.array(data.class_names)}
-    for name in ("train", "validation", "test"):
-        split = getattr(data, name)
-        if split is not None:
-            arrays |= {f"{name}_images": split.inputs, f"{name}_labels": split.labels}
+    for name, split in data.splits.items():
+        arrays |= {f"{name}_images": split.inputs, f"{name}_labels": split.labels}
     with whole_file(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -157,23 +148,23 @@ def cached_features(
     recipe: Recipe,
     model: Classifier,
     start: Callable[[], dict[str, Any]],
-    data: ImageDataset,
+    data: Dataset[Split],
     directory: RunDirectory,
     workers: int,
-) -> Dataset:
+) -> Dataset[ArraySplit]:
     """The features of `data` in the run's directory, computed unless they are there already.
 
     Args:
       recipe: has a frozen backbone.
       model: the recipe's.
       start: gives the variables that the run starts from, see `start_variables`.
-      data: photographs.
+      data: images.
       directory: the run's.
       workers: processes that decode them; 0 for threads of this one.
     """
     path = directory.path / FEATURES
     if not broadcast_from_primary(lambda: path.exists() and (directory.path / BACKBONE).exists()):
-        variables = complete_backbone(recipe, model, start(), *input_of(recipe, data))
+        variables = complete_backbone(recipe, model, start(), data.example_shape, data.example_dtype)
         features = extract_features(recipe, model, variables, data, workers)
         if is_primary():
             save_backbone(directory.path / BACKBONE, variables)

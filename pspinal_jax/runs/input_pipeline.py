@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pspinal_jax.data.dataset import Split
-from pspinal_jax.data.images.images import ImageSplit
 from pspinal_jax.data.images.stream import stream
 from pspinal_jax.runs.progress import TrainingStage
 from pspinal_jax.runs.seed_states import SeedStates
@@ -71,9 +70,9 @@ class ResidentExamples:
     first_chunk = 8
     waited = 0.0
 
-    def __init__(self, programs: Programs, split: Split) -> None:
-        self.count = len(split)
-        self._data: Batch = programs.replicate((split.inputs, split.labels))
+    def __init__(self, programs: Programs, arrays: tuple[np.ndarray, np.ndarray]) -> None:
+        self.count = len(arrays[1])
+        self._data: Batch = programs.replicate(arrays)
 
     def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
         """See `Examples`: calls the programs for no steps."""
@@ -93,18 +92,18 @@ class ResidentExamples:
 
 
 class StreamedExamples:
-    """Photographs that are decoded while the devices work on the batch before."""
+    """Images that are decoded while the devices work on the batch before."""
 
     first_chunk = 1
 
-    def __init__(self, programs: Programs, photos: ImageSplit, side: int, batch_size: int, workers: int) -> None:
-        self.count = len(photos)
+    def __init__(self, programs: Programs, split: Split, side: int, batch_size: int, workers: int) -> None:
+        self.count = len(split)
         self.waited = 0.0
-        self._programs, self._photos = programs, photos
+        self._programs, self._split = programs, split
         self._shape, self._batch_size, self._workers = (side, side), batch_size, workers
 
     def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
-        """See `Examples`: takes a step on black pictures and forgets it."""
+        """See `Examples`: takes a step on black images and forgets it."""
         for size in {self._batch_size, stage.tail_size} - {0}:
             batch = np.zeros((size, *self._shape, 3), np.uint8), np.zeros(size, np.int32)
             seed_states.compile_step(self._programs.shard_batch(batch))
@@ -120,7 +119,7 @@ class StreamedExamples:
                     contextlib.closing(
                         process_local_batches(
                             self._programs.mesh,
-                            self._photos,
+                            self._split,
                             order[:used],
                             self._shape,
                             self._batch_size,
@@ -156,9 +155,9 @@ class ResidentSplit:
     count: int
 
     @classmethod
-    def place(cls, programs: Programs, split: Split, batch_size: int) -> "ResidentSplit":
-        """`split` on the devices, padded to whole batches."""
-        return cls(programs.replicate(padded_split((split.inputs, split.labels), batch_size)), len(split))
+    def place(cls, programs: Programs, arrays: tuple[np.ndarray, np.ndarray], batch_size: int) -> "ResidentSplit":
+        """The examples and labels `arrays` on the devices, padded to whole batches."""
+        return cls(programs.replicate(padded_split(arrays, batch_size)), len(arrays[1]))
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""
@@ -173,10 +172,10 @@ class ResidentSplit:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit:
-    """Photographs that are decoded as they are evaluated, batch by batch; the last batch is padded and masked."""
+    """Images that are decoded as they are evaluated, batch by batch; the last batch is padded and masked."""
 
     programs: Programs
-    photos: ImageSplit
+    split: Split
     side: int
     batch_size: int
     workers: int
@@ -184,14 +183,14 @@ class StreamedSplit:
     @property
     def count(self) -> int:
         """How many."""
-        return len(self.photos)
+        return len(self.split)
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""
         parts = []
         mesh, order, shape = self.programs.mesh, np.arange(self.count), (self.side, self.side)
         with contextlib.closing(
-            process_local_batches(mesh, self.photos, order, shape, self.batch_size, workers=self.workers, pad=True)
+            process_local_batches(mesh, self.split, order, shape, self.batch_size, workers=self.workers, pad=True)
         ) as batches:
             for batch, size in batches:
                 before_call()
@@ -211,7 +210,7 @@ class StreamedSplit:
 
 def process_local_batches(
     mesh: Mesh,
-    photos: ImageSplit,
+    split: Split,
     order: np.ndarray,
     shape: tuple[int, int],
     batch_size: int,
@@ -224,8 +223,8 @@ def process_local_batches(
 
     Args:
       mesh: the devices.
-      photos: what to read from.
-      order: integers [M], numbers of photographs, the same on every process.
+      split: what to read from.
+      order: integers [M], numbers of examples, the same on every process.
       shape: (H, W).
       batch_size: B over all devices.
       first_batch: number of the batch to begin with.
@@ -248,7 +247,7 @@ def process_local_batches(
         batches = (
             batch
             for part, size in zip(parts, (len(rows), len(tail_rows)), strict=False)
-            for batch in opened.enter_context(contextlib.closing(stream(photos, part, shape, size, workers=workers)))
+            for batch in opened.enter_context(contextlib.closing(stream(split, part, shape, size, workers=workers)))
         )
         empty = np.zeros((0, *shape, 3), np.uint8), np.zeros(0, np.int32)
         for size in sizes:

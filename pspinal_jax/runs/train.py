@@ -13,8 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
-from pspinal_jax.data.dataset import Dataset
-from pspinal_jax.data.images.images import ImageDataset
+from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import device, enable_compilation_cache, versions
 from pspinal_jax.errors import UsageError
@@ -22,7 +21,7 @@ from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import Setup, input_of, set_up, split_examples
+from pspinal_jax.runs.build import Setup, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.features import cached_features, head_of, head_recipe
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
@@ -56,7 +55,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)
     data = primary_first(lambda: load_data(recipe.data))
-    if isinstance(data, ImageDataset) and recipe.protocol == "validation":
+    if not data.in_memory and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
     config = _config(recipe, options, data)
@@ -68,7 +67,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         if is_primary() and not directory.curves_path.exists():  # a kill came between the two
             _plot(recipe, directory)
         return directory.result() or {}
-    shape, dtype = input_of(recipe, data)
+    shape, dtype = data.example_shape, data.example_dtype
     model = build_model(recipe, shape, data.num_classes)
 
     def read_given() -> dict[str, Any]:
@@ -78,10 +77,10 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     with directory.held():
         directory.create(config)
         start = keep_start(directory, given, read_given)
-        if isinstance(data, ImageDataset) and recipe.cache_features:
+        if not data.in_memory and recipe.cache_features:
             features = cached_features(recipe, model, start, data, directory, options.workers)
             head_only, start = head_recipe(recipe), partial(head_of, start)
-            head = build_model(head_only, features.train.inputs.shape[1:], features.num_classes)
+            head = build_model(head_only, features.example_shape, features.num_classes)
             setup = set_up(head_only, head, features, options.workers)
         else:
             setup = set_up(recipe, model, data, options.workers)
@@ -129,7 +128,7 @@ def _absolute(path: Path | None) -> str:
     return str(None if path is None else expanded(path).absolute())
 
 
-def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -> dict[str, Any]:
+def _config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dict[str, Any]:
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}
@@ -137,7 +136,6 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -
     where = {key: _absolute(getattr(recipe.data, key)) for key in ("path", "data_dir")}
     for key in where:
         settings["data"].pop(key)
-    shape, dtype = input_of(recipe, data)
     return {
         "identity": {
             **settings,
@@ -147,8 +145,8 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset | ImageDataset) -
         },
         "num_seeds": recipe.num_seeds,
         "class_names": list(data.class_names),
-        "input_shape": list(shape),
-        "input_dtype": str(dtype),
+        "input_shape": list(data.example_shape),
+        "input_dtype": str(data.example_dtype),
         "data_source": data.source,
         "data_location": where,
         "mesh": mesh,

@@ -17,9 +17,10 @@ from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import StepProgress
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates, schedule_of
+from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import MetricsWriter, epoch_line, per_seed
+from pspinal_jax.runs.programs import schedule_of
 from pspinal_jax.runs.progress import TrainingProgress, TrainingStage
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.signals import Stopped, StopRequest

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data.dataset import Split, make_dataset
+from pspinal_jax.data.dataset import ArraySplit, make_dataset
 from pspinal_jax.data.digits import read_digits
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.environment import device, versions
@@ -51,7 +51,7 @@ def read_examples(path: Path | None, most: int, batch_size: int) -> tuple[Exampl
     return Examples(train, train_labels, test, test_labels, data.num_classes), data.source
 
 
-def _some(split: Split, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _some(split: ArraySplit, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Features float32 [N, D], pixels scaled to 0 .. 1, and labels."""
     chosen = split.take(np.random.default_rng(0).permutation(len(split))[:most])
     scale = np.float32(255 if chosen.inputs.dtype == np.uint8 else 1)

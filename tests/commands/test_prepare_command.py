@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.data import load_dataset
+from pspinal_jax.data import load_data
 from pspinal_jax.recipes import DataConfig
 
 
@@ -34,7 +34,7 @@ def command(raw, data_dir):
 
 
 def assert_whole(data_dir, num_train=30, num_test=20):
-    data = load_dataset(DataConfig("mnist", data_dir=data_dir))
+    data = load_data(DataConfig("mnist", data_dir=data_dir))
     assert (len(data.train), len(data.test)) == (num_train, num_test)
     np.testing.assert_array_equal(data.train.inputs[:, 3, 4, 0], np.arange(num_train) % 251)
 
@@ -59,7 +59,7 @@ def test_it_says_where_the_data_is_and_how_to_train(tmp_path, capsys):
 def test_digits_need_no_files(tmp_path, capsys):
     assert main(["prepare", "digits", "--data-dir", str(tmp_path)]) == 0
     assert f"digits is prepared in {tmp_path / 'digits' / '1.0.0'}" in capsys.readouterr().out
-    assert len(load_dataset(DataConfig("digits", data_dir=tmp_path)).train) == 1437
+    assert len(load_data(DataConfig("digits", data_dir=tmp_path)).train) == 1437
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ import sys
 import numpy as np
 import pytest
 
-from pspinal_jax.data import load_dataset
+from pspinal_jax.data import load_data
 from pspinal_jax.errors import DataError
 from pspinal_jax.recipes import DataConfig
 
 PREPARE = (
-    "import sys; from pathlib import Path; from pspinal_jax.data import load_dataset; "
+    "import sys; from pathlib import Path; from pspinal_jax.data import load_data; "
     "from pspinal_jax.recipes import DataConfig; "
-    "data = load_dataset(DataConfig('digits', data_dir=Path(sys.argv[1]))); "
+    "data = load_data(DataConfig('digits', data_dir=Path(sys.argv[1]))); "
     "assert 'tensorflow' not in sys.modules; print(data.fingerprint())"
 )
 
@@ -31,7 +31,7 @@ def prepared(tmp_path_factory):
 def test_digits_go_through_tfds_without_tensorflow(prepared):
     from sklearn.datasets import load_digits
 
-    data = load_dataset(DataConfig("digits", data_dir=prepared))
+    data = load_data(DataConfig("digits", data_dir=prepared))
     assert data.train.inputs.shape == (1437, 8, 8, 1) and data.test.inputs.shape == (360, 8, 8, 1)
     assert data.class_names == tuple("0123456789")
     bunch = load_digits()
@@ -47,8 +47,8 @@ def test_digits_go_through_tfds_without_tensorflow(prepared):
 
 def test_a_prepared_directory_is_a_data_path(prepared):
     (directory,) = (path.parent for path in prepared.glob("digits/*/dataset_info.json"))
-    by_path = load_dataset(DataConfig("anything", path=directory))
-    assert by_path.fingerprint() == load_dataset(DataConfig("digits", data_dir=prepared)).fingerprint()
+    by_path = load_data(DataConfig("anything", path=directory))
+    assert by_path.fingerprint() == load_data(DataConfig("digits", data_dir=prepared)).fingerprint()
 
 
 def test_a_damaged_record_file_is_named(prepared, tmp_path):
@@ -58,14 +58,14 @@ def test_a_damaged_record_file_is_named(prepared, tmp_path):
     record = next(tmp_path.glob("digits/*/*test*array_record*"))
     record.write_bytes(record.read_bytes()[:100])
     with pytest.raises(DataError, match="cannot be read"):
-        load_dataset(DataConfig("digits", data_dir=tmp_path))
+        load_data(DataConfig("digits", data_dir=tmp_path))
 
 
 def test_a_set_that_is_not_prepared_is_named(tmp_path):
     with pytest.raises(DataError, match=r"mnist is not prepared in .*--data\.path"):
-        load_dataset(DataConfig("mnist", data_dir=tmp_path))
+        load_data(DataConfig("mnist", data_dir=tmp_path))
 
 
 def test_a_directory_without_a_data_set_is_named(tmp_path):
     with pytest.raises(DataError, match="no data set that TFDS can read"):
-        load_dataset(DataConfig("mnist", path=tmp_path))
+        load_data(DataConfig("mnist", path=tmp_path))

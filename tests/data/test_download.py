@@ -11,7 +11,7 @@ import time
 import pytest
 from raw_files import MNIST_NAMES, examples, write_raw
 
-from pspinal_jax.data import load_dataset
+from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.errors import DataError
@@ -56,7 +56,7 @@ def mnist_at(port, folder=None):
 def test_files_are_fetched_checked_and_kept(tmp_path, server):
     data_set = mnist_at(server.server_port, tmp_path / "upstream")
     prepare_data_set(data_set, tmp_path / "data")
-    data = load_dataset(DataConfig("mnist", data_dir=tmp_path / "data"))
+    data = load_data(DataConfig("mnist", data_dir=tmp_path / "data"))
     assert (data.train.inputs[..., 0] == examples(10)["train"][0]).all()
     kept = tmp_path / "data" / "downloads" / "manual" / "mnist"
     assert sorted(path.name for path in kept.iterdir()) == sorted(MNIST_NAMES)

@@ -1,4 +1,4 @@
-"""Each of the six sets, from tiny files in the format it is published in, through prepare and load_dataset."""
+"""Each of the six sets, from tiny files in the format it is published in, through prepare and load_data."""
 
 import zipfile
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from raw_files import NUM_CLASSES, examples, raw_contents, write_raw
 
-from pspinal_jax.data import load_dataset
+from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE, find_data_set
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.errors import UsageError
@@ -30,7 +30,7 @@ def prepare(name, data_dir, **source):
 
 
 def assert_holds(data_dir, name, made):
-    data = load_dataset(DataConfig(name, data_dir=data_dir))
+    data = load_data(DataConfig(name, data_dir=data_dir))
     assert data.class_names == CLASS_NAMES[name]
     for split, (images, labels) in made.items():
         here = getattr(data, split)
@@ -80,7 +80,7 @@ def test_an_npz_file_gives_the_same_data_set(tmp_path):
     prepare("emnist_letters", tmp_path / "a", npz=tmp_path / "letters.npz")
     prepare("emnist_letters", tmp_path / "b", raw=tmp_path / "raw")
     assert_holds(tmp_path / "a", "emnist_letters", made)
-    prints = [load_dataset(DataConfig("emnist_letters", data_dir=tmp_path / folder)).fingerprint() for folder in "ab"]
+    prints = [load_data(DataConfig("emnist_letters", data_dir=tmp_path / folder)).fingerprint() for folder in "ab"]
     assert prints[0] == prints[1]
 
 

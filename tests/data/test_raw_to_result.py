@@ -8,7 +8,7 @@ import pytest
 from raw_files import NUM_CLASSES, examples, write_raw
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.data import load_dataset
+from pspinal_jax.data import load_data
 from pspinal_jax.errors import DataError
 from pspinal_jax.recipes import DataConfig
 
@@ -46,7 +46,7 @@ def test_a_paper_twin_sees_emnist_as_it_is_stored(tmp_path, monkeypatch, capsys)
     write_raw(tmp_path / "raw", "emnist_letters", made)
     assert main(["prepare", "emnist_letters", "--raw", "raw", "--data-dir", "data"]) == 0
     upright, stored = (
-        load_dataset(DataConfig("emnist_letters", data_dir=Path("data"), transposed=transposed)).train.inputs[..., 0]
+        load_data(DataConfig("emnist_letters", data_dir=Path("data"), transposed=transposed)).train.inputs[..., 0]
         for transposed in (False, True)
     )
     np.testing.assert_array_equal(upright, made["train"][0])
@@ -61,4 +61,4 @@ def test_what_is_no_square_image_is_not_transposed(tmp_path):
     labels = np.array([0, 1, 0, 1])
     np.savez(tmp_path / "features.npz", **split, train_labels=labels, test_labels=labels)
     with pytest.raises(DataError, match=r"shape \[6\]; data.transposed takes square images only"):
-        load_dataset(DataConfig("emnist_letters", path=tmp_path / "features.npz", transposed=True))
+        load_data(DataConfig("emnist_letters", path=tmp_path / "features.npz", transposed=True))

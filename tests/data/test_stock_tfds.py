@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from raw_files import examples
 
-from pspinal_jax.data import load_dataset
+from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.errors import DataError
@@ -53,8 +53,8 @@ def multiset(images, labels):
 @pytest.mark.parametrize("name", ["mnist", "kmnist", "fashion_mnist"])
 def test_mnist_and_its_kin_are_read_by_name_and_by_path(tmp_path, name):
     directory = prepare_as_tfds(tmp_path, name) / "3.0.1"
-    by_name = load_dataset(DataConfig(name, data_dir=tmp_path, num_classes=10))
-    assert load_dataset(DataConfig("other", path=directory)).fingerprint() == by_name.fingerprint()
+    by_name = load_data(DataConfig(name, data_dir=tmp_path, num_classes=10))
+    assert load_data(DataConfig("other", path=directory)).fingerprint() == by_name.fingerprint()
     for split, arrays in MADE.items():
         here = getattr(by_name, split)
         assert multiset(here.inputs, here.labels) == multiset(*arrays)
@@ -69,7 +69,7 @@ def test_emnist_is_refused_by_path_and_by_name(tmp_path):
     configs += [DataConfig(name, data_dir=tmp_path) for name in ("emnist", "emnist/letters")]
     for config in configs:
         with pytest.raises(DataError, match=r"transposed.* 37 classes .*88,800 of the 124,800") as caught:
-            load_dataset(config)
+            load_data(config)
         assert "pspinal-jax prepare emnist_letters" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -78,23 +78,23 @@ def test_a_readable_version_is_preferred_to_a_newer_one_in_another_format(tmp_pa
     newer = tmp_path / "mnist" / "10.0.0"
     newer.mkdir()
     (newer / "dataset_info.json").write_text('{"name": "mnist", "version": "10.0.0", "fileFormat": "tfrecord"}')
-    assert "3.0.1" in load_dataset(DataConfig("mnist", data_dir=tmp_path)).source
+    assert "3.0.1" in load_data(DataConfig("mnist", data_dir=tmp_path)).source
 
 
 def test_what_tfds_was_still_writing_is_not_read(tmp_path):
     directory = prepare_as_tfds(tmp_path, "mnist") / "3.0.1"
     directory.rename(directory.with_name("incomplete.ABCDEF_3.0.1"))
     with pytest.raises(DataError, match=r"mnist is not prepared in .*; run: pspinal-jax prepare mnist --data-dir"):
-        load_dataset(DataConfig("mnist", data_dir=tmp_path))
+        load_data(DataConfig("mnist", data_dir=tmp_path))
 
 
 def test_an_unknown_set_is_not_offered_a_prepare_that_would_fail(tmp_path):
     with pytest.raises(DataError, match="cifar10 is not prepared") as caught:
-        load_dataset(DataConfig("cifar10", data_dir=tmp_path))
+        load_data(DataConfig("cifar10", data_dir=tmp_path))
     assert "pspinal-jax prepare" not in str(caught.value)
 
 
 def test_labels_are_numbers_where_tfds_names_no_classes(tmp_path):
     prepare_as_tfds(tmp_path, "mnist")
-    data = load_dataset(DataConfig("mnist", data_dir=tmp_path))
+    data = load_data(DataConfig("mnist", data_dir=tmp_path))
     assert data.class_names == tuple(map(str, range(10))) and data.train.labels.dtype == np.int32

@@ -26,7 +26,6 @@ from pspinal_jax.data.npz import read_npz
 from pspinal_jax.errors import DataError, PSpinalError, RunError, UsageError
 from pspinal_jax.recipes import list_recipes
 from pspinal_jax.runs import train as train_module
-from pspinal_jax.runs.build import input_of
 from pspinal_jax.runs.trainer import Stopped
 
 pytestmark = pytest.mark.slow
@@ -130,7 +129,7 @@ def place(tmp_path, monkeypatch):
 
 def stop_after_set_up(recipe, model, data, workers=0):
     """In place of compiling: the model's shapes, and as if the user had stopped the run."""
-    shape, dtype = input_of(recipe, data)
+    shape, dtype = data.example_shape, data.example_dtype
     inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
     jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
     raise Stopped("SIGTERM")

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from pspinal_jax.data.dataset import Dataset, Split
+from pspinal_jax.data.dataset import ArraySplit, array_dataset
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
 from pspinal_jax.recipes.options import RunOptions
@@ -30,7 +30,8 @@ def recipe(monkeypatch):
     features = (rng.normal(size=(64, 5)) + 2 * labels[:, None]).astype(np.float32)
     poisoned = features.copy()
     poisoned[POISONED] = np.nan
-    data = Dataset(Split(poisoned, labels), Split(features, labels), ("a", "b", "c"), "poisoned")
+    splits = {"train": ArraySplit(poisoned, labels), "test": ArraySplit(features, labels)}
+    data = array_dataset(splits, ("a", "b", "c"), "poisoned")
     monkeypatch.setattr("pspinal_jax.runs.train.load_data", lambda config: data)
     return dataclasses.replace(
         load_recipe("features"),

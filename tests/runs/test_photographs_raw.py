@@ -10,7 +10,7 @@ from drawn_pictures import TINY
 from pspinal_jax.__main__ import main
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-import raw_photos
+import raw_images
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHORT = [*TINY, "--model.layer-width", "8", "--epochs", "1", "--eval-batch-size", "8", "--dtype", "float32"]
@@ -18,20 +18,20 @@ SHORT = [*TINY, "--model.layer-width", "8", "--epochs", "1", "--eval-batch-size"
 
 def picture(label, number):
     """A tiny JPEG whose colour is its class's."""
-    return raw_photos.jpeg((label * 37 + number) % 256, (10, 12), mode="L" if number % 5 == 4 else "RGB")
+    return raw_images.jpeg((label * 37 + number) % 256, (10, 12), mode="L" if number % 5 == 4 else "RGB")
 
 
 def write_raw(name, folder):
     """The set `name` with all its classes, as few pictures of each as there can be."""
     if name == "stl10":
-        files = raw_photos.stl10_files(raw_photos.stl10_arrays(30, 12))
-        return raw_photos.write_files(folder, {f"stl10_binary/{file}": content for file, content in files.items()})
+        files = raw_images.stl10_files(raw_images.stl10_arrays(30, 12))
+        return raw_images.write_files(folder, {f"stl10_binary/{file}": content for file, content in files.items()})
     if name == "caltech101":
         members = {"101_ObjectCategories": None, "101_ObjectCategories/BACKGROUND_Google/tmp": b"stray"}
         for label in range(101):
             for number in range(1, 32):
                 members[f"101_ObjectCategories/class {label:03}/image_{number:04}.jpg"] = picture(label, number)
-        return raw_photos.write_zip(folder / "caltech-101.zip", raw_photos.caltech_zip(members)).parent
+        return raw_images.write_zip(folder / "caltech-101.zip", raw_images.caltech_zip(members)).parent
     parts = {
         "fruits360": (131, {"fruits-360/Training": 2, "fruits-360/Test": 1}),
         "birds225": (225, {"train": 2, "valid": 1, "test": 1}),
@@ -43,7 +43,7 @@ def write_raw(name, folder):
         for label in range(classes)
         for number in range(count)
     }
-    return raw_photos.write_files(folder, members)
+    return raw_images.write_files(folder, members)
 
 
 @pytest.mark.parametrize(

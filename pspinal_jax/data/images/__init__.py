@@ -1,5 +1,5 @@
-"""Photographs: folders and prepared records of encoded pictures, and a stream of decoded batches. Imports no JAX."""
+"""Images: folders and prepared records of them, encoded, and a stream of decoded batches. Imports no JAX."""
 
-from pspinal_jax.data.images.images import Encoded, ImageDataset, ImageSplit
+from pspinal_jax.data.images.encoded import Encoded, ImageSplit
 
-__all__ = ["Encoded", "ImageDataset", "ImageSplit"]
+__all__ = ["Encoded", "ImageSplit"]

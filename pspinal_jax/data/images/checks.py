@@ -1,6 +1,4 @@
-"""Which pictures can be decoded: each is decoded once, several at a time."""
-
-# DOC of data/photos/checks: """Which files of a folder can be decoded, remembered from one start to the next."""
+"""Which images can be decoded: each is decoded once, several at a time, and remembered from one start to the next."""
 
 import collections
 import contextlib
@@ -14,20 +12,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from pspinal_jax.data.images.images import Encoded, Files
+from pspinal_jax.data.images.classes import first_names
+from pspinal_jax.data.images.encoded import Encoded, Files
 from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import DataError
+from pspinal_jax.files import cache_folder, write_text
 from pspinal_jax.progress import progress_bar
 
 _SIZE = (16, 16)  # every byte is decoded whatever the size, and resizing costs least so
 _MOST_THREADS = 8
 _AHEAD = 4
-"""Pictures in memory at once, per thread."""
-_NAMED = 5
+"""Images in memory at once, per thread."""
+_FORMAT = 1
 
 
 class Checked(NamedTuple):
-    """A picture that was decoded once.
+    """An image that was decoded once.
 
     Attributes:
       data: its bytes; empty if they could not be read.
@@ -41,7 +41,7 @@ class Checked(NamedTuple):
 
 
 def check(encoded: Encoded, indices: Iterable[int]) -> Iterator[Checked]:
-    """Read and decode the pictures at `indices` ahead of use, in that order, on a few threads."""
+    """Read and decode the images at `indices` ahead of use, in that order, on a few threads."""
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     waiting: collections.deque[Future[Checked]] = collections.deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -72,19 +72,14 @@ def _check(encoded: Encoded, index: int) -> Checked:
 
 
 def warn_of_skipped(names: Sequence[str], source: str) -> None:
-    """Say on standard error how many pictures of `source` are left out, and the first of them."""
+    """Say on standard error how many images of `source` are left out, and the first of them."""
     if names and is_primary():
         print(f"warning: {skipped_text(names, source)}; left out", file=sys.stderr)
 
 
 def skipped_text(names: Sequence[str], source: str) -> str:
-    """One line that counts and names the pictures of `source` that cannot be decoded."""
-    first = ", ".join(names[:_NAMED]) + (", .." if len(names) > _NAMED else "")
-    return f"{len(names)} picture{'s' if len(names) > 1 else ''} of {source} cannot be decoded: {first}"
-
-
-_FORMAT = 1
-_SWITCH = "PSPINAL_JAX_CACHE"  # the compilation cache's: a folder, or 'off'
+    """One line that counts and names the images of `source` that cannot be decoded."""
+    return f"{len(names)} image{'s' if len(names) > 1 else ''} of {source} cannot be decoded: {first_names(names)}"
 
 
 class FileCheck(NamedTuple):
@@ -109,8 +104,7 @@ FileChecks: TypeAlias = dict[str, FileCheck]
 def check_files(root: Path, files: Sequence[str], show_progress: bool) -> FileChecks:
     """A check on each of `files`, paths relative to `root`; what was good and has not changed since is not read.
 
-    The checks are kept in the user's cache folder ($PSPINAL_JAX_CACHE, or else $XDG_CACHE_HOME/pspinal_jax, or else
-    ~/.cache/pspinal_jax), not at all with PSPINAL_JAX_CACHE=off. Where they cannot be kept, it only takes time.
+    The checks are stored in the user's `cache_folder`. Where they cannot be, it only takes time.
     """
     stamps = {file: _stamp(root / file) for file in files}
     place = _place(root)
@@ -119,7 +113,7 @@ def check_files(root: Path, files: Sequence[str], show_progress: bool) -> FileCh
     checks = {file: good[file] for file in files if file in good and good[file][:2] == stamps[file]}
     new = [file for file in files if file not in checks]
     if new:
-        with progress_bar(len(new), f"check pictures in {root.name}", "picture", show_progress) as bar:
+        with progress_bar(len(new), f"check images in {root.name}", "image", show_progress) as bar:
             for file, checked in zip(new, check(Files(root, new), range(len(new))), strict=True):
                 checks[file] = FileCheck(*stamps[file], checked.crc, checked.problem)
                 bar.update()
@@ -137,12 +131,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _place(root: Path) -> Path | None:
-    choice = os.environ.get(_SWITCH)
-    if choice == "off":
-        return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(choice) if choice else home / "pspinal_jax"
-    return folder / "pictures" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}.json"
+    folder = cache_folder()
+    return folder and folder / "pictures" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}.json"
 
 
 def _load(place: Path) -> FileChecks:
@@ -150,23 +140,18 @@ def _load(place: Path) -> FileChecks:
         stored = json.loads(place.read_bytes())
         if stored["format"] != _FORMAT:
             return {}
-        return {file: _checked_verdict(*values) for file, values in stored["files"].items()}
+        return {file: _parse_check(*values) for file, values in stored["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _checked_verdict(size: int, modified: int, crc: int, problem: str | None) -> FileCheck:
+def _parse_check(size: int, modified: int, crc: int, problem: str | None) -> FileCheck:
     if not all(isinstance(value, int) for value in (size, modified, crc)):
         raise TypeError("not a check")
     return FileCheck(size, modified, crc, None if problem is None else str(problem))
 
 
 def _store(place: Path, checks: Mapping[str, FileCheck]) -> None:
-    part = place.with_name(f"{place.name}.{os.getpid()}.part")
     with contextlib.suppress(OSError):
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"format": _FORMAT, "files": checks}))
-            part.replace(place)
-        finally:
-            part.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text(place, json.dumps({"format": _FORMAT, "files": checks}))

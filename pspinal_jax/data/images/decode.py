@@ -1,4 +1,4 @@
-"""From an encoded picture of any kind to RGB pixels of one size, with Pillow."""
+"""From an encoded image of any kind to RGB pixels of one size, with Pillow."""
 
 import contextlib
 import io
@@ -33,14 +33,14 @@ _ON_ITS_SIDE = (5, 6, 7, 8)
 _DRAFT_GAP = 2
 """A JPEG is decoded at a half, quarter or eighth of its size where that leaves this many times the wanted size.
 
-With 2, pictures of 1600x1200 and 4000x3000 came to 230x230 1.8 and 3.2 times faster on one x86 core (Pillow 13.0.0),
+With 2, images of 1600x1200 and 4000x3000 came to 230x230 1.8 and 3.2 times faster on one x86 core (Pillow 13.0.0),
 and no value differed by more than 6 of 255 (PSNR 52 and 56 dB). With 1 they gained little more (2.4 and 3.8 times) and
 differed by up to 15 (46 and 49 dB).
 """
 
 
 def decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The picture in `data` as RGB, resized to `size` whatever its aspect.
+    """The image in `data` as RGB, resized to `size` whatever its aspect.
 
     JPEG, PNG, BMP, GIF, TIFF, WebP, PPM and JPEG 2000 in any mode: grey, 16-bit grey (its upper 8 bits), palette, CMYK.
     What is transparent is laid over white; EXIF's orientation is applied; of several frames the first is taken.
@@ -56,17 +56,17 @@ def decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
       uint8 [H, W, 3].
 
     Raises:
-      DataError: if the picture cannot be decoded, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+      DataError: if the image cannot be decoded, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
     try:
         return _decode(data, size)
     except UnidentifiedImageError as error:
-        raise DataError("the picture cannot be decoded: its format is not known") from error
+        raise DataError("the image cannot be decoded: its format is not known") from error
     except Exception as error:  # Pillow raises many kinds on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"the picture cannot be decoded: {reason}") from error
+        raise DataError(f"the image cannot be decoded: {reason}") from error
 
 
 def _decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -79,10 +79,10 @@ def _decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
         orientation = _orientation(image)
         sides = (height, width) if orientation in _ON_ITS_SIDE else (width, height)
         image.draft(None, (_DRAFT_GAP * sides[0], _DRAFT_GAP * sides[1]))  # does nothing but for JPEG
-        picture = _to_rgb(image)
+        upright = _to_rgb(image)
         if orientation in _UPRIGHT:
-            picture = picture.transpose(_UPRIGHT[orientation])
-        return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+            upright = upright.transpose(_UPRIGHT[orientation])
+        return np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -92,7 +92,7 @@ def _open(data: bytes) -> Image.Image:
 def _orientation(image: Image.Image) -> Any:
     try:
         exif = image.getexif()
-    except Exception:  # damaged EXIF says nothing about the picture
+    except Exception:  # damaged EXIF says nothing about the image
         return 1
     return exif.get(ExifTags.Base.Orientation, 1)
 
@@ -104,9 +104,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
+        opaque = image.convert("RGBA")
+        white = Image.new("RGBA", opaque.size, "white")
+        return Image.alpha_composite(white, opaque).convert("RGB")
     if image.mode == "RGB":
         return image  # `convert` would copy it
     return image.convert("RGB")

@@ -1,9 +1,10 @@
-"""Pictures in class folders as published, in a folder or an archive: found, checked, divided into splits."""
+"""Images in class folders as published, in a folder or an archive: found, checked, divided into splits."""
 
 import contextlib
 import io
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
@@ -11,22 +12,22 @@ import numpy as np
 
 from pspinal_jax.data.archives import open_zip, read_tar, read_zip_member
 from pspinal_jax.data.catalogue import DataSet
-from pspinal_jax.data.examples import Examples
+from pspinal_jax.data.dataset import draw_by_class
 from pspinal_jax.data.images.checks import check
-from pspinal_jax.data.images.images import Encoded, Files, ImageSplit, is_picture, list_pictures
+from pspinal_jax.data.images.classes import class_names, in_order
+from pspinal_jax.data.images.encoded import Encoded, Examples, Files, ImageSplit, Selected, is_image, list_images
 from pspinal_jax.errors import DataError
 from pspinal_jax.progress import progress_bar
 
 _SEED = 0
-_NAMED = 5
-_MOST_BYTES = 2**28  # of a picture; what claims more is no photograph
+_MOST_BYTES = 2**28  # of an image; what claims more is none
 
 _Classes: TypeAlias = dict[str, list[int]]
-"""Class -> numbers of its pictures."""
+"""Class -> numbers of its images."""
 
 
 class _InZip:
-    """The pictures `entries` of a zip that is kept open."""
+    """The images `entries` of a zip that is kept open."""
 
     def __init__(self, archive: zipfile.ZipFile, path: Path, entries: Sequence[str]) -> None:
         self.archive, self.path, self.entries = archive, path, entries
@@ -45,7 +46,7 @@ class _InZip:
 
 
 class _InMemory:
-    """Pictures that were read already, by their paths."""
+    """Images that were read already, by their paths."""
 
     def __init__(self, members: dict[str, bytes]) -> None:
         self.names, self.contents = list(members), list(members.values())
@@ -60,12 +61,12 @@ class _InMemory:
         return self.names[index]
 
 
-def read_pictures(
+def read_published(
     data_set: DataSet, place: Path, archives: contextlib.ExitStack, show_progress: bool = False
 ) -> Examples:
-    """The examples of `data_set`, a set of pictures in class folders, from `place`; the pictures stay encoded.
+    """The examples of `data_set`, a set of images in class folders, from `place`; they stay encoded.
 
-    Every picture is decoded once. One that cannot be is left out and named in the result. Where the set has only one
+    Every image is decoded once. One that cannot be is left out and named in the result. Where the set has only one
     folder, `data_set.num_train` of each class are drawn to train on, always the same.
 
     Args:
@@ -75,14 +76,14 @@ def read_pictures(
       show_progress: whether to show a bar on standard error.
 
     Raises:
-      DataError: if the folders are not there, or are not those of the set; if a class has too few pictures that can be
+      DataError: if the folders are not there, or are not those of the set; if a class has too few images that can be
         decoded.
     """
     encoded, paths = _open(data_set, place, archives)
     found = _find(data_set, place, paths)
-    class_names = _class_names(data_set, place, found)
+    names = _class_names(data_set, place, found)
     indices = [index for classes in found.values() for each in classes.values() for index in each]
-    with progress_bar(len(indices), f"check {data_set.name}", "picture", show_progress) as bar:
+    with progress_bar(len(indices), f"check {data_set.name}", "image", show_progress) as bar:
         bad = set()
         for index, checked in zip(indices, check(encoded, indices), strict=True):
             if checked.problem is not None:
@@ -90,22 +91,28 @@ def read_pictures(
             bar.update()
     splits = {}
     for split, classes in found.items():
-        good = {name: [index for index in classes[name] if index not in bad] for name in class_names}
-        splits[split] = _make_split(encoded, f"{place}: {data_set.files[split][0]}", good)
+        where = f"{place}: {data_set.files[split][0]}"
+        good = {name: [index for index in classes[name] if index not in bad] for name in names}
+        numbers, labels = in_order(good, names, partial(_nothing_of, where))
+        splits[split] = ImageSplit(Selected(encoded, np.asarray(numbers)), labels)
     if data_set.num_train:
         (everything,) = splits.values()
-        splits = _draw(data_set, place, everything, class_names)
-    images = {split: (photos.encoded, photos.labels) for split, photos in splits.items()}
-    return Examples(images, class_names, tuple(encoded.name(index) for index in indices if index in bad))
+        splits = _draw(data_set, place, everything, names)
+    images = {split: (images.encoded, images.labels) for split, images in splits.items()}
+    return Examples(images, names, tuple(encoded.name(index) for index in indices if index in bad))
+
+
+def _nothing_of(where: str, name: str) -> str:
+    return f"{where} has no image of {name} that can be decoded; get the files again"
 
 
 def _open(data_set: DataSet, place: Path, archives: contextlib.ExitStack) -> tuple[Encoded, list[str]]:
-    """All pictures of `place`, and the path of each with '/' in it."""
+    """All images of `place`, and the path of each with '/' in it."""
     if not place.exists():
         raise DataError(f"{place} does not exist; {_wanted(data_set)}")
     if place.is_file():
         return _open_archive(data_set, place, archives)
-    files = list_pictures(place)
+    files = list_images(place)
     paths = [f"{place.resolve().name}/{file}" for file in files]  # `place` may be one of the folders itself
     if not _roots(data_set, paths) and (archive := _find_archive(data_set, place)):
         return _open_archive(data_set, archive, archives)
@@ -129,13 +136,13 @@ def _tar_names(data_set: DataSet) -> list[str]:
 def _open_archive(data_set: DataSet, path: Path, archives: contextlib.ExitStack) -> tuple[Encoded, list[str]]:
     if path.name.endswith((".tar.gz", ".tgz")):
         with path.open("rb") as stream:
-            return _in_memory(read_tar(stream, str(path), _is_picture_path))
+            return _in_memory(read_tar(stream, str(path), _is_image_path))
     archive = archives.enter_context(open_zip(path))
     for entry in archive.namelist():
         if PurePosixPath(entry).name in _tar_names(data_set) and _is_visible(entry):
             content = io.BytesIO(read_zip_member(archive, path, entry))
-            return _in_memory(read_tar(content, f"{entry} in {path}", _is_picture_path))
-    entries = [entry for entry in archive.namelist() if _is_picture_path(entry)]
+            return _in_memory(read_tar(content, f"{entry} in {path}", _is_image_path))
+    entries = [entry for entry in archive.namelist() if _is_image_path(entry)]
     return _InZip(archive, path, entries), entries
 
 
@@ -143,8 +150,8 @@ def _in_memory(members: dict[str, bytes]) -> tuple[Encoded, list[str]]:
     return _InMemory(members), list(members)
 
 
-def _is_picture_path(path: str) -> bool:
-    return _is_visible(path) and is_picture(PurePosixPath(path).name)
+def _is_image_path(path: str) -> bool:
+    return _is_visible(path) and is_image(PurePosixPath(path).name)
 
 
 def _is_visible(path: str) -> bool:
@@ -152,7 +159,7 @@ def _is_visible(path: str) -> bool:
 
 
 def _roots(data_set: DataSet, paths: Sequence[str]) -> dict[str, dict[str, _Classes]]:
-    """Folder -> split -> class -> numbers of its pictures, for every folder that holds all splits' folders."""
+    """Folder -> split -> class -> numbers of its images, for every folder that holds all splits' folders."""
     split_of = {folder.lower(): split for split, (folder,) in data_set.files.items()}
     roots: dict[str, dict[str, _Classes]] = {}
     for index, path in enumerate(paths):
@@ -180,45 +187,29 @@ def _find(data_set: DataSet, place: Path, paths: Sequence[str]) -> dict[str, _Cl
 def _wanted(data_set: DataSet) -> str:
     folders = " and ".join(data_set.file_names)
     archive = data_set.archive or "a zip that holds them"
-    return f"{data_set.name} takes a folder with {folders} (class folders of pictures), or {archive}"
+    return f"{data_set.name} takes a folder with {folders} (class folders of images), or {archive}"
 
 
 def _class_names(data_set: DataSet, place: Path, found: dict[str, _Classes]) -> tuple[str, ...]:
-    names = sorted({name for classes in found.values() for name in classes})
-    for split, classes in found.items():
-        missing = [name for name in names if name not in classes]
-        if missing:
-            first = ", ".join(missing[:_NAMED]) + (", .." if len(missing) > _NAMED else "")
-            raise DataError(f"{place}: {data_set.files[split][0]} has no pictures of {first}; get the files again")
+    names = class_names(
+        found,
+        lambda split, missing: f"{place}: {data_set.files[split][0]} has no images of {missing}; get the files again",
+    )
     if len(names) != data_set.num_classes:
         raise DataError(
             f"{place} holds {len(names)} classes, but {data_set.name} has {data_set.num_classes}; get that release, or "
             "train on the folder itself"
         )
-    return tuple(names)
+    return names
 
 
-def _make_split(encoded: Encoded, where: str, classes: _Classes) -> ImageSplit:
-    for name, indices in classes.items():
-        if not indices:
-            raise DataError(f"{where} has no picture of {name} that can be decoded; get the files again")
-    labels = np.zeros(len(encoded), np.int32)
-    for label, indices in enumerate(classes.values()):
-        labels[indices] = label
-    return ImageSplit(encoded, labels).take(np.concatenate(list(classes.values())))
-
-
-def _draw(data_set: DataSet, place: Path, photos: ImageSplit, class_names: Sequence[str]) -> dict[str, ImageSplit]:
-    """`data_set.num_train` of each class to train on, the rest to test on; what a class draws hangs on no other."""
-    train = []
-    for label, name in enumerate(class_names):
-        members = np.flatnonzero(photos.labels == label)
-        if len(members) <= data_set.num_train:
+def _draw(data_set: DataSet, place: Path, images: ImageSplit, names: Sequence[str]) -> dict[str, ImageSplit]:
+    """`data_set.num_train` of each class to train on, the rest to test on."""
+    for name, count in zip(names, np.bincount(images.labels), strict=True):
+        if count <= data_set.num_train:
             raise DataError(
-                f"{place} holds {len(members)} pictures of {name} that can be decoded, expected more than "
+                f"{place} holds {count} images of {name} that can be decoded, expected more than "
                 f"{data_set.num_train}; get the files again"
             )
-        train.append(np.random.default_rng([_SEED, label]).permutation(members)[: data_set.num_train])
-    drawn = np.sort(np.concatenate(train))
-    rest = np.setdiff1d(np.arange(len(photos)), drawn)
-    return {"train": photos.take(drawn), "test": photos.take(rest)}
+    test, train = draw_by_class(images.labels, lambda count: data_set.num_train, _SEED)
+    return {"train": images.take(train), "test": images.take(test)}

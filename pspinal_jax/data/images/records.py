@@ -1,9 +1,6 @@
-"""Photographs that TFDS prepared as array_record, read as the encoded bytes that they were stored as."""
+"""Images that TFDS prepared as array_record, read as the encoded bytes that they were stored as."""
 
-import contextlib
-import os
 import threading
-import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,15 +8,80 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data.images.images import ImageDataset, ImageSplit
+from pspinal_jax.data.cache import Named, read_through_cache
+from pspinal_jax.data.dataset import Dataset, check_labels
+from pspinal_jax.data.images.encoded import ImageSplit
 from pspinal_jax.data.prepared import check_format, import_tfds, open_prepared
 from pspinal_jax.errors import DataError
 
 _VALIDATION = ("validation", "valid", "val")
 
 
+def read_image_records(directory: Path, image_size: int) -> Dataset[ImageSplit]:
+    """The images whose dataset_info.json stands in `directory`; they stay encoded.
+
+    The labels are read once, which takes as long as reading all the files, and kept beside the directory.
+
+    Args:
+      directory: a prepared data set.
+      image_size: side in pixels of what a model sees.
+
+    Raises:
+      DataError: if it was not prepared as array_record, has no train and test split of images with labels, or cannot be
+        read.
+    """
+    directory = directory.expanduser()
+    builder = open_prepared(directory)
+    source = check_format(builder)
+    own = [{"validation": name} for name in _VALIDATION if name in builder.info.splits][:1]
+    names_of = {"train": "train", "test": "test", **(own[0] if own else {})}
+    splits = {kind: _read_split(builder, directory, split) for kind, split in names_of.items()}
+    label = builder.info.features["label"]
+    num_classes = getattr(label, "num_classes", None) or 1 + max(int(split.labels.max()) for split in splits.values())
+    for kind, split in splits.items():
+        check_labels(f"{source}: {kind}", split.labels, num_classes)
+    names = tuple(label.names) if getattr(label, "names", None) else tuple(map(str, range(num_classes)))
+    return Dataset(splits, names, source, (image_size, image_size, 3))
+
+
+def _read_split(builder: Any, directory: Path, split: str) -> ImageSplit:
+    info = builder.info.splits[split]
+    count = info.num_examples
+    if not count:
+        raise DataError(f"{directory} has no example in its split {split}; delete it and prepare the data set again")
+
+    def fits(known: Named) -> bool:
+        return (
+            set(known) == {"labels", "crc"} and known["labels"].shape == (count,) and known["labels"].dtype == np.int32
+        )
+
+    stamp = _stamp(directory, info.filenames)
+    known = read_through_cache(
+        directory, f"{split}.labels", stamp, lambda: _read_labels(Records(directory, split, count)), fits
+    )
+    return ImageSplit(Records(directory, split, count, int(known["crc"])), known["labels"])
+
+
+def _read_labels(records: "Records") -> Named:
+    labels, crc = np.zeros(len(records), np.int32), 0
+    for index in range(len(records)):
+        example = records.example(index)
+        labels[index] = example["label"]
+        crc = zlib.crc32(example["image"], crc)
+    return {"labels": labels, "crc": np.array(crc)}
+
+
+def _stamp(directory: Path, files: Iterable[str]) -> str:
+    """A number that changes when the files were written again."""
+    try:
+        found = [(name, (directory / name).stat()) for name in sorted(files)]
+    except OSError as error:
+        raise DataError(f"{directory} cannot be read: {error}; delete it and prepare the data set again") from error
+    return str(zlib.crc32(repr([(name, status.st_size, status.st_mtime_ns) for name, status in found]).encode()))
+
+
 class Records:
-    """The encoded pictures of one split of a prepared directory; the files are opened when the first is read."""
+    """The encoded images of one split of a prepared directory; the files are opened when the first is read."""
 
     def __init__(self, directory: Path, split: str, length: int, crc: int = 0) -> None:
         self.directory, self.split, self.length, self.crc = directory, split, length, crc
@@ -63,93 +125,10 @@ class Records:
         return f"{self.split}[{index}] of {self.directory}"
 
     def fingerprint(self) -> int:
-        """The checksum of the pictures."""
+        """The checksum of the images."""
         return self.crc
-
-
-def read_photo_records(directory: Path) -> ImageDataset:
-    """The photographs whose dataset_info.json stands in `directory`; pictures stay encoded.
-
-    The labels are read once, which takes as long as reading all the files, and kept beside the directory.
-
-    Raises:
-      DataError: if it was not prepared as array_record, has no train and test split of images with labels, or cannot be
-        read.
-    """
-    directory = directory.expanduser()
-    builder = open_prepared(directory)
-    source = check_format(builder)
-    splits = {"train": "train", "test": "test"}
-    own = [name for name in _VALIDATION if name in builder.info.splits]
-    if own:
-        splits["validation"] = own[0]
-    photos = {kind: _read_split(builder, directory, split) for kind, split in splits.items()}
-    feature = builder.info.features["label"]
-    num_classes = getattr(feature, "num_classes", None) or 1 + max(int(split.labels.max()) for split in photos.values())
-    for kind, split in photos.items():
-        if split.labels.min() < 0 or split.labels.max() >= num_classes:
-            raise DataError(
-                f"{source}: {kind} has labels from {split.labels.min()} to {split.labels.max()}, expected "
-                f"0 .. {num_classes - 1}"
-            )
-    names = tuple(feature.names) if getattr(feature, "names", None) else tuple(map(str, range(num_classes)))
-    return ImageDataset(photos["train"], photos.get("validation"), photos["test"], names, source)
 
 
 def _open_split(directory: Path, split: str) -> Any:
     tfds = import_tfds()
     return open_prepared(directory).as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-
-
-def _read_split(builder: Any, directory: Path, split: str) -> ImageSplit:
-    info = builder.info.splits[split]
-    count = info.num_examples
-    if not count:
-        raise DataError(f"{directory} has no example in its split {split}; delete it and prepare the data set again")
-    stamp = _stamp(directory, info.filenames)
-    place = directory.with_name(f".{directory.name}.{split}.labels.npz")
-    labels, crc = _load(place, stamp, count) or (None, 0)
-    if labels is None:
-        labels, crc = _read_labels(Records(directory, split, count))
-        _store(place, stamp, labels, crc)
-    return ImageSplit(Records(directory, split, count, crc), labels)
-
-
-def _read_labels(records: Records) -> tuple[np.ndarray, int]:
-    labels, crc = np.zeros(len(records), np.int32), 0
-    for index in range(len(records)):
-        example = records.example(index)
-        labels[index] = example["label"]
-        crc = zlib.crc32(example["image"], crc)
-    return labels, crc
-
-
-def _stamp(directory: Path, files: Iterable[str]) -> int:
-    """A number that changes when the files were written again."""
-    try:
-        found = [(name, (directory / name).stat()) for name in sorted(files)]
-    except OSError as error:
-        raise DataError(f"{directory} cannot be read: {error}; delete it and prepare the data set again") from error
-    return zlib.crc32(repr([(name, status.st_size, status.st_mtime_ns) for name, status in found]).encode())
-
-
-def _load(place: Path, stamp: int, count: int) -> tuple[np.ndarray, int] | None:
-    try:
-        with place.open("rb") as file, np.load(file) as archive:  # never unpickles, and zip checks the arrays' CRC
-            labels = np.asarray(archive["labels"])
-            fits = int(archive["stamp"]) == stamp and labels.shape == (count,) and labels.dtype == np.int32
-            return (labels, int(archive["crc"])) if fits else None
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
-        return None
-
-
-def _store(place: Path, stamp: int, labels: np.ndarray, crc: int) -> None:
-    part = place.with_name(f"{place.name}.{os.getpid()}.part")
-    # A folder that cannot be written only costs the next reader time.
-    with contextlib.suppress(OSError):
-        try:
-            with part.open("wb") as file:
-                np.savez(file, stamp=np.int64(stamp), labels=labels, crc=np.int64(crc))
-            part.replace(place)
-        finally:
-            part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Batches of decoded photographs in a given order, read and decoded ahead of use by grain."""
+"""Batches of examples in a given order, read and decoded ahead of use by grain."""
 
 import atexit
 import gc
@@ -7,12 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Generator
-from typing import Any, SupportsIndex
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data.images.decode import decode
-from pspinal_jax.data.images.images import ImageSplit
+from pspinal_jax.data.dataset import Split
 from pspinal_jax.errors import DataError, RunError
 
 _MOST_THREADS = 8
@@ -21,7 +21,7 @@ _BATCHES_AHEAD = 2
 
 
 def stream(
-    photos: ImageSplit,
+    split: Split,
     order: np.ndarray,
     size: tuple[int, int],
     batch_size: int,
@@ -29,37 +29,37 @@ def stream(
     first_batch: int = 0,
     workers: int = 0,
 ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """The photographs at `order`, decoded, in batches.
+    """The examples at `order`, images decoded, in batches.
 
     The batches do not depend on `workers`. What comes before `first_batch` is not read. Closing the generator early, or
     letting go of it, ends the worker processes. Each worker takes a few seconds to start (grain imports jax there,
     though it computes nothing), so one long stream is better than many short ones.
 
     Args:
-      photos: what to read from.
-      order: integers [M], numbers of photographs; may repeat.
-      size: (H, W) that every picture is resized to.
+      split: what to read from.
+      order: integers [M], numbers of examples; may repeat.
+      size: (H, W) that every image is resized to.
       batch_size: B; the last batch holds what is left.
       first_batch: number of the batch to begin with.
       workers: processes that read and decode; 0 for threads of this process.
 
     Yields:
-      Images uint8 [B, H, W, 3] and labels int32 [B].
+      Examples [B, ...], images as uint8 [B, H, W, 3], and labels int32 [B].
 
     Raises:
-      DataError: if grain is not installed, or a picture cannot be read; the message names it.
+      DataError: if grain is not installed, or an image cannot be read; the message names it.
       RunError: if a worker process dies.
     """
     order = np.asarray(order)[first_batch * batch_size :]
     if not len(order):
         return
     workers = min(workers, -(-len(order) // batch_size))  # grain has no use for a worker without a batch
-    photos = photos.take(order)
-    batches = _Running(_pipeline(photos, size, batch_size, workers))
+    split = split.take(order)
+    batches = _Running(_pipeline(split, size, batch_size, workers))
     try:
         for first in range(0, len(order), batch_size):
-            # From a worker the images lie in shared memory, of which there may be little.
-            yield np.array(batches.read()), photos.labels[first : first + batch_size].astype(np.int32)
+            # From a worker they lie in shared memory, of which there may be little.
+            yield np.array(batches.read()), split.labels[first : first + batch_size].astype(np.int32)
     finally:
         batches.close()
 
@@ -78,7 +78,7 @@ class _Running:
             if "Worker process" not in str(error):
                 raise
             raise RunError(
-                "a worker process that decodes photographs ended unexpectedly, perhaps for want of memory or shared "
+                "a worker process that decodes images ended unexpectedly, perhaps for want of memory or shared "
                 "memory; use fewer workers"
             ) from error
 
@@ -97,10 +97,10 @@ class _Running:
             freeing.apply(int)
 
 
-def _pipeline(photos: ImageSplit, size: tuple[int, int], batch_size: int, workers: int) -> Any:
+def _pipeline(split: Split, size: tuple[int, int], batch_size: int, workers: int) -> Any:
     grain = _import_grain()
-    # Whole batches are the elements, for grain deals out elements to the workers.
-    batches = grain.MapDataset.source(_Batches(photos, size, batch_size))
+    # Batched before the workers, to whom grain deals out elements.
+    batches = grain.MapDataset.range(len(split)).map(partial(split.read, size=size)).batch(batch_size)
     if workers == 0:
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
@@ -127,28 +127,7 @@ def _import_grain() -> Any:
         import grain
         from absl import flags
     except ImportError as error:
-        raise DataError(f"grain is not installed ({error}); photographs are read with it: install grain") from error
+        raise DataError(f"grain is not installed ({error}); images are read with it: install grain") from error
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's worker processes are told its flags, and nobody else parses them
     return grain
-
-
-class _Batches:
-    """Images of batches by number; picklable."""
-
-    def __init__(self, photos: ImageSplit, size: tuple[int, int], batch_size: int) -> None:
-        self._photos, self._size, self._batch_size = photos, size, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._photos) // self._batch_size)
-
-    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
-        first = index.__index__() * self._batch_size
-        numbers = range(first, min(first + self._batch_size, len(self._photos)))
-        images = np.empty((len(numbers), *self._size, 3), np.uint8)
-        for image, number in zip(images, numbers, strict=True):
-            try:
-                image[:] = decode(self._photos.encoded[number], self._size)
-            except (DataError, OSError) as error:
-                raise DataError(f"{self._photos.encoded.name(number)}: {error}") from None
-        return images

@@ -47,7 +47,9 @@ def go_on(run, npz_path, **changes):
 
 
 def epochs(run):
-    return [(line["stage"], line["epoch"]) for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+    return [
+        (line["stage"], line["epoch"]) for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    ]
 
 
 @pytest.mark.parametrize("workdir", ["runs/mine", ".", "a/../b", "../link/run"])
@@ -63,7 +65,7 @@ def test_a_work_directory_inside_the_data_is_refused_before_anything_is_written(
 
 def test_a_neighbour_of_the_data_is_not_inside_it(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
-    with pytest.raises(Exception, match="class folders|no folders"):
+    with pytest.raises(Exception, match=r"class folders|no folders"):
         pspinal_jax.train("folder", data__path=tmp_path / "images", workdir=tmp_path / "images-run")
 
 
@@ -166,7 +168,9 @@ def test_resuming_with_other_settings_of_jax_is_refused(unfinished, npz_path, na
     before = jax.config.values[name]
     jax.config.update(name, value)
     try:
-        with pytest.raises(UsageError, match=rf"holds another run: jax\.{name[4:]} was {before!r} and is now {value!r}"):
+        with pytest.raises(
+            UsageError, match=rf"holds another run: jax\.{name[4:]} was {before!r} and is now {value!r}"
+        ):
             go_on(unfinished, npz_path)
     finally:
         jax.config.update(name, before)

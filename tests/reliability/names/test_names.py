@@ -15,8 +15,25 @@ from pspinal_jax.__main__ import main
 from pspinal_jax.runs import metrics as metrics_module
 from pspinal_jax.runs.metrics import plot_confusion, plot_curves
 
-NAMES = ["$a_$", "50 $ ^ $", r"\frac{$", "猫", "犬", "a\nb", "a\tb", "caf\udce9", "\x1b[31mred", "\x00", "", " ", "x" * 500, "👍🏽"]
-LINES = [{"stage": "train", "epoch": epoch, "step": epoch, "train_loss": 1.0, "train_accuracy": 0.5} for epoch in (1, 2)]
+NAMES = [
+    "$a_$",
+    "50 $ ^ $",
+    r"\frac{$",
+    "猫",
+    "犬",
+    "a\nb",
+    "a\tb",
+    "caf\udce9",
+    "\x1b[31mred",
+    "\x00",
+    "",
+    " ",
+    "x" * 500,
+    "👍🏽",
+]
+LINES = [
+    {"stage": "train", "epoch": epoch, "step": epoch, "train_loss": 1.0, "train_accuracy": 0.5} for epoch in (1, 2)
+]
 
 
 @pytest.mark.parametrize("count", [2, len(NAMES), 40])
@@ -52,7 +69,10 @@ def labels_of(names, tmp_path, monkeypatch):
 
 def test_what_the_font_lacks_is_replaced_and_names_stay_apart(tmp_path, monkeypatch):
     assert labels_of(["猫", "a\nb", "x" * 500, "ok $x$"], tmp_path, monkeypatch) == [
-        "\ufffd", r"a\nb", "x" * 59 + "…", "ok $x$",
+        "\ufffd",
+        r"a\nb",
+        "x" * 59 + "…",
+        "ok $x$",
     ]
     assert labels_of(["猫", "犬"], tmp_path, monkeypatch) == ["0: \ufffd", "1: \ufffd"]
 
@@ -80,8 +100,15 @@ def run(tmp_path_factory):
             Image.fromarray(pixels).save(os.fsdecode(folder) + f"/{index}.png")
     small = {"image_size": 8, "augment": "none"}
     pspinal_jax.train(
-        "folder", **{f"data.{key}": value for key, value in small.items()}, data__path=place / "images",
-        model__backbone="none", model__weights=None, model__layer_width=8, epochs=1, batch_size=4, eval_batch_size=4,
+        "folder",
+        **{f"data.{key}": value for key, value in small.items()},
+        data__path=place / "images",
+        model__backbone="none",
+        model__weights=None,
+        model__layer_width=8,
+        epochs=1,
+        batch_size=4,
+        eval_batch_size=4,
         workdir=place / "run",
     )
     return place

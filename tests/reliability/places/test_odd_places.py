@@ -79,7 +79,9 @@ def test_two_seeds_on_a_terminal_that_knows_ascii_only(npz_path, tmp_path, monke
 def run_python(code, redirections=""):
     return subprocess.run(
         ["/bin/bash", "-c", f'exec "$0" -c "$1" {redirections}', sys.executable, code],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -87,7 +89,8 @@ def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
     """What native code prints would go into it."""
     code = (
         "import os\nfrom pspinal_jax.__main__ import main\nassert main(['--version']) == 0\n"
-        f"file = open({str(tmp_path / 'file')!r}, 'w')\nassert file.fileno() > 2\nfile.write('opened')\nos.write(2, b'x')"
+        f"file = open({str(tmp_path / 'file')!r}, 'w')\nassert file.fileno() > 2\n"
+        "file.write('opened')\nos.write(2, b'x')"
     )
     assert run_python(code, "<&- >&- 2>&-").returncode == 0
     assert (tmp_path / "file").read_text() == "opened"

@@ -1,29 +1,34 @@
-"""Splits of photographs: taking some, holding out a validation split, noticing a change."""
+"""Splits of images: taking some, holding out a validation split, noticing a change."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-from photos_support import InMemory, numbered, picture
+from images_support import InMemory, numbered, picture
 
-from pspinal_jax.data.images import ImageDataset, ImageSplit
+from pspinal_jax.data import Dataset
+from pspinal_jax.data.images import ImageSplit
 from pspinal_jax.errors import UsageError
 
 
 def dataset(labels=(0,) * 10 + (1,) * 7 + (2,)):
     labels = np.array(labels, np.int32)
-    photos = ImageSplit(InMemory([picture(i) for i in range(len(labels))]), labels)
-    return ImageDataset(photos, None, numbered(4), ("a", "b", "c"), "memory")
+    images = ImageSplit(InMemory([picture(i) for i in range(len(labels))]), labels)
+    return Dataset({"train": images, "test": numbered(4)}, ("a", "b", "c"), "memory", (4, 4, 3))
 
 
-def names(photos):
-    return [photos.encoded.name(index) for index in range(len(photos))]
+def changed(data, **splits):
+    return dataclasses.replace(data, splits={**data.splits, **splits})
+
+
+def names(split):
+    return [split.encoded.name(index) for index in range(len(split))]
 
 
 def test_taking_twice_is_taking_of_what_was_taken():
-    photos = numbered(9).take(np.array([8, 1, 5, 5])).take(np.array([2, 0]))
-    assert names(photos) == ["picture 5", "picture 8"] and len(photos) == len(photos.encoded) == 2
-    assert photos.encoded[1] == picture(8) and photos.labels.tolist() == [2, 2]
+    split = numbered(9).take(np.array([8, 1, 5, 5])).take(np.array([2, 0]))
+    assert names(split) == ["picture 5", "picture 8"] and len(split) == len(split.encoded) == 2
+    assert split.encoded[1] == picture(8) and split.labels.tolist() == [2, 2]
 
 
 def test_validation_comes_out_of_every_class_by_seed_and_leaves_one():
@@ -40,21 +45,21 @@ def test_validation_comes_out_of_every_class_by_seed_and_leaves_one():
 def test_validation_is_left_alone_where_there_is_one_or_none_is_wanted():
     data = dataset()
     assert data.with_validation(0.0, seed=0) is data and data.with_validation(0.01, seed=0) is data
-    own = dataclasses.replace(data, validation=numbered(2))
+    own = changed(data, validation=numbered(2))
     assert own.with_validation(0.5, seed=0) is own
     for fraction in (-0.1, 1.0):
         with pytest.raises(UsageError, match="the validation fraction is"):
             data.with_validation(fraction, seed=0)
 
 
-def test_the_fingerprint_changes_with_pictures_labels_names_and_splits():
+def test_the_fingerprint_changes_with_images_labels_names_and_splits():
     data = dataset()
     moved = data.train.labels.copy()
     moved[0] = 1
     others = [
         dataset((0,) * 10 + (1,) * 8),
-        dataclasses.replace(data, train=ImageSplit(data.train.encoded, moved)),
-        dataclasses.replace(data, test=numbered(5)),
+        changed(data, train=ImageSplit(data.train.encoded, moved)),
+        changed(data, test=numbered(5)),
         dataclasses.replace(data, class_names=("a", "b", "d")),
         data.with_validation(0.3, seed=0),
         data.with_validation(0.3, seed=1),

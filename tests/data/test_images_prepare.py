@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 import pytest
-from raw_photos import (
+from raw_images import (
     CALTECH_CLASSES,
     birds_members,
     caltech_members,
@@ -22,7 +22,7 @@ from raw_photos import (
 from pspinal_jax.__main__ import main
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.images.decode import decode
-from pspinal_jax.data.images.records import read_photo_records
+from pspinal_jax.data.images.records import read_image_records
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.errors import DataError, UsageError
 
@@ -51,7 +51,7 @@ def expected(members, folder, names):
 
 
 def prepare(data_set, tmp_path, raw):
-    return read_photo_records(prepare_data_set(data_set, tmp_path / "data", raw=raw).directory)
+    return read_image_records(prepare_data_set(data_set, tmp_path / "data", raw=raw).directory, 4)
 
 
 STL10_PLACES = {
@@ -140,7 +140,7 @@ def test_what_cannot_be_decoded_is_named_left_out_and_counted(tmp_path, capsys):
     data = prepare(CALTECH, tmp_path, CALTECH_PLACES["archive"](tmp_path / "raw", members))
     assert np.bincount(data.train.labels).tolist() == [30, 30, 30] and len(data.test) == 3 + 1 + 5
     assert capsys.readouterr().err == (
-        "warning: 2 pictures of caltech101 cannot be decoded: 101_ObjectCategories/Faces_easy/image_0001.jpg, "
+        "warning: 2 images of caltech101 cannot be decoded: 101_ObjectCategories/Faces_easy/image_0001.jpg, "
         "101_ObjectCategories/Faces_easy/image_0007.jpg; left out\n"
     )
 
@@ -217,7 +217,7 @@ REFUSED = {
     "caltech101: too few": (
         "caltech101",
         tar_of(caltech_members((33, 30, 33))),
-        "30 pictures of Faces_easy that can be",
+        "30 images of Faces_easy that can be",
     ),
     "caltech101: classes": (
         "caltech101",
@@ -243,7 +243,7 @@ REFUSED = {
     "fruits360: a class": (
         "fruits360",
         zip_of(without(fruits_members(), "Test/Kiwi")),
-        "a.zip: Test has no pictures of Kiwi",
+        "a.zip: Test has no images of Kiwi",
     ),
     "fruits360: twice": (
         "fruits360",
@@ -254,7 +254,7 @@ REFUSED = {
     "fruits360: unreadable": (
         "fruits360",
         zip_of(fruits_members(), **{"fruits-360/Test/Kiwi/r_7_100.jpg": b"x"}),
-        "a.zip: Test has no picture of Kiwi that can be decoded",
+        "a.zip: Test has no image of Kiwi that can be decoded",
     ),
 }
 
@@ -297,4 +297,4 @@ def test_the_command_says_where_it_is_and_what_was_left_out(tmp_path, monkeypatc
     out, err = capsys.readouterr()
     assert out.startswith(f"birds225 is prepared in {tmp_path / 'data' / 'birds225' / '1.0.0'}\ntrain on it with: ")
     assert "check birds225: 100%" in err and "prepare birds225: 100%" in err
-    assert "warning: 1 picture of birds225 cannot be decoded: train/ALBATROSS/9.jpg; left out\n" in err
+    assert "warning: 1 image of birds225 cannot be decoded: train/ALBATROSS/9.jpg; left out\n" in err

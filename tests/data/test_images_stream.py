@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from photos_support import InMemory, numbered, picture
+from images_support import InMemory, numbered, picture
 
 from pspinal_jax.data.images import ImageSplit
 from pspinal_jax.data.images.stream import stream
@@ -61,7 +61,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(taken):
     order, place = np.arange(3), 1
     if taken:
         photos, order = photos.take(np.array([2, 1])).take(np.array([1])), np.array([0])
-    with pytest.raises(DataError, match=f"picture {place}: the picture cannot be decoded: its format is not known"):
+    with pytest.raises(DataError, match=f"picture {place}: the image cannot be decoded: its format is not known"):
         list(stream(photos, order, SIZE, 2))
 
 
@@ -90,7 +90,7 @@ def test_a_worker_that_dies_is_noticed():
     batches = stream(numbered(10), np.tile(ORDER, 50), SIZE, 4, workers=1)
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(RunError, match="a worker process that decodes photographs ended unexpectedly"):
+    with pytest.raises(RunError, match="a worker process that decodes images ended unexpectedly"):
         list(batches)
     assert not multiprocessing.active_children()
 
@@ -100,7 +100,7 @@ def test_an_error_in_a_worker_is_the_same_error():
     photos = ImageSplit(InMemory([picture(0), b"no picture", picture(2)]), np.zeros(3, np.int32))
     with pytest.raises(DataError) as caught:
         list(stream(photos, np.arange(3), SIZE, 2, workers=1))
-    assert str(caught.value) == "picture 1: the picture cannot be decoded: its format is not known"
+    assert str(caught.value) == "picture 1: the image cannot be decoded: its format is not known"
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_workers_survive_an_interrupt_and_end_with_a_main_process_that_is_killed
     script.write_text(
         "import multiprocessing, sys\nimport numpy as np\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from photos_support import numbered\nfrom pspinal_jax.data.images.stream import stream\n"
+        "from images_support import numbered\nfrom pspinal_jax.data.images.stream import stream\n"
         "if __name__ == '__main__':\n"
         "    batches = stream(numbered(10), np.zeros(999, int), (5, 4), 4, workers=1)\n"
         "    next(batches)\n"
@@ -146,7 +146,7 @@ def test_a_process_with_workers_ends_without_a_word(how, tmp_path):
     script.write_text(
         "import sys\nimport numpy as np\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from photos_support import numbered\nfrom pspinal_jax.data.images.stream import stream\n"
+        "from images_support import numbered\nfrom pspinal_jax.data.images.stream import stream\n"
         "if __name__ == '__main__':\n"
         f"    batches = stream(numbered(10), np.zeros(99, int), (50, 40), 9, workers=2)\n    {END[how]}\n"
     )

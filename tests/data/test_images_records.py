@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from raw_photos import birds_members, write_files
+from raw_images import birds_members, write_files
 
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.images.decode import decode
-from pspinal_jax.data.images.records import read_photo_records
+from pspinal_jax.data.images.records import read_image_records
 from pspinal_jax.data.images.stream import stream
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.errors import DataError
@@ -33,11 +33,11 @@ def prepared(tmp_path_factory):
 
 
 def test_records_are_read_without_tensorflow_and_labels_once(prepared, monkeypatch):
-    first = read_photo_records(prepared)
+    first = read_image_records(prepared, 4)
     from pspinal_jax.data.images import records
 
     monkeypatch.setattr(records, "_read_labels", None)
-    again = read_photo_records(prepared)
+    again = read_image_records(prepared, 4)
     assert again.fingerprint() == first.fingerprint() and again.class_names == first.class_names
     np.testing.assert_array_equal(again.validation.labels, [0, 0, 1, 1])
     assert again.train.encoded.name(3) == f"train[3] of {prepared}"
@@ -47,14 +47,14 @@ def test_records_are_read_without_tensorflow_and_labels_once(prepared, monkeypat
 
 
 def test_records_travel_to_worker_processes(prepared):
-    encoded = read_photo_records(prepared).train.encoded
+    encoded = read_image_records(prepared, 4).train.encoded
     first = encoded[0]
     copy = pickle.loads(pickle.dumps(encoded))
     assert copy[0] == first and len(copy) == len(encoded) and copy.fingerprint() == encoded.fingerprint()
 
 
 def test_records_are_streamed(prepared):
-    photos = read_photo_records(prepared).train
+    photos = read_image_records(prepared, 4).train
     order = np.tile([7, 0, 4, 4], 10)
     images, labels = map(np.concatenate, zip(*stream(photos, order, (3, 3), 8), strict=True))
     np.testing.assert_array_equal(labels, photos.labels[order])
@@ -65,19 +65,19 @@ def test_other_records_have_another_fingerprint(prepared, tmp_path):
     members = birds_members()
     one, two = "train/ALBATROSS/1.jpg", "train/ALBATROSS/2.jpg"
     raw = write_files(tmp_path / "raw", members | {one: members[two], two: members[one]})
-    assert read_photo_records(prepare(tmp_path, raw)).fingerprint() != read_photo_records(prepared).fingerprint()
+    assert read_image_records(prepare(tmp_path, raw), 4).fingerprint() != read_image_records(prepared, 4).fingerprint()
 
 
 def test_damaged_or_missing_records_are_a_data_error(prepared, tmp_path):
     with pytest.raises(DataError, match="is no data set that TFDS can read"):
-        read_photo_records(tmp_path / "nothing")
+        read_image_records(tmp_path / "nothing", 4)
     copy = tmp_path / "birds225" / "1.0.0"
     shutil.copytree(prepared, copy)
     (record,) = copy.glob("*train*")
     record.write_bytes(record.read_bytes()[:100])
     with pytest.raises(DataError, match=r"birds225/1\.0\.0 cannot be read: .*; delete it and prepare") as caught:
-        read_photo_records(copy)
+        read_image_records(copy, 4)
     assert "\n" not in str(caught.value)
     record.unlink()
     with pytest.raises(DataError, match="cannot be read"):
-        read_photo_records(copy)
+        read_image_records(copy, 4)

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from photos_support import picture
+from images_support import picture
 
 from pspinal_jax.data.images import checks
 from pspinal_jax.data.images.decode import decode
@@ -30,7 +30,7 @@ def write(root, classes):
 
 
 def read(path, **options):
-    return read_folder(path, **({"test_fraction": 0.25, "split_seed": 0, "strict": False} | options))
+    return read_folder(path, **({"image_size": 8, "test_fraction": 0.25, "split_seed": 0, "strict": False} | options))
 
 
 def shown(photos):
@@ -98,14 +98,14 @@ def test_damaged_pictures_are_named_left_out_and_counted(tmp_path, capsys):
     assert len(data.train) + len(data.test) == 8
     assert data.skipped == (*(f"a/bad {number}.jpg" for number in range(7)), "b/gone.png")
     first = ", ".join(f"a/bad {number}.jpg" for number in range(5))
-    assert capsys.readouterr().err == f"warning: 8 pictures of {root} cannot be decoded: {first}, ..; left out\n"
+    assert capsys.readouterr().err == f"warning: 8 images of {root} cannot be decoded: {first}, ..; left out\n"
 
 
 def test_strictly_a_damaged_picture_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"2 pictures of .*set cannot be decoded: a/bad 0.jpg, a/bad 1.jpg; mend or"):
+    with pytest.raises(DataError, match=r"2 images of .*set cannot be decoded: a/bad 0.jpg, a/bad 1.jpg; mend or"):
         read(damaged(tmp_path), strict=True)
     (tmp_path / "set" / "a" / "bad 0.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 picture of .*set cannot be decoded: a/bad 1.jpg; mend or"):
+    with pytest.raises(DataError, match=r"1 image of .*set cannot be decoded: a/bad 1.jpg; mend or"):
         read(tmp_path / "set", strict=True)
 
 
@@ -117,13 +117,13 @@ REFUSED = {
     "no folder": ({}, None, {}, r"does not exist or is no folder"),
     "one class": ({"a": [1]}, None, {}, r"holds 1 class folder, expected two"),
     "nothing": ({".a": [1], ".b": [1]}, None, {}, r"holds 0 class folders, expected two"),
-    "an empty class": ({"a": [1], "b": []}, None, {}, r"set/b holds no picture that can be decoded"),
-    "an unreadable class": ({"a": [1], "b": [1]}, bad_class, {}, r"set/b holds no picture that can be decoded"),
+    "an empty class": ({"a": [1], "b": []}, None, {}, r"set/b holds no image that can be decoded"),
+    "an unreadable class": ({"a": [1], "b": [1]}, bad_class, {}, r"set/b holds no image that can be decoded"),
     "an empty class in test": (
         {"train/a": [1], "train/b": [1], "test/a": [1], "test/b": []},
         None,
         {},
-        r"set/test/b holds no picture",
+        r"set/test/b holds no image",
     ),
     "a class that test lacks": (
         {"train/a": [1], "train/b": [1], "train/c": [1], "test/b": [1]},
@@ -144,7 +144,7 @@ REFUSED = {
         r"holds val and valid; keep one folder for the validation split",
     ),
     "no test": ({"train/a": [1], "train/b": [1], "val/a": [1]}, None, {}, r"holds train but no folder named test"),
-    "too few to test on": ({"a": [1, 2], "b": [1]}, None, {"test_fraction": 0.1}, r"too few pictures to test on 0.1"),
+    "too few to test on": ({"a": [1, 2], "b": [1]}, None, {"test_fraction": 0.1}, r"too few images to test on 0.1"),
 }
 
 
@@ -190,7 +190,7 @@ def test_a_second_start_decodes_only_what_changed(tmp_path, cache, monkeypatch, 
     os.utime(root / "a" / "0.png", ns=(1, 1))
     assert read(root).fingerprint() != first.fingerprint()
     assert seen == ["a/0.png", "a/bad 0.jpg"]
-    assert capsys.readouterr().err.count("warning: 1 picture of") == 3
+    assert capsys.readouterr().err.count("warning: 1 image of") == 3
 
 
 @pytest.mark.parametrize(

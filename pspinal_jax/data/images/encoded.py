@@ -1,0 +1,203 @@
+"""Images as they are stored: encoded bytes with labels, decoded only when they are read."""
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from pspinal_jax.errors import DataError
+
+
+class Encoded(Protocol):
+    """Encoded images by number. Must be picklable: worker processes get a copy."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> bytes:
+        """The encoded image number `index`."""
+
+    def name(self, index: int, /) -> str:
+        """What to call image number `index` in a message."""
+
+
+@runtime_checkable
+class Stamped(Protocol):
+    """What an `Encoded` has beside that if it need not be read to notice that an image changed."""
+
+    def fingerprint(self) -> int:
+        """A checksum that changes when an image does."""
+
+
+def fingerprint_of(encoded: Encoded) -> int:
+    """The checksum of `encoded`: its own if it is `Stamped`, else over every name and byte."""
+    if isinstance(encoded, Stamped):
+        return encoded.fingerprint()
+    crc = 0
+    for index in range(len(encoded)):
+        crc = zlib.crc32(encoded[index], zlib.crc32(encoded.name(index).encode(errors="surrogateescape"), crc))
+    return crc
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSplit:
+    """A `Split` of encoded images.
+
+    Attributes:
+      encoded: the images, N of them, of any sizes.
+      labels: see `Split`.
+    """
+
+    encoded: Encoded
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def inputs(self) -> None:
+        """None: images are read one by one."""
+
+    def read(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """Image number `index` as uint8 [H, W, 3], resized to `size`.
+
+        Raises:
+          DataError: if it cannot be read or decoded; the message names it.
+        """
+        from pspinal_jax.data.images.decode import decode  # loads Pillow, and `prepare --help` has no need of it
+
+        try:
+            return decode(self.encoded[index], size)
+        except (DataError, OSError) as error:
+            raise DataError(f"{self.encoded.name(index)}: {error}") from None
+
+    def take(self, indices: np.ndarray) -> "ImageSplit":
+        """See `Split`."""
+        indices, labels = np.asarray(indices), self.labels[indices]
+        if isinstance(self.encoded, Selected):
+            return ImageSplit(Selected(self.encoded.encoded, self.encoded.indices[indices]), labels)
+        return ImageSplit(Selected(self.encoded, indices), labels)
+
+    def join(self, other: "ImageSplit") -> "ImageSplit":
+        """See `Split`."""
+        return ImageSplit(_Joined(self.encoded, other.encoded), np.concatenate([self.labels, other.labels]))
+
+    def checksum(self, validation: "ImageSplit | None", test: "ImageSplit", class_names: tuple[str, ...]) -> int:
+        """See `Split`: over images, labels and class names; see `fingerprint_of`."""
+        crc = zlib.crc32("\0".join(class_names).encode(errors="surrogateescape"))
+        for split in (self, validation, test):
+            crc = zlib.crc32(f"{split._checksum():08x}".encode() if split is not None else b"none", crc)
+        return crc
+
+    def _checksum(self) -> int:
+        return zlib.crc32(np.ascontiguousarray(self.labels, np.int32).data, fingerprint_of(self.encoded))
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """Some images of `encoded`, by their numbers there."""
+
+    encoded: Encoded
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.encoded[int(self.indices[index])]
+
+    def name(self, index: int) -> str:
+        """Its name there."""
+        return self.encoded.name(int(self.indices[index]))
+
+    def fingerprint(self) -> int:
+        """A checksum of all images there, and of which are taken."""
+        return zlib.crc32(np.ascontiguousarray(self.indices, np.int64).data, fingerprint_of(self.encoded))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """The images of `first`, then those of `second`."""
+
+    first: Encoded
+    second: Encoded
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def _place(self, index: int) -> tuple[Encoded, int]:
+        return (self.first, index) if index < len(self.first) else (self.second, index - len(self.first))
+
+    def __getitem__(self, index: int) -> bytes:
+        part, at = self._place(index)
+        return part[at]
+
+    def name(self, index: int) -> str:
+        part, at = self._place(index)
+        return part.name(at)
+
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+    *(".pnm", ".jp2", ".avif", ".heic", ".heif"),
+)
+"""What an image's name ends in, in lower case; other files are passed over in silence."""
+
+
+def is_image(file: str) -> bool:
+    """Whether the file's name, without folders, is that of an image."""
+    return not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+
+
+def list_images(path: Path) -> list[str]:
+    """The files below `path` that are named like images: sorted paths relative to it, with '/' in them."""
+    found = []
+    for folder, folders, files in os.walk(path):
+        folders[:] = [inner for inner in folders if not inner.startswith(".")]
+        prefix = Path(folder).relative_to(path).as_posix() + "/" if Path(folder) != path else ""
+        found += [prefix + file for file in files if is_image(file)]
+    return sorted(found)
+
+
+class Files:
+    """The encoded images in `files`, paths relative to `root`."""
+
+    def __init__(self, root: Path, files: Sequence[str], crcs: Sequence[int] = ()) -> None:
+        self.root, self.files, self.crcs = str(root), tuple(files), np.asarray(crcs, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> bytes:
+        with open(self.name(index), "rb") as file:
+            return file.read()
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return os.path.join(self.root, self.files[index])
+
+    def fingerprint(self) -> int:
+        """A checksum of names and contents, those that were given as `crcs`."""
+        return zlib.crc32(self.crcs.data, zlib.crc32("\0".join(self.files).encode(errors="surrogateescape")))
+
+
+Images: TypeAlias = np.ndarray | Encoded
+"""uint8 [N, H, W, C], or N encoded images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Checked examples that a data set is prepared from.
+
+    Attributes:
+      splits: split -> (images, labels [N], each 0 .. C-1).
+      class_names: in the order of the labels.
+      skipped: names of the images that were left out because they cannot be decoded.
+    """
+
+    splits: Mapping[str, tuple[Images, np.ndarray]]
+    class_names: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
