@@ -13,7 +13,7 @@ from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.programs import build_run_programs
+from pspinal_jax.runs.build import build_run_programs
 
 OURS = "jitted step"
 """What `train` calls for every batch that it reads."""
@@ -47,7 +47,8 @@ class ImageStep:
     """Our training step on one batch, as `train` takes it."""
 
     def __init__(self, recipe: Recipe, batch: Batch) -> None:
-        _, self._programs = build_run_programs(recipe, batch[0].shape[1:], np.uint8, NUM_CLASSES)
+        shape = batch[0].shape[1:]
+        self._programs = build_run_programs(recipe, build_model(recipe, shape, NUM_CLASSES), shape, np.uint8)
         self._seed = self._programs.replicate(np.uint32(0))
         self._rate = self._programs.replicate(np.float32(recipe.optimizer.learning_rate))
         self._batch = self._programs.shard_batch(batch)

@@ -11,9 +11,10 @@ from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, STAGES
 from pspinal_jax.benchmark.head import Shape
 from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
+from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.programs import build_run_programs
+from pspinal_jax.runs.build import build_run_programs
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.programs import make_order
 
@@ -64,7 +65,7 @@ class JaxStep:
     """Our training step: inside the compiled epoch, and as a jitted step called from a Python loop."""
 
     def __init__(self, recipe: Recipe, data: tuple[np.ndarray, np.ndarray]) -> None:
-        _, programs = build_run_programs(recipe, IMAGE_SHAPE, np.uint8, 10)
+        programs = build_run_programs(recipe, build_model(recipe, IMAGE_SHAPE, 10), IMAGE_SHAPE, np.uint8)
         self.programs = programs
         seeds = np.arange(recipe.num_seeds, dtype=np.uint32) if programs.vectorized else np.uint32(0)
         self.seed = programs.replicate(seeds)

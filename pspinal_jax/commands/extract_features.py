@@ -37,8 +37,9 @@ def main(args: Sequence[str]) -> int:
     from pspinal_jax.data import load_data
     from pspinal_jax.data.images.images import ImageDataset
     from pspinal_jax.environment import enable_compilation_cache
+    from pspinal_jax.models.build import build_model
     from pspinal_jax.runs.build import input_of
-    from pspinal_jax.runs.features import extract_features, make_backbone, save_features
+    from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
     from pspinal_jax.runs.restore import start_variables
 
     recipe = parsed.recipe
@@ -51,8 +52,10 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of photographs")
     data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     enable_compilation_cache()
-    start = start_variables(recipe, parsed.init_from, *input_of(recipe, data), data.num_classes)
-    model, variables = make_backbone(recipe, start, data)
+    shape, dtype = input_of(recipe, data)
+    model = build_model(recipe, shape, data.num_classes)
+    start = start_variables(recipe, model, parsed.init_from, shape, dtype)
+    variables = complete_backbone(recipe, model, start, shape, dtype)
     features = extract_features(recipe, model, variables, data, parsed.workers)
     try:
         save_features(parsed.output, features)

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import atomic_file
+from pspinal_jax.files import atomic_file, differences
 
 _SECONDS_TO_APPEAR = 20
 
@@ -102,17 +104,16 @@ class RunDirectory:
 
     def _check_same(self, config: dict[str, Any]) -> None:
         there = self.config()
-        before, now = flatten(there.get("identity", {})), flatten(config["identity"])
+        before, now = (flatten_dict(each.get("identity", {}), sep=".") for each in (there, config))
         name = before.get("card.name")
         if name != now.get("card.name"):
             raise UsageError(
                 f"{self.path} holds a run of the recipe {name}, not {now.get('card.name')}; choose another --workdir"
             )
-        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        changed = differences(before, now, lambda key, was, is_now: f"{key} was {was!r} and is now {is_now!r}")
         if changed:
-            listed = ", ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in changed[:4])
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-            raise UsageError(f"{self.path} holds another run: {listed}{more}; choose another --workdir")
+            raise UsageError(f"{self.path} holds another run: {', '.join(changed[:4])}{more}; choose another --workdir")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
@@ -125,42 +126,6 @@ class RunDirectory:
             except ValueError:  # no JSON, or no text
                 break
         return lines
-
-    def keep_metrics(self, count: int) -> None:
-        """Cut metrics.jsonl to its first `count` lines: the epochs that the restored checkpoint knows of.
-
-        Raises:
-          RunError: if it cannot be written.
-        """
-        if not is_primary():
-            return
-        lines = self.metrics()[:count]
-        _write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl.
-
-        Raises:
-          RunError: if it cannot be written.
-        """
-        if not is_primary():
-            return
-        try:
-            with self.metrics_path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise _cannot_write(self.metrics_path, error) from error
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def read_json(path: Path) -> Any:
@@ -181,10 +146,11 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
       RunError: if it cannot be written.
     """
-    _write_atomically(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all; raises as `write_json`."""
     with whole_file(path) as part:
         part.write_text(text)
 
@@ -196,15 +162,17 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
       RunError: if it cannot be written; what was at `path` stays.
     """
+    with writing(path), atomic_file(path) as part:
+        yield part
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """In a `with`, an error of the operating system becomes a RunError that names `path`."""
     try:
-        with atomic_file(path) as part:
-            yield part
+        yield
     except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> RunError:
-    return RunError(
-        f"{path} cannot be written: {error.strerror or error}; put that right and run the same command again: "
-        "what was written before is kept"
-    )
+        raise RunError(
+            f"{path} cannot be written: {error.strerror or error}; put that right and run the same command again: "
+            "what was written before is kept"
+        ) from error

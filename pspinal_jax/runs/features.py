@@ -1,8 +1,7 @@
-"""A run on cached features trains a head alone; beside its checkpoints lies the frozen backbone that completes it."""
+"""A run on cached features: its head trains on what a frozen backbone, which runs over the data once, gives.
 
-# DOC of runs/features: """Cached features: a frozen backbone runs over the data once, and the head trains on what it gives."""  # noqa: E501
-
-# DOC of runs/cached: """Runs on cached features: the features are made once, when the run starts, and kept in its directory."""  # noqa: E501
+The features are made when the run starts. They are kept in its directory, beside the backbone that completes the head.
+"""
 
 import contextlib
 import dataclasses
@@ -19,19 +18,18 @@ from pspinal_jax.data.npz import read_npz
 from pspinal_jax.distributed.arrays import put, whole
 from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
 from pspinal_jax.errors import DataError, RunError
-from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import input_of
+from pspinal_jax.runs.build import augmentation, input_of
 from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.runs.input_pipeline import process_local_batches
-from pspinal_jax.runs.programs import augmentation
 from pspinal_jax.training import keys
 from pspinal_jax.training.sharding import make_mesh, shard_process_local, shardings
 from pspinal_jax.weights.variables import read_variables, save_variables
 
 BACKBONE = "backbone.safetensors"
+FEATURES = "features.npz"
 
 
 def head_recipe(recipe: Recipe) -> Recipe:
@@ -146,16 +144,19 @@ def save_features(path: Path, data: Dataset) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-FEATURES = "features.npz"
-
-
 def cached_features(
-    recipe: Recipe, start: dict[str, Any], data: ImageDataset, directory: RunDirectory, workers: int
+    recipe: Recipe,
+    model: Classifier,
+    start: dict[str, Any],
+    data: ImageDataset,
+    directory: RunDirectory,
+    workers: int,
 ) -> Dataset:
     """The features of `data` in the run's directory, computed unless they are there already.
 
     Args:
       recipe: has a frozen backbone.
+      model: the recipe's.
       start: the variables that the run starts from, see `start_variables`.
       data: photographs.
       directory: the run's.
@@ -163,7 +164,7 @@ def cached_features(
     """
     path = directory.path / FEATURES
     if not broadcast_from_primary(path.exists):
-        model, variables = make_backbone(recipe, start, data)
+        variables = complete_backbone(recipe, model, start, *input_of(recipe, data))
         features = extract_features(recipe, model, variables, data, workers)
         if is_primary():
             save_backbone(directory.path / BACKBONE, variables)
@@ -172,11 +173,12 @@ def cached_features(
     return read_npz(path, data.num_classes)
 
 
-def make_backbone(recipe: Recipe, start: dict[str, Any], data: ImageDataset) -> tuple[Classifier, dict[str, Any]]:
-    """The model of `recipe`, and variables of its backbone: those of `start`, or else drawn by the recipe's seed."""
-    shape, dtype = input_of(recipe, data)
-    model = build_model(recipe, shape, data.num_classes)
+def complete_backbone(
+    recipe: Recipe, model: Classifier, start: dict[str, Any], input_shape: tuple[int, ...], input_dtype: Any
+) -> dict[str, Any]:
+    """Variables of the model's backbone: those of `start`, or else drawn by the recipe's seed."""
     if all("backbone" in start.get(name, {}) for name in ("params", "batch_stats")):
-        return model, start
-    init = jax.jit(lambda seed: model.init(keys.init_key(seed), jnp.zeros((2, *shape), dtype), train=False))
-    return model, {name: {**tree, **start.get(name, {})} for name, tree in init(recipe.seed).items()}
+        return start
+    inputs = jnp.zeros((2, *input_shape), input_dtype)
+    drawn = jax.jit(lambda seed: model.init(keys.init_key(seed), inputs, train=False))(recipe.seed)
+    return {name: {**tree, **start.get(name, {})} for name, tree in drawn.items()}

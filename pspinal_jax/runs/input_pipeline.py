@@ -1,11 +1,13 @@
-"""Training examples and evaluated splits as the loop sees them: on the devices, or read from files while it runs."""
+"""Training examples and evaluated splits as the loop sees them: on the devices, or read from files while it runs.
 
-# DOC of runs/shares: """Photographs batch by batch, of which every process reads and decodes only the rows that lie on its devices."""  # noqa: E501
+Of images that are read, every process decodes only its process-local rows: those that lie on its devices.
+"""
 
 import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +16,7 @@ from jax.sharding import Mesh
 from pspinal_jax.data.dataset import Split
 from pspinal_jax.data.images.images import ImageSplit
 from pspinal_jax.data.images.stream import stream
-from pspinal_jax.runs.progress import Stage
+from pspinal_jax.runs.progress import TrainingStage
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs, padded_split
@@ -39,10 +41,10 @@ class Examples(Protocol):
     first_chunk: int
     waited: float
 
-    def warm_up(self, seed_states: SeedStates, stage: Stage) -> None:
+    def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
         """Compile what an epoch of `stage` calls; the states stay as they are."""
 
-    def epoch(self, seed_states: SeedStates, stage: Stage, first: int) -> contextlib.AbstractContextManager[Advance]:
+    def epoch(self, seed_states: SeedStates, stage: TrainingStage, first: int) -> AbstractContextManager[Advance]:
         """The epoch that `seed_states` have planned, from step `first` on."""
 
 
@@ -73,14 +75,14 @@ class ResidentExamples:
         self.count = len(split)
         self._data: Batch = programs.replicate((split.inputs, split.labels))
 
-    def warm_up(self, seed_states: SeedStates, stage: Stage) -> None:
+    def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
         """See `Examples`: calls the programs for no steps."""
         seed_states.run_chunk(0, 0, self._data)
         if stage.tail_size:
             seed_states.run_chunk(0, 0, self._data, tail_size=stage.tail_size)
 
     @contextlib.contextmanager
-    def epoch(self, seed_states: SeedStates, stage: Stage, first: int) -> Iterator[Advance]:
+    def epoch(self, seed_states: SeedStates, stage: TrainingStage, first: int) -> Iterator[Advance]:
         """See `Examples`."""
 
         def advance(first: int, steps: int) -> None:
@@ -101,14 +103,14 @@ class StreamedExamples:
         self._programs, self._photos = programs, photos
         self._shape, self._batch_size, self._workers = (side, side), batch_size, workers
 
-    def warm_up(self, seed_states: SeedStates, stage: Stage) -> None:
+    def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
         """See `Examples`: takes a step on black pictures and forgets it."""
         for size in {self._batch_size, stage.tail_size} - {0}:
             batch = np.zeros((size, *self._shape, 3), np.uint8), np.zeros(size, np.int32)
             seed_states.compile_step(self._programs.shard_batch(batch))
 
     @contextlib.contextmanager
-    def epoch(self, seed_states: SeedStates, stage: Stage, first: int) -> Iterator[Advance]:
+    def epoch(self, seed_states: SeedStates, stage: TrainingStage, first: int) -> Iterator[Advance]:
         """See `Examples`. Each seed reads its own order."""
         self.waited = 0.0
         used = stage.whole_steps * self._batch_size + stage.tail_size

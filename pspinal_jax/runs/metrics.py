@@ -1,24 +1,124 @@
-"""The numbers that a run reports: an epoch's line, and mean and spread over seeds."""
+"""What a run reports: an epoch's line, mean and spread over seeds, TensorBoard events, and plots."""
 
-# DOC of runs/tensorboard: """TensorBoard events of a run, written with tensorboardX (no TensorFlow)."""
-
-# DOC of runs/plots: """Pictures of a run: curves by epoch, and the confusion matrix."""
-
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
+from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import UsageError
-from pspinal_jax.runs.directory import whole_file
-from pspinal_jax.runs.progress import Stage, TrainingProgress
+from pspinal_jax.files import atomic_file
+from pspinal_jax.runs.directory import RunDirectory, write_text, writing
+from pspinal_jax.runs.progress import TrainingProgress, TrainingStage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_NUMBERED_CLASSES = 30
+"""Above so many classes the confusion matrix shows colours only."""
+
+
+class MetricsWriter:
+    """Writes an epoch's line as the epoch ends: to metrics.jsonl and, if asked for, as TensorBoard events.
+
+    Use in a `with`. Of several processes only process 0 writes. The events are scalars by step, a curve for each stage,
+    and of several seeds their mean; they are always those of the lines in metrics.jsonl, whatever was resumed.
+
+    Attributes:
+      directory: where they are written.
+    """
+
+    def __init__(self, directory: RunDirectory, tensorboard: bool = False) -> None:
+        self.directory = directory
+        self._events = _Events(directory.path / "tensorboard") if tensorboard and is_primary() else None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def rewind(self, count: int) -> None:
+        """Cut what was written to its first `count` lines: the epochs that the restored checkpoint knows of.
+
+        Raises:
+          RunError: if it cannot be written.
+        """
+        if not is_primary():
+            return
+        lines = self.directory.metrics()[:count]
+        write_text(self.directory.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+        if self._events is not None:
+            self._events.restart(lines)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add one line; raises as `rewind`."""
+        if not is_primary():
+            return
+        path = self.directory.metrics_path
+        with writing(path), path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._events is not None:
+            self._events.add(line)
+
+
+class _Events:
+    """TensorBoard's files, a folder for each stage, written by tensorboardX (no TensorFlow) without a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writers: dict[str, Any] = {}
+
+    def restart(self, lines: list[dict[str, Any]]) -> None:
+        """Begin anew with `lines`."""
+        self.close()
+        with writing(self._path):
+            for old in self._path.glob("*/events.out.tfevents.*"):
+                old.unlink()
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: dict[str, Any]) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        stage, step = line["stage"], line["step"]
+        with writing(self._path):
+            if stage not in self._writers:
+                (self._path / stage).mkdir(parents=True, exist_ok=True)
+                self._writers[stage] = EventsWriter(str(self._path / stage / "events"))
+            for name, value in line.items():
+                if name not in ("stage", "step"):
+                    summary = scalar(name, float(np.mean(value)))
+                    self._writers[stage].write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self._writers[stage].flush()
+
+    def close(self) -> None:
+        """Close the files; every line was flushed as it was added."""
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError):
+                writer.close()
+        self._writers = {}
+
+
+def check_installed() -> None:
+    """Raise UsageError, naming the extra, where tensorboardX is not installed."""
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        raise UsageError("--tensorboard needs tensorboardX; in the checkout: pip install '.[tensorboard]'") from None
 
 
 def epoch_line(
-    stage: Stage,
-    position: TrainingProgress,
+    stage: TrainingStage,
+    progress: TrainingProgress,
     totals: dict[str, list[Any]],
     evaluation: dict[str, list[float]],
     *,
@@ -35,8 +135,8 @@ def epoch_line(
     count = np.maximum(np.asarray(totals["count"], float), 1.0)
     line = {
         "stage": stage.name,
-        "epoch": position.epoch,
-        "step": position.epoch * stage.steps_per_epoch,
+        "epoch": progress.epoch,
+        "step": progress.epoch * stage.steps_per_epoch,
         "learning_rate": per_seed(learning_rates),
         "train_loss": per_seed((np.asarray(totals["loss"]) / count).tolist()),
         "train_accuracy": per_seed((np.asarray(totals["correct"]) / count).tolist()),
@@ -44,8 +144,8 @@ def epoch_line(
     for name, values in evaluation.items():
         line[f"{stage.evaluates}_{name}"] = per_seed(values)
     return line | {
-        "seconds": round(position.seconds, 4),
-        "examples_per_second": round(count.sum() / position.seconds, 1),
+        "seconds": round(progress.seconds, 4),
+        "examples_per_second": round(count.sum() / progress.seconds, 1),
         "compile_seconds": round(compile_seconds, 3),
     }
 
@@ -61,79 +161,59 @@ def summary(values: list[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "std": spread, "each": list(values)}
 
 
-def check_installed() -> None:
-    """Raise UsageError, naming the extra, where tensorboardX is not installed."""
-    try:
-        import tensorboardX  # noqa: F401
-    except ImportError:
-        raise UsageError("--tensorboard needs tensorboardX; in the checkout: pip install '.[tensorboard]'") from None
-
-
-def write_events(lines: list[dict[str, Any]], directory: Path) -> None:
-    """Write every line of metrics.jsonl as scalars by step, one curve per stage; several seeds as their mean."""
-    from tensorboardX import SummaryWriter
-
-    for stage in dict.fromkeys(line["stage"] for line in lines):
-        with SummaryWriter(str(directory / stage)) as writer:
-            for line in (line for line in lines if line["stage"] == stage):
-                for key, value in line.items():
-                    if key not in ("stage", "step"):
-                        writer.add_scalar(key, float(np.mean(value)), line["step"])
-
-
-matplotlib.use("Agg")
-
-
-_MOST_NUMBERED_CLASSES = 30
-"""Above so many classes the confusion matrix shows colours only."""
-
-
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss and accuracy by epoch: the mean over seeds, and their range where there is more than one."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    epochs = np.arange(1, len(lines) + 1)
-    for axis, kind, scale in ((left, "loss", 1.0), (right, "accuracy", 100.0)):
-        for split in ("train", "validation", "test"):
-            key = f"{split}_{kind}"
-            here = np.array([key in line for line in lines], bool)
-            if not here.any():
-                continue
-            values = scale * np.array([np.atleast_1d(line[key]) for line in lines if key in line])
-            axis.plot(epochs[here], values.mean(1), marker=".", label=split)
-            if values.shape[1] > 1:
-                axis.fill_between(epochs[here], values.min(1), values.max(1), alpha=0.2)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    left.set_ylabel("loss (nats)")
-    right.set_ylabel("accuracy (%)")
-    figure.suptitle(title)
-    _save(figure, path)
+    with _figure(path, 10, 4) as figure:
+        left, right = figure.subplots(1, 2)
+        epochs = np.arange(1, len(lines) + 1)
+        for axis, kind, scale in ((left, "loss", 1.0), (right, "accuracy", 100.0)):
+            for split in ("train", "validation", "test"):
+                key = f"{split}_{kind}"
+                here = np.array([key in line for line in lines], bool)
+                if not here.any():
+                    continue
+                values = scale * np.array([np.atleast_1d(line[key]) for line in lines if key in line])
+                axis.plot(epochs[here], values.mean(1), marker=".", label=split)
+                if values.shape[1] > 1:
+                    axis.fill_between(epochs[here], values.min(1), values.max(1), alpha=0.2)
+            axis.set_xlabel("epoch")
+            axis.grid(alpha=0.3)
+            axis.legend()
+        left.set_ylabel("loss (nats)")
+        right.set_ylabel("accuracy (%)")
+        figure.suptitle(title)
 
 
 def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title: str) -> None:
     """The confusion matrix [C, C], rows the true class; colours are shares of the row."""
     size = float(np.clip(0.45 * len(class_names), 5, 16))
-    figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axis, label="share of the true class")
-    axis.set_xlabel("predicted class")
-    axis.set_ylabel("true class")
-    axis.set_title(title)
-    if len(class_names) <= _MOST_NUMBERED_CLASSES:
-        axis.set_xticks(range(len(class_names)), class_names, rotation=90)
-        axis.set_yticks(range(len(class_names)), class_names)
-        for (row, column), count in np.ndenumerate(matrix):
-            if count:
-                colour = "white" if shares[row, column] > 0.5 else "black"
-                axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
-    _save(figure, path)
+    with _figure(path, size + 1, size) as figure:
+        axis = figure.subplots()
+        shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        figure.colorbar(image, ax=axis, label="share of the true class")
+        axis.set_xlabel("predicted class")
+        axis.set_ylabel("true class")
+        axis.set_title(title)
+        if len(class_names) <= _MOST_NUMBERED_CLASSES:
+            axis.set_xticks(range(len(class_names)), class_names, rotation=90)
+            axis.set_yticks(range(len(class_names)), class_names)
+            for (row, column), count in np.ndenumerate(matrix):
+                if count:
+                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
 
 
-def _save(figure: Any, path: Path) -> None:
+@contextlib.contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
+    """A figure (inches) that is saved to `path` at the end of the `with`. A plot that fails is one warning, no more."""
     try:
-        with whole_file(path) as part:
+        from matplotlib.figure import Figure  # no pyplot: a notebook's backend is its own
+
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with atomic_file(path) as part:
             figure.savefig(part, dpi=110, format="png")
-    finally:
-        plt.close(figure)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: {path} was not drawn: {reason}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pspinal_jax.recipes.schema import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """One training, from scratch or, in the paper's chain of rounds, from the best of the one before.
 
     Attributes:
@@ -29,13 +29,13 @@ class Stage:
     tail_size: int
 
 
-def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[Stage]:
+def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[TrainingStage]:
     """The stages of a run, from the indices of its training and validation examples."""
 
-    def stage(name: str, subset: np.ndarray, evaluates: str | None) -> Stage:
+    def stage(name: str, subset: np.ndarray, evaluates: str | None) -> TrainingStage:
         whole, tail = divmod(len(subset), recipe.batch_size)
         tail = 0 if recipe.data.drop_remainder else tail
-        return Stage(name, subset, evaluates, whole + (tail > 0), whole, tail)
+        return TrainingStage(name, subset, evaluates, whole + (tail > 0), whole, tail)
 
     everything = np.sort(np.concatenate([train, validation]))
     if recipe.protocol == "paper":
@@ -87,7 +87,7 @@ class TrainingProgress:
     selected_epoch: list[int] = dataclasses.field(default_factory=list)
     selected_accuracy: list[float] = dataclasses.field(default_factory=list)
 
-    def steps_taken(self, stage: Stage) -> int:
+    def steps_taken(self, stage: TrainingStage) -> int:
         """Steps since the parameters were initialised, rounds before included."""
         return (self.epochs_before + self.epoch) * stage.steps_per_epoch + self.step
 

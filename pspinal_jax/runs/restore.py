@@ -10,6 +10,7 @@ from pspinal_jax.checkpoints import read_newest
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features
+from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 from pspinal_jax.runs.directory import RunDirectory, read_json
 from pspinal_jax.runs.features import add_backbone, head_recipe
@@ -92,21 +93,20 @@ def _trained_shapes(recipe: Recipe, config: dict[str, Any]) -> Any:
 
 
 def start_variables(
-    recipe: Recipe, init_from: Path | None, input_shape: tuple[int, ...], input_dtype: Any, num_classes: int
+    recipe: Recipe, model: Classifier, init_from: Path | None, input_shape: tuple[int, ...], input_dtype: Any
 ) -> dict[str, Any]:
     """Variables to start from, by collection and entry; what is not in it starts from the seed.
 
     Args:
       recipe: may name weights for the backbone.
+      model: the recipe's.
       init_from: run directory whose selected parameters are taken; they go before the weights.
       input_shape: one example's shape.
       input_dtype: its dtype.
-      num_classes: C.
 
     Raises:
       PSpinalError: if something cannot be read, or does not fit the model.
     """
-    model = build_model(recipe, input_shape, num_classes)
     if init_from is not None:
         return {"params": _params_of_run(init_from, abstract_variables(model, input_shape, input_dtype)["params"])}
     if recipe.model.weights is None:

@@ -19,7 +19,7 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
     Raises:
       Stopped: after SIGINT or SIGTERM; the run is saved.
     """
-    setup, position, recipe = trainer.setup, trainer.position, trainer.setup.recipe
+    setup, progress, recipe = trainer.setup, trainer.progress, trainer.setup.recipe
     params = trainer.seed_states.trees()["params"]
     result: dict[str, Any] = {
         "recipe": recipe.card.name,
@@ -30,16 +30,16 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         "seeds": trainer.seed_states.seeds,
     }
     if recipe.protocol == "paper":
-        result["test_accuracy"] = summary(position.last_accuracy)
-        result["last_test_accuracy"] = summary(position.last_accuracy)
-        result["best_on_test_accuracy"] = summary(position.best_accuracy)
-        result["best_on_test_epoch"] = position.best_epoch
+        result["test_accuracy"] = summary(progress.last_accuracy)
+        result["last_test_accuracy"] = summary(progress.last_accuracy)
+        result["best_on_test_accuracy"] = summary(progress.best_accuracy)
+        result["best_on_test_epoch"] = progress.best_epoch
     else:
         test = setup.splits["test"]
         correct = test.evaluate(partial(trainer.seed_states.evaluate, best=True), trainer.stop_if_asked)["correct"]
         result["test_accuracy"] = summary((correct / test.count).tolist())
-        selected = position.selected_epoch or position.best_epoch
-        validation = position.selected_accuracy or position.best_accuracy
+        selected = progress.selected_epoch or progress.best_epoch
+        validation = progress.selected_accuracy or progress.best_accuracy
         if validation:
             result["validation_accuracy"] = summary(validation)
         result["selected_epoch"] = selected
@@ -50,7 +50,7 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         "train_examples": len(trainer.stage.subset),
         "test_examples": setup.splits["test"].count,
         "epochs": recipe.epochs,
-        "seconds": round(position.total_seconds, 3),
+        "seconds": round(progress.total_seconds, 3),
         "compile_seconds": round(sum(line["compile_seconds"] for line in lines), 3),
         "seeds_as": "one program" if setup.programs.vectorized else "one after the other",
         "device": device(),

@@ -5,18 +5,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset
 from pspinal_jax.data.images.images import ImageDataset
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import device, enable_compilation_cache, versions
+from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import input_of, set_up, split_examples
-from pspinal_jax.runs.directory import RunDirectory, flatten, read_json, write_json
+from pspinal_jax.runs.directory import RunDirectory, read_json, write_json
 from pspinal_jax.runs.features import cached_features, head_recipe
-from pspinal_jax.runs.metrics import check_installed, plot_curves, write_events
+from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
 from pspinal_jax.runs.restore import start_variables
 from pspinal_jax.runs.result import make_result
 from pspinal_jax.runs.signals import StopRequest
@@ -41,34 +44,41 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
     config = _config(recipe, options, data)
-    assert_same(flatten({**config["identity"], "mesh": config["mesh"], "workdir": str(directory.path)}))
+    everywhere = {**config["identity"], "mesh": config["mesh"], "workdir": str(directory.path)}
+    assert_same(flatten_dict(everywhere, sep="."))
     if is_primary():
         directory.check(config)
     if broadcast_from_primary(directory.result_path.exists):
+        if is_primary() and not directory.curves_path.exists():  # a kill came between the two
+            _plot(recipe, directory)
         return read_json(directory.result_path)
-    start = start_variables(recipe, options.init_from, *input_of(recipe, data), data.num_classes)
+    shape, dtype = input_of(recipe, data)
+    model = build_model(recipe, shape, data.num_classes)
+    start = start_variables(recipe, model, options.init_from, shape, dtype)
     directory.create(config)
     if isinstance(data, ImageDataset) and recipe.cache_features:
-        features = cached_features(recipe, start, data, directory, options.workers)
-        setup, start = set_up(head_recipe(recipe), features), {}
+        features = cached_features(recipe, model, start, data, directory, options.workers)
+        head_only, start = head_recipe(recipe), {}
+        head = build_model(head_only, features.train.inputs.shape[1:], features.num_classes)
+        setup = set_up(head_only, head, features, options.workers)
     else:
-        setup = set_up(recipe, data, options.workers)
+        setup = set_up(recipe, model, data, options.workers)
     with StopRequest() as stop:
-        with CheckpointStore(directory.checkpoints_path) as store:
-            trainer = Trainer(setup, directory, store, stop, options.checkpoint_seconds, start)
+        with (
+            CheckpointStore(directory.checkpoints_path) as store,
+            MetricsWriter(directory, options.tensorboard) as metrics,
+        ):
+            trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
             trainer.run()
             result = make_result(trainer)
         if is_primary():
-            _write_results(recipe, options, directory, result)
+            write_json(directory.result_path, result)
+            _plot(recipe, directory)
     return result
 
 
-def _write_results(recipe: Recipe, options: RunOptions, directory: RunDirectory, result: dict[str, Any]) -> None:
-    lines = directory.metrics()
-    plot_curves(lines, directory.curves_path, f"{recipe.card.name} ({recipe.model.head} head)")
-    if options.tensorboard:
-        write_events(lines, directory.path / "tensorboard")
-    write_json(directory.result_path, result)
+def _plot(recipe: Recipe, directory: RunDirectory) -> None:
+    plot_curves(directory.metrics(), directory.curves_path, f"{recipe.card.name} ({recipe.model.head} head)")
 
 
 def work_directory(recipe: Recipe, options: RunOptions) -> Path:

@@ -1,6 +1,7 @@
-"""A loss or gradient that is not finite stops the run, and what is needed to see it again is written down."""
+"""The training loop: stages, epochs, chunks, evaluation, selection, checkpoints.
 
-# DOC of runs/trainer: """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints."""
+A loss or gradient that is not finite stops it, and what is needed to see that step again is written down.
+"""
 
 import dataclasses
 import signal
@@ -16,55 +17,16 @@ from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import StepProgress
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
+from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates, schedule_of
 from pspinal_jax.runs.directory import RunDirectory, write_json
-from pspinal_jax.runs.metrics import epoch_line, per_seed
-from pspinal_jax.runs.programs import schedule_of
-from pspinal_jax.runs.progress import Stage, TrainingProgress
+from pspinal_jax.runs.metrics import MetricsWriter, epoch_line, per_seed
+from pspinal_jax.runs.progress import TrainingProgress, TrainingStage
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.signals import Stopped, StopRequest
 from pspinal_jax.training.optimizers import learning_rates
 from pspinal_jax.training.programs import make_order
 
 REPORT = "nonfinite.json"
-
-
-def check_finite(
-    recipe: Recipe,
-    seed_states: SeedStates,
-    totals: dict[str, list[Any]],
-    stage: Stage,
-    position: TrainingProgress,
-    directory: RunDirectory,
-) -> None:
-    """Raise RunError, naming the step, if one of the epoch so far was not finite; called before anything is saved.
-
-    nonfinite.json in the run's directory tells the seed, the epoch, the step, its learning rate and its examples. The
-    run is a function of its recipe, so training on from the last checkpoint comes by that step again.
-    """
-    for index, bad in enumerate(totals["bad_step"]):
-        if bad < 0:
-            continue
-        step = bad - (position.epochs_before + position.epoch) * stage.steps_per_epoch
-        report = {
-            "seed": seed_states.seeds[index],
-            "stage": stage.name,
-            "epoch": position.epoch + 1,
-            "step_of_epoch": step + 1,
-            "step_of_stage": bad + 1,
-            "learning_rate": seed_states.learning_rate(index, step),
-            "examples": seed_states.examples(index, step, recipe.batch_size).tolist(),
-        }
-        if is_primary():
-            write_json(directory.path / REPORT, report)
-        raise RunError(
-            f"the loss or a gradient of seed {report['seed']} is not finite at step {step + 1} of epoch "
-            f"{report['epoch']}; the last checkpoint before it is kept, and {directory.path / REPORT} tells which "
-            "examples it saw; lower --optimizer.learning-rate, or leave such steps out with --on-nonfinite skip (in "
-            "another --workdir)"
-        )
-
-
 CHUNK_SECONDS = 2.0
 """Longest time between two looks at the clock and at signals."""
 
@@ -75,22 +37,23 @@ class Trainer:
     Attributes:
       setup: what the run works with.
       seed_states: the seeds' states.
-      position: how far the run has come.
+      progress: how far the run has come.
       directory: where the run's files are.
     """
 
     def __init__(
         self,
         setup: Setup,
-        directory: RunDirectory,
+        metrics: MetricsWriter,
         store: CheckpointStore,
         stop: StopRequest,
         checkpoint_seconds: float,
         start: dict[str, Any] | None = None,
     ) -> None:
         self.setup = setup
-        self.position = TrainingProgress()
-        self.directory = directory
+        self.progress = TrainingProgress()
+        self.directory = metrics.directory
+        self._metrics = metrics
         self._store = store
         self._stop = stop
         self._checkpoint_seconds = checkpoint_seconds
@@ -101,9 +64,9 @@ class Trainer:
         self.seed_states = self._fresh_seed_states()
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> TrainingStage:
         """The stage under way."""
-        return self.setup.stages[self.position.stage]
+        return self.setup.stages[self.progress.stage]
 
     def run(self) -> None:
         """Train to the end, from the newest whole checkpoint if there is one.
@@ -115,7 +78,7 @@ class Trainer:
         self._restore()
         self.stop_if_asked()
         self._run_stage()
-        while self.position.stage + 1 < len(self.setup.stages):
+        while self.progress.stage + 1 < len(self.setup.stages):
             self._next_stage()
             self._run_stage()
         self._save()
@@ -128,67 +91,67 @@ class Trainer:
         return seed_states
 
     def _restore(self) -> None:
-        def wanted(position: dict[str, Any]) -> dict[str, Any]:
+        def wanted(progress: dict[str, Any]) -> dict[str, Any]:
             return abstract_trees(jax.eval_shape(self.seed_states.trees), self.setup.recipe, self.setup.programs)
 
         found = self._store.restore(wanted)
         if found is None:
-            self.directory.keep_metrics(0)
+            self._metrics.rewind(0)
             return
-        trees, position = found
-        self.position = TrainingProgress(**position)
-        self.seed_states.set_trees(trees, self.position.steps_taken(self.stage))
-        self.seed_states.set_totals(self.position.totals or None)
-        self.directory.keep_metrics(self.position.lines)
+        trees, progress = found
+        self.progress = TrainingProgress(**progress)
+        self.seed_states.set_trees(trees, self.progress.steps_taken(self.stage))
+        self.seed_states.set_totals(self.progress.totals or None)
+        self._metrics.rewind(self.progress.lines)
 
     def _save(self) -> None:
-        self.position.totals = self.seed_states.totals() if self.position.step else {}
-        self._store.save(self.position.serial, self.seed_states.trees(), dataclasses.asdict(self.position))
+        self.progress.totals = self.seed_states.totals() if self.progress.step else {}
+        self._store.save(self.progress.serial, self.seed_states.trees(), dataclasses.asdict(self.progress))
 
     def _next_stage(self) -> None:
-        position = self.position
-        self.position = TrainingProgress(
-            stage=position.stage + 1,
-            serial=position.serial,
-            lines=position.lines,
-            total_seconds=position.total_seconds,
+        progress = self.progress
+        self.progress = TrainingProgress(
+            stage=progress.stage + 1,
+            serial=progress.serial,
+            lines=progress.lines,
+            total_seconds=progress.total_seconds,
         )
         if self.stage.name == "retrain":
-            self.position.selected_epoch = position.best_epoch
-            self.position.selected_accuracy = position.best_accuracy
+            self.progress.selected_epoch = progress.best_epoch
+            self.progress.selected_accuracy = progress.best_accuracy
             self.seed_states = self._fresh_seed_states()
         else:
-            self.position.epochs_before = position.epochs_before + position.epoch
+            self.progress.epochs_before = progress.epochs_before + progress.epoch
             best, self.seed_states = self.seed_states, self._fresh_seed_states()
             self.seed_states.continue_from_best(best)
 
     def _run_stage(self) -> None:
-        stage, position, recipe = self.stage, self.position, self.setup.recipe
-        epochs = position.stage_epochs(recipe)
-        if position.epoch >= epochs:
+        stage, progress, recipe = self.stage, self.progress, self.setup.recipe
+        epochs = progress.stage_epochs(recipe)
+        if progress.epoch >= epochs:
             return
         order = make_order(stage.subset, self.setup.examples.count, self.setup.programs.vectorized, recipe.data.shuffle)
         self._plan_epoch(order)
         self._warm_up()
-        done = position.epoch * stage.steps_per_epoch + position.step
-        with StepProgress(epochs * stage.steps_per_epoch, done, stage.name, is_primary()) as progress:
+        done = progress.epoch * stage.steps_per_epoch + progress.step
+        with StepProgress(epochs * stage.steps_per_epoch, done, stage.name, is_primary()) as bar:
             while True:
-                self._run_epoch(progress)
-                self._finish_epoch(epochs, progress)
-                if position.epoch >= epochs:
+                self._run_epoch(bar)
+                self._finish_epoch(epochs, bar)
+                if progress.epoch >= epochs:
                     return
-                if self._synchronize() or position.epoch == 1:
+                if self._synchronize() or progress.epoch == 1:
                     self._save()
                 self.stop_if_asked()
                 self._plan_epoch(order)
 
     def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
-        stage, recipe, epoch = self.stage, self.setup.recipe, self.position.epoch
+        stage, recipe, epoch = self.stage, self.setup.recipe, self.progress.epoch
         rates = learning_rates(schedule_of(recipe), epoch, stage.steps_per_epoch, recipe.epochs)
-        scale = np.asarray(self.position.rate_scale or [1.0] * recipe.num_seeds, np.float32)
+        scale = np.asarray(self.progress.rate_scale or [1.0] * recipe.num_seeds, np.float32)
         self._last_rates = (scale * rates[-1]).tolist()
         padded = padded_rates(rates, longest_epoch(self.setup.stages))
-        self.seed_states.plan_epoch(order, self.position.epochs_before + epoch, scale[:, None] * padded)
+        self.seed_states.plan_epoch(order, self.progress.epochs_before + epoch, scale[:, None] * padded)
 
     def _warm_up(self) -> None:
         start = time.perf_counter()
@@ -200,25 +163,25 @@ class Trainer:
         self.stop_if_asked()
         self._compile_seconds = time.perf_counter() - start
 
-    def _run_epoch(self, progress: StepProgress) -> None:
-        stage, position = self.stage, self.position
-        if position.step == 0:
+    def _run_epoch(self, bar: StepProgress) -> None:
+        stage, progress = self.stage, self.progress
+        if progress.step == 0:
             self.seed_states.set_totals(None)
-        with self.setup.examples.epoch(self.seed_states, stage, position.step) as advance:
-            while position.step < stage.steps_per_epoch:
+        with self.setup.examples.epoch(self.seed_states, stage, progress.step) as advance:
+            while progress.step < stage.steps_per_epoch:
                 start = time.perf_counter()
                 # The tail, a smaller batch, is a chunk of its own.
-                steps = self._chunk_steps(stage.whole_steps - position.step) or 1
-                advance(position.step, steps)
+                steps = self._chunk_steps(stage.whole_steps - progress.step) or 1
+                advance(progress.step, steps)
                 seconds = time.perf_counter() - start
-                if position.step < stage.whole_steps:
+                if progress.step < stage.whole_steps:
                     self._steps_per_second = steps / seconds
-                position.seconds += seconds
-                position.step += steps
-                position.serial += steps
+                progress.seconds += seconds
+                progress.step += steps
+                progress.serial += steps
                 self._check_finite()
-                progress.advance(steps, **self._shown())
-                if position.step < stage.steps_per_epoch:
+                bar.advance(steps, **self._shown())
+                if progress.step < stage.steps_per_epoch:
                     if self._synchronize():
                         self._save()
                     self.stop_if_asked()
@@ -228,7 +191,7 @@ class Trainer:
         if recipe.on_nonfinite == "stop":
             try:
                 check_finite(
-                    recipe, self.seed_states, self.seed_states.totals(), self.stage, self.position, self.directory
+                    recipe, self.seed_states, self.seed_states.totals(), self.stage, self.progress, self.directory
                 )
             except RunError:
                 self._store.finish()
@@ -243,13 +206,13 @@ class Trainer:
         totals = self.seed_states.totals()
         losses = np.divide(totals["loss"], np.maximum(totals["count"], 1))
         shown = {"loss": f"{losses.mean():.4f}"}
-        if self.position.last_accuracy:
-            shown[str(self.stage.evaluates)] = f"{np.mean(self.position.last_accuracy):.4f}"
+        if self.progress.last_accuracy:
+            shown[str(self.stage.evaluates)] = f"{np.mean(self.progress.last_accuracy):.4f}"
         return shown
 
-    def _finish_epoch(self, epochs: int, progress: StepProgress) -> None:
+    def _finish_epoch(self, epochs: int, bar: StepProgress) -> None:
         """Evaluate, select, and write the epoch's line."""
-        stage, position = self.stage, self.position
+        stage, progress = self.stage, self.progress
         totals = self.seed_states.totals()
         start = time.perf_counter()
         evaluation: dict[str, list[float]] = {}
@@ -258,48 +221,48 @@ class Trainer:
             sums = split.evaluate(self.seed_states.evaluate, self.stop_if_asked)
             evaluation = {"accuracy": (sums["correct"] / split.count).tolist()}
             evaluation["loss"] = (sums["loss"] / split.count).tolist()
-        position.epoch += 1
+        progress.epoch += 1
         self._select(evaluation.get("accuracy"), epochs)
         line = epoch_line(
-            stage, position, totals, evaluation, learning_rates=self._last_rates, compile_seconds=self._compile_seconds
+            stage, progress, totals, evaluation, learning_rates=self._last_rates, compile_seconds=self._compile_seconds
         )
         if any(totals["skipped"]):
             line["skipped_steps"] = per_seed(totals["skipped"])
         if self.setup.examples.waited:
             line["input_seconds"] = round(self.setup.examples.waited, 4)
-        self.directory.append_metrics(line)
-        progress.advance(0, **self._shown())
-        position.total_seconds += position.seconds + time.perf_counter() - start
-        position.lines += 1
-        position.step, position.seconds, self._compile_seconds = 0, 0.0, 0.0
+        self._metrics.append(line)
+        bar.advance(0, **self._shown())
+        progress.total_seconds += progress.seconds + time.perf_counter() - start
+        progress.lines += 1
+        progress.step, progress.seconds, self._compile_seconds = 0, 0.0, 0.0
 
     def _select(self, accuracy: list[float] | None, epochs: int) -> None:
-        position, count = self.position, self.setup.recipe.num_seeds
-        before = np.asarray(position.best_accuracy or [-1.0] * count)
-        best_epoch = np.asarray(position.best_epoch or [0] * count)
+        progress, count = self.progress, self.setup.recipe.num_seeds
+        before = np.asarray(progress.best_accuracy or [-1.0] * count)
+        best_epoch = np.asarray(progress.best_epoch or [0] * count)
         if accuracy is not None:
-            position.last_accuracy = accuracy
+            progress.last_accuracy = accuracy
             improved = np.asarray(accuracy) > before
             self._steer(improved)
-            position.best_accuracy = np.where(improved, accuracy, before).tolist()
-        elif position.selected_epoch:
-            improved = np.asarray(position.selected_epoch) == position.epoch
+            progress.best_accuracy = np.where(improved, accuracy, before).tolist()
+        elif progress.selected_epoch:
+            improved = np.asarray(progress.selected_epoch) == progress.epoch
         else:
-            improved = np.full(count, position.epoch == epochs)
-        position.best_epoch = np.where(improved, position.epoch, best_epoch).tolist()
+            improved = np.full(count, progress.epoch == epochs)
+        progress.best_epoch = np.where(improved, progress.epoch, best_epoch).tolist()
         self.seed_states.update_best(improved)
 
     def _steer(self, improved: np.ndarray) -> None:
         """The published VGG-5 scripts' way with the learning rate; see `OptimizerConfig.steering`."""
-        recipe, position = self.setup.recipe, self.position
+        recipe, progress = self.setup.recipe, self.progress
         if recipe.optimizer.steering == "none":
             return
-        scales = position.rate_scale or [1.0] * recipe.num_seeds
+        scales = progress.rate_scale or [1.0] * recipe.num_seeds
         draws = [
-            np.random.default_rng((seed, position.stage, position.epoch)).uniform() ** 3
+            np.random.default_rng((seed, progress.stage, progress.epoch)).uniform() ** 3
             for seed in self.seed_states.seeds
         ]
-        position.rate_scale = np.where(improved, scales, draws).tolist()
+        progress.rate_scale = np.where(improved, scales, draws).tolist()
 
     def _synchronize(self) -> bool:
         """Look at the clock and for signals, all processes as one; whether a checkpoint is due.
@@ -318,3 +281,39 @@ class Trainer:
             self._save()
             self._store.finish()
             raise Stopped(signal.Signals(self._received).name)
+
+
+def check_finite(
+    recipe: Recipe,
+    seed_states: SeedStates,
+    totals: dict[str, list[Any]],
+    stage: TrainingStage,
+    progress: TrainingProgress,
+    directory: RunDirectory,
+) -> None:
+    """Raise RunError, naming the step, if one of the epoch so far was not finite; called before anything is saved.
+
+    nonfinite.json in the run's directory tells the seed, the epoch, the step, its learning rate and its examples. The
+    run is a function of its recipe, so training on from the last checkpoint comes by that step again.
+    """
+    for index, bad in enumerate(totals["bad_step"]):
+        if bad < 0:
+            continue
+        step = bad - (progress.epochs_before + progress.epoch) * stage.steps_per_epoch
+        report = {
+            "seed": seed_states.seeds[index],
+            "stage": stage.name,
+            "epoch": progress.epoch + 1,
+            "step_of_epoch": step + 1,
+            "step_of_stage": bad + 1,
+            "learning_rate": seed_states.learning_rate(index, step),
+            "examples": seed_states.examples(index, step, recipe.batch_size).tolist(),
+        }
+        if is_primary():
+            write_json(directory.path / REPORT, report)
+        raise RunError(
+            f"the loss or a gradient of seed {report['seed']} is not finite at step {step + 1} of epoch "
+            f"{report['epoch']}; the last checkpoint before it is kept, and {directory.path / REPORT} tells which "
+            "examples it saw; lower --optimizer.learning-rate, or leave such steps out with --on-nonfinite skip (in "
+            "another --workdir)"
+        )

@@ -43,7 +43,7 @@ def watch():
 
     def restored(self):
         restore(self)
-        seen["from"] = self.position.serial
+        seen["from"] = self.progress.serial
 
     stream.decode, load.prepare_data_set, Trainer._restore = counted, asked, restored
 
@@ -65,7 +65,7 @@ def stop_at(process, step, name):
     chunk_steps, ResidentExamples.first_chunk = Trainer._chunk_steps, 1
 
     def stopping(self, remaining):
-        steps, left = chunk_steps(self, remaining), int(step) - self.position.serial
+        steps, left = chunk_steps(self, remaining), int(step) - self.progress.serial
         if left == 0 and index() == int(process):
             os.kill(os.getpid(), signal.Signals[name])
         return min(steps, max(left, 1)) if left >= 0 else steps

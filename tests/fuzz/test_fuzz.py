@@ -24,7 +24,6 @@ from pspinal_jax.data.images.decode import decode
 from pspinal_jax.data.images.folder import read_folder
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.errors import DataError, PSpinalError, RunError, UsageError
-from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import list_recipes
 from pspinal_jax.runs import train as train_module
 from pspinal_jax.runs.build import input_of
@@ -129,10 +128,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def stop_after_set_up(recipe, data, workers=0):
+def stop_after_set_up(recipe, model, data, workers=0):
     """In place of compiling: the model's shapes, and as if the user had stopped the run."""
     shape, dtype = input_of(recipe, data)
-    model = build_model(recipe, shape, data.num_classes)
     inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
     jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
     raise Stopped("SIGTERM")
@@ -162,7 +160,9 @@ def assert_clear(status, errors, args):
 def test_overrides_of_recipes(place, monkeypatch, recipe, overrides, local):
     monkeypatch.setattr(train_module, "set_up", stop_after_set_up)
     monkeypatch.setattr(
-        train_module, "cached_features", lambda recipe, start, data, *rest: stop_after_set_up(recipe, data)
+        train_module,
+        "cached_features",
+        lambda recipe, model, _, data, *rest: stop_after_set_up(recipe, model, data),
     )
     args = ["train", recipe, *(LOCAL if local else []), *overrides]
     assert_clear(*call(args), args)

@@ -29,15 +29,15 @@ class Marks:
         self._stack: list[str] = []
         self._times: dict[str, int] = {}
         self.durations: dict[str, list[float]] = {}
-        self.position = None
+        self.progress = None
         self.enter("interpreter")
 
     def state(self) -> dict:
-        """What the run is doing, and its position."""
-        position = self.position
-        if position is None:
+        """What the run is doing, and its progress."""
+        progress = self.progress
+        if progress is None:
             return {"doing": self._stack[-1], "stage": None, "epochs": None, "steps": None}
-        return {"doing": self._stack[-1], "stage": position.stage, "epochs": position.lines, "steps": position.serial}
+        return {"doing": self._stack[-1], "stage": progress.stage, "epochs": progress.lines, "steps": progress.serial}
 
     def enter(self, doing: str) -> None:
         """Note that it does this now; signals itself if that is what it was aimed at."""
@@ -104,22 +104,22 @@ def wrap(marks: Marks, owner, name: str, doing: str, after=None) -> None:
 def mark_calls(marks: Marks) -> None:
     """Mark what a run consists of; imports it all."""
     from pspinal_jax.checkpoints.store import CheckpointStore
-    from pspinal_jax.runs import directory, train, trainer
+    from pspinal_jax.runs import metrics, train, trainer
     from pspinal_jax.runs.input_pipeline import ResidentSplit
 
     def remember(self) -> None:
-        marks.position = self.position
+        marks.progress = self.progress
 
     def restored(self) -> None:
         remember(self)
-        marks.log(event="restored", seconds=time.time() - START, steps=self.position.serial, stage=self.position.stage)
+        marks.log(event="restored", seconds=time.time() - START, steps=self.progress.serial, stage=self.progress.stage)
 
     wrap(marks, train, "load_data", "reading data")
     wrap(marks, train, "set_up", "setting up")
     wrap(marks, train, "make_result", "result")
     wrap(marks, train, "plot_curves", "curves")
     wrap(marks, train, "write_json", "result.json")
-    wrap(marks, directory.RunDirectory, "append_metrics", "metrics line")
+    wrap(marks, metrics.MetricsWriter, "append", "metrics line")
     wrap(marks, trainer.Trainer, "_fresh_seed_states", "compilation (initialisation)")
     wrap(marks, trainer.Trainer, "_restore", "restoring", after=restored)
     wrap(marks, trainer.Trainer, "_warm_up", "compilation")

@@ -20,6 +20,7 @@ from pspinal_jax.errors import RunError
 from pspinal_jax.runs import train as train_module
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.input_pipeline import ResidentSplit
+from pspinal_jax.runs.metrics import MetricsWriter
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.trainer import Trainer
 
@@ -156,9 +157,9 @@ def test_a_full_disk_is_named_and_nothing_is_lost(run, undisturbed, tmp_path):
     fail(RunDirectory, "create", "config.json")
     assert not (tmp_path / "run" / "config.json").exists()
     # In the middle of a line; then at the next start, before the line that was cut off is taken away.
-    fail(RunDirectory, "append_metrics", "metrics.jsonl", call=2, size=after_the_first_save)
+    fail(MetricsWriter, "append", "metrics.jsonl", call=2, size=after_the_first_save)
     assert not metrics.read_text().endswith("\n")
-    fail(RunDirectory, "keep_metrics", "metrics.jsonl")
+    fail(MetricsWriter, "rewind", "metrics.jsonl")
     assert metrics.read_text().count("\n") == 1
     there = checkpoints(tmp_path / "run")
     fail(CheckpointStore, "save", "checkpoints", size=lambda: 2000)
@@ -167,12 +168,21 @@ def test_a_full_disk_is_named_and_nothing_is_lost(run, undisturbed, tmp_path):
     with before(Trainer, "stop_if_asked", lambda: signal.raise_signal(signal.SIGTERM), 4):
         fail(CheckpointStore, "save", "checkpoints", size=lambda: 2000)
     assert checkpoints(tmp_path / "run") == there
-    fail(train_module, "plot_curves", "curves.png")
+    fail(train_module, "write_json", "result.json")
     there = checkpoints(tmp_path / "run")
     fail(train_module, "write_json", "result.json")
     assert checkpoints(tmp_path / "run") == there and not (tmp_path / "run" / "result.json").exists()
     assert run() == (0, [])
     assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_plot_that_fails_is_a_warning_that_names_its_file(run, tmp_path):
+    curves = tmp_path / "run" / "curves.png"
+    with full_disk() as (no_room, room), before(train_module, "plot_curves", no_room, undo=room):
+        status, (said,) = run()
+    assert status == 0 and said.startswith(f"warning: {curves} was not drawn: ") and os.strerror(27) in said
+    assert (tmp_path / "run" / "result.json").exists() and not curves.exists()
+    assert run() == (0, []) and curves.exists()  # it is drawn by the next start
 
 
 def test_a_work_directory_that_cannot_be_made_is_named(run, tmp_path):

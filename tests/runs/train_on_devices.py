@@ -30,15 +30,15 @@ def main():
 
     def looked_at(self):
         restore(self)
-        shards["serial"] = self.position.serial
+        shards["serial"] = self.progress.serial
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.seed_states.trees()):
             shards[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf.sharding.shard_shape(leaf.shape)
 
     def stopping(self, remaining):
         steps = chunk_steps(self, remaining)
         if arguments.stop_at is not None:
-            steps = min(steps, arguments.stop_at - self.position.serial)
-            if self.position.serial + steps == arguments.stop_at:
+            steps = min(steps, arguments.stop_at - self.progress.serial)
+            if self.progress.serial + steps == arguments.stop_at:
                 signal.raise_signal(signal.SIGTERM)
         return steps
 

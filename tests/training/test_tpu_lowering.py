@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from jax import export
 
+from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import list_recipes, load_recipe
-from pspinal_jax.runs.programs import build_run_programs
+from pspinal_jax.runs.build import build_run_programs
 from pspinal_jax.training.chunk import EpochPlan
 
 NUM_EXAMPLES, NUM_CLASSES = 1000, 10
@@ -30,7 +31,8 @@ def abstract(shape, dtype):
 def lowered(recipe):
     """The program that a run of `recipe` trains with, exported for TPU."""
     shape, dtype = input_of(recipe)
-    _, programs = build_run_programs(recipe, shape, dtype, recipe.data.num_classes or NUM_CLASSES)
+    model = build_model(recipe, shape, recipe.data.num_classes or NUM_CLASSES)
+    programs = build_run_programs(recipe, model, shape, dtype)
     seed, scalar = abstract((), np.uint32), abstract((), np.int32)
     state, totals = jax.eval_shape(programs.init, seed), jax.eval_shape(programs.zero_totals, seed)
     if recipe.data.image_size is not None:
