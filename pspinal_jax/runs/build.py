@@ -1,15 +1,18 @@
 """From a recipe, its model and its data to everything that the loop works with."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from pspinal_jax.data.dataset import Dataset, Split, hold_out
 from pspinal_jax.data.images.images import ImageDataset, ImageSplit
+from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.models.classifier import Classifier
@@ -25,7 +28,7 @@ from pspinal_jax.runs.input_pipeline import (
 from pspinal_jax.runs.progress import TrainingStage, make_stages
 from pspinal_jax.training.optimizers import Schedule, make_optimizer
 from pspinal_jax.training.programs import Programs, StepConfig, build_programs
-from pspinal_jax.training.sharding import make_mesh, num_batch_shards, shardings, shards_parameters
+from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shardings, shards_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +58,8 @@ def split_examples(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[np.nda
     A validation split of the data's own counts on from the end of its training split.
 
     Raises:
-      UsageError: if a batch or the validation part does not fit the data or the devices.
+      UsageError: if a batch, the validation part or the mesh's axis model does not fit the data.
     """
-    check_devices(recipe)
     check_classes(recipe, data.num_classes)
     wants_validation = recipe.protocol == "validation"
     if isinstance(data, ImageDataset) or data.validation is not None:
@@ -74,7 +76,9 @@ def split_examples(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[np.nda
     return train, validation
 
 
-def set_up(recipe: Recipe, model: Classifier, data: Dataset | ImageDataset, workers: int = 0) -> Setup:
+def set_up(
+    recipe: Recipe, model: Classifier, data: Dataset | ImageDataset, workers: int = 0, mesh: Mesh | None = None
+) -> Setup:
     """Build the programs of `model` and split the data; raises as `split_examples`.
 
     Args:
@@ -82,9 +86,10 @@ def set_up(recipe: Recipe, model: Classifier, data: Dataset | ImageDataset, work
       model: the recipe's.
       data: arrays, which are brought to the devices, or photographs, which are read while training.
       workers: processes that decode photographs; 0 for threads of this one.
+      mesh: the devices; by default as `run_mesh` says.
     """
     train, validation = split_examples(recipe, data)
-    programs = build_run_programs(recipe, model, *input_of(recipe, data))
+    programs = build_run_programs(recipe, model, *input_of(recipe, data), mesh)
     # A validation split of the data's own follows the training examples; stages tell them apart by index.
     pool = data.train if data.validation is None else data.train.join(data.validation)  # type: ignore[arg-type]
     splits: dict[str, EvaluatedSplit] = {"test": place_split(recipe, programs, data.test, workers)}
@@ -113,9 +118,11 @@ def input_of(recipe: Recipe, data: Dataset | ImageDataset) -> tuple[tuple[int, .
     return (side, side, 3), np.dtype(np.uint8)
 
 
-def build_run_programs(recipe: Recipe, model: Classifier, input_shape: tuple[int, ...], input_dtype: Any) -> Programs:
+def build_run_programs(
+    recipe: Recipe, model: Classifier, input_shape: tuple[int, ...], input_dtype: Any, mesh: Mesh | None = None
+) -> Programs:
     """The compiled pieces of the recipe's `model`, for inputs of one example's `input_shape` and dtype."""
-    mesh = make_mesh(*dataclasses.astuple(recipe.mesh))
+    mesh = mesh or run_mesh(recipe)
     optimizer = recipe.optimizer
     config = StepConfig(
         input_shape=input_shape,
@@ -162,22 +169,39 @@ def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] 
     return augment
 
 
-def check_devices(recipe: Recipe) -> None:
-    """Raise UsageError unless the mesh fits the devices, and batches can be spread evenly over it."""
-    shards, parts = num_batch_shards(make_mesh(*dataclasses.astuple(recipe.mesh))), recipe.micro_batches
-    least = 2 * shards * parts
-    if recipe.batch_norm == "per_device" and recipe.batch_size < least:
+def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
+    """The devices that a run of `recipe` trains on; a line on standard error where they are not what was asked for.
+
+    Args:
+      recipe: gives the mesh, and the batches that shall divide over it.
+      resuming: for a run that has begun, perhaps elsewhere: it goes on with any number of devices.
+
+    Raises:
+      UsageError: if the mesh does not fit the devices, or batch norm has too few examples on each of them.
+    """
+    per_device, rows = recipe.batch_norm == "per_device", recipe.batch_size // recipe.micro_batches
+    asked, devices = dataclasses.astuple(recipe.mesh), jax.device_count()
+    mesh = fit_mesh(*asked, rows=rows, least=2 if per_device else 1, resuming=resuming)
+    shards = num_batch_shards(mesh)
+    if per_device and rows < 2 * shards:
         raise UsageError(
-            f"batch_size is {recipe.batch_size}, expected at least {least}: with --batch-norm per_device batch norm "
-            "needs 2 examples on each device"
+            f"batch_size is {recipe.batch_size}, expected at least {2 * shards * recipe.micro_batches}: with "
+            "--batch-norm per_device batch norm needs 2 examples on each device"
         )
-    for name, factor in (("batch_size", shards * parts), ("eval_batch_size", shards)):
-        size = getattr(recipe, name)
-        if size % factor:
-            what = f"{shards} devices" + (f" times {parts} micro-batches" if factor > shards else "")
-            raise UsageError(
-                f"{name} is {size}, expected a multiple of {factor}: {what}; change --{name.replace('_', '-')}"
-            )
+    parts = " in its micro-batches" if recipe.micro_batches > 1 else ""
+    problem = f"batch_size {recipe.batch_size}{parts} does not divide over {devices} devices"
+    if per_device and rows % shards:
+        raise UsageError(f"{problem}, which --batch-norm per_device asks for; change --batch-size or --mesh.data")
+    line = ""
+    if rows % shards:
+        line = f"{problem}: each of them computes every batch whole"
+    elif asked[0] == -1 and mesh.size < devices:
+        line = f"{problem}: {mesh.size} of them are used"
+    if any(length not in (-1, mesh.shape[axis]) for axis, length in zip(AXES, asked, strict=True)):
+        line = f"the run goes on over {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)} of {devices} devices"
+    if line and is_primary():
+        print(line, file=sys.stderr)
+    return mesh
 
 
 def check_classes(recipe: Recipe, num_classes: int) -> None:
@@ -197,8 +221,8 @@ def runs_vectorized(recipe: Recipe) -> bool:
 def place_split(recipe: Recipe, programs: Programs, split: Split | ImageSplit, workers: int = 0) -> EvaluatedSplit:
     """`split`, ready to be evaluated in the recipe's evaluation batches."""
     if isinstance(split, ImageSplit):
-        return StreamedSplit(programs, split, recipe.data.image_size or 0, recipe.eval_batch_size, workers)
-    return ResidentSplit.place(programs, split, recipe.eval_batch_size)
+        return StreamedSplit(programs, split, recipe.data.image_size or 0, programs.eval_batch_size, workers)
+    return ResidentSplit.place(programs, split, programs.eval_batch_size)
 
 
 def abstract_trees(trees: Any, recipe: Recipe, programs: Programs) -> Any:

@@ -12,12 +12,13 @@ from pspinal_jax.data import load_data
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import UsageError
 from pspinal_jax.models.build import build_model
-from pspinal_jax.runs.build import build_run_programs, check_devices, input_of, place_split
+from pspinal_jax.runs.build import build_run_programs, input_of, place_split
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import plot_confusion
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs
+from pspinal_jax.training.sharding import make_mesh
 
 
 def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Path | None = None) -> dict[str, Any]:
@@ -39,7 +40,6 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
     run = Path(run).expanduser()
     variables, config = load_variables(run, seed_index)
     recipe = dataclasses.replace(load_recipe_of(config), num_seeds=1)
-    check_devices(recipe)
     names = config["class_names"]
     source = recipe.data if data_path is None else dataclasses.replace(recipe.data, path=Path(data_path))
     data = load_data(dataclasses.replace(source, num_classes=len(names)))
@@ -54,7 +54,7 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
             f"{data.source} has inputs of shape {list(shape)} ({dtype}), but the run was trained on "
             f"{config['input_shape']} ({config['input_dtype']})"
         )
-    programs = build_run_programs(recipe, build_model(recipe, shape, len(names)), shape, dtype)
+    programs = build_run_programs(recipe, build_model(recipe, shape, len(names)), shape, dtype, make_mesh())
     split = place_split(recipe, programs, data.test)
     sums = split.evaluate(partial(_evaluate, programs, programs.replicate(variables)))
     predictions = sums["predictions"][0]

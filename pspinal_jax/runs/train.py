@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pspinal_jax.environment import device, enable_compilation_cache, versions
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import input_of, set_up, split_examples
+from pspinal_jax.recipes.settings import check_settings, check_settings_for
+from pspinal_jax.runs.build import input_of, run_mesh, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory, read_json, write_json
 from pspinal_jax.runs.features import cached_features, head_recipe
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
@@ -39,7 +41,12 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         check_installed()
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
+    resuming = broadcast_from_primary(directory.config_path.exists)
+    if not resuming:  # a run of an earlier version goes on as it began
+        check_settings(recipe)
     data = primary_first(lambda: load_data(recipe.data))
+    if not resuming:
+        check_settings_for(recipe, data.source, input_of(recipe, data)[0])
     if isinstance(data, ImageDataset) and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
@@ -52,6 +59,9 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         if is_primary() and not directory.curves_path.exists():  # a kill came between the two
             _plot(recipe, directory)
         return read_json(directory.result_path)
+    mesh = run_mesh(recipe, resuming=resuming)
+    if resuming:
+        _warn_of_devices(recipe, directory)
     shape, dtype = input_of(recipe, data)
     model = build_model(recipe, shape, data.num_classes)
     start = start_variables(recipe, model, options.init_from, shape, dtype)
@@ -60,9 +70,9 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         features = cached_features(recipe, model, start, data, directory, options.workers)
         head_only, start = head_recipe(recipe), {}
         head = build_model(head_only, features.train.inputs.shape[1:], features.num_classes)
-        setup = set_up(head_only, head, features, options.workers)
+        setup = set_up(head_only, head, features, options.workers, mesh)
     else:
-        setup = set_up(recipe, model, data, options.workers)
+        setup = set_up(recipe, model, data, options.workers, mesh)
     with StopRequest() as stop:
         with (
             CheckpointStore(directory.checkpoints_path) as store,
@@ -75,6 +85,13 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             write_json(directory.result_path, result)
             _plot(recipe, directory)
     return result
+
+
+def _warn_of_devices(recipe: Recipe, directory: RunDirectory) -> None:
+    """Say so where the rest of the run will be another than it would have been on the devices it began on."""
+    began, now = directory.config()["device"]["count"], device()["count"]
+    if recipe.batch_norm == "per_device" and began != now and is_primary():
+        print(f"warning: with --batch-norm per_device {now} devices give another result than {began}", file=sys.stderr)
 
 
 def _plot(recipe: Recipe, directory: RunDirectory) -> None:

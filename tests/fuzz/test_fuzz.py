@@ -128,7 +128,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def stop_after_set_up(recipe, model, data, workers=0):
+def stop_after_set_up(recipe, model, data, workers=0, mesh=None):
     """In place of compiling: the model's shapes, and as if the user had stopped the run."""
     shape, dtype = input_of(recipe, data)
     inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
