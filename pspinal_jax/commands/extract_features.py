@@ -37,6 +37,7 @@ def main(args: Sequence[str]) -> int:
     from pspinal_jax.data import load_data
     from pspinal_jax.environment import enable_compilation_cache
     from pspinal_jax.models.build import build_model
+    from pspinal_jax.recipes.settings import check_settings, check_settings_for
     from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
     from pspinal_jax.runs.restore import start_variables
 
@@ -45,9 +46,11 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(f"{name} has no backbone; extract-features takes a recipe of images with one")
     if not parsed.output.parent.is_dir():
         raise UsageError(f"--output is {parsed.output}, but {parsed.output.parent} is no folder")
+    check_settings(recipe)
     data = load_data(recipe.data)
     if data.in_memory:
         raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of images")
+    check_settings_for(recipe, data.source, data.example_shape)
     data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     enable_compilation_cache()
     shape, dtype = data.example_shape, data.example_dtype

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,7 +47,8 @@ class DataConfig:
     std: float | tuple[float, float, float] = 1.0
     """What images are divided by after that."""
     num_validation: int = 0
-    """Examples held out of train to select the epoch by; 0 trains on all and takes the last epoch."""
+    """Arrays: examples held out of train to select the epoch by, where the data has no validation split of its own and
+    the protocol is not paper; 0 trains on all and takes the last epoch."""
     image_size: int | None = None
     """Image files: side in pixels of the square images that the model sees. They are read while training. None for data
     that is held in memory."""
@@ -55,7 +57,7 @@ class DataConfig:
     image_size; by default 230 / 224 of it where they are cropped. Evaluation resizes to image_size."""
     validation_fraction: float = 0.0
     """Image files: fraction of each class held out of train to select the epoch by, where the data has no validation
-    split of its own."""
+    split of its own and the protocol is not paper."""
     test_fraction: float = 0.2
     """Image files in class folders without a test folder: fraction of each class that is the test split."""
     strict: bool = False
@@ -106,7 +108,8 @@ class ModelConfig:
     remat: bool = False
     """Compute the backbone's blocks again in the backward pass in place of keeping their activations."""
     head: Literal["progressive", "spinal", "mlp", "dense"] = "progressive"
-    """'mlp' gets the width at which it has as many parameters as the progressive head would have."""
+    """'mlp' gets the width at which it has as many parameters as the progressive head would have; 'dense' is the output
+    layer alone, without hidden layers for layer_width, num_layers and norm to describe."""
     layer_width: int = 128
     """Width of each hidden layer."""
     num_layers: int = 4
@@ -119,6 +122,11 @@ class ModelConfig:
     """Batch norm in every hidden layer."""
     implementation: Literal["auto", "unrolled", "fused", "scan"] = "auto"
     """How the progressive head is computed; the results are the same up to rounding."""
+
+    @property
+    def is_resnet(self) -> bool:
+        """Whether the backbone is a ResNet."""
+        return self.backbone.removeprefix("wide_").startswith("resnet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,101 +221,84 @@ class Recipe:
     """How the run is spread over devices."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "num_seeds", "micro_batches"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "0 .. 2**31 - 1")
-        _require(0.0 <= self.label_smoothing < 1.0, "label_smoothing", self.label_smoothing, "in [0, 1)")
-        _require(self.data.num_validation >= 0, "data.num_validation", self.data.num_validation, "at least 0")
-        self._check_data()
-        self._check_freezing()
-        _require(self.mesh.data == -1 or self.mesh.data >= 1, "mesh.data", self.mesh.data, "at least 1, or -1")
-        for name in ("fsdp", "model"):
-            length = getattr(self.mesh, name)
-            _require(length >= 1, f"mesh.{name}", length, "at least 1")
-            whole = length == 1 or self.batch_norm == "global"
-            _require(whole, f"mesh.{name}", length, "1 with --batch-norm per_device, whose devices hold all parameters")
-        for name in ("layer_width", "num_layers"):
-            _require(getattr(self.model, name) >= 1, f"model.{name}", getattr(self.model, name), "at least 1")
-        for name in ("dropout_rate", "layer_dropout_rate"):
-            rate = getattr(self.model, name)
-            _require(0.0 <= rate < 1.0, f"model.{name}", rate, "in [0, 1)")
-        optimizer = self.optimizer
-        rate = optimizer.learning_rate
-        _require(rate > 0 and math.isfinite(rate), "optimizer.learning_rate", rate, "above 0")
-        _require(0.0 <= optimizer.momentum < 1.0, "optimizer.momentum", optimizer.momentum, "in [0, 1)")
-        _require(optimizer.weight_decay >= 0.0, "optimizer.weight_decay", optimizer.weight_decay, "at least 0")
-        fraction = optimizer.warmup_fraction
-        _require(0.0 <= fraction < 1.0, "optimizer.warmup_fraction", fraction, "in [0, 1)")
-        paper = self.protocol == "paper"
-        _require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
-        _require(self.rounds == 1 or paper, "rounds", self.rounds, "1 unless --protocol paper")
-        steered = optimizer.steering == "best_on_test"
-        _require(not steered or paper, "optimizer.steering", optimizer.steering, "none unless --protocol paper")
-        _require(
-            not self.retrain
-            or (self.protocol == "validation" and (self.data.num_validation > 0 or self.data.image_size is not None)),
+        for name in ("epochs", "batch_size", "eval_batch_size", "num_seeds", "micro_batches", "rounds"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(0 <= self.seed < 2**31, "seed", "0 .. 2**31 - 1")
+        self._require(0.0 <= self.label_smoothing < 1.0, "label_smoothing", "in [0, 1)")
+        self._require(self.feature_views >= 0, "feature_views", "at least 0")
+        self._require(self.batch_size % self.micro_batches == 0, "micro_batches", "a divisor of batch_size")
+        self._check_data(self.data)
+        self._check_model(self.model)
+        self._check_optimizer(self.optimizer)
+        self._check_mesh(self.mesh)
+        images, paper = self.data.image_size is not None, self.protocol == "paper"
+        self._require(
+            self.seed_mode != "vmap" or not images,
+            "seed_mode",
+            "loop or auto for image files, which every seed reads in its own order",
+        )
+        self._require(
+            not self.cache_features or (self.freeze == "backbone" and images),
+            "cache_features",
+            "used with --freeze backbone, on image files",
+        )
+        self._require(self.feature_views == 0 or self.cache_features, "feature_views", "used with cache_features")
+        self._require(self.rounds == 1 or paper, "rounds", "1 unless --protocol paper")
+        self._require(
+            not self.retrain or (not paper and (self.data.num_validation > 0 or images)),
             "retrain",
-            self.retrain,
             "used with --protocol validation and held-out validation data",
         )
 
-    def _check_data(self) -> None:
-        data = self.data
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise UsageError(f"{name} is {operator.attrgetter(name)(self)}, expected {expected}")
+
+    def _check_data(self, data: DataConfig) -> None:
         std = data.std if isinstance(data.std, tuple) else (data.std,)
-        _require(min(std) > 0, "data.std", data.std, "above 0")
-        _require(data.num_classes is None or data.num_classes >= 2, "data.num_classes", data.num_classes, "at least 2")
-        _require(
-            0.0 <= data.validation_fraction < 1.0, "data.validation_fraction", data.validation_fraction, "in [0, 1)"
-        )
-        _require(0.0 < data.test_fraction < 1.0, "data.test_fraction", data.test_fraction, "in (0, 1)")
-        size, resize = data.image_size, data.resize
-        _require(size is None or 8 <= size <= 4096, "data.image_size", size, "8 .. 4096")
+        self._require(min(std) > 0, "data.std", "above 0")
+        self._require(data.num_classes is None or data.num_classes >= 2, "data.num_classes", "at least 2")
+        self._require(data.num_validation >= 0, "data.num_validation", "at least 0")
+        self._require(data.split_seed >= 0, "data.split_seed", "at least 0")
+        self._require(0.0 <= data.validation_fraction < 1.0, "data.validation_fraction", "in [0, 1)")
+        self._require(0.0 < data.test_fraction < 1.0, "data.test_fraction", "in (0, 1)")
+        size, resize, crops = data.image_size, data.resize, data.augment == "rotation_crop_flip"
+        self._require(size is None or 8 <= size <= 4096, "data.image_size", "8 .. 4096")
         if resize is not None:
-            _require(size is not None and size <= resize <= 8192, "data.resize", resize, "image_size .. 8192")
-            _require(
-                resize == size or data.augment == "rotation_crop_flip",
+            self._require(size is not None and size <= resize <= 8192, "data.resize", "image_size .. 8192")
+            self._require(
+                resize == size or crops,
                 "data.resize",
-                resize,
                 "used with --data.augment rotation_crop_flip, which crops to image_size",
             )
-        crops = data.augment == "rotation_crop_flip"
-        _require(not crops or size is not None, "data.augment", data.augment, "used with --data.image-size")
+        self._require(not crops or size is not None, "data.augment", "used with --data.image-size")
 
-    def _check_freezing(self) -> None:
-        model = self.model
-        _require(
-            self.freeze == "none" or model.backbone != "none", "freeze", self.freeze, "none where there is no backbone"
-        )
-        _require(
-            model.weights is None or model.backbone.removeprefix("wide_").startswith("resnet"),
-            "model.weights",
-            model.weights,
-            "used with a ResNet backbone",
-        )
-        _require(
-            self.batch_size % self.micro_batches == 0, "micro_batches", self.micro_batches, "a divisor of batch_size"
-        )
-        _require(
-            self.seed_mode != "vmap" or self.data.image_size is None,
-            "seed_mode",
-            self.seed_mode,
-            "loop or auto for image files, which every seed reads in its own order",
-        )
-        _require(self.feature_views >= 0, "feature_views", self.feature_views, "at least 0")
-        _require(
-            not self.cache_features or (self.freeze == "backbone" and self.data.image_size is not None),
-            "cache_features",
-            self.cache_features,
-            "used with --freeze backbone, on image files",
-        )
-        _require(
-            self.feature_views == 0 or self.cache_features,
-            "feature_views",
-            self.feature_views,
-            "used with cache_features",
-        )
+    def _check_model(self, model: ModelConfig) -> None:
+        for name in ("layer_width", "num_layers"):
+            self._require(getattr(model, name) >= 1, f"model.{name}", "at least 1")
+        for name in ("dropout_rate", "layer_dropout_rate"):
+            self._require(0.0 <= getattr(model, name) < 1.0, f"model.{name}", "in [0, 1)")
+        self._require(self.freeze == "none" or model.backbone != "none", "freeze", "none where there is no backbone")
+        self._require(model.weights is None or model.is_resnet, "model.weights", "used with a ResNet backbone")
 
+    def _check_optimizer(self, optimizer: OptimizerConfig) -> None:
+        rate = optimizer.learning_rate
+        self._require(rate > 0 and math.isfinite(rate), "optimizer.learning_rate", "above 0")
+        self._require(0.0 <= optimizer.momentum < 1.0, "optimizer.momentum", "in [0, 1)")
+        decay = optimizer.weight_decay
+        self._require(decay >= 0.0 and math.isfinite(decay), "optimizer.weight_decay", "at least 0")
+        self._require(optimizer.decay_epochs >= 1, "optimizer.decay_epochs", "at least 1")
+        self._require(0.0 <= optimizer.warmup_fraction < 1.0, "optimizer.warmup_fraction", "in [0, 1)")
+        steered = optimizer.steering == "best_on_test"
+        self._require(not steered or self.protocol == "paper", "optimizer.steering", "none unless --protocol paper")
 
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} is {value}, expected {expected}")
+    def _check_mesh(self, mesh: MeshConfig) -> None:
+        self._require(mesh.data == -1 or mesh.data >= 1, "mesh.data", "at least 1, or -1")
+        for name in ("fsdp", "model"):
+            length = getattr(mesh, name)
+            self._require(length >= 1, f"mesh.{name}", "at least 1")
+            self._require(
+                length == 1 or self.batch_norm == "global",
+                f"mesh.{name}",
+                "1 with --batch-norm per_device, whose devices hold all parameters",
+            )

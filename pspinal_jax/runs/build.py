@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from pspinal_jax.data.dataset import Dataset, Split, hold_out
 from pspinal_jax.errors import UsageError
@@ -19,7 +20,7 @@ from pspinal_jax.runs.input_pipeline import (
     StreamedExamples,
     StreamedSplit,
 )
-from pspinal_jax.runs.programs import build_run_programs, check_classes, check_devices
+from pspinal_jax.runs.programs import build_run_programs, check_classes
 from pspinal_jax.runs.progress import TrainingStage, make_stages
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.sharding import shardings
@@ -52,9 +53,8 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
     A validation split of the data's own counts on from the end of its training split.
 
     Raises:
-      UsageError: if a batch or the validation part does not fit the data or the devices.
+      UsageError: if a batch, the validation part or the mesh's axis model does not fit the data.
     """
-    check_devices(recipe)
     check_classes(recipe, data.num_classes)
     wants_validation = recipe.protocol == "validation"
     if data.validation is not None or not data.in_memory:
@@ -71,7 +71,9 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
     return train, validation
 
 
-def set_up(recipe: Recipe, model: Classifier, data: Dataset[Split], workers: int = 0) -> Setup:
+def set_up(
+    recipe: Recipe, model: Classifier, data: Dataset[Split], workers: int = 0, mesh: Mesh | None = None
+) -> Setup:
     """Build the programs of `model` and split the data; raises as `split_examples`.
 
     Args:
@@ -79,9 +81,10 @@ def set_up(recipe: Recipe, model: Classifier, data: Dataset[Split], workers: int
       model: the recipe's.
       data: arrays, which are brought to the devices, or images, which are read while training.
       workers: processes that decode images; 0 for threads of this one.
+      mesh: the devices; by default as `run_mesh` says.
     """
     train, validation = split_examples(recipe, data)
-    programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype)
+    programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype, mesh)
     # A validation split of the data's own follows the training examples; stages tell them apart by index.
     pool = data.train if data.validation is None else data.train.join(data.validation)
     splits: dict[str, EvaluatedSplit] = {"test": place_split(recipe, programs, data.test, workers)}
@@ -105,8 +108,8 @@ def set_up(recipe: Recipe, model: Classifier, data: Dataset[Split], workers: int
 def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int = 0) -> EvaluatedSplit:
     """`split`, ready to be evaluated in the recipe's evaluation batches."""
     if split.inputs is None:
-        return StreamedSplit(programs, split, recipe.data.image_size or 0, recipe.eval_batch_size, workers)
-    return ResidentSplit.place(programs, (split.inputs, split.labels), recipe.eval_batch_size)
+        return StreamedSplit(programs, split, recipe.data.image_size or 0, programs.eval_batch_size, workers)
+    return ResidentSplit.place(programs, (split.inputs, split.labels), programs.eval_batch_size)
 
 
 def abstract_trees(trees: Any, recipe: Recipe, programs: Programs) -> Any:

@@ -19,10 +19,11 @@ from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import place_split
 from pspinal_jax.runs.directory import write_json
 from pspinal_jax.runs.metrics import plot_confusion
-from pspinal_jax.runs.programs import build_run_programs, check_devices
+from pspinal_jax.runs.programs import build_run_programs
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs
+from pspinal_jax.training.sharding import make_mesh
 
 
 def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Path | None = None) -> dict[str, Any]:
@@ -49,7 +50,6 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
     run = expanded(run)
     variables, config = load_variables(run, seed_index)
     recipe = dataclasses.replace(load_recipe_of(config), num_seeds=1)
-    check_devices(recipe)
     names = config["class_names"]
     source = recipe.data if data_path is None else dataclasses.replace(recipe.data, path=Path(data_path))
     data = load_data(dataclasses.replace(source, num_classes=len(names)))
@@ -71,7 +71,7 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
             f"{data.source} is no longer what the run was trained on: it has changed since, and so may have its split "
             "into training and test examples; name the data to evaluate on with --data.path"
         )
-    programs = build_run_programs(recipe, build_model(recipe, shape, len(names)), shape, dtype)
+    programs = build_run_programs(recipe, build_model(recipe, shape, len(names)), shape, dtype, make_mesh())
     split = place_split(recipe, programs, data.test)
     sums = split.evaluate(partial(_evaluate, programs, programs.replicate(variables)))
     predictions = sums["predictions"][0]

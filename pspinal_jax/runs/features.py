@@ -26,7 +26,7 @@ from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.runs.input_pipeline import process_local_batches
 from pspinal_jax.runs.programs import augmentation
 from pspinal_jax.training import keys
-from pspinal_jax.training.sharding import make_mesh, shard_process_local, shardings
+from pspinal_jax.training.sharding import divisible_size, fit_mesh, shard_process_local, shardings
 from pspinal_jax.weights.variables import read_variables, save_variables
 
 BACKBONE = "backbone.safetensors"
@@ -97,7 +97,8 @@ def extract_features(
 class _Extractor:
     def __init__(self, recipe: Recipe, model: Classifier, variables: dict[str, Any], workers: int) -> None:
         self._recipe, self._workers = recipe, workers
-        self._mesh = make_mesh(*dataclasses.astuple(recipe.mesh))
+        # Never refused: the run may have begun on other devices. Any number divides over itself.
+        self._mesh = fit_mesh(*dataclasses.astuple(recipe.mesh), rows=jax.device_count(), resuming=True)
         self._variables = put(variables, shardings(self._mesh, variables))
         augment = augmentation(recipe)
 
@@ -113,6 +114,8 @@ class _Extractor:
     def run(self, split: Split, description: str, view: int | None = None) -> np.ndarray:
         """Features [N, D] of `split`; augmented with the random numbers of pass `view`."""
         data, size = self._recipe.data, self._recipe.eval_batch_size
+        if view is None:  # random numbers are drawn by the batch, so views have batches of one size on all devices
+            size = divisible_size(self._mesh, size)
         side = data.train_side if view is not None else data.image_size or 0
         key = jax.random.fold_in(keys.init_key(data.split_seed), view or 0)
         parts = []

@@ -1,24 +1,29 @@
 """From a recipe and its model to the programs that a run calls, whatever its data."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.training.optimizers import Schedule, make_optimizer
 from pspinal_jax.training.programs import Programs, StepConfig, build_programs
-from pspinal_jax.training.sharding import make_mesh, num_batch_shards, shards_parameters
+from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
 
 
-def build_run_programs(recipe: Recipe, model: Classifier, input_shape: tuple[int, ...], input_dtype: Any) -> Programs:
+def build_run_programs(
+    recipe: Recipe, model: Classifier, input_shape: tuple[int, ...], input_dtype: Any, mesh: Mesh | None = None
+) -> Programs:
     """The compiled pieces of the recipe's `model`, for inputs of one example's `input_shape` and dtype."""
-    mesh = make_mesh(*dataclasses.astuple(recipe.mesh))
+    mesh = mesh or run_mesh(recipe)
     optimizer = recipe.optimizer
     config = StepConfig(
         input_shape=input_shape,
@@ -65,22 +70,39 @@ def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] 
     return augment
 
 
-def check_devices(recipe: Recipe) -> None:
-    """Raise UsageError unless the mesh fits the devices, and batches can be spread evenly over it."""
-    shards, parts = num_batch_shards(make_mesh(*dataclasses.astuple(recipe.mesh))), recipe.micro_batches
-    least = 2 * shards * parts
-    if recipe.batch_norm == "per_device" and recipe.batch_size < least:
+def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
+    """The devices that a run of `recipe` trains on; a line on standard error where they are not what was asked for.
+
+    Args:
+      recipe: gives the mesh, and the batches that shall divide over it.
+      resuming: for a run that has begun, perhaps elsewhere: it goes on with any number of devices.
+
+    Raises:
+      UsageError: if the mesh does not fit the devices, or batch norm has too few examples on each of them.
+    """
+    per_device, rows = recipe.batch_norm == "per_device", recipe.batch_size // recipe.micro_batches
+    asked, devices = dataclasses.astuple(recipe.mesh), jax.device_count()
+    mesh = fit_mesh(*asked, rows=rows, least=2 if per_device else 1, resuming=resuming)
+    shards = num_batch_shards(mesh)
+    if per_device and rows < 2 * shards:
         raise UsageError(
-            f"batch_size is {recipe.batch_size}, expected at least {least}: with --batch-norm per_device batch norm "
-            "needs 2 examples on each device"
+            f"batch_size is {recipe.batch_size}, expected at least {2 * shards * recipe.micro_batches}: with "
+            "--batch-norm per_device batch norm needs 2 examples on each device"
         )
-    for name, factor in (("batch_size", shards * parts), ("eval_batch_size", shards)):
-        size = getattr(recipe, name)
-        if size % factor:
-            what = f"{shards} devices" + (f" times {parts} micro-batches" if factor > shards else "")
-            raise UsageError(
-                f"{name} is {size}, expected a multiple of {factor}: {what}; change --{name.replace('_', '-')}"
-            )
+    parts = " in its micro-batches" if recipe.micro_batches > 1 else ""
+    problem = f"batch_size {recipe.batch_size}{parts} does not divide over {devices} devices"
+    if per_device and rows % shards:
+        raise UsageError(f"{problem}, which --batch-norm per_device asks for; change --batch-size or --mesh.data")
+    line = ""
+    if rows % shards:
+        line = f"{problem}: each of them computes every batch whole"
+    elif asked[0] == -1 and mesh.size < devices:
+        line = f"{problem}: training uses {mesh.size} of them"
+    if any(length not in (-1, mesh.shape[axis]) for axis, length in zip(AXES, asked, strict=True)):
+        line = f"the run goes on over {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)} of {devices} devices"
+    if line and is_primary():
+        print(line, file=sys.stderr)
+    return mesh
 
 
 def check_classes(recipe: Recipe, num_classes: int) -> None:

@@ -34,6 +34,8 @@ def load_recipe_of(config: dict[str, Any]) -> Recipe:
     }
     for key, value in config["data_location"].items():
         data[key] = None if value == "None" else Path(value)
+    if data.get("image_size") is not None:
+        data["transposed"] = False  # which runs of earlier versions took, and dropped in training
     # A setting that came later than the run is at its default.
     fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key in settings and key not in _NESTED}
     return Recipe(

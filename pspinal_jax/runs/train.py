@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,12 @@ from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.recipes.settings import check_settings, check_settings_for
 from pspinal_jax.runs.build import Setup, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.features import cached_features, head_of, head_recipe
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
+from pspinal_jax.runs.programs import run_mesh
 from pspinal_jax.runs.restore import keep_start, start_variables
 from pspinal_jax.runs.result import make_result
 from pspinal_jax.runs.signals import StopRequest
@@ -54,7 +57,12 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)
+    resuming = broadcast_from_primary(directory.config_path.exists)
+    if not resuming:  # a run of an earlier version goes on as it began
+        check_settings(recipe)
     data = primary_first(lambda: load_data(recipe.data))
+    if not resuming:
+        check_settings_for(recipe, data.source, data.example_shape)
     if not data.in_memory and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
@@ -67,13 +75,16 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         if is_primary() and not directory.curves_path.exists():  # a kill came between the two
             _plot(recipe, directory)
         return directory.result() or {}
+    mesh = run_mesh(recipe, resuming=resuming)
+    if resuming:
+        _warn_of_devices(recipe, directory)
     shape, dtype = data.example_shape, data.example_dtype
     model = build_model(recipe, shape, data.num_classes)
 
     def read_given() -> dict[str, Any]:
         return start_variables(recipe, model, options.init_from, shape, dtype)
 
-    given = None if broadcast_from_primary(directory.config_path.exists) else read_given()
+    given = None if resuming else read_given()
     with directory.held():
         directory.create(config)
         start = keep_start(directory, given, read_given)
@@ -81,9 +92,9 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             features = cached_features(recipe, model, start, data, directory, options.workers)
             head_only, start = head_recipe(recipe), partial(head_of, start)
             head = build_model(head_only, features.example_shape, features.num_classes)
-            setup = set_up(head_only, head, features, options.workers)
+            setup = set_up(head_only, head, features, options.workers, mesh)
         else:
-            setup = set_up(recipe, model, data, options.workers)
+            setup = set_up(recipe, model, data, options.workers, mesh)
         return _train(setup, recipe, options, directory, start)
 
 
@@ -112,6 +123,13 @@ def _check_apart(workdir: Path, data: Path | None) -> None:
             f"the work directory {workdir} lies inside the data, {data}: what a run writes there would become data; "
             "choose another --workdir"
         )
+
+
+def _warn_of_devices(recipe: Recipe, directory: RunDirectory) -> None:
+    """Say so where the rest of the run will be another than it would have been on the devices it began on."""
+    began, now = directory.config()["device"]["count"], device()["count"]
+    if recipe.batch_norm == "per_device" and began != now and is_primary():
+        print(f"warning: with --batch-norm per_device {now} devices give another result than {began}", file=sys.stderr)
 
 
 def _plot(recipe: Recipe, directory: RunDirectory) -> None:

@@ -17,7 +17,8 @@ from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import Batch, EpochPlan, Step, evaluate_split, run_chunk
 from pspinal_jax.training.layouts import in_layout
 from pspinal_jax.training.sharding import (
-    BATCH,
+    batch_sharding,
+    divisible_size,
     make_mesh,
     per_device,
     replicated_on,
@@ -36,8 +37,8 @@ class StepConfig:
     Attributes:
       input_shape: one example's shape.
       input_dtype: its dtype.
-      batch_size: examples per step over all devices, a multiple of the mesh's data times fsdp.
-      eval_batch_size: examples per evaluation step, likewise.
+      batch_size: examples per step over all devices; each computes them all unless they divide over the devices.
+      eval_batch_size: examples per evaluation step; rounded up to a multiple of the devices that they divide over.
       label_smoothing: see `cross_entropy`.
       vectorized: run all seeds as one program, over a leading axis.
       augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
@@ -77,7 +78,8 @@ class Programs:
       tail: number of examples -> the same program for one last batch of so many.
       batch_step: (state, totals, seed, learning_rate, batch) -> (state, totals), one step on a batch that the host
         brings; state and totals are donated. Never vectorised.
-      evaluate: (variables, data, count) -> Evaluation.
+      evaluate: (variables, data, count) -> Evaluation; data of a multiple of `eval_batch_size` examples.
+      eval_batch_size: examples per evaluation step.
       update_best: (best, candidate, improved) -> best; the older best is donated.
       vectorized: whether all seeds run as one program.
     """
@@ -89,6 +91,7 @@ class Programs:
     tail: Callable[[int], Callable[..., tuple[TrainState, Totals]]]
     batch_step: Callable[..., tuple[TrainState, Totals]]
     evaluate: Callable[..., Evaluation]
+    eval_batch_size: int
     update_best: Callable[..., Any]
     vectorized: bool
 
@@ -122,6 +125,7 @@ def build_programs(model: Any, optimizer: optax.GradientTransformation, config: 
       config: everything else.
     """
     mesh, vectorized = config.mesh, config.vectorized
+    eval_batch_size = divisible_size(mesh, config.eval_batch_size)
     replicated = replicated_on(mesh)
     inputs = jax.ShapeDtypeStruct((2, *config.input_shape), config.input_dtype)
 
@@ -151,7 +155,7 @@ def build_programs(model: Any, optimizer: optax.GradientTransformation, config: 
         def one(batch: Batch, mask: jax.Array) -> Evaluation:
             return eval_step(model.apply, variables, _sharded(mesh, batch), mask)
 
-        return evaluate_split(one, config.eval_batch_size, data, count)
+        return evaluate_split(one, eval_batch_size, data, count)
 
     return Programs(
         mesh=mesh,
@@ -161,6 +165,7 @@ def build_programs(model: Any, optimizer: optax.GradientTransformation, config: 
         tail=cache(partial(chunk, tail_step)),
         batch_step=jit_steps(batch_step),
         evaluate=jit(seeds(evaluate, (0, None, None))),
+        eval_batch_size=eval_batch_size,
         update_best=jit(seeds(_update_best, (0, 0, 0)), donate_argnums=0, out_shardings=variables),
         vectorized=vectorized,
     )
@@ -199,7 +204,7 @@ def _make_steps(model: Any, optimizer: optax.GradientTransformation, config: Ste
 
 
 def _sharded(mesh: Mesh, batch: Batch) -> Batch:
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
+    return jax.lax.with_sharding_constraint(batch, batch_sharding(mesh, len(batch[1])))
 
 
 def _update_best(best: Any, candidate: Any, improved: jax.Array) -> Any:

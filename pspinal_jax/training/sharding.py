@@ -37,9 +37,65 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
     """The mesh of all devices with axes of these lengths; see `mesh_shape`."""
-    shape = mesh_shape(data, fsdp, model, jax.device_count())
+    return _mesh_of(mesh_shape(data, fsdp, model, jax.device_count()))
+
+
+def fit_mesh(data: int, fsdp: int, model: int, *, rows: int, least: int = 1, resuming: bool = False) -> Mesh:
+    """A mesh with axes of these lengths at which batches divide over the devices, if need be of fewer devices.
+
+    Args:
+      data: length of the axis data; -1 for the largest at which `rows` divide over the devices.
+      fsdp: length of the axis fsdp.
+      model: length of the axis model.
+      rows: examples that the devices work on at a time.
+      least: the fewest of them for a device.
+      resuming: take the lengths as the largest allowed, whatever the number of devices.
+
+    Returns:
+      The mesh. Where no length of data will do, all devices: each then has a batch whole, see `batch_sharding`.
+
+    Raises:
+      UsageError: as `mesh_shape`, unless `resuming`.
+    """
+    devices = jax.device_count()
+    if resuming:
+        model = _largest_divisor(model, devices)
+        fsdp = _largest_divisor(fsdp, devices // model)
+        longest = devices // (fsdp * model)
+        longest = longest if data == -1 else min(data, longest)
+    else:
+        longest = mesh_shape(data, fsdp, model, devices)[0]
+    for length in range(longest, 0, -1) if resuming or data == -1 else (longest,):
+        each, rest = divmod(rows, length * fsdp)
+        if not rest and each >= least and _devices_of((length, fsdp, model)) is not None:
+            return _mesh_of((length, fsdp, model))
+    whole = (longest, fsdp, model)
+    return _mesh_of(whole if _devices_of(whole) is not None else (devices, 1, 1))
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
+
+
+def _mesh_of(shape: tuple[int, int, int]) -> Mesh:
     # Explicit axes, JAX's default, would make shardings part of every array's type; here XLA propagates them.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    if math.prod(shape) == jax.device_count():
+        return jax.make_mesh(shape, AXES, axis_types=types)
+    return Mesh(np.asarray(_devices_of(shape)).reshape(shape), AXES, axis_types=types)
+
+
+def _devices_of(shape: tuple[int, int, int]) -> list[jax.Device] | None:
+    """As many devices as `shape` has places, the same number of every process; None if there are no such."""
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    if math.prod(shape) == jax.device_count():
+        return jax.devices()
+    each, rest = divmod(math.prod(shape), len(by_process))
+    if rest or not each or each > min(map(len, by_process.values())):
+        return None
+    return [device for devices in by_process.values() for device in devices[:each]]
 
 
 def mesh_shape(data: int, fsdp: int, model: int, devices: int) -> tuple[int, int, int]:
@@ -61,6 +117,11 @@ def mesh_shape(data: int, fsdp: int, model: int, devices: int) -> tuple[int, int
 def num_batch_shards(mesh: Mesh) -> int:
     """How many parts a batch is sharded into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def divisible_size(mesh: Mesh, size: int) -> int:
+    """`size` rounded up to a multiple of the parts that a batch is sharded into."""
+    return size + -size % num_batch_shards(mesh)
 
 
 def replicated_on(mesh: Mesh) -> NamedSharding:

@@ -127,7 +127,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def stop_after_set_up(recipe, model, data, workers=0):
+def stop_after_set_up(recipe, model, data, workers=0, mesh=None):
     """In place of compiling: the model's shapes, and as if the user had stopped the run."""
     shape, dtype = data.example_shape, data.example_dtype
     inputs = jax.ShapeDtypeStruct((2, *shape), dtype)

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes import MeshConfig, load_recipe
-from pspinal_jax.runs.build import check_classes, check_devices
+from pspinal_jax.runs.build import check_classes, run_mesh
 from pspinal_jax.training.sharding import make_mesh, mesh_shape, partition_spec, shardings
 
 AXES = {"data": 2, "fsdp": 4, "model": 2}
@@ -52,9 +52,9 @@ def test_what_does_not_fit_is_refused_before_the_run():
         dataclasses.replace(recipe, mesh=MeshConfig(fsdp=2), batch_norm="per_device")
     devices = jax.device_count()
     with pytest.raises(UsageError, match=r"batch_size is \d+, expected at least .* needs 2 examples on each device"):
-        check_devices(dataclasses.replace(recipe, batch_size=devices, batch_norm="per_device"))
+        run_mesh(dataclasses.replace(recipe, batch_size=devices, batch_norm="per_device"))
     with pytest.raises(UsageError, match=r"the number of devices; change --mesh.data .* or --mesh.model"):
-        check_devices(dataclasses.replace(recipe, mesh=MeshConfig(fsdp=devices + 1)))
+        run_mesh(dataclasses.replace(recipe, mesh=MeshConfig(fsdp=devices + 1)))
     with pytest.raises(UsageError, match=r"mesh.model is 4, expected a divisor of 10, the number of classes"):
         check_classes(dataclasses.replace(recipe, mesh=MeshConfig(model=4)), 10)
 

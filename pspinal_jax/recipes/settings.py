@@ -1,0 +1,64 @@
+"""Settings that could have no effect are refused: nobody shall believe that a run was made with them."""
+
+import operator
+from collections.abc import Sequence
+
+from pspinal_jax.errors import UsageError
+from pspinal_jax.recipes.schema import Recipe
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Check that every setting of `recipe` that is not at its default has an effect on a run of it.
+
+    Raises:
+      UsageError: naming the first that has none, and with what it would have one.
+    """
+    data, model, optimizer = recipe.data, recipe.model, recipe.optimizer
+    images, held_out = data.image_size is not None, data.num_validation > 0
+    trained_backbone = model.is_resnet and recipe.freeze == "none"
+    batch_norm = model.norm == "batch" or model.backbone != "none"
+    for name, default, has_effect, where in (
+        ("data.data_dir", None, data.path is None, "without --data.path, which is read instead"),
+        ("data.num_validation", 0, not images, "for image files, which take --data.validation-fraction"),
+        ("data.validation_fraction", 0.0, images, "without --data.image-size; arrays take --data.num-validation"),
+        ("data.test_fraction", 0.2, images, "without --data.image-size: arrays have a test split of their own"),
+        ("data.strict", False, images, "without --data.image-size: arrays are always checked"),
+        ("data.split_seed", 0, images or held_out, "without --data.num-validation: nothing is held out"),
+        ("data.transposed", False, not images, "for image files, which are taken as they are"),
+        ("model.remat", False, trained_backbone, "unless a ResNet backbone is trained"),
+        ("model.layer_dropout_rate", 0.0, model.head == "progressive", "unless --model.head progressive"),
+        ("model.implementation", "auto", model.head == "progressive", "unless --model.head progressive"),
+        ("optimizer.nesterov", False, optimizer.name == "sgd" and optimizer.momentum > 0, "unless sgd with momentum"),
+        ("optimizer.weight_decay", 0.0, optimizer.name == "adamw", "unless --optimizer.name adamw"),
+        ("optimizer.decay_epochs", 7, optimizer.schedule == "step", "unless --optimizer.schedule step"),
+        ("optimizer.warmup_fraction", 0.3, optimizer.schedule == "one_cycle", "unless --optimizer.schedule one_cycle"),
+        ("feature_views", 0, data.augment != "none", "without --data.augment: all views would be the same"),
+        ("batch_norm", "global", batch_norm, "where the model has no batch norm"),
+    ):
+        _check(recipe, name, default, has_effect, where)
+
+
+def check_settings_for(recipe: Recipe, source: str, example_shape: Sequence[int]) -> None:
+    """As `check_settings`, for data whose examples have this shape: features [D], or images [H, W, C].
+
+    Raises:
+      UsageError: also if mean or std do not fit the channels.
+    """
+    if len(example_shape) == 1:
+        where = f"for features, which are taken as they are ({source})"
+        for name, default in (("augment", "none"), ("mean", 0.0), ("std", 1.0), ("transposed", False)):
+            _check(recipe, f"data.{name}", default, False, where)
+        return
+    for name in ("mean", "std"):
+        value = getattr(recipe.data, name)
+        if isinstance(value, tuple) and len(value) != example_shape[-1]:
+            raise UsageError(
+                f"data.{name} is {value}, expected one number, or one for each of the {example_shape[-1]} channels of "
+                f"{source}"
+            )
+
+
+def _check(recipe: Recipe, name: str, default: object, has_effect: bool, where: str) -> None:
+    value = operator.attrgetter(name)(recipe)
+    if value != default and not has_effect:
+        raise UsageError(f"{name} is {value}, expected {default} {where}")
