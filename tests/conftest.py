@@ -26,7 +26,7 @@ def optimised() -> Iterator[None]:
     """For tests that compare bits with what an ordinary process wrote, or read what the compiler makes."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -177,7 +177,7 @@ def test_training_and_evaluation(small, variables, in_training):
     np.testing.assert_allclose(evaluate(moved, others)[0], after[0], rtol=1e-5, atol=1e-5)
 
 
-def test_remat_gives_the_same_numbers(small):
+def test_remat_gives_the_same_numbers(small, optimised):
     maps = np.random.default_rng(7).normal(size=(3, 6, 5, 64)).astype(np.float32)
     plain, saving = (resnet.Stage("small", 2, remat=remat) for remat in (False, True))
     variables = compiled(lambda key: plain.init(key, maps, train=False))(jax.random.key(0))

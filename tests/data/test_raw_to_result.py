@@ -19,7 +19,9 @@ SMALL = ["--epochs", "1", "--batch-size", "16", "--eval-batch-size", "32"]
 SETS = [pytest.param(name, marks=[pytest.mark.slow] if name == "qmnist" else []) for name in NUM_CLASSES]
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    "name", [name if name == "mnist" else pytest.param(name, marks=pytest.mark.slow) for name in SETS]
+)
 def test_raw_files_become_an_evaluated_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     raw = write_raw(tmp_path / "raw", name, examples(NUM_CLASSES[name], num_train=60, num_test=52))

@@ -49,7 +49,7 @@ def write_raw(name, folder):
 @pytest.mark.parametrize(
     ("name", "train", "validation", "test", "classes"),
     [
-        ("stl10", 20, 10, 12, 10),
+        pytest.param("stl10", 20, 10, 12, 10, marks=pytest.mark.slow),
         pytest.param("caltech101", 101 * 18, 101 * 12, 101, 101, marks=pytest.mark.slow),
         pytest.param("fruits360", 131, 131, 131, 131, marks=pytest.mark.slow),
         pytest.param("birds225", 450, 225, 225, 225, marks=pytest.mark.slow),

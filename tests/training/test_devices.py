@@ -68,6 +68,7 @@ def test_no_device_holds_what_belongs_to_all_classes(results):
     assert holds == {"1x1x1": True, "4x1x1": True, "2x2x2": False}
 
 
+@pytest.mark.slow
 def test_jit_shard_map_and_pmap_agree(tmp_path):
     """Five steps of plain SGD: parameters, statistics and sums, with statistics of the whole batch and of a device's.
 
