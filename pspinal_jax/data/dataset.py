@@ -89,7 +89,7 @@ class Dataset(Generic[S]):
       source: named in messages.
       example_shape: of one example as a model sees it, (H, W, C) or (D,).
       example_dtype: uint8 for images, float32 for features.
-      skipped: names of the unreadable files that were left out.
+      skipped: what was left out, a line each: unreadable files with the reason, and what was passed over.
     """
 
     splits: Mapping[str, S]

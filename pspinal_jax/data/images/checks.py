@@ -23,7 +23,7 @@ _SIZE = (16, 16)  # every byte is decoded whatever the size, and resizing costs 
 _MOST_THREADS = 8
 _AHEAD = 4
 """Images in memory at once, per thread."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Checked(NamedTuple):
@@ -82,18 +82,21 @@ def skipped_text(names: Sequence[str], source: str) -> str:
     return f"{len(names)} image{'s' if len(names) > 1 else ''} of {source} cannot be decoded: {first_names(names)}"
 
 
+def with_reason(file: str, problem: str) -> str:
+    """`file` and in brackets why it cannot be used."""
+    return f"{file} ({problem.removeprefix('the image cannot be decoded: ')})"
+
+
 class FileCheck(NamedTuple):
     """What is known of a file.
 
     Attributes:
-      size: its size in bytes when it was read.
-      modified: when it had been changed last, in ns.
+      stamp: what changes with its content, see `_stamp`.
       crc: checksum of its bytes.
       problem: why it cannot be used, or None if it can.
     """
 
-    size: int
-    modified: int
+    stamp: tuple[int, ...]
     crc: int
     problem: str | None
 
@@ -110,24 +113,25 @@ def check_files(root: Path, files: Sequence[str], show_progress: bool) -> FileCh
     place = _place(root)
     known = _load(place) if place else {}
     good = {file: check for file, check in known.items() if check.problem is None}
-    checks = {file: good[file] for file in files if file in good and good[file][:2] == stamps[file]}
+    checks = {file: good[file] for file in files if file in good and good[file].stamp == stamps[file]}
     new = [file for file in files if file not in checks]
     if new:
         with progress_bar(len(new), f"check images in {root.name}", "image", show_progress) as bar:
             for file, checked in zip(new, check(Files(root, new), range(len(new))), strict=True):
-                checks[file] = FileCheck(*stamps[file], checked.crc, checked.problem)
+                checks[file] = FileCheck(stamps[file], checked.crc, checked.problem)
                 bar.update()
         if place:
             _store(place, checks)
     return checks
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Size, times and inode: whoever writes a file over can set its date, but not when that was done."""
     try:
         status = path.stat()
     except OSError:  # a link to nothing, say; reading it will tell
-        return (-1, -1)
-    return status.st_size, status.st_mtime_ns
+        return (-1, -1, -1, -1)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _place(root: Path) -> Path | None:
@@ -145,10 +149,10 @@ def _load(place: Path) -> FileChecks:
         return {}
 
 
-def _parse_check(size: int, modified: int, crc: int, problem: str | None) -> FileCheck:
-    if not all(isinstance(value, int) for value in (size, modified, crc)):
+def _parse_check(stamp: list[int], crc: int, problem: str | None) -> FileCheck:
+    if not all(isinstance(value, int) for value in (*stamp, crc)):
         raise TypeError("not a check")
-    return FileCheck(size, modified, crc, None if problem is None else str(problem))
+    return FileCheck(tuple(stamp), crc, None if problem is None else str(problem))
 
 
 def _store(place: Path, checks: Mapping[str, FileCheck]) -> None:

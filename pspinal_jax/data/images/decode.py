@@ -30,6 +30,10 @@ _UPRIGHT = {
 """How to undo each value of EXIF's tag Orientation; 1 is upright."""
 _ON_ITS_SIDE = (5, 6, 7, 8)
 
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO = 0
+"""TIFF's tags, and the value of PhotometricInterpretation for grey images whose 0 is white."""
+
 _DRAFT_GAP = 2
 """A JPEG is decoded at a half, quarter or eighth of its size where that leaves this many times the wanted size.
 
@@ -71,11 +75,13 @@ def decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 def _decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
     height, width = size
-    opened = contextlib.nullcontext(data.copy()) if isinstance(data, Image.Image) else _open(data)
+    opened = contextlib.nullcontext(_copy(data)) if isinstance(data, Image.Image) else _open(data)
     with opened as image:
         limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice as many
         if limit is not None and image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} pixels are more than Pillow's limit of {limit}")
+        if image.format == "TIFF":
+            image.load()  # which turns it upright and forgets the tag: turned again below, it would lie wrong
         orientation = _orientation(image)
         sides = (height, width) if orientation in _ON_ITS_SIDE else (width, height)
         image.draft(None, (_DRAFT_GAP * sides[0], _DRAFT_GAP * sides[1]))  # does nothing but for JPEG
@@ -83,6 +89,14 @@ def _decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
         if orientation in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[orientation])
         return np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _copy(image: Image.Image) -> Image.Image:
+    """A copy that still knows what its file said of the grey levels."""
+    copied = image.copy()
+    if hasattr(image, "tag_v2"):
+        copied.tag_v2 = image.tag_v2  # type: ignore[attr-defined]
+    return copied
 
 
 def _open(data: bytes) -> Image.Image:
@@ -97,10 +111,24 @@ def _orientation(image: Image.Image) -> Any:
     return exif.get(ExifTags.Base.Orientation, 1)
 
 
+def _grey_levels(image: Image.Image) -> np.ndarray:
+    """The upper 8 bits of more than 8. Pillow clips at 255, and inverts a TIFF whose 0 is white at 8 bits only."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    signed = tags.get(_SAMPLE_FORMAT, 1) not in (1, (1,))
+    if bits > 16 or signed:
+        kind = "signed" if signed else "32-bit"
+        raise ValueError(f"{kind} grey levels have no known range; 8 and 16 bits without a sign are taken")
+    levels = np.asarray(image).astype(np.int64).clip(0, (1 << bits) - 1)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        levels = (1 << bits) - 1 - levels
+    return (levels >> (bits - 8)).astype(np.uint8)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # Pillow clips 16 bits at 255.
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_grey_levels(image)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.has_transparency_data:

@@ -144,7 +144,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
     *(".pnm", ".jp2", ".avif", ".heic", ".heif"),
 )
-"""What an image's name ends in, in lower case; other files are passed over in silence."""
+"""What an image's name ends in, in lower case; other files are left out, and a warning says so."""
 
 
 def is_image(file: str) -> bool:

@@ -1,12 +1,16 @@
 """A folder of images: a folder per class, with or without folders per split above them."""
 
+import os
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from pspinal_jax.data.dataset import Dataset, split_by_class
-from pspinal_jax.data.images.checks import check_files, skipped_text, warn_of_skipped
-from pspinal_jax.data.images.classes import class_names, in_order
-from pspinal_jax.data.images.encoded import Files, ImageSplit, list_images
+from pspinal_jax.data.images.checks import check_files, skipped_text, warn_of_skipped, with_reason
+from pspinal_jax.data.images.classes import class_names, first_names, in_order
+from pspinal_jax.data.images.encoded import Files, ImageSplit, is_image, list_images
+from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import DataError, UsageError
 
 SPLIT_FOLDERS = {
@@ -46,7 +50,7 @@ def read_folder(
     names = _class_names(path, folders, listed)
     files = [file for classes in listed.values() for each in classes.values() for file in each]
     checks = check_files(path, files, show_progress)
-    skipped = tuple(file for file in files if checks[file].problem is not None)
+    skipped = tuple(with_reason(file, problem) for file in files if (problem := checks[file].problem) is not None)
     if skipped and strict:
         raise DataError(f"{skipped_text(skipped, str(path))}; mend or remove them, or do not ask for strictness")
     splits = {}
@@ -55,9 +59,12 @@ def read_folder(
         found, labels = in_order(good, names, partial(_nothing_in, path / folders[split]))
         splits[split] = ImageSplit(Files(path, found, [checks[file].crc for file in found]), labels)
     warn_of_skipped(skipped, str(path))
+    passed_over = find_passed_over(path, folders, frozenset(files))
+    for line in passed_over if is_primary() else ():
+        print(f"warning: {line}", file=sys.stderr)
     if "all" in splits:
         splits = _draw_test(path, splits["all"], test_fraction, split_seed)
-    return Dataset(splits, names, str(path), (image_size, image_size, 3), skipped=skipped)
+    return Dataset(splits, names, str(path), (image_size, image_size, 3), skipped=(*skipped, *passed_over))
 
 
 def find_split_folders(path: Path) -> dict[str, str]:
@@ -92,6 +99,54 @@ def list_classes(path: Path, folder: str) -> dict[str, list[str]]:
         name: [f"{prefix}{name}/{file}" for file in list_images(path / folder / name)]
         for name in _folders(path / folder)
     }
+
+
+def find_passed_over(path: Path, folders: dict[str, str], taken: frozenset[str]) -> tuple[str, ...]:
+    """A line for each kind of thing in `path` that holds no example of any split, though a user may think that it does.
+
+    Hidden files are nobody's examples, and neither are files of text beside the folders.
+    """
+    lines = []
+    inside = sorted(folder for folder in folders.values() if folder)
+    beside = [name for name in _folders(path) if name not in inside] if inside else []
+    if beside:
+        lines.append(f"{path} is read as {', '.join(inside)}; left out: the folder{_s(beside)} {first_names(beside)}")
+    roots = [path / folder for folder in inside] or [path]
+    loose = [file.relative_to(path).as_posix() for root in roots for file in sorted(root.iterdir()) if _is_loose(file)]
+    if loose:
+        text = f"{len(loose)} picture{_s(loose)} beside the class folders, in no class, left out"
+        lines.append(f"{text}: {first_names(loose)}")
+    classes = [root / name for root in roots for name in _folders(root)]
+    links, others = _inside_classes(classes, taken, path)
+    if links:
+        text = f"{len(links)} linked folder{_s(links)} inside a class left out, for links are not followed"
+        lines.append(f"{text}: {first_names(links)}")
+    if others:
+        suffixes = ", ".join(sorted({os.path.splitext(file)[1] or "without a suffix" for file in others}))
+        text = f"{len(others)} file{_s(others)} in class folders left out for their suffix ({suffixes})"
+        lines.append(f"{text}: {first_names(others)}")
+    return tuple(lines)
+
+
+def _s(names: Sequence[str]) -> str:
+    return "s" if len(names) > 1 else ""
+
+
+def _is_loose(file: Path) -> bool:
+    return is_image(file.name) and not file.is_dir()
+
+
+def _inside_classes(classes: list[Path], taken: frozenset[str], root: Path) -> tuple[list[str], list[str]]:
+    """Linked folders below `classes`, and files that were not taken, both relative to `root`."""
+    links, others = [], []
+    for each in classes:
+        for folder, inner, files in os.walk(each):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            here = Path(folder).relative_to(root)
+            links += [(here / name).as_posix() for name in inner if os.path.islink(os.path.join(folder, name))]
+            names = ((here / name).as_posix() for name in files if not name.startswith("."))
+            others += [name for name in names if name not in taken]
+    return sorted(links), sorted(others)
 
 
 def _folders(path: Path) -> list[str]:
