@@ -103,10 +103,10 @@ class ConvNorm(nn.Module):
         mean, variance = running["mean"].value, running["var"].value
         if train and not self.is_initializing():
             batch_mean, batch_variance = norm.batch_statistics(outputs)
-            if self.is_mutable_collection("batch_stats"):
-                count = outputs.size // width
-                new = norm.update_running(mean, variance, batch_mean, batch_variance, count)
-                running["mean"].value, running["var"].value = new
+            norm.check_mutable(self)
+            count = outputs.size // width
+            new = norm.update_running(mean, variance, batch_mean, batch_variance, count)
+            running["mean"].value, running["var"].value = new
             mean, variance = batch_mean, batch_variance
         outputs = norm.normalize(outputs, mean, variance, affine["scale"], affine["bias"], EPSILON)
         return jnp.clip(outputs, 0, 6) if self.relu else outputs

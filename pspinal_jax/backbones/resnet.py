@@ -44,10 +44,10 @@ class ConvNorm(nn.Module):
             return nn.relu(outputs) if self.relu else outputs
         normalised = norm_relu if self.relu else batch_norm
         outputs, mean, variance = normalised(outputs, affine["scale"], affine["bias"])
-        if self.is_mutable_collection("batch_stats"):
-            old = (running["mean"].value, running["var"].value)
-            count = outputs.size // channels
-            running["mean"].value, running["var"].value = norm.update_running(*old, mean, variance, count)
+        norm.check_mutable(self)
+        old = (running["mean"].value, running["var"].value)
+        count = outputs.size // channels
+        running["mean"].value, running["var"].value = norm.update_running(*old, mean, variance, count)
         return outputs
 
 

@@ -47,11 +47,11 @@ class ConvNormRelu(nn.Module):
         # Batch norm subtracts the batch mean, and the bias with it: the bias reaches the running mean and nothing
         # else, and its gradient is exactly zero (torch's is rounding noise of about 1e-9 of the others').
         outputs, mean, variance = norm_relu(outputs, affine["scale"], affine["bias"])
-        if self.is_mutable_collection("batch_stats"):
-            count = outputs.size // self.channels
-            old = (running["mean"].value, running["var"].value)
-            mean = mean + jax.lax.stop_gradient(bias).astype(mean.dtype)
-            running["mean"].value, running["var"].value = norm.update_running(*old, mean, variance, count)
+        norm.check_mutable(self)
+        count = outputs.size // self.channels
+        old = (running["mean"].value, running["var"].value)
+        mean = mean + jax.lax.stop_gradient(bias).astype(mean.dtype)
+        running["mean"].value, running["var"].value = norm.update_running(*old, mean, variance, count)
         return outputs
 
 

@@ -20,8 +20,9 @@ from pspinal_jax.layers.linear import (
     check_count,
     check_rate,
     declare_linear,
+    relu,
 )
-from pspinal_jax.layers.norm import check_rows
+from pspinal_jax.layers.norm import check_mutable, check_rows
 
 
 class DropLinear(nn.Module):
@@ -41,9 +42,10 @@ class DropLinear(nn.Module):
         if self.linear.batch_norm:
             if live:
                 check_rows(inputs.shape)
+                check_mutable(self)
             values = {name: variable.value for name, variable in running.items()}
             outputs, values = batch_norm(outputs, params["norm"], values, train=train)
-            if live and self.is_mutable_collection("batch_stats"):
+            if live:
                 for name, value in values.items():
                     running[name].value = value
         return outputs if self.activation is None else self.activation(outputs)
@@ -92,7 +94,7 @@ class SpinalHead(nn.Module):
     num_layers: int = 4
     dropout_rate: float = 0.2
     norm: Literal["batch"] | None = None
-    activation: Activation = nn.relu
+    activation: Activation = relu
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer | None = None
@@ -163,7 +165,7 @@ class MLPHead(nn.Module):
     layer_width: int
     dropout_rate: float = 0.2
     norm: Literal["batch"] | None = None
-    activation: Activation = nn.relu
+    activation: Activation = relu
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer | None = None

@@ -137,8 +137,8 @@ def apply_fused(
     width = config.layer_width
     cast = {name: array.astype(features.dtype) for name, array in fused.items() if not name.startswith("norm")}
     dropped = dropout(dropout_key, config.dropout_rate, features)
-    hidden = features @ cast["first_kernel"] + cast["bias"][:width]
-    waiting = dropped @ cast["features_kernel"] + cast["bias"][width:]
+    hidden = features @ cast["first_kernel"] + cast["bias"][None, :width]
+    waiting = dropped @ cast["features_kernel"] + cast["bias"][None, width:]
     new_stats: Tree = {}
     for index in range(1, config.num_layers + 1):
         if config.batch_norm:

@@ -28,8 +28,9 @@ from pspinal_jax.layers.linear import (
     check_choice,
     check_count,
     check_rate,
+    relu,
 )
-from pspinal_jax.layers.norm import check_rows
+from pspinal_jax.layers.norm import check_mutable, check_rows
 
 
 class ProgressiveSpinalHead(nn.Module):
@@ -106,7 +107,7 @@ class ProgressiveSpinalHead(nn.Module):
     dropout_rate: float = 0.2
     layer_dropout_rate: float = 0.0
     norm: Literal["batch"] | None = None
-    activation: Activation = nn.relu
+    activation: Activation = relu
     implementation: Implementation = "auto"
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -138,6 +139,7 @@ class ProgressiveSpinalHead(nn.Module):
         rows = as_rows(features, self.dtype, self.param_dtype)
         if self.norm and train and not self.is_initializing():
             check_rows(features.shape)
+            check_mutable(self)
         drops = train and (self.dropout_rate > 0.0 or self.layer_dropout_rate > 0.0)
         dropout_key = self.make_rng("dropout") if drops and not self.is_initializing() else None
         arguments: dict[str, Any] = {"train": train, "dropout_key": dropout_key}
@@ -177,7 +179,7 @@ class ProgressiveSpinalHead(nn.Module):
                 for name, variables in running.items()
             }
         logits, new_stats = self._run(params, stats, features, arguments)
-        if arguments["train"] and self.is_mutable_collection("batch_stats") and not self.is_initializing():
+        if arguments["train"] and not self.is_initializing():
             for name, layer in new_stats.items():
                 for key, value in layer["norm"].items():
                     running[name][key].value = value
@@ -189,7 +191,7 @@ class ProgressiveSpinalHead(nn.Module):
         stats = dict(self.variables.get("batch_stats", {}))
         check_shapes(params, stats, features.shape[1], self.config)
         logits, new_stats = self._run(params, stats, features, arguments)
-        if arguments["train"] and self.is_mutable_collection("batch_stats"):
+        if arguments["train"]:
             for name, value in new_stats.items():
                 self.put_variable("batch_stats", name, value)
         return logits

@@ -200,10 +200,10 @@ def apply_scan(
     buffer, statistics = _hidden(static, prefix, offsets, _Layers(kernels, layer_norm, key))
 
     if key is None:
-        logits = of_features[:, split:] + buffer @ cast["output_kernel"] + cast["output_bias"]
+        logits = of_features[:, split:] + buffer @ cast["output_kernel"] + cast["output_bias"][None]
     else:
         output_kernel = jnp.concatenate([cast["features_kernel"][:, split:], cast["output_kernel"]])
-        logits = (buffer * _mask(static, key, config.num_layers, buffer)) @ output_kernel + cast["output_bias"]
+        logits = (buffer * _mask(static, key, config.num_layers, buffer)) @ output_kernel + cast["output_bias"][None]
     if not (config.batch_norm and train):
         return logits, packed_stats
     mean, var = statistics
@@ -260,9 +260,9 @@ def _forward(
     static: _Static, prefix: jax.Array, offsets: jax.Array, layers: _Layers
 ) -> tuple[jax.Array, tuple, jax.Array]:
     """(buffer [N, P + L W], statistics ([L, W], [L, W]) or (), pre-activations [L, N, W])."""
-    num_layers, rows, width = offsets.shape
+    num_layers, _, width = offsets.shape
     start = prefix.shape[1]
-    buffer = jnp.concatenate([prefix, jnp.zeros((rows, num_layers * width), prefix.dtype)], axis=1)
+    buffer = jnp.pad(prefix, ((0, 0), (0, num_layers * width)))
 
     def step(buffer: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
         index, offset, kernel, layer_norm = layer
@@ -304,7 +304,7 @@ def _hidden_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
     start = prefix.shape[1]
     # Rebuilding y from the pre-activations is elementwise work; keeping it would be a second buffer.
     hidden = jax.vmap(lambda z, n: _finish_layer(static, z, n)[0])(pre, layers.norm)
-    buffer = jnp.concatenate([prefix, hidden.transpose(1, 0, 2).reshape(rows, -1)], axis=1)
+    buffer = jnp.concatenate([prefix, hidden.transpose(1, 0, 2).reshape(rows, num_layers * width)], axis=1)
 
     def step(grad_buffer: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
         index, pre, kernel, layer_norm = layer
@@ -327,7 +327,18 @@ def _hidden_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
     row = jnp.arange(buffer.shape[1])
     written = row[None] < start + width * jnp.arange(num_layers)[:, None]
     grad_kernels = jnp.where(written[:, :, None], grad_kernels, 0)
-    return grad_buffer[:, :start], grad_offsets, _Layers(grad_kernels, grad_norm, None)
+    grads = (grad_buffer[:, :start], grad_offsets, grad_kernels, grad_norm)
+    primals = (prefix, pre, layers.kernels, layers.norm)
+    grad_prefix, grad_offsets, grad_kernels, grad_norm = jax.tree.map(_summed_as, grads, primals)
+    return grad_prefix, grad_offsets, _Layers(grad_kernels, grad_norm, None)
+
+
+def _summed_as(grad: jax.Array, primal: jax.Array) -> jax.Array:
+    """Inside shard_map, the gradient of what all devices hold alike is the sum over them, as autodiff makes it."""
+    varying: frozenset[str] = getattr(jax.typeof(grad), "vma", frozenset()) - getattr(
+        jax.typeof(primal), "vma", frozenset()
+    )
+    return lax.psum(grad, tuple(varying)) if varying else grad
 
 
 _hidden.defvjp(_hidden_fwd, _hidden_bwd)

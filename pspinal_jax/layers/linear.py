@@ -3,6 +3,7 @@
 The default initialisation is torch.nn.Linear's, on which the published scripts rely.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,9 +124,14 @@ def as_rows(features: jax.Array, dtype: Any, param_dtype: Any) -> jax.Array:
     return features.reshape(-1, features.shape[-1]).astype(dtype)
 
 
+def relu(values: jax.Array) -> jax.Array:
+    """max(x, 0), as `jax.nn.relu`, which cannot be pickled."""
+    return jax.nn.relu(values)
+
+
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raise ValueError unless `value` is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 

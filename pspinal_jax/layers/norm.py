@@ -6,6 +6,7 @@ the biased one; flax.linen.BatchNorm uses the biased one for both. The published
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,7 +27,7 @@ def batch_statistics(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     axes = tuple(range(inputs.ndim - 1))
     mean = jnp.mean(inputs, axes)
     # Two passes: E[x^2] - E[x]^2 loses digits, and XLA's CPU code for it is the slower of the two.
-    variance = jnp.mean(jnp.square(inputs - mean), axes)
+    variance = jnp.mean(jnp.square(inputs - mean.reshape((1,) * len(axes) + mean.shape)), axes)
     return mean, variance
 
 
@@ -40,9 +41,12 @@ def normalize(
 ) -> jax.Array:
     """(inputs - mean) / sqrt(variance + epsilon) * scale + bias, in float32 or wider, given in `inputs`' dtype."""
     dtype = statistics_dtype(inputs.dtype)
-    factor = jax.lax.rsqrt(variance.astype(dtype) + epsilon) * scale.astype(dtype)
-    shifted = (inputs.astype(dtype) - mean.astype(dtype)) * factor + bias.astype(dtype)
-    return shifted.astype(inputs.dtype)
+
+    def aligned(values: jax.Array) -> jax.Array:  # under numpy_rank_promotion('raise') ranks have to be equal
+        return values.astype(dtype).reshape((1,) * (inputs.ndim - 1) + values.shape)
+
+    factor = jax.lax.rsqrt(aligned(variance) + epsilon) * aligned(scale)
+    return ((inputs.astype(dtype) - aligned(mean)) * factor + aligned(bias)).astype(inputs.dtype)
 
 
 def update_running(
@@ -53,6 +57,18 @@ def update_running(
     new_mean = MOMENTUM * running_mean + (1 - MOMENTUM) * mean.astype(running_mean.dtype)
     new_var = MOMENTUM * running_var + (1 - MOMENTUM) * unbiased.astype(running_var.dtype)
     return new_mean, new_var
+
+
+def check_mutable(module: nn.Module) -> None:
+    """Raise ValueError where a training pass of `module` would drop the running statistics in silence.
+
+    flax.linen.BatchNorm raises there too.
+    """
+    if not module.is_mutable_collection("batch_stats"):
+        raise ValueError(
+            "batch norm in training updates its running statistics, but batch_stats is not mutable: call "
+            "apply(.., mutable=['batch_stats']) and keep what it returns, or train=False"
+        )
 
 
 def check_rows(shape: tuple[int, ...]) -> int:
