@@ -335,10 +335,17 @@ def _hidden_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
 
 def _summed_as(grad: jax.Array, primal: jax.Array) -> jax.Array:
     """Inside shard_map, the gradient of what all devices hold alike is the sum over them, as autodiff makes it."""
-    varying: frozenset[str] = getattr(jax.typeof(grad), "vma", frozenset()) - getattr(
-        jax.typeof(primal), "vma", frozenset()
-    )
+    varying = _varying(grad) - _varying(primal)
     return lax.psum(grad, tuple(varying)) if varying else grad
+
+
+def _varying(array: jax.Array) -> frozenset[str]:
+    """The axes of shard_map over which `array` differs; the attribute had another name before jax 0.10."""
+    kind = jax.typeof(array)
+    found: frozenset[str] = getattr(
+        getattr(kind, "manual_axis_type", kind), "varying", getattr(kind, "vma", frozenset())
+    )
+    return found
 
 
 _hidden.defvjp(_hidden_fwd, _hidden_bwd)
