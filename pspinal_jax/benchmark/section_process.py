@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from pspinal_jax.benchmark.precision import Precision, usual_precisions
 from pspinal_jax.benchmark.report import torch_version
 from pspinal_jax.benchmark.sections import SECTIONS, Entry, Sizes, peak_memory, peaks, torch_is_here
+from pspinal_jax.benchmark.timing import Precision, usual_precisions
 from pspinal_jax.environment import device, versions
 from pspinal_jax.files import write_json
 

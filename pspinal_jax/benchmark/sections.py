@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspinal_jax.benchmark.precision import Precision, layer_dtype, set_precision
 from pspinal_jax.benchmark.report import Measurement, summarize, torch_version
-from pspinal_jax.benchmark.timing import Work, time_interleaved
+from pspinal_jax.benchmark.timing import Precision, Work, layer_dtype, set_precision, time_interleaved
 
 Entry = dict[str, Any]
 Case = tuple[str, Callable[[], list[Entry]]]

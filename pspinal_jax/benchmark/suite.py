@@ -54,7 +54,7 @@ def run_suite(
       minutes: about how long all of it may take.
       command: what was typed.
       sections: those to measure, in the suite's order; all by default.
-      precisions: see precision.py; those of the machine by default.
+      precisions: see timing.py; those of the machine by default.
       tiny: the smallest sizes, to see that everything runs.
       overwrite: write over results that are there.
 

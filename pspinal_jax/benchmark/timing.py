@@ -1,10 +1,19 @@
-"""Timing alternatives fairly: warm, blocked, interleaved (A B C A B C ..)."""
+"""Timing alternatives fairly: warm, blocked, interleaved (A B C A B C ..), and in the same arithmetic.
+
+An accelerator multiplies float32 in several ways, and JAX and PyTorch choose differently by default. A comparison is of
+the same arithmetic only if both are told:
+
+- float32: full float32 products;
+- tf32: float32 arrays whose products round their operands to TF32 (10 bits of fraction), on GPUs that have it;
+- bfloat16: layers compute in bfloat16; what stays float32 may use TF32.
+"""
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+import jax
 import numpy as np
 
 Work = Callable[[int], Any]
@@ -105,3 +114,29 @@ def _calibrate(do: Work, seconds: float, most: int) -> int:
         if elapsed > seconds / 4 or count >= most:
             return max(1, min(most, round(count * seconds / max(elapsed, 1e-9))))
         count = min(most, count * 4)
+
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+_IN_JAX = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "tensorfloat32"}
+
+
+def usual_precisions() -> Sequence[Precision]:
+    """Those that this machine tells apart: a CPU has no TF32."""
+    return ("float32", "bfloat16") if jax.default_backend() == "cpu" else ("float32", "tf32", "bfloat16")
+
+
+def set_precision(precision: Precision) -> None:
+    """Set the products of this process, JAX's and (where it is installed) PyTorch's."""
+    jax.config.update("jax_default_matmul_precision", _IN_JAX[precision])
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+    torch.backends.cudnn.benchmark = True  # as XLA, which tries a convolution's algorithms too
+
+
+def layer_dtype(precision: Precision) -> Literal["float32", "bfloat16"]:
+    """The dtype that layers compute in."""
+    return "bfloat16" if precision == "bfloat16" else "float32"

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pspinal_jax.data.catalogue import DataSet
-from pspinal_jax.data.digits import read_digits
 from pspinal_jax.data.download import check_reachable, download, missing_downloads
 from pspinal_jax.data.idx import Arrays, read_raw
 from pspinal_jax.data.images.checks import warn_of_skipped
@@ -19,7 +20,7 @@ from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepared import default_data_dir, find_prepared, import_tfds
 from pspinal_jax.data.stl10 import read_stl10
 from pspinal_jax.errors import DataError, UsageError
-from pspinal_jax.files import locked
+from pspinal_jax.files import expanded, locked
 from pspinal_jax.progress import progress_bar
 
 
@@ -56,7 +57,7 @@ def prepare_data_set(
       DataError: if the files are missing, damaged, not reachable, or the folder cannot be written.
     """
     _check_sources(data_set, raw, npz)
-    root = default_data_dir() if data_dir is None else data_dir.expanduser()
+    root = default_data_dir() if data_dir is None else expanded(data_dir)
     if there := find_prepared(root, data_set.name):
         return Preparation(there, was_there=True)
     with contextlib.ExitStack() as archives:
@@ -183,3 +184,22 @@ def _quiet(tfds: Any) -> Iterator[None]:
             yield
     finally:
         tfds.enable_progress_bar()
+
+
+NUM_TEST_DIGITS = 360
+_DIGIT_LEVELS = 16  # scikit-learn's grey levels go from 0 to 16
+
+
+def read_digits() -> Arrays:
+    """The 1,797 handwritten 8x8 digits (UCI) that ship with scikit-learn.
+
+    Splits 'train' (1,437) and 'test' (360), drawn with seed 0; images uint8 [N, 8, 8, 1].
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / _DIGIT_LEVELS)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    order = np.random.default_rng(0).permutation(len(images))
+    parts = {"test": order[:NUM_TEST_DIGITS], "train": order[NUM_TEST_DIGITS:]}
+    return {name: (images[part], labels[part]) for name, part in parts.items()}

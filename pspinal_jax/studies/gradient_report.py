@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.data.dataset import ArraySplit, make_dataset
-from pspinal_jax.data.digits import read_digits
 from pspinal_jax.data.npz import read_npz
+from pspinal_jax.data.prepare import read_digits
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.files import expanded

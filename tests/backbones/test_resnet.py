@@ -179,7 +179,7 @@ def test_training_and_evaluation(small, variables, in_training):
 
 def test_remat_gives_the_same_numbers(small, optimised):
     maps = np.random.default_rng(7).normal(size=(3, 6, 5, 64)).astype(np.float32)
-    plain, saving = (resnet.Stage("small", 2, remat=remat) for remat in (False, True))
+    plain, saving = (resnet.ResNetStage("small", 2, remat=remat) for remat in (False, True))
     variables = compiled(lambda key: plain.init(key, maps, train=False))(jax.random.key(0))
     tree = jax.eval_shape(lambda: saving.init(jax.random.key(0), maps, train=False))
     assert jax.tree.map(lambda leaf: leaf.shape, tree) == jax.tree.map(lambda leaf: leaf.shape, variables)

@@ -20,7 +20,7 @@ jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
 from pspinal_jax.__main__ import main  # noqa: E402
 from pspinal_jax.backbones import resnet  # noqa: E402
 from pspinal_jax.data import load  # noqa: E402
-from pspinal_jax.data.images import stream  # noqa: E402
+from pspinal_jax.data.images import decode as decoding  # noqa: E402
 from pspinal_jax.data.prepared import find_prepared  # noqa: E402
 from pspinal_jax.distributed.coordination import index  # noqa: E402
 from pspinal_jax.runs import train  # noqa: E402
@@ -31,7 +31,7 @@ seen = {"decoded": 0, "prepared": [], "from": None}
 
 
 def watch():
-    decode, prepare, restore = stream.decode, load.prepare_data_set, Trainer._restore
+    decode, prepare, restore = decoding.decode, load.prepare_data_set, Trainer._restore
 
     def counted(*args):
         seen["decoded"] += 1
@@ -45,7 +45,7 @@ def watch():
         restore(self)
         seen["from"] = self.progress.serial
 
-    stream.decode, load.prepare_data_set, Trainer._restore = counted, asked, restored
+    decoding.decode, load.prepare_data_set, Trainer._restore = counted, asked, restored
 
 
 def stop_early(process, name):

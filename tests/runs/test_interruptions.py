@@ -168,9 +168,9 @@ def test_a_full_disk_is_named_and_nothing_is_lost(run, undisturbed, tmp_path):
     with before(Trainer, "stop_if_asked", lambda: signal.raise_signal(signal.SIGTERM), 4):
         fail(CheckpointStore, "save", "checkpoints", size=lambda: 2000)
     assert checkpoints(tmp_path / "run") == there
-    fail(train_module, "write_json", "result.json")
+    fail(RunDirectory, "write_result", "result.json")
     there = checkpoints(tmp_path / "run")
-    fail(train_module, "write_json", "result.json")
+    fail(RunDirectory, "write_result", "result.json")
     assert checkpoints(tmp_path / "run") == there and not (tmp_path / "run" / "result.json").exists()
     assert run() == (0, [])
     assert_same(tmp_path / "run", undisturbed)

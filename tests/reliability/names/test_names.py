@@ -120,7 +120,7 @@ def test_names_are_printed_on_every_terminal(run, monkeypatch, capsys, encoding,
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
     name, *flags = command.split()
-    image = shutil.copy(run / "images" / "$x_$" / "0.png", run / "one.png")
+    image = str(shutil.copy(run / "images" / "$x_$" / "0.png", run / "one.png"))
     assert main([name, str(run / "run"), *([image, "--top", "5", *flags] if name == "predict" else [])]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("warning", "error"))]
     assert not said
