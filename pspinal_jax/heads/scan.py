@@ -340,12 +340,9 @@ def _summed_as(grad: jax.Array, primal: jax.Array) -> jax.Array:
 
 
 def _varying(array: jax.Array) -> frozenset[str]:
-    """The axes of shard_map over which `array` differs; the attribute had another name before jax 0.10."""
-    kind = jax.typeof(array)
-    found: frozenset[str] = getattr(
-        getattr(kind, "manual_axis_type", kind), "varying", getattr(kind, "vma", frozenset())
-    )
-    return found
+    """The axes of shard_map over which `array` differs."""
+    kind = getattr(jax.typeof(array), "manual_axis_type", None)
+    return getattr(kind, "varying", frozenset())
 
 
 _hidden.defvjp(_hidden_fwd, _hidden_bwd)
