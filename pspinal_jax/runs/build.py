@@ -196,7 +196,7 @@ def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
     if rows % shards:
         line = f"{problem}: each of them computes every batch whole"
     elif asked[0] == -1 and mesh.size < devices:
-        line = f"{problem}: {mesh.size} of them are used"
+        line = f"{problem}: training uses {mesh.size} of them"
     if any(length not in (-1, mesh.shape[axis]) for axis, length in zip(AXES, asked, strict=True)):
         line = f"the run goes on over {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)} of {devices} devices"
     if line and is_primary():
