@@ -2,30 +2,30 @@
 
 What torchvision does to one Pillow image at a time, with the same pixels: RandomPerspective (bilinear, fill 0), then
 RandomRotation (nearest, fill 0, about the centre). Random numbers and warps are apart: `draw_perspective` and
-`draw_angles` are functions of a key alone, `warp_perspective` and `rotate` of their parameters alone. Photographs are
-rotated, cropped and flipped: `augment_photographs`.
+`draw_angles` are functions of a key alone, `warp_perspective` and `rotate` of their parameters alone. Colour images
+are rotated, cropped and flipped: `rotate_crop_flip`.
 """
 
+from pspinal_jax.augment.crop import CropAugmentation, View, apply_view, draw_view, rotate_crop_flip
 from pspinal_jax.augment.draws import draw_angles, draw_perspective
 from pspinal_jax.augment.perspective import perspective_coefficients, warp_perspective
-from pspinal_jax.augment.photographs import PhotographAugmentation, View, apply_view, augment_photographs, draw_view
 from pspinal_jax.augment.pipeline import Augmentation, Warp, apply_warp, augment, draw_warp
 from pspinal_jax.augment.rotation import rotate
 
 __all__ = [
     "Augmentation",
-    "PhotographAugmentation",
+    "CropAugmentation",
     "View",
     "Warp",
     "apply_view",
     "apply_warp",
     "augment",
-    "augment_photographs",
     "draw_angles",
     "draw_perspective",
     "draw_view",
     "draw_warp",
     "perspective_coefficients",
     "rotate",
+    "rotate_crop_flip",
     "warp_perspective",
 ]

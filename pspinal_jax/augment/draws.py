@@ -23,7 +23,7 @@ def draw_perspective(
       count: N, number of images.
       height: H of the images.
       width: W of the images.
-      distortion: how far a corner may go, as a share of half the side, 0 to 1.
+      distortion: how far a corner may go, as a fraction of half the side, 0 to 1.
       probability: of an image being warped at all, 0 to 1.
 
     Returns:
@@ -32,8 +32,8 @@ def draw_perspective(
     Raises:
       ValueError: if `distortion` or `probability` is not between 0 and 1.
     """
-    _check_share("distortion", distortion)
-    _check_share("probability", probability)
+    _check_fraction("distortion", distortion)
+    _check_fraction("probability", probability)
     # All nine numbers of an image in one flat draw: with axes, or in two draws, it takes four times as long to compile.
     numbers = jax.random.uniform(key, (count * 9,), jnp.float32).reshape(count, 9)
     furthest = np.array([int(distortion * (side // 2)) for side in (width, height)], np.float32)
@@ -56,6 +56,6 @@ def draw_angles(key: jax.Array, count: int, *, degrees: float = 10.0) -> jax.Arr
     return jax.random.uniform(key, (count,), jnp.float32, -degrees, degrees)
 
 
-def _check_share(name: str, value: float) -> None:
+def _check_fraction(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {value!r}")

@@ -76,7 +76,7 @@ def apply_warp(images: jax.Array, warp: Warp) -> jax.Array:
     rows, columns = rotation_sources(warp.angles, height, width)
     coefficients = perspective_coefficients(warp.corners, height, width)
     x, y = perspective_positions(coefficients, columns, rows)
-    return sample_bilinear(images, x, y, keep=within(rows, columns, height, width))
+    return sample_bilinear(images, x, y, visible=within(rows, columns, height, width))
 
 
 @functools.partial(jax.jit, static_argnames="settings")

@@ -56,7 +56,7 @@ def rotation_sources_at(
     """
     radians = angles * (-math.pi / 180)
     sine = jnp.sin(radians)
-    # 1 - cos, from the half angle: the cosine itself keeps too few digits for 16 fractional bits.
+    # 1 - cos, from the half angle: the cosine itself has too few digits for 16 fractional bits.
     versine = 2 * jnp.square(jnp.sin(radians / 2))
     right, down = (width - 1) / 2, (height - 1) / 2
     step = (1 << _FRACTION_BITS) - _fixed(versine)

@@ -16,6 +16,7 @@ def check_images(images: Any) -> None:
       TypeError: if it is not a uint8 array.
       ValueError: if it has not four axes, an empty one, a side above `MAX_SIDE`, or 2**31 entries or more.
     """
+    # Not chex: its AssertionError names neither what was expected nor what to do.
     if getattr(images, "dtype", None) != jnp.uint8:
         kind = getattr(images, "dtype", type(images).__name__)
         raise TypeError(f"images must be a uint8 array, got {kind}; augment before converting to float")
@@ -42,7 +43,7 @@ def gather(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     return images.reshape(-1).at[pixels].get(mode="promise_in_bounds")
 
 
-def sample_bilinear(images: jax.Array, x: jax.Array, y: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+def sample_bilinear(images: jax.Array, x: jax.Array, y: jax.Array, visible: jax.Array | None = None) -> jax.Array:
     """`images` [N, H, W, C] read at continuous positions, 0 outside; pixel (i, j) has its centre at (j + .5, i + .5).
 
     Neighbours beyond an edge repeat the edge, and the result is truncated, not rounded: so does Pillow.
@@ -51,15 +52,15 @@ def sample_bilinear(images: jax.Array, x: jax.Array, y: jax.Array, keep: jax.Arr
       images: uint8 [N, H, W, C].
       x: float32 [N, R, S], position across.
       y: float32 [N, R, S], position down.
-      keep: bool [N, R, S], False where the result is 0 whatever the position; None for True everywhere.
+      visible: bool [N, R, S], False where the result is 0 whatever the position; None for True everywhere.
 
     Returns:
       uint8 [N, R, S, C].
     """
     height, width = images.shape[1:3]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    if keep is not None:
-        inside &= keep
+    if visible is not None:
+        inside &= visible
     x, y = x - 0.5, y - 0.5
     left, top = jnp.floor(x), jnp.floor(y)
     right_weight, lower_weight = (x - left)[..., None], (y - top)[..., None]

@@ -1,6 +1,4 @@
-"""The residual block of the ResNet family, and the layer that it is made of."""
-
-# DOC of backbones/resnet: """The ResNet family, the backbones of the paper's photographs."""
+"""The ResNet family, the backbones of the paper's colour images: the residual block, its layers, the whole network."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -148,7 +146,7 @@ class ResNet(nn.Module):
       dtype: dtype to compute in and of the features; None for the wider of the images' and `param_dtype`. Batch norm
         always computes in float32 or wider.
       param_dtype: dtype of the parameters.
-      remat: keep each block's input alone for the backward pass and compute the block again there: less memory, more
+      remat: store each block's input alone for the backward pass and compute the block again there: less memory, more
         time. No effect on CPU, where XLA merges the second computation with the first (seen with jax 0.10.2).
 
     Raises:
@@ -181,12 +179,12 @@ class ResNet(nn.Module):
         maps = ConvNorm(Conv(64, 7, 2), True, self.param_dtype, name="stem")(maps, train)
         maps = max_pool_3x3(maps)
         for index in range(1, 5):
-            maps = Stage(self.variant, index, self.param_dtype, self.remat, name=f"stage_{index}")(maps, train)
-        # Summed in float32: a mean of bfloat16 loses what the convolutions' sums kept.
+            maps = ResNetStage(self.variant, index, self.param_dtype, self.remat, name=f"stage_{index}")(maps, train)
+        # Summed in float32: a mean of bfloat16 loses what the convolutions' sums held.
         return jnp.mean(maps, (1, 2), dtype=jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
-class Stage(nn.Module):
+class ResNetStage(nn.Module):
     """One of the four stages; the first block halves the sides, but for stage 1."""
 
     variant: str

@@ -55,7 +55,7 @@ class ConvNormRelu(nn.Module):
         return outputs
 
 
-class Stage(nn.Module):
+class VGG5Stage(nn.Module):
     """Convolutions of the given `channels`, then 2x2 max pooling."""
 
     channels: tuple[int, ...]
@@ -123,5 +123,5 @@ class VGG5(nn.Module):
         dtype = self.dtype or jnp.promote_types(images.dtype, self.param_dtype)
         features = images.astype(dtype)
         for index, channels in enumerate(STAGES, start=1):
-            features = Stage(channels, self.param_dtype, name=f"stage_{index}")(features, train)
+            features = VGG5Stage(channels, self.param_dtype, name=f"stage_{index}")(features, train)
         return features.reshape(features.shape[0], NUM_FEATURES)

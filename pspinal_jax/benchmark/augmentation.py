@@ -40,12 +40,12 @@ def pillow_warp(images: np.ndarray, coefficients: np.ndarray, moved: np.ndarray,
     """`images` uint8 [N, H, W] through Pillow one by one: perspective where `moved` [N], rotation by `angles` [N]."""
     results = []
     for image, data, warped, angle in zip(images, coefficients.tolist(), moved, angles.tolist(), strict=True):
-        picture = Image.fromarray(image)
+        pillow = Image.fromarray(image)
         if warped:
-            picture = picture.transform(
-                picture.size, Image.Transform.PERSPECTIVE, data, Image.Resampling.BILINEAR, fillcolor=0
+            pillow = pillow.transform(
+                pillow.size, Image.Transform.PERSPECTIVE, data, Image.Resampling.BILINEAR, fillcolor=0
             )
-        results.append(np.asarray(picture.rotate(angle, Image.Resampling.NEAREST, fillcolor=0)))
+        results.append(np.asarray(pillow.rotate(angle, Image.Resampling.NEAREST, fillcolor=0)))
     return np.stack(results)
 
 
@@ -58,7 +58,7 @@ def pillow_arguments(images: np.ndarray, warp: Warp) -> tuple[np.ndarray, ...]:
 
 
 def two_passes(key: jax.Array, images: jax.Array) -> jax.Array:
-    """`augment` as two steps with an image in between, the plain form it replaces."""
+    """`augment` as two steps with an image in between, which it replaces."""
     height, width = images.shape[1:3]
     warp = draw_warp(key, images.shape[0], height, width)
     return rotate(warp_perspective(images, perspective_coefficients(warp.corners, height, width)), warp.angles)
@@ -67,24 +67,24 @@ def two_passes(key: jax.Array, images: jax.Array) -> jax.Array:
 def candidates(images: np.ndarray, batch: int, pool: Pool, processes: int) -> list[Candidate]:
     """All that is timed, on `images` uint8 [N, H, W, 1]."""
     data = jnp.asarray(images[:batch])
-    forms: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"augment": augment, "two passes": two_passes}
+    functions: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"augment": augment, "two passes": two_passes}
     result = []
-    for name, form in forms.items():
+    for name, function in functions.items():
         # Each step augments what the last one returned with a key of its own: nothing can be hoisted or left out.
-        def step(index: jax.Array, state: jax.Array, form: Callable[..., jax.Array] = form) -> jax.Array:
-            return form(jax.random.fold_in(jax.random.key(0), index), state)
+        def step(index: jax.Array, state: jax.Array, function: Callable[..., jax.Array] = function) -> jax.Array:
+            return function(jax.random.fold_in(jax.random.key(0), index), state)
 
         loop = jax.jit(functools.partial(jax.lax.fori_loop, 0, _STEPS, step))
-        calls = functools.partial(_one_by_one, functools.partial(jax.jit(form), jax.random.key(1), data))
+        calls = functools.partial(_one_by_one, functools.partial(jax.jit(function), jax.random.key(1), data))
         result.append(Candidate(f"{name}, jitted calls", batch * _STEPS, calls))
         result.append(Candidate(f"{name}, in a fori_loop", batch * _STEPS, functools.partial(loop, data)))
-    share = images[:_PER_PROCESS]
-    warp = draw_warp(jax.random.key(2), len(share), *share.shape[1:3])
-    arguments = pillow_arguments(share, warp)
-    result.append(Candidate("Pillow, 1 process", len(share), functools.partial(pillow_warp, *arguments)))
+    part = images[:_PER_PROCESS]
+    warp = draw_warp(jax.random.key(2), len(part), *part.shape[1:3])
+    arguments = pillow_arguments(part, warp)
+    result.append(Candidate("Pillow, 1 process", len(part), functools.partial(pillow_warp, *arguments)))
     jobs = [arguments] * processes
     every = functools.partial(pool.starmap, pillow_warp, jobs, chunksize=1)
-    result.append(Candidate(f"Pillow, {processes} processes", processes * len(share), every))
+    result.append(Candidate(f"Pillow, {processes} processes", processes * len(part), every))
     return result
 
 

@@ -5,17 +5,16 @@ import os
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pspinal_jax.benchmark.report import torch_version
+from pspinal_jax.benchmark.report import plot_bars, torch_version
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError
-from pspinal_jax.runs.directory import write_json
+from pspinal_jax.files import write_json
 
 
 def measure(flags: list[str], rounds: int) -> dict[str, list[float]]:
@@ -81,7 +80,10 @@ def report(
         results["published_settings_in_pytorch"] = measure_published(*published)
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "results.json", results)
-    _plot(workdir / "results.png", results)
+    rows = {f"{name} cache": values for name, values in seconds.items()}
+    for line in results.get("published_settings_in_pytorch", [])[-1:]:
+        rows[f"PyTorch, published settings,\n{line['epoch']} epochs: {line['test']:.2f} %"] = [line["seconds"]]
+    plot_bars(workdir / "results.png", rows, "s", results["title"])
     print(f"{results['title']}; {device()['kind']}\n\n| compilation cache | median s | each |\n|---|---|---|")
     for name, values in seconds.items():
         print(f"| {name} | {np.median(values):.1f} | {', '.join(f'{value:.1f}' for value in values)} |")
@@ -90,24 +92,3 @@ def report(
             f"published settings in PyTorch: {line['seconds']:.0f} s, {line['epoch']} epochs, test {line['test']:.2f} %"
         )
     return results
-
-
-def _plot(path: Path, results: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = {f"{name} cache": seconds for name, seconds in results["seconds"].items()}
-    for line in results.get("published_settings_in_pytorch", [])[-1:]:
-        rows[f"PyTorch, published settings,\n{line['epoch']} epochs: {line['test']:.2f} %"] = [line["seconds"]]
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
-    for name, seconds in reversed(rows.items()):
-        median = float(np.median(seconds))
-        axis.barh(name, median, color="#4878a8")
-        axis.plot(seconds, [name] * len(seconds), "k.", markersize=4)
-        axis.annotate(f"{median:.1f} s", (max(seconds), name), xytext=(6, 0), textcoords="offset points", va="center")
-    axis.margins(x=0.15)
-    axis.set_title(textwrap.fill(results["title"], 100), fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

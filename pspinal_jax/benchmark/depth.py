@@ -9,8 +9,8 @@ import numpy as np
 
 from pspinal_jax.benchmark.head import Case, Shape
 from pspinal_jax.environment import device, versions
+from pspinal_jax.files import write_json
 from pspinal_jax.heads.layouts import Computed, Layout, convert_params
-from pspinal_jax.runs.directory import write_json
 
 DEPTHS = (4, 16, 64, 256)
 ALTERNATIVES: dict[str, tuple[Computed, Layout]] = {
@@ -20,7 +20,7 @@ ALTERNATIVES: dict[str, tuple[Computed, Layout]] = {
     "scan, packed parameters": ("scan", "packed"),
 }
 DEEPEST = {"unrolled": 256, "fused": 64, "scan": 1024}
-"""Where a form stops making sense: the fused one is cut from the tree in L^2 pieces, and 'auto' leaves it at 64."""
+"""The most layers of each: the fused layout is made from the tree in L^2 pieces, and 'auto' leaves it at 64."""
 _DROPOUT_RATE = 0.2
 
 
@@ -38,8 +38,8 @@ def measure(depths: tuple[int, ...], rounds: int) -> dict[str, dict[int, dict[st
         compile_seconds: dict[str, list[float]] = {name: [] for name in here}
         run_seconds: dict[str, list[float]] = {name: [] for name in here}
         for _ in range(rounds):
-            for name, (implementation, form) in here.items():
-                params = jax.jit(lambda tree, form=form: convert_params(tree, form))(case.params)
+            for name, (implementation, layout) in here.items():
+                params = jax.jit(lambda tree, layout=layout: convert_params(tree, layout))(case.params)
                 arguments = (params, case.features, jax.random.key(0))
                 jax.clear_caches()
                 start = time.perf_counter()
@@ -109,12 +109,10 @@ def format_table(measured: dict[str, dict[int, dict[str, float]]]) -> str:
 
 
 def _plot(path: Path, measured: dict[str, dict[int, dict[str, float]]], title: str) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, key, label in zip(axes, ("compile_seconds", "run_ms"), ("compile, s", "run, ms"), strict=True):
         for name, by_depth in measured.items():
             axis.plot(list(by_depth), [values[key] for values in by_depth.values()], marker="o", label=name)
@@ -125,4 +123,3 @@ def _plot(path: Path, measured: dict[str, dict[int, dict[str, float]]], title: s
     axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

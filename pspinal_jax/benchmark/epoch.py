@@ -76,10 +76,10 @@ def _published_shape(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], params
     import torch
     from torch.nn import functional
 
-    from pspinal_jax.benchmark.torch_twins import PictureExamples, torch_device
+    from pspinal_jax.benchmark.torch_twins import ImageExamples, torch_device
 
     images, labels = data
-    examples = PictureExamples(images[..., 0], labels, recipe.data.mean, recipe.data.std)
+    examples = ImageExamples(images[..., 0], labels, recipe.data.mean, recipe.data.std)
     loader = torch.utils.data.DataLoader(examples, recipe.batch_size, shuffle=True, drop_last=True)
     _, model = torch_step(recipe, data, params, compiled=False)
     optimizer = torch.optim.SGD(model.parameters(), recipe.optimizer.learning_rate, recipe.optimizer.momentum)

@@ -75,7 +75,7 @@ class Case:
         )
 
     def gradient(self, implementation: Computed, dropout_rate: float) -> Callable[..., Any]:
-        """(params in the implementation's own form, features, key) -> gradients of both."""
+        """(params in the implementation's own layout, features, key) -> gradients of both."""
         head = self.head(implementation, dropout_rate)
 
         def loss(params: Any, features: jax.Array, key: jax.Array) -> jax.Array:
@@ -84,15 +84,15 @@ class Case:
 
         return jax.grad(loss, (0, 1))
 
-    def in_loop(self, implementation: Computed, form: Layout | None = None) -> Work:
+    def in_loop(self, implementation: Computed, layout: Layout | None = None) -> Work:
         """So many passes in one compiled loop, as inside a training epoch; every gradient is computed in full.
 
         Args:
           implementation: which.
-          form: the form of parameters and gradients; None for the implementation's own.
+          layout: of parameters and gradients; None for the implementation's own.
         """
         gradient = self.gradient(implementation, _DROPOUT_RATE)
-        params = jax.jit(lambda tree: convert_params(tree, form or NATIVE_LAYOUT[implementation]))(self.params)
+        params = jax.jit(lambda tree: convert_params(tree, layout or NATIVE_LAYOUT[implementation]))(self.params)
 
         @jax.jit
         def run(params: Any, features: jax.Array, count: jax.Array) -> Any:

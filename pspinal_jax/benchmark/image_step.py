@@ -1,4 +1,4 @@
-"""`benchmark step` for a recipe of photographs: one training step on pictures that lie on the device."""
+"""`benchmark step` for a recipe of images: one training step on images that lie on the device."""
 
 import dataclasses
 from functools import partial
@@ -24,17 +24,17 @@ _TOLERANCE = 1e-3
 Batch = tuple[np.ndarray, np.ndarray]
 
 
-def fake_pictures(recipe: Recipe, seed: int = 0) -> Batch:
+def fake_images(recipe: Recipe, seed: int = 0) -> Batch:
     """A batch of the recipe's size, images uint8 [B, H, W, 3] and labels: a step's time does not depend on them."""
     rng, side = np.random.default_rng(seed), recipe.data.image_size or 0
     images = rng.integers(0, 256, (recipe.batch_size, side, side, 3), np.uint8)
     return images, rng.integers(0, NUM_CLASSES, recipe.batch_size, np.int32)
 
 
-def photo_step_flops(recipe: Recipe) -> int:
+def image_step_flops(recipe: Recipe) -> int:
     """Operations of a step's products and convolutions: three times those of the forward pass.
 
-    The pictures' own gradient, which nobody computes, is 1 % of that and counted.
+    The images' own gradient, which nobody computes, is 1 % of that and counted.
     """
     side = recipe.data.image_size or 0
     model = build_model(recipe, (side, side, 3), NUM_CLASSES)
@@ -69,7 +69,7 @@ class ImageStep:
         return jax.tree.map(np.array, {"params": self.state.params, "batch_stats": self.state.batch_stats})
 
 
-def torch_photo_steps(
+def torch_image_steps(
     recipe: Recipe, batch: Batch, ours: ImageStep, compiled: bool = True, checked: bool = True
 ) -> dict[str, Work]:
     """The peers, eager PyTorch and torch.compile (if `compiled`), channels last, from our variables.
@@ -205,4 +205,4 @@ def check_equal(recipe: Recipe, batch: Batch) -> None:
     mean = float(ours.totals.loss) / (_STEPS_COMPARED * recipe.batch_size)
     difference = abs(theirs - mean) / mean
     if not difference <= _TOLERANCE:
-        raise RunError(f"benchmark: PyTorch's loss differs from ours by a share of {difference:.1e} after 3 steps")
+        raise RunError(f"benchmark: PyTorch's loss differs from ours by a part of {difference:.1e} after 3 steps")

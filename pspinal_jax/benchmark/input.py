@@ -1,4 +1,4 @@
-"""`benchmark input`: decoded, resized photographs a second, beside a PyTorch DataLoader that does the same."""
+"""`benchmark input`: decoded, resized images a second, beside a PyTorch DataLoader that does the same."""
 
 import io
 import itertools
@@ -12,69 +12,70 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pspinal_jax.benchmark.report import plot_bars
 from pspinal_jax.data.images import ImageSplit
 from pspinal_jax.data.images.images import Files
 from pspinal_jax.data.images.stream import stream
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.runs.directory import write_json
+from pspinal_jax.files import write_json
 
 NUM_FILES = 256
 SIZE = (230, 230)
 BATCH_SIZE = 16
-"""What the photograph recipes train with."""
+"""What the image recipes train with."""
 _WARM_UP = 8
 """Batches that do not count: the first of each worker wait for its start."""
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
-def draw_photograph(seed: int) -> bytes:
+def draw_image(seed: int) -> bytes:
     """A JPEG of about 500x375, some 50 kB: soft colours, noise, and shapes with edges, all decided by `seed`."""
     rng = np.random.default_rng(seed)
     width, height = 500 + int(rng.integers(-40, 41)), 375 + int(rng.integers(-30, 31))
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
     soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
     noisy = soft + rng.normal(0, 8, (height, width, 1))
-    picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
     for _ in range(25):
         x, y, side = int(rng.integers(width)), int(rng.integers(height)), int(rng.integers(10, 120))
         draw.ellipse((x, y, x + side, y + side // 2), fill=tuple(rng.integers(0, 256, 3).tolist()))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
+    image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def write_photographs(folder: Path, count: int = NUM_FILES) -> ImageSplit:
-    """`count` drawn photographs as files in `folder`."""
+def write_images(folder: Path, count: int = NUM_FILES) -> ImageSplit:
+    """`count` drawn images as files in `folder`."""
     names = [f"{number:04d}.jpg" for number in range(count)]
     for number, name in enumerate(names):
-        (folder / name).write_bytes(draw_photograph(number))
+        (folder / name).write_bytes(draw_image(number))
     return ImageSplit(Files(folder, names), np.arange(count, dtype=np.int32))
 
 
 class TorchExamples:
-    """What a torch DataLoader takes: pictures opened, converted and resized by Pillow, as torchvision does it."""
+    """What a torch DataLoader takes: images opened, converted and resized by Pillow, as torchvision does it."""
 
-    def __init__(self, photos: ImageSplit, order: np.ndarray) -> None:
-        self.photos, self.order = photos, order
+    def __init__(self, images: ImageSplit, order: np.ndarray) -> None:
+        self.images, self.order = images, order
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         number = int(self.order[index])
-        with Image.open(self.photos.encoded.name(number)) as image:
+        with Image.open(self.images.encoded.name(number)) as image:
             resized = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR)
-        return np.array(resized), int(self.photos.labels[number])
+        return np.array(resized), int(self.images.labels[number])
 
 
-def alternatives(photos: ImageSplit, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
+def alternatives(images: ImageSplit, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
     """By name, what starts a pass over `order`; ours comes first."""
     return {
-        ours(workers): lambda: stream(photos, order, SIZE, BATCH_SIZE, workers=workers),
-        "stream, threads": lambda: stream(photos, order, SIZE, BATCH_SIZE),
+        ours(workers): lambda: stream(images, order, SIZE, BATCH_SIZE, workers=workers),
+        "stream, threads": lambda: stream(images, order, SIZE, BATCH_SIZE),
     }
 
 
@@ -83,7 +84,7 @@ def ours(workers: int) -> str:
     return f"stream, {workers} workers"
 
 
-def torch_alternatives(photos: ImageSplit, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
+def torch_alternatives(images: ImageSplit, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
     """PyTorch's DataLoader with as many workers.
 
     Raises:
@@ -93,14 +94,14 @@ def torch_alternatives(photos: ImageSplit, order: np.ndarray, workers: int) -> d
 
     def load() -> Batches:
         loader = torch.utils.data.DataLoader(
-            TorchExamples(photos, order),
+            TorchExamples(images, order),
             BATCH_SIZE,
             num_workers=workers,
             # As ours are: this process runs JAX's threads, and must not be forked.
             multiprocessing_context="spawn" if workers else None,
         )
-        for images, labels in loader:
-            yield images.numpy(), labels.numpy()
+        for pixels, labels in loader:
+            yield pixels.numpy(), labels.numpy()
 
     return {f"torch DataLoader, {workers} workers": load}
 
@@ -123,11 +124,11 @@ def check_equal(passes: dict[str, Callable[[], Batches]]) -> None:
 
 
 def measure(passes: dict[str, Callable[[], Batches]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Per alternative and round, in turn: seconds to the first batch, pictures a second, and seconds to end.
+    """Per alternative and round, in turn: seconds to the first batch, images a second, and seconds to end.
 
     The rate is that from the warm-up to the last batch; what follows, until the workers have gone, is 'seconds_to_end'.
     """
-    kinds = ("pictures_per_second", "seconds_to_first_batch", "seconds_to_end")
+    kinds = ("images_per_second", "seconds_to_first_batch", "seconds_to_end")
     results: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in passes}
     for _ in range(rounds):
         for name, start in passes.items():
@@ -140,32 +141,32 @@ def measure(passes: dict[str, Callable[[], Batches]], rounds: int) -> dict[str, 
             begin, count = time.perf_counter(), 0
             for _, labels in batches:
                 count, last = count + len(labels), time.perf_counter()
-            results[name]["pictures_per_second"].append(count / (last - begin))
+            results[name]["images_per_second"].append(count / (last - begin))
             results[name]["seconds_to_end"].append(time.perf_counter() - last)
     return results
 
 
-def report(workdir: Path, pictures: int, workers: int, rounds: int, command: str) -> dict[str, Any]:
+def report(workdir: Path, num_images: int, workers: int, rounds: int, command: str) -> dict[str, Any]:
     """Measure, print a table and write results.json and results.png into `workdir`.
 
     Raises:
-      UsageError: if there are too few pictures to time.
+      UsageError: if there are too few images to time.
     """
     least = BATCH_SIZE * (_WARM_UP + 1)
-    if pictures < least or workers < 1 or rounds < 1:
+    if num_images < least or workers < 1 or rounds < 1:
         raise UsageError(f"give at least --pictures {least}, --workers 1 and --rounds 1")
     left_out = []
     with tempfile.TemporaryDirectory() as folder:
-        photos = write_photographs(Path(folder))
-        order = np.random.default_rng(0).integers(0, len(photos), pictures)
-        passes = alternatives(photos, order, workers)
+        images = write_images(Path(folder))
+        order = np.random.default_rng(0).integers(0, len(images), num_images)
+        passes = alternatives(images, order, workers)
         try:
-            passes |= torch_alternatives(photos, order, workers)
+            passes |= torch_alternatives(images, order, workers)
         except ImportError:
             left_out = ["torch DataLoader: torch is not installed (extra `torch`)"]
         check_equal(passes)
         measured = measure(passes, rounds)
-    results = _summary(measured, pictures, workers) | {
+    results = _summary(measured, num_images, workers) | {
         "command": command,
         "left_out": left_out,
         "device": device(),
@@ -173,15 +174,16 @@ def report(workdir: Path, pictures: int, workers: int, rounds: int, command: str
     }
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "results.json", results)
-    _plot(workdir / "results.png", results)
+    rows = {name: values["images_per_second"] for name, values in measured.items()}
+    plot_bars(workdir / "results.png", rows, "/s", f"{results['title']}; {results['device']['kind']}")
     print(format_report(results))
     return results
 
 
-def _summary(measured: dict[str, dict[str, list[float]]], pictures: int, workers: int) -> dict[str, Any]:
-    rates = {name: np.asarray(values["pictures_per_second"]) for name, values in measured.items()}
+def _summary(measured: dict[str, dict[str, list[float]]], num_images: int, workers: int) -> dict[str, Any]:
+    rates = {name: np.asarray(values["images_per_second"]) for name, values in measured.items()}
     return {
-        "title": f"{pictures} JPEGs of about 500x375, decoded and resized to {SIZE[0]}x{SIZE[1]}, batch {BATCH_SIZE}",
+        "title": f"{num_images} JPEGs of about 500x375, decoded and resized to {SIZE[0]}x{SIZE[1]}, batch {BATCH_SIZE}",
         "alternatives": measured,
         "median": {name: float(np.median(values)) for name, values in rates.items()},
         # Within a round, so that a slow spell of the machine hits both sides.
@@ -198,11 +200,11 @@ def format_report(results: dict[str, Any]) -> str:
     lines = [
         f"{results['title']}; {results['device']['kind']}",
         "",
-        "| alternative | pictures/s, median | each | s to the first batch | s to end | ours is faster by |",
+        "| alternative | images/s, median | each | s to the first batch | s to end | ours is faster by |",
         "|---|---|---|---|---|---|",
     ]
     for name, values in results["alternatives"].items():
-        each = ", ".join(f"{rate:.0f}" for rate in values["pictures_per_second"])
+        each = ", ".join(f"{rate:.0f}" for rate in values["images_per_second"])
         times = results["times_faster"].get(name)
         lines.append(
             f"| {name} | {results['median'][name]:.0f} | {each} | {np.median(values['seconds_to_first_batch']):.1f} | "
@@ -220,22 +222,3 @@ def _versions(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _plot(path: Path, results: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 2.2), layout="constrained")
-    names = list(results["alternatives"])[::-1]
-    bars = axis.barh(names, [results["median"][name] for name in names], color="#4878a8")
-    axis.bar_label(bars, [f"{results['median'][name]:.0f} /s" for name in names], padding=4, fontsize=8)
-    for row, name in enumerate(names):
-        rates = results["alternatives"][name]["pictures_per_second"]
-        axis.plot(rates, [row] * len(rates), "k.", markersize=4)
-    axis.margins(x=0.15)
-    axis.set_title(f"{results['title']}; {results['device']['kind']}", fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from pspinal_jax.benchmark.torch_twins import PictureExamples, TorchClassifier, TorchProgressiveHead
+from pspinal_jax.benchmark.torch_twins import ImageExamples, TorchClassifier, TorchProgressiveHead
 
 _STANDARD = (0.1307, 0.3081)
 
@@ -28,7 +28,7 @@ def train(arrays: dict[str, np.ndarray], epochs: int, start: float) -> None:
     """
     torch.manual_seed(0)
     train_loader, test_loader = (
-        DataLoader(PictureExamples(arrays[f"{name}_images"], arrays[f"{name}_labels"], *_STANDARD), size, shuffle=mixed)
+        DataLoader(ImageExamples(arrays[f"{name}_images"], arrays[f"{name}_labels"], *_STANDARD), size, shuffle=mixed)
         for name, size, mixed in (("train", 64, True), ("test", 1000, False))
     )
     model = TorchClassifier(None, TorchProgressiveHead(784, 10, 128, batch_norm=True))

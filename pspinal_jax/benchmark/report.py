@@ -1,5 +1,6 @@
 """The outcome of a benchmark: tables, results.json and a PNG."""
 
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,6 +144,23 @@ def plot_timings(path: Path, measurements: list[dict[str, Any]], title: str) -> 
     for axis, measurement in zip(axes[:, 0], measurements, strict=True):
         _bars(axis, measurement)
     figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def plot_bars(path: Path, rows: dict[str, list[float]], unit: str, title: str) -> None:
+    """Write a PNG with a bar for the median of each row of `rows` and a dot for each of its values."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for name, values in reversed(rows.items()):
+        median = float(np.median(values))
+        axis.barh(name, median, color="#4878a8")
+        axis.plot(values, [name] * len(values), "k.", markersize=4)
+        text = f"{median:.1f} {unit}"
+        axis.annotate(text, (max(values), name), xytext=(6, 0), textcoords="offset points", va="center")
+    axis.margins(x=0.15)
+    axis.set_title(textwrap.fill(title, 100), fontsize=8)
     figure.savefig(path, dpi=110)
 
 

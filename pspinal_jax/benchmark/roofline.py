@@ -1,6 +1,4 @@
-"""What this machine can do at best: its matrix-product rate and its copy bandwidth, measured."""
-
-# DOC of benchmark/flops: """Floating-point operations of matrix products and convolutions, counted in a traced function."""  # noqa: E501
+"""What a machine can do at best (its rate of products and of copies, measured), and what a function asks of it."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,12 +1,8 @@
 """One section of `benchmark all` in a process of its own, which suite.py starts.
 
-A section that fails, runs out of memory or out of time costs itself only. Its file is written anew after every case:
-
-    python -m pspinal_jax.benchmark.section_process step --seconds 60 --output runs/benchmark-all/step.json
+A section that fails, runs out of memory or out of time costs itself only. Its file is written anew after every case.
 """
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -66,19 +62,17 @@ def run_section(name: str, seconds: float, output: Path, sizes: Sizes) -> None:
     save("done")
 
 
-def main() -> None:
-    """The process of one section."""
-    parser = argparse.ArgumentParser(prog="python -m pspinal_jax.benchmark.section_process")
-    parser.add_argument("section", choices=SECTIONS)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--precisions", nargs="+", choices=("float32", "tf32", "bfloat16"))
-    parser.add_argument("--peaks", default="{}", help="operations a second by precision, as JSON")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    peaks.update(json.loads(options.peaks))
-    run_section(options.section, options.seconds, options.output, sizes_here(options.tiny, options.precisions))
-
-
-if __name__ == "__main__":
-    main()
+def run_in_process(
+    name: str,
+    seconds: float,
+    output: Path,
+    precisions: Sequence[Precision],
+    known_peaks: dict[str, float],
+    tiny: bool,
+) -> None:
+    """What the process of section `name` runs; what it prints goes to the log beside `output`."""
+    log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    peaks.update(known_peaks)
+    run_section(name, seconds, output, sizes_here(tiny, precisions))

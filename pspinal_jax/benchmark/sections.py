@@ -28,7 +28,7 @@ class Sizes:
       seconds_per_round: about how long each timing takes.
       seeds: numbers of seeds trained as one program.
       depths: numbers of layers.
-      image_batch: images a step of the photographs' recipes.
+      image_batch: images a step of the image recipes.
       image_side: their side in pixels.
       compiled_images: whether torch.compile is tried on those too; it takes minutes.
       vgg5_steps: steps of VGG-5 in one timing, a whole epoch on an accelerator.
@@ -223,10 +223,10 @@ def images(backbone: Any, sizes: Sizes) -> list[Case]:
     from pspinal_jax.benchmark.image_step import (
         OURS,
         ImageStep,
-        fake_pictures,
+        fake_images,
         feature_passes,
-        photo_step_flops,
-        torch_photo_steps,
+        image_step_flops,
+        torch_image_steps,
     )
     from pspinal_jax.benchmark.step import benchmark_recipe
 
@@ -240,13 +240,13 @@ def images(backbone: Any, sizes: Sizes) -> list[Case]:
 
     def case(precision: Precision, peers: bool) -> list[Entry]:
         recipe = recipe_for(precision)
-        batch = fake_pictures(recipe)
+        batch = fake_images(recipe)
         ours = ImageStep(recipe, batch)
         work = {OURS: ours.run}
         if peers:
-            work |= torch_photo_steps(recipe, batch, ours, sizes.compiled_images, checked=False)
+            work |= torch_image_steps(recipe, batch, ours, sizes.compiled_images, checked=False)
         measurement = Measurement(
-            f"one step of {what}, {precision}", _time(work, sizes), OURS, photo_step_flops(recipe)
+            f"one step of {what}, {precision}", _time(work, sizes), OURS, image_step_flops(recipe)
         )
         rows = [
             [
@@ -261,7 +261,7 @@ def images(backbone: Any, sizes: Sizes) -> list[Case]:
 
     def forward(precision: Precision, peers: bool) -> list[Entry]:
         recipe = recipe_for(precision)
-        work, flops = feature_passes(recipe, fake_pictures(recipe), peers)
+        work, flops = feature_passes(recipe, fake_images(recipe), peers)
         measurement = Measurement(f"features of {what}, {precision}", _time(work, sizes), next(iter(work)), flops)
         return [_timed(measurement, precision)]
 

@@ -203,4 +203,4 @@ def check_equal(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], compiled: b
     mean = float(ours.totals.loss) / (_STEPS_COMPARED * size)
     difference = abs(np.mean(theirs) - mean) / mean
     if not difference <= _TOLERANCE:
-        raise RunError(f"benchmark: PyTorch's loss differs from ours by a share of {difference:.1e} after 5 steps")
+        raise RunError(f"benchmark: PyTorch's loss differs from ours by a part of {difference:.1e} after 5 steps")

@@ -1,12 +1,14 @@
 """`benchmark all`: every benchmark in turn, each in a process of its own with its part of the time, and one report."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,11 @@ WEIGHTS = {
     "augmentation": 0.2,
 }
 """The sections in their order, and how much of the time each may take; what one leaves goes to those after it."""
-_SECONDS_TO_START = 12.0
-"""A process needs about so long to load its libraries; it comes on top of a section's own time."""
+_SECONDS_TO_START = 4.0
+"""A section's process needs about so long until its first case; it comes on top of the section's own time."""
+_CONTEXT = multiprocessing.get_context("forkserver")
+"""One process loads the libraries, before any of them has threads or a device, and each section's is its copy."""
+_LOADED = ("torch", "pspinal_jax.benchmark.section_process", "pspinal_jax.benchmark.image_step")
 _LEAST_SECONDS = 15.0
 
 
@@ -64,6 +69,8 @@ def run_suite(
     names = [name for name in WEIGHTS if name in sections or not sections]
     for name in names:
         (workdir / f"{name}.json").unlink(missing_ok=True)
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch needs some of the memory too
+    _CONTEXT.set_forkserver_preload(list(_LOADED))
     end, about, failed = time.monotonic() + 60 * minutes, describe_machine(command, minutes), 0
     with _stopping_on_signals():
         for number, name in enumerate(names):
@@ -96,24 +103,24 @@ def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Se
         for entry in _read(workdir / "machine.json").get("entries", [])
         if entry["kind"] == "peak"
     }
-    command = [sys.executable, "-m", "pspinal_jax.benchmark.section_process", name, "--seconds", f"{seconds:.1f}"]
-    command += ["--output", str(workdir / f"{name}.json"), "--peaks", json.dumps(peaks)]
-    command += ["--precisions", *precisions] if precisions else []
-    command += ["--tiny"] if tiny else []
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # PyTorch needs some of the memory too
+    target = "pspinal_jax.benchmark.section_process"
+    arguments = (target, name, seconds, workdir / f"{name}.json", tuple(precisions), peaks, tiny)
+    process = _CONTEXT.Process(target=_call, args=arguments, daemon=True)
+    process.start()
     # A case that has begun may end; what hangs may not take the others' time.
     patience = max(1.0, min(1.5 * seconds + 45.0, latest - time.monotonic()))
-    with open(workdir / f"{name}.log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait(patience)
-        except subprocess.TimeoutExpired:
+    try:
+        process.join(patience)
+        if process.exitcode is None:
             return f"stopped after {patience:.0f} s"
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    return "done" if code == 0 else f"failed with exit status {code}, see {name}.log"
+    finally:
+        process.kill()
+        process.join()
+    return "done" if process.exitcode == 0 else f"failed with exit status {process.exitcode}, see {name}.log"
+
+
+def _call(module: str, *arguments: Any) -> None:
+    import_module(module).run_in_process(*arguments)
 
 
 def _amend(path: Path, name: str, status: str, busy: float | None) -> None:

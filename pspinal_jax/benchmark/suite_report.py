@@ -85,8 +85,8 @@ def _section(workdir: Path, name: str, record: dict[str, Any]) -> list[str]:
     if peaks:
         parts.append(_peaks(peaks))
     if timings:
-        picture = _plotted(workdir / f"{name}.png", timings, record)
-        parts += [f"![]({name}.png)"] if picture else []
+        plotted = _plotted(workdir / f"{name}.png", timings, record)
+        parts += [f"![]({name}.png)"] if plotted else []
         parts += [format_table(entry) for entry in timings]
     parts += _tables([entry for entry in entries if entry["kind"] == "table"])
     facts = [f"{record['seconds']:.0f} s"] if "seconds" in record else []

@@ -1,8 +1,7 @@
-"""The PyTorch side of the measurements: the same head and training step, eager or compiled. Imports torch."""
+"""The PyTorch side of the measurements: head, VGG-5, ResNets, EfficientNet-Lite and the training step. Imports torch.
 
-# DOC of benchmark/torch_resnet: """ResNets in PyTorch with torchvision's names for their tensors, peers that ours are compared with. Imports torch."""  # noqa: E501
-
-# DOC of benchmark/torch_vgg5: """VGG-5 in PyTorch, the peer that ours is compared with. Imports torch."""
+The ResNets have torchvision's names for their tensors.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -125,8 +124,8 @@ def torch_device() -> str:
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-class PictureExamples(torch.utils.data.Dataset):
-    """Images uint8 [N, H, W] one by one as PIL pictures made into tensors, as the published scripts' loaders do it."""
+class ImageExamples(torch.utils.data.Dataset):
+    """Images uint8 [N, H, W] one by one as PIL images made into tensors, as the published scripts' loaders do it."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, mean: Any, std: Any) -> None:
         self._images, self._labels, self._mean, self._std = images, labels, mean, std
@@ -286,25 +285,37 @@ class TorchEfficientNetLite(nn.Module):
     def __init__(self, variant: str) -> None:
         super().__init__()
         self.num_features = efficientnet.NUM_FEATURES
-        self.units = nn.ModuleDict({"stem": ConvNormRelu6(3, 32, 3, 2)})
         self.blocks = efficientnet.block_configs(variant)
-        for number, (kernel, stride, expansion, fan_in, channels) in enumerate(self.blocks, start=1):
-            width = fan_in * expansion
-            if expansion > 1:
-                self.units[f"block_{number}/expand"] = ConvNormRelu6(fan_in, width)
-            self.units[f"block_{number}/depthwise"] = ConvNormRelu6(width, width, kernel, stride, groups=width)
-            self.units[f"block_{number}/project"] = ConvNormRelu6(width, channels, relu=False)
+        self.units = nn.ModuleDict({"stem": ConvNormRelu6(3, 32, 3, 2)})
+        for number, config in enumerate(self.blocks, start=1):
+            self.units.update(self.units_of(number, config))
         self.units["top"] = ConvNormRelu6(self.blocks[-1].channels, self.num_features)
+
+    @staticmethod
+    def units_of(number: int, config: efficientnet.BlockConfig) -> dict[str, nn.Module]:
+        """The convolutions of a block, by name."""
+        kernel, stride, expansion, fan_in, channels = config
+        width = fan_in * expansion
+        units: dict[str, nn.Module] = {}
+        if expansion > 1:
+            units[f"block_{number}/expand"] = ConvNormRelu6(fan_in, width)
+        units[f"block_{number}/depthwise"] = ConvNormRelu6(width, width, kernel, stride, groups=width)
+        units[f"block_{number}/project"] = ConvNormRelu6(width, channels, relu=False)
+        return units
+
+    def block(self, number: int, maps: torch.Tensor) -> torch.Tensor:
+        """The maps after block `number`."""
+        outputs = maps
+        for name in ("expand", "depthwise", "project"):
+            if f"block_{number}/{name}" in self.units:
+                outputs = self.units[f"block_{number}/{name}"](outputs)
+        return maps + outputs if outputs.shape == maps.shape else outputs
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The features."""
         maps = self.units["stem"](images)
-        for number, config in enumerate(self.blocks, start=1):
-            names = [f"block_{number}/{name}" for name in ("expand", "depthwise", "project")]
-            y = maps
-            for name in names:
-                y = self.units[name](y) if name in self.units else y
-            maps = maps + y if y.shape == maps.shape and config.stride == 1 else y
+        for number in range(1, len(self.blocks) + 1):
+            maps = self.block(number, maps)
         return self.units["top"](maps).mean((2, 3))
 
     def load(self, params: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ class StepArguments:
 
     recipe: Literal["mnist-paper", "kmnist-paper", "caltech101-paper"] = "mnist-paper"
     """mnist-paper: the head on 784 pixels; kmnist-paper: VGG-5 and head; caltech101-paper: Wide-ResNet-101-2 and head
-    on photographs. Without augmentation."""
+    on colour images. Without augmentation."""
     workdir: Path = Path("runs/benchmark-step")
     """Where results.json and results.png go."""
     batch_size: int | None = None
@@ -88,12 +88,12 @@ class DepthArguments:
 
 @dataclasses.dataclass(frozen=True)
 class InputArguments:
-    """Photographs decoded and resized a second, beside a PyTorch DataLoader."""
+    """Images decoded and resized a second, beside a PyTorch DataLoader."""
 
     workdir: Path = Path("runs/benchmark-input")
     """Where results.json and results.png go."""
     pictures: int = 4800
-    """Pictures in a pass."""
+    """Images in a pass."""
     workers: int = 2
     """Worker processes."""
     rounds: int = 5
@@ -162,7 +162,7 @@ def _step(arguments: StepArguments, command: str) -> None:
     from pspinal_jax.benchmark.timing import time_interleaved
 
     recipe = benchmark_recipe(arguments.recipe, arguments.batch_size, arguments.dtype)
-    work, flops, left_out = (_small_step if recipe.data.image_size is None else _photo_step)(recipe)
+    work, flops, left_out = (_small_step if recipe.data.image_size is None else _image_step)(recipe)
     ours = next(iter(work))
     timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
     title = f"one training step of {arguments.recipe}, batch {recipe.batch_size}, {recipe.dtype}"
@@ -183,14 +183,14 @@ def _small_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
         return work, step_flops(recipe), [NO_TORCH]
 
 
-def _photo_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
+def _image_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
     """As `_small_step`."""
-    from pspinal_jax.benchmark.image_step import OURS, ImageStep, fake_pictures, photo_step_flops, torch_photo_steps
+    from pspinal_jax.benchmark.image_step import OURS, ImageStep, fake_images, image_step_flops, torch_image_steps
 
-    batch = fake_pictures(recipe)
-    ours, flops = ImageStep(recipe, batch), photo_step_flops(recipe)
+    batch = fake_images(recipe)
+    ours, flops = ImageStep(recipe, batch), image_step_flops(recipe)
     try:
-        return {OURS: ours.run} | torch_photo_steps(recipe, batch, ours), flops, []
+        return {OURS: ours.run} | torch_image_steps(recipe, batch, ours), flops, []
     except ImportError:
         return {OURS: ours.run}, flops, [NO_TORCH]
 

@@ -1,10 +1,7 @@
-"""One layer of the baseline heads: dropout, linear, norm, activation, in the order of the published scripts."""
+"""The baselines: SpinalNet's head, which ProgressiveSpinalNet set out to improve; one hidden layer; one linear layer.
 
-# DOC of heads/spinal: """SpinalNet's head, the baseline that ProgressiveSpinalNet set out to improve."""
-
-# DOC of heads/mlp: """The usual head: one hidden layer."""
-
-# DOC of heads/dense: """The plainest head: one linear layer."""
+A layer is dropout, linear, norm, activation, in the order of the published scripts.
+"""
 
 from typing import Any, Literal
 

@@ -1,6 +1,10 @@
-"""The head's parameters by what they read, so that whatever shares an input is one matrix product.
+"""The head with one matrix product for all that read the same input: L + 2 products, none of them narrow.
 
-Fused form, and what it holds of the documented tree (layer_i/kernel [D + (i-1) W, W] for i = 1 .. L,
+Every layer and the output read u, so one product serves them all; likewise every later layer and the output read y_j.
+The sums that a layer is still waiting for travel along as columns of one array, from which each layer takes its own
+when its turn comes: forward substitution with a block-triangular matrix.
+
+The fused layout, and what it holds of the documented tree (layer_i/kernel [D + (i-1) W, W] for i = 1 .. L,
 output/kernel [D + L W, C], biases, norms):
 
   first_kernel              [D, W]            layer 1, which sees x
@@ -9,16 +13,9 @@ output/kernel [D + L W, C], biases, norms):
   bias                      [L W + C]         the layers' biases, then the output's
   norm_scale, norm_bias     [L W]             the layers' norm/scale, norm/bias
 
-Running statistics keep their tree. Nothing is padded, so the two forms hold the same numbers, and an optimiser that
+Running statistics stay in their tree. Nothing is padded, so both layouts hold the same numbers, and an optimiser that
 works entry by entry does the same to both.
 """
-
-# DOC of heads/fused: """The head with one matrix product for whatever shares an input: L + 2 products in all, none of them narrow.  # noqa: E501
-#
-# Every layer and the output read u, so one product serves them all; likewise every later layer and the output read y_j.
-# The sums that a layer is still waiting for travel along as columns of one array, from which each layer takes its own
-# when its turn comes: forward substitution with a block-triangular matrix.
-# """
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +27,20 @@ from pspinal_jax.layers.linear import Tree
 _NORM_PARAMS = {"norm_scale": "scale", "norm_bias": "bias"}
 
 
-def fused_shapes(
-    num_features: int, width: int, num_layers: int, num_classes: int, batch_norm: bool
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the fused form of a head's parameters."""
-    hidden = num_layers * width
+def fused_shapes(num_features: int, config: HeadConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the fused layout of a head's parameters.
+
+    Written out: jax.eval_shape of `fuse_params` gives the same and takes 141 s for 1,000 layers.
+    """
+    width, hidden, classes = config.layer_width, config.num_layers * config.layer_width, config.num_classes
     shapes: dict[str, tuple[int, ...]] = {
         "first_kernel": (num_features, width),
-        "features_kernel": (num_features, hidden - width + num_classes),
-        "bias": (hidden + num_classes,),
+        "features_kernel": (num_features, hidden - width + classes),
+        "bias": (hidden + classes,),
     }
-    for index in range(1, num_layers + 1):
-        shapes[hidden_name(index)] = (width, hidden - index * width + num_classes)
-    return shapes | (dict.fromkeys(_NORM_PARAMS, (hidden,)) if batch_norm else {})
+    for index in range(1, config.num_layers + 1):
+        shapes[hidden_name(index)] = (width, hidden - index * width + classes)
+    return shapes | (dict.fromkeys(_NORM_PARAMS, (hidden,)) if config.batch_norm else {})
 
 
 def hidden_name(index: int) -> str:
@@ -51,18 +49,18 @@ def hidden_name(index: int) -> str:
 
 
 def is_fused(params: Tree) -> bool:
-    """Whether `params` is the fused form rather than the documented tree."""
+    """Whether `params` is the fused layout rather than the documented tree."""
     return hidden_name(1) in params
 
 
 def fuse_params(params: Tree) -> Tree:
-    """The fused form of a head's parameters.
+    """The fused layout of a head's parameters.
 
     Args:
       params: the documented tree of one head, or a tree of the same structure (gradients, momenta).
 
     Returns:
-      The fused form (see the table at the top of this module); `unfuse_params` undoes it exactly.
+      The fused layout (see the table at the top of this module); `unfuse_params` undoes it exactly.
 
     Raises:
       ValueError: if `params` is not such a tree.
@@ -92,7 +90,7 @@ def unfuse_params(fused: Tree) -> Tree:
     """The documented tree of a fused head; the inverse of `fuse_params`.
 
     Raises:
-      ValueError: if `fused` is not in the fused form.
+      ValueError: if `fused` is not in the fused layout.
     """
     if not is_fused(fused) or "first_kernel" not in fused:
         raise ValueError(f"unfuse_params expects what fuse_params returns, got {', '.join(sorted(fused))}")
@@ -122,7 +120,7 @@ def unfuse_params(fused: Tree) -> Tree:
 
 
 def apply_fused(
-    spec: HeadConfig,
+    config: HeadConfig,
     fused: Tree,
     batch_stats: Tree,
     features: jax.Array,
@@ -130,25 +128,25 @@ def apply_fused(
     train: bool,
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, Tree]:
-    """Logits of the head; arguments and results as in `apply_unrolled`, but the parameters fused (see fusing.py).
+    """Logits of the head; arguments and results as in `apply_unrolled`, but the parameters fused.
 
-    With a mask per layer (`layer_dropout_rate`) no two layers read the same input; the unrolled form does that.
+    With a mask per layer (`layer_dropout_rate`) no two layers read the same input; `apply_unrolled` does that.
     """
-    if dropout_key is not None and spec.layer_dropout_rate > 0.0:
-        return apply_unrolled(spec, unfuse_params(fused), batch_stats, features, train=train, dropout_key=dropout_key)
-    width = spec.layer_width
+    if dropout_key is not None and config.layer_dropout_rate > 0.0:
+        return apply_unrolled(config, unfuse_params(fused), batch_stats, features, train=train, dropout_key=dropout_key)
+    width = config.layer_width
     cast = {name: array.astype(features.dtype) for name, array in fused.items() if not name.startswith("norm")}
-    dropped = dropout(dropout_key, spec.dropout_rate, features)
+    dropped = dropout(dropout_key, config.dropout_rate, features)
     hidden = features @ cast["first_kernel"] + cast["bias"][:width]
     waiting = dropped @ cast["features_kernel"] + cast["bias"][width:]
     new_stats: Tree = {}
-    for index in range(1, spec.num_layers + 1):
-        if spec.batch_norm:
+    for index in range(1, config.num_layers + 1):
+        if config.batch_norm:
             name, span = layer_name(index), slice((index - 1) * width, index * width)
             affine = {"scale": fused["norm_scale"][span], "bias": fused["norm_bias"][span]}
             hidden, running = batch_norm(hidden, affine, batch_stats[name]["norm"], train=train)
             new_stats[name] = {"norm": running}
-        waiting = waiting + spec.activation(hidden) @ cast[hidden_name(index)]
-        if index < spec.num_layers:
+        waiting = waiting + config.activation(hidden) @ cast[hidden_name(index)]
+        if index < config.num_layers:
             hidden, waiting = waiting[:, :width], waiting[:, width:]
     return waiting, new_stats

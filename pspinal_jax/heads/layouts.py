@@ -1,10 +1,10 @@
-"""The three forms of a head's variables, and the way from each to each: the documented tree, packed, fused."""
+"""The layouts of a head's variables: the documented tree, packed, fused; which to use, and conversions between them."""
 
 from typing import Literal
 
 from flax.traverse_util import flatten_dict
 
-from pspinal_jax.heads.equation import layer_name
+from pspinal_jax.heads.equation import HeadConfig, layer_name
 from pspinal_jax.heads.fused import fuse_params, fused_shapes, is_fused, unfuse_params
 from pspinal_jax.heads.scan import (
     is_packed,
@@ -20,27 +20,27 @@ Layout = Literal["tree", "packed", "fused"]
 Implementation = Literal["auto", "unrolled", "fused", "scan"]
 Computed = Literal["unrolled", "fused", "scan"]
 NATIVE_LAYOUT: dict[Computed, Layout] = {"unrolled": "tree", "fused": "fused", "scan": "packed"}
-"""The form that each implementation computes with; in the others it is converted first, at the price of a copy."""
+"""The layout that each implementation computes with; in the others it is converted first, at the price of a copy."""
 
 
 DEEP = 64
 """Layers from which on compiling them one by one takes longer than it gains (`benchmark depth`)."""
 WIDE_BATCH = 32
-"""Rows from which on the fused form is used: measured slower than unrolled at 16 rows and faster at 64 (`benchmark
+"""Rows from which on the fused layout is used: measured slower than unrolled at 16 rows and faster at 64 (`benchmark
 head`), so the crossing lies somewhere between."""
 
 
-def choose(implementation: Implementation, form: Layout, num_layers: int) -> Computed:
-    """What 'auto' stands for: the implementation whose form the parameters have; the tree is every depth's own."""
+def choose(implementation: Implementation, layout: Layout, num_layers: int) -> Computed:
+    """What 'auto' stands for: the implementation whose layout the parameters have; the tree is every depth's own."""
     if implementation != "auto":
         return implementation
-    if form == "tree":
+    if layout == "tree":
         return "scan" if num_layers >= DEEP else "unrolled"
-    return "scan" if form == "packed" else "fused"
+    return "scan" if layout == "packed" else "fused"
 
 
 def training_layout(implementation: Implementation, num_layers: int, rows: int, masks_layers: bool) -> Layout:
-    """The form that a training loop had best keep a head's parameters in.
+    """The layout that a training loop had best hold a head's parameters in.
 
     Args:
       implementation: the head's.
@@ -56,53 +56,47 @@ def training_layout(implementation: Implementation, num_layers: int, rows: int, 
 
 
 def layout_of(params: Tree) -> Layout:
-    """The form that a head's `params` are in."""
+    """The layout that a head's `params` are in."""
     if is_packed(params):
         return "packed"
     return "fused" if is_fused(params) else "tree"
 
 
-def convert_params(params: Tree, form: Layout) -> Tree:
-    """A head's parameters (or gradients, or momenta) in the given form, whichever they come in."""
+def convert_params(params: Tree, layout: Layout) -> Tree:
+    """A head's parameters (or gradients, or momenta) in the given layout, whichever they come in."""
     found = layout_of(params)
-    if found == form:
+    if found == layout:
         return params
     if found == "packed":
         params = unpack_params(params)
     elif found == "fused":
         params = unfuse_params(params)
-    if form == "packed":
+    if layout == "packed":
         return pack_params(params)
-    return fuse_params(params) if form == "fused" else params
+    return fuse_params(params) if layout == "fused" else params
 
 
-def convert_batch_stats(batch_stats: Tree, form: Layout) -> Tree:
-    """A head's running statistics in the given form, whichever they come in; {} stays {}."""
+def convert_batch_stats(batch_stats: Tree, layout: Layout) -> Tree:
+    """A head's running statistics in the given layout, whichever they come in; {} stays {}."""
     packed = "norm_mean" in batch_stats
-    if packed == (form == "packed"):
+    if packed == (layout == "packed"):
         return batch_stats
     return unpack_batch_stats(batch_stats) if packed else pack_batch_stats(batch_stats)
 
 
-def check_shapes(
-    params: Tree, batch_stats: Tree, num_features: int, width: int, num_layers: int, num_classes: int, batch_norm: bool
-) -> None:
-    """Raise ValueError, naming what is wrong, unless packed or fused variables fit a head of these sizes."""
-    sizes = (num_features, width, num_layers, num_classes, batch_norm)
-    form = layout_of(params)
-    if form == "packed":
-        shapes = packed_shapes(*sizes)
-        expected = {**shapes["params"], **shapes["batch_stats"]}
-        params = {**params, **batch_stats}
+def check_shapes(params: Tree, batch_stats: Tree, num_features: int, config: HeadConfig) -> None:
+    """Raise ValueError, naming what is wrong, unless packed or fused variables fit such a head."""
+    layout = layout_of(params)
+    if layout == "packed":
+        expected = packed_shapes(num_features, config)
     else:
         # Fused running statistics are the documented tree's: one entry a layer.
-        running = {
-            f"{layer_name(i)}/norm/{name}": (width,) for i in range(1, num_layers + 1) for name in ("mean", "var")
-        }
-        expected = fused_shapes(*sizes) | (running if batch_norm else {})
-        params = {**params, **flatten_dict(batch_stats, sep="/")}
-    found = {name: getattr(params.get(name), "shape", None) for name in expected}
+        names = [f"{layer_name(i)}/norm/{name}" for i in range(1, config.num_layers + 1) for name in ("mean", "var")]
+        running = dict.fromkeys(names, (config.layer_width,)) if config.batch_norm else {}
+        expected = fused_shapes(num_features, config) | running
+    given = flatten_dict({**params, **batch_stats}, sep="/")
+    found = {name: getattr(given.get(name), "shape", None) for name in expected}
     wrong = [f"{name} is {found[name]}, expected {shape}" for name, shape in expected.items() if found[name] != shape]
-    wrong += [f"{name} does not belong there" for name in params if name not in expected]
+    wrong += [f"{name} does not belong there" for name in given if name not in expected]
     if wrong:
-        raise ValueError(f"{form} variables do not fit this head: {'; '.join(wrong)}")
+        raise ValueError(f"{layout} variables do not fit this head: {'; '.join(wrong)}")

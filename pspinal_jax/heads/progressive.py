@@ -57,11 +57,18 @@ class ProgressiveSpinalHead(nn.Module):
     With ``norm='batch'``, training updates running statistics:
     ``logits, new = head.apply(variables, features, train=True, rngs=..., mutable=['batch_stats'])``.
 
-    Parameters are the same tree for every implementation: ``layer_1`` .. ``layer_L`` with ``kernel``
-    [D + (i - 1) W, W], ``bias`` [W] and, with batch norm, ``norm/scale`` and ``norm/bias`` [W]; ``output`` with
-    ``kernel`` [D + L W, C] and ``bias`` [C]. ``batch_stats``: ``layer_i/norm/mean`` and ``.../var`` [W]. In place of
-    the tree, ``apply`` also takes what `fuse_params`, or `pack_params` and `pack_batch_stats`, make of it; a training
-    loop may keep the form that its implementation computes with, and so save a copy of the parameters per step.
+    Variables, the same tree for every implementation::
+
+        params       layer_i/kernel      [D + (i - 1) W, W]   i = 1 .. L; rows: the features, then y_1 .. y_{i-1}
+                     layer_i/bias        [W]
+                     layer_i/norm/scale  [W]                  with norm='batch', likewise layer_i/norm/bias
+                     output/kernel       [D + L W, C]
+                     output/bias         [C]
+        batch_stats  layer_i/norm/mean   [W]                  with norm='batch', likewise layer_i/norm/var
+
+    ``params`` have dtype `param_dtype`; ``batch_stats`` have it too, but float32 at least. In place of the tree,
+    ``apply`` also takes what `fuse_params`, or `pack_params` and `pack_batch_stats`, make of it; a training loop may
+    hold them in the layout that its implementation computes with, and so save a copy of the parameters per step.
 
     Attributes:
       num_classes: C, number of logits.
@@ -73,10 +80,10 @@ class ProgressiveSpinalHead(nn.Module):
       norm: None, or 'batch' for batch norm before the activation with torch's conventions (epsilon 1e-5, running
         averages with weight 0.9 on the old value, unbiased running variance).
       activation: elementwise function, ReLU by default.
-      implementation: 'unrolled' writes the layers one after the other; 'fused' makes one matrix product of whatever
-        shares an input, the fastest for a few layers and a batch of 32 or more (its own form: `fuse_params`); 'scan'
-        runs one lax.scan whose program does not grow with L and whose backward pass keeps one buffer [N, L W]
-        (reverse-mode derivatives only; its own form: `pack_params`). 'auto' takes the one whose form the parameters
+      implementation: 'unrolled' writes the layers one after the other; 'fused' makes one matrix product of all that
+        read the same input, the fastest for a few layers and a batch of 32 or more (its layout: `fuse_params`); 'scan'
+        runs one lax.scan whose program does not grow with L and whose backward pass stores one buffer [N, L W]
+        (reverse-mode derivatives only; its layout: `pack_params`). 'auto' takes the one whose layout the parameters
         have, and for the documented tree 'unrolled' below 64 layers, 'scan' from there on. All give the same logits,
         gradients and statistics up to rounding, with the same masks from the same key.
       dtype: dtype to compute in and of the logits; None for the wider of the features' and `param_dtype`.
@@ -86,9 +93,11 @@ class ProgressiveSpinalHead(nn.Module):
       bias_init: initializer of the biases; None for the same as torch.nn.Linear's.
 
     Raises:
-      ValueError: on an attribute outside its range, features without a last axis, or a training batch of one row with
-        batch norm.
+      ValueError: on an attribute outside its range, features without a last axis, packed or fused variables of another
+        head, or a training batch of one row with batch norm.
       TypeError: if the features are not floating-point.
+      flax.errors.ScopeParamShapeError: if the features have another D than the parameters.
+      flax.errors.InvalidRngError: if dropout in training has no ``'dropout'`` key.
     """
 
     num_classes: int
@@ -139,8 +148,8 @@ class ProgressiveSpinalHead(nn.Module):
         return logits.reshape(*features.shape[:-1], self.num_classes)
 
     @property
-    def spec(self) -> HeadConfig:
-        """What this head computes, as the functional forms take it."""
+    def config(self) -> HeadConfig:
+        """What this head computes, as `apply_unrolled` and its peers take it."""
         return HeadConfig(
             num_classes=self.num_classes,
             layer_width=self.layer_width,
@@ -178,8 +187,7 @@ class ProgressiveSpinalHead(nn.Module):
         """With variables that are packed or fused: linen declared none of them, so they are taken as they are."""
         params = dict(self.variables["params"])
         stats = dict(self.variables.get("batch_stats", {}))
-        sizes = (features.shape[1], self.layer_width, self.num_layers, self.num_classes, bool(self.norm))
-        check_shapes(params, stats, *sizes)
+        check_shapes(params, stats, features.shape[1], self.config)
         logits, new_stats = self._run(params, stats, features, arguments)
         if arguments["train"] and self.is_mutable_collection("batch_stats"):
             for name, value in new_stats.items():
@@ -191,11 +199,11 @@ class ProgressiveSpinalHead(nn.Module):
         return LinearVariables(fan_in, linear, name=name)()
 
     def _run(self, params: Tree, stats: Tree, features: jax.Array, arguments: dict[str, Any]) -> tuple[jax.Array, Tree]:
-        """Logits, and new statistics in the form that `stats` came in."""
+        """Logits, and new statistics in the layout that `stats` came in."""
         implementation = choose(self.implementation, layout_of(params), self.num_layers)
         apply = {"unrolled": apply_unrolled, "fused": apply_fused, "scan": apply_scan}[implementation]
         native = NATIVE_LAYOUT[implementation]
         logits, new_stats = apply(
-            self.spec, convert_params(params, native), convert_batch_stats(stats, native), features, **arguments
+            self.config, convert_params(params, native), convert_batch_stats(stats, native), features, **arguments
         )
         return logits, convert_batch_stats(new_stats, layout_of(params))

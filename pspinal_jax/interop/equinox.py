@@ -13,8 +13,7 @@ except ImportError as error:
 
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead as LinenHead
 from pspinal_jax.interop.functional import apply_head, init_head
-from pspinal_jax.interop.linen import fitting_variables
-from pspinal_jax.interop.options import HeadOptions
+from pspinal_jax.interop.linen import HeadOptions, fitting_variables
 from pspinal_jax.layers.linear import Tree
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead
-from pspinal_jax.interop.options import HeadOptions
+from pspinal_jax.interop.linen import HeadOptions
 from pspinal_jax.layers.linear import Tree
 
 
@@ -105,7 +105,7 @@ def apply_head(
 
     Args:
       head: what to compute.
-      params: its parameters, in any form that the head takes.
+      params: its parameters, in any layout that the head takes.
       batch_stats: its running statistics; {} without batch norm.
       features: floating-point array [..., D].
       train: True draws dropout masks and normalises with batch statistics; False does neither.

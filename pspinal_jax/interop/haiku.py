@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 try:
     import haiku as hk
@@ -14,8 +15,7 @@ except ImportError as error:
 
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead as LinenHead
 from pspinal_jax.interop.functional import apply_head, draws_masks, init_head
-from pspinal_jax.interop.linen import fitting_variables
-from pspinal_jax.interop.options import HeadOptions
+from pspinal_jax.interop.linen import HeadOptions, fitting_variables
 from pspinal_jax.layers.linear import Tree
 
 
@@ -137,21 +137,13 @@ def _below(collection: Mapping[str, Any], name: str, may_lack: bool = False) -> 
 
 def _nest(collection: Mapping[str, Any]) -> Tree:
     """{'layer_1/norm': {'mean': a}} -> {'layer_1': {'norm': {'mean': a}}}."""
-    nested: Tree = {}
-    for path, entries in collection.items():
-        place = nested
-        for part in path.split("/"):
-            place = place.setdefault(part, {})
-        place.update(entries)
-    return nested
+    leaves = {(*path.split("/"), name): leaf for path, entries in collection.items() for name, leaf in entries.items()}
+    return unflatten_dict(leaves)
 
 
 def _flatten(nested: Tree, prefix: str = "") -> Tree:
     """What `_nest` nests, the paths below `prefix`."""
     flat: Tree = {}
-    for name, value in nested.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}/{name}" if prefix else name)
-        else:
-            flat.setdefault(prefix, {})[name] = value
+    for (*path, name), leaf in flatten_dict(nested).items():
+        flat.setdefault("/".join([prefix, *path] if prefix else path), {})[name] = leaf
     return flat

@@ -1,18 +1,49 @@
-"""Taking over a linen head's variables: in the documented tree, and only if they fit."""
+"""What the neighbours share with the linen head: its keyword options, and its variables, taken only if they fit."""
 
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import jax
+from flax.traverse_util import flatten_dict
 
-from pspinal_jax.heads.layouts import convert_batch_stats, convert_params
-from pspinal_jax.layers.linear import Tree
+from pspinal_jax.files import differences
+from pspinal_jax.heads.layouts import Implementation, convert_batch_stats, convert_params
+from pspinal_jax.layers.linear import Activation, Initializer, Tree
+
+
+class HeadOptions(TypedDict, total=False):
+    """What may be left out, with the defaults of `pspinal_jax.ProgressiveSpinalHead`, whose docstring has the details.
+
+    Attributes:
+      num_layers: L, number of hidden layers; 4 by default.
+      dropout_rate: probability of dropping a feature, one mask per forward pass; 0.2 by default.
+      layer_dropout_rate: probability of dropping an entry of the whole input of a layer or of the output, drawn afresh
+        for each; 0 by default.
+      norm: None (the default), or 'batch' for batch norm with torch's conventions before the activation.
+      activation: elementwise function, ReLU by default.
+      implementation: 'auto' (the default), 'unrolled', 'fused' or 'scan'; the same results up to rounding.
+      dtype: dtype to compute in and of the logits; by default the wider of the features' and `param_dtype`.
+      param_dtype: dtype of the parameters, float32 by default.
+      kernel_init: initializer of the kernels; by default uniform in ±1/sqrt(fan_in), torch.nn.Linear's.
+      bias_init: initializer of the biases; by default the same as torch.nn.Linear's.
+    """
+
+    num_layers: int
+    dropout_rate: float
+    layer_dropout_rate: float
+    norm: Literal["batch"] | None
+    activation: Activation
+    implementation: Implementation
+    dtype: Any
+    param_dtype: Any
+    kernel_init: Initializer | None
+    bias_init: Initializer | None
 
 
 def fitting_variables(variables: Any, params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:
     """The params and batch_stats of a linen head's `variables`, made to stand where these two stand.
 
     Args:
-      variables: ``{'params': .., 'batch_stats': ..}`` of a linen head in any form (tree, packed, fused).
+      variables: ``{'params': .., 'batch_stats': ..}`` of a linen head in any layout (tree, packed, fused).
       params: what they replace, in the documented tree.
       batch_stats: the same; {} without batch norm.
 
@@ -32,17 +63,14 @@ def fitting_variables(variables: Any, params: Tree, batch_stats: Tree) -> tuple[
 
 
 def _fit(collection: str, given: Tree, expected: Tree) -> Tree:
-    found, wanted = _shapes(given), _shapes(expected)
-    wrong = [
-        f"{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing of that name')}"
-        for name in sorted({*found, *wanted})
-        if found.get(name) != wanted.get(name)
-    ]
-    if wrong:
+    found, wanted = (
+        {name: list(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()} for tree in (given, expected)
+    )
+    if wrong := differences(found, wanted, _difference):
         raise ValueError(f"{collection} do not fit this head: {'; '.join(wrong)}")
     return jax.tree.map(lambda new, old: jax.numpy.asarray(new, old.dtype), given, expected)
 
 
-def _shapes(tree: Tree) -> dict[str, list[int]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
+def _difference(name: str, found: list[int] | None, wanted: list[int] | None) -> str:
+    told = "missing" if found is None else found
+    return f"{name} is {told}, expected {'nothing of that name' if wanted is None else wanted}"

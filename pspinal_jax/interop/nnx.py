@@ -12,8 +12,7 @@ from flax import nnx
 from pspinal_jax.heads.equation import apply_unrolled
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead as LinenHead
 from pspinal_jax.interop.functional import apply_head, draws_masks, init_head
-from pspinal_jax.interop.linen import fitting_variables
-from pspinal_jax.interop.options import HeadOptions
+from pspinal_jax.interop.linen import HeadOptions, fitting_variables
 from pspinal_jax.layers.linear import Tree, as_rows
 
 
@@ -61,7 +60,7 @@ class ProgressiveSpinalHead(nnx.Module):
           num_features: D, size of the features' last axis.
           num_classes: C, number of logits.
           layer_width: W, width of each hidden layer.
-          rngs: its `params` stream initialises; of its `dropout` stream, a fork is kept.
+          rngs: its `params` stream initialises; of its `dropout` stream, a fork is stored.
           deterministic: whether to start with dropout off.
           use_running_average: whether to start with batch norm on running statistics.
           **options: see `HeadOptions`.
@@ -167,5 +166,5 @@ def _drop_on_running_statistics(
 ) -> jax.Array:
     """Fine-tuning with frozen statistics, for which the linen head has no switch."""
     rows = as_rows(features, head.dtype, head.param_dtype)
-    logits, _ = apply_unrolled(head.spec, params, batch_stats, rows, train=False, dropout_key=key)
+    logits, _ = apply_unrolled(head.config, params, batch_stats, rows, train=False, dropout_key=key)
     return logits.reshape(*features.shape[:-1], head.num_classes)

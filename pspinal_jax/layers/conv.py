@@ -85,8 +85,8 @@ def _conv_fwd(stride: int, inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Ar
 
 
 def _conv_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Only XLA's CPU compiler needs the spelt-out form; cuDNN and the TPU have gradient kernels of their own, which
-    # autodiff's form selects. Lowering for one platform keeps that platform's branch alone.
+    # Only XLA's CPU compiler needs them spelt out; cuDNN and the TPU have gradient kernels of their own, which
+    # autodiff selects. Lowering for one platform leaves that platform's branch alone.
     plain, autodiff = partial(_gradients_plain_layout, stride), partial(_gradients_autodiff, stride)
     return lax.platform_dependent(*residuals, grad, cpu=plain, default=autodiff)
 

@@ -1,12 +1,9 @@
-"""Inverted dropout whose mask depends on nothing but the key, the stream and the shape."""
+"""Inverted dropout whose mask depends on nothing but the key, the stream and the shape.
 
-# DOC of heads/random_bits: """Random bits for masks: Threefry-2x32 with 20 rounds, all of a mask in one pass.
-#
-# The same function as behind jax.random's default keys (J. Salmon et al., "Parallel random numbers: as easy as 1, 2,
-# 3",
-# SC 2011). jax.random.bits computes a block of two words for each word it returns, and on CPU in a loop of small
-# kernels; a mask by that way costs four times as much.
-# """
+The mask's bits are Threefry-2x32 with 20 rounds, the function behind jax.random's default keys (J. Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011), all of a mask in one pass. jax.random.bits computes a block of
+two words for each word it returns, on CPU in a loop of small kernels; a mask by that way costs four times as much.
+"""
 
 import math
 
@@ -20,12 +17,12 @@ FEATURES_STREAM = 0
 """Stream of the mask on the features; the mask on the whole input of layer i (or output L + 1) is stream i's."""
 
 
-def keep_scale(
+def dropout_scale(
     key: jax.Array, stream: jax.Array | int, rate: float, shape: tuple[int, int], dtype: jnp.dtype
 ) -> jax.Array:
     """What dropout multiplies its input with: 0 with probability `rate`, else 1 / (1 - rate).
 
-    Four 16-bit draws are cut from every block of the generator. The rate in force is therefore the nearest multiple
+    Four 16-bit draws come from every block of the generator. The rate in force is therefore the nearest multiple
     of 2**-16; the scale uses that same value, so the expectation is exact.
 
     Args:
@@ -52,7 +49,7 @@ def dropout(key: jax.Array | None, rate: float, inputs: jax.Array) -> jax.Array:
     if key is None or rate == 0.0:
         return inputs
     rows, columns = inputs.shape
-    return inputs * keep_scale(key, FEATURES_STREAM, rate, (rows, columns), inputs.dtype)
+    return inputs * dropout_scale(key, FEATURES_STREAM, rate, (rows, columns), inputs.dtype)
 
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

@@ -1,6 +1,7 @@
-"""torch.nn.Linear's default initialisation, which the published scripts rely on."""
+"""Linear layers: declaring their variables (and their batch norm's) in linen's collections, and checks of arguments.
 
-# DOC of heads/declare: """Declaring a linear layer's parameters (and its batch norm's) in linen's variable collections."""  # noqa: E501
+The default initialisation is torch.nn.Linear's, on which the published scripts rely.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,11 +1,8 @@
-"""Batch norm with torch's conventions, as a function of arrays.
+"""Batch norm with torch's conventions, as functions of arrays; for maps also with a hand-written backward pass.
 
-torch keeps the UNBIASED variance (factor n / (n - 1)) in its running statistics and normalises a training
-batch with the biased one; flax.linen.BatchNorm keeps the biased one. Checkpoints and results of the published
-scripts follow torch.
+torch puts the UNBIASED variance (factor n / (n - 1)) into its running statistics and normalises a training batch with
+the biased one; flax.linen.BatchNorm uses the biased one for both. The published scripts follow torch.
 """
-
-# DOC of backbones/norm_relu: """Batch norm with batch statistics, alone or followed by ReLU, with a hand-written backward pass."""  # noqa: E501
 
 import math
 
@@ -19,7 +16,7 @@ MOMENTUM = 0.9
 
 
 def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype that means and variances are kept in: float32 at least."""
+    """The dtype that means and variances are computed and stored in: float32 at least."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -75,11 +72,11 @@ _Results = tuple[jax.Array, jax.Array, jax.Array]
 
 @jax.custom_vjp
 def norm_relu(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> _Results:
-    """relu(batch_norm(inputs)) with the statistics of `inputs` themselves, torch's conventions (see heads/norm.py).
+    """relu(batch_norm(inputs)) with the statistics of `inputs` themselves, torch's conventions.
 
     The backward pass is the textbook one: one sweep for the two sums per channel, one for the input's gradient, where
     autodiff of mean, variance, normalisation and ReLU makes several. It recomputes the normalised values from
-    `inputs`, so that nothing but `inputs` is kept. Reverse-mode derivatives only (a custom VJP).
+    `inputs`, so that nothing but `inputs` is stored. Reverse-mode derivatives only (a custom VJP).
 
     Args:
       inputs: floating-point [N, H, W, C].

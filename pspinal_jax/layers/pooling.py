@@ -103,7 +103,7 @@ def _pool_3x3_fwd(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _pool_3x3_bwd(inputs: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-    # Which entry wins is kept as its number. Asking which entry EQUALS the maximum would be wrong: XLA may compute the
+    # Which entry wins is stored as its number. Asking which EQUALS the maximum would be wrong: XLA may compute the
     # inputs again for the backward pass, in an order of its own, and no entry or another one is equal then.
     entries = _entries(inputs)
     best, winner = entries[0], jnp.zeros(grad.shape, jnp.uint8)

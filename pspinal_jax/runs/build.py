@@ -162,10 +162,10 @@ def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] 
     """The augmentation (key, images) -> images that `recipe` asks for, None for none."""
     if recipe.data.augment == "none":
         return None
-    from pspinal_jax.augment import augment, augment_photographs
+    from pspinal_jax.augment import augment, rotate_crop_flip
 
     if recipe.data.augment == "rotation_crop_flip":
-        return partial(augment_photographs, size=recipe.data.image_size)
+        return partial(rotate_crop_flip, size=recipe.data.image_size)
     return augment
 
 

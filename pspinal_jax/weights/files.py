@@ -1,6 +1,5 @@
 """Reading a state dict, names to tensors, from a file or from the Hugging Face hub; never by unpickling objects."""
 
-import json
 import pickle
 import warnings
 import zipfile
@@ -14,7 +13,8 @@ from pspinal_jax.errors import DataError
 from pspinal_jax.weights.hub import PREFIX, fetch
 
 _PYTORCH = (".pt", ".pth", ".bin")
-_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+_FLOATING = ("F64", "F32", "F16", "BF16")
+_DTYPES = (*_FLOATING, "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
 def read_state_dict(source: str | Path) -> dict[str, np.ndarray]:
@@ -52,31 +52,14 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     try:
         with safe_open(path, framework="np") as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
-            half = _read_bfloat16(path) if "BF16" in dtypes.values() else {}
-            for name, dtype in dtypes.items():
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                dtype = file.get_slice(name).get_dtype()
                 if dtype not in _DTYPES:
                     raise DataError(f"weights: {path} holds {name} as {dtype}, expected one of {', '.join(_DTYPES)}")
-                arrays[name] = half[name] if dtype == "BF16" else _as_float32(file.get_tensor(name))
+                array = file.get_tensor(name)  # bfloat16 too: jax registers ml_dtypes' types with NumPy
+                arrays[name] = array.astype(np.float32) if dtype in _FLOATING else array
     except (SafetensorError, OSError) as error:
         raise DataError(f"weights: {path} is no readable safetensors file ({error}); fetch or save it again") from error
-    return arrays
-
-
-def _read_bfloat16(path: Path) -> dict[str, np.ndarray]:
-    """The tensors that NumPy has no type for, in a file whose header has been found sound.
-
-    The format: the header's length as 8 little-endian bytes, the header in JSON, then the data.
-    """
-    arrays = {}
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__" and entry["dtype"] == "BF16":
-            begin, end = entry["data_offsets"]
-            bits = np.fromfile(path, "<u2", (end - begin) // 2, offset=8 + length + begin)
-            arrays[name] = (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
     return arrays
 
 
@@ -117,7 +100,3 @@ def _tensors_of(held: Any, path: Path, torch: Any) -> dict[str, np.ndarray]:
         f"weights: {path} is no state dict, names to tensors: it holds {wrong or 'nothing'}; save model.state_dict() "
         "alone"
     )
-
-
-def _as_float32(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else array

@@ -82,7 +82,7 @@ def classifier_state_dict(variables: Mapping[str, Any], layout: str) -> dict[str
 
     Raises:
       DataError: if `variables` are not those of such a `Classifier`.
-      ValueError: if there is no such layout, or the head is not a progressive one in its documented form.
+      ValueError: if there is no such layout, or the head is not a progressive one in its documented layout.
     """
     published = _layout(layout)
     layers, output = read_layers(variables["params"].get("head", {}), "classifier_state_dict")

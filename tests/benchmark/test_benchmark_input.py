@@ -18,12 +18,12 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark, "NUM_FILES", 4)
     monkeypatch.setattr(benchmark, "BATCH_SIZE", 2)
     monkeypatch.setattr(benchmark, "SIZE", (120, 130))  # smaller, and JPEG would be decoded at a half
-    monkeypatch.setattr(benchmark.write_photographs, "__defaults__", (4,))
+    monkeypatch.setattr(benchmark.write_images, "__defaults__", (4,))
 
 
 def test_photographs_are_drawn_the_same_every_time():
-    assert benchmark.draw_photograph(3) == benchmark.draw_photograph(3) != benchmark.draw_photograph(4)
-    data = benchmark.draw_photograph(3)
+    assert benchmark.draw_image(3) == benchmark.draw_image(3) != benchmark.draw_image(4)
+    data = benchmark.draw_image(3)
     with Image.open(io.BytesIO(data)) as image:
         assert image.format == "JPEG" and image.mode == "RGB"
         assert abs(image.width - 500) <= 40 and abs(image.height - 375) <= 30
@@ -43,7 +43,7 @@ def test_without_torch_or_workers_to_spare_it_reports_the_rest(small, tmp_path, 
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["alternatives"]) == ["stream, 2 workers", "stream, threads"]
     for values in results["alternatives"].values():
-        assert len(values["pictures_per_second"]) == 2 and min(values["pictures_per_second"]) > 0
+        assert len(values["images_per_second"]) == 2 and min(values["images_per_second"]) > 0
     assert "grain" in results["versions"] and (tmp_path / "results.png").stat().st_size > 3000
     assert "left out: torch DataLoader: torch is not installed" in capsys.readouterr().out
     assert main(["benchmark", "input", "--workdir", str(tmp_path), "--pictures", "17"]) == 2
@@ -66,9 +66,9 @@ def test_a_different_batch_is_noticed():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_torch_gives_the_same_batches_and_is_timed(small, tmp_path):
     pytest.importorskip("torch")
-    photos = benchmark.write_photographs(tmp_path)
+    photos = benchmark.write_images(tmp_path)
     order = np.arange(20) % 4
     passes = benchmark.alternatives(photos, order, 1) | benchmark.torch_alternatives(photos, order, 0)
     del passes[benchmark.ours(1)]
     benchmark.check_equal(passes)
-    assert all(min(values["pictures_per_second"]) > 0 for values in benchmark.measure(passes, 1).values())
+    assert all(min(values["images_per_second"]) > 0 for values in benchmark.measure(passes, 1).values())

@@ -187,7 +187,7 @@ def test_flops_are_counted_in_traced_functions():
     assert count_flops(function, *shapes) == 2 * 2 * 25 * (27 * 7 + 7 * 4)
 
 
-def small_photographs(monkeypatch):
+def small_images(monkeypatch):
     from pspinal_jax.benchmark import image_step, step
 
     monkeypatch.setattr(image_step, "NUM_CLASSES", 5)
@@ -203,11 +203,11 @@ def small_photographs(monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_a_step_on_photographs_is_the_same_in_pytorch(monkeypatch):
     pytest.importorskip("torch")
-    image_step, recipe = small_photographs(monkeypatch)
-    batch = image_step.fake_pictures(recipe)
-    assert image_step.photo_step_flops(recipe) > 3 * 4 * 2 * 1e6
+    image_step, recipe = small_images(monkeypatch)
+    batch = image_step.fake_images(recipe)
+    assert image_step.image_step_flops(recipe) > 3 * 4 * 2 * 1e6
     ours = image_step.ImageStep(recipe, batch)
-    work = image_step.torch_photo_steps(recipe, batch, ours)
+    work = image_step.torch_image_steps(recipe, batch, ours)
     assert list(work) == ["PyTorch eager, channels last", "torch.compile, channels last"]
     work["PyTorch eager, channels last"](1)
     ours.run(1)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspinal_jax.layers.dropout import keep_scale, random_words, threefry_2x32
+from pspinal_jax.layers.dropout import dropout_scale, random_words, threefry_2x32
 
 
 def test_threefry_equals_jax():
@@ -36,8 +36,8 @@ def test_no_word_is_used_twice():
 
 @pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_every_kind_of_key_works(kind):
-    scale = np.asarray(keep_scale(jax.random.key(0, impl=kind), 0, 0.25, (100, 101), jnp.float32))
-    other = np.asarray(keep_scale(jax.random.key(1, impl=kind), 0, 0.25, (100, 101), jnp.float32))
+    scale = np.asarray(dropout_scale(jax.random.key(0, impl=kind), 0, 0.25, (100, 101), jnp.float32))
+    other = np.asarray(dropout_scale(jax.random.key(1, impl=kind), 0, 0.25, (100, 101), jnp.float32))
     assert set(np.unique(scale)) == {0.0, np.float32(4 / 3)}
     assert abs((scale == 0).mean() - 0.25) < 0.025
     assert 0.3 < ((scale == 0) != (other == 0)).mean() < 0.45  # 2 * 0.25 * 0.75 for independent masks
@@ -45,12 +45,12 @@ def test_every_kind_of_key_works(kind):
 
 def test_old_style_keys_work():
     raw = jax.random.PRNGKey(5)
-    expected = keep_scale(jax.random.key(5), 2, 0.5, (3, 7), jnp.float32)
-    np.testing.assert_array_equal(keep_scale(raw, 2, 0.5, (3, 7), jnp.float32), expected)
+    expected = dropout_scale(jax.random.key(5), 2, 0.5, (3, 7), jnp.float32)
+    np.testing.assert_array_equal(dropout_scale(raw, 2, 0.5, (3, 7), jnp.float32), expected)
 
 
 def test_masks_do_not_depend_on_vmap():
     keys = jax.random.split(jax.random.key(0), 3)
-    together = jax.vmap(lambda key: keep_scale(key, 0, 0.5, (4, 9), jnp.float32))(keys)
+    together = jax.vmap(lambda key: dropout_scale(key, 0, 0.5, (4, 9), jnp.float32))(keys)
     for key, scale in zip(keys, together, strict=True):
-        np.testing.assert_array_equal(scale, keep_scale(key, 0, 0.5, (4, 9), jnp.float32))
+        np.testing.assert_array_equal(scale, dropout_scale(key, 0, 0.5, (4, 9), jnp.float32))

@@ -14,10 +14,10 @@ from interop_support import COMPILE_FAST, assert_close, make_case
 
 from pspinal_jax import ProgressiveSpinalHead, pack_batch_stats, pack_params
 from pspinal_jax.interop.functional import apply_head, progressive_head
+from pspinal_jax.interop.linen import HeadOptions
 from pspinal_jax.interop.nnx import ProgressiveSpinalHead as NnxHead
 from pspinal_jax.interop.nnx import load_linen, to_linen
-from pspinal_jax.interop.options import HeadOptions
-from pspinal_jax.layers.dropout import FEATURES_STREAM, keep_scale
+from pspinal_jax.layers.dropout import FEATURES_STREAM, dropout_scale
 
 ALL_OPTIONS = {
     "num_layers": 3,
@@ -128,7 +128,7 @@ def test_nnx_modes(trained_nnx):
 def test_dropout_on_running_statistics_follows_the_equations(trained_nnx):
     _, variables, features, module = trained_nnx
     params, running = jax.tree.map(np.asarray, (variables["params"], variables["batch_stats"]))
-    u = features * keep_scale(KEY, FEATURES_STREAM, 0.5, features.shape, jnp.float32)
+    u = features * dropout_scale(KEY, FEATURES_STREAM, 0.5, features.shape, jnp.float32)
     inputs, outputs = np.asarray(features), [np.asarray(u)]
     for name in ("layer_1", "layer_2"):
         pre = inputs @ params[name]["kernel"] + params[name]["bias"]

@@ -1,4 +1,4 @@
-"""The augmentation of the photograph recipes: rotation, random crop and flip of a whole batch in one reading."""
+"""The augmentation of the colour recipes: rotation, random crop and flip of a whole batch in one reading."""
 
 import functools
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from pspinal_jax.augment.rotation import check_angles, rotation_sources_at
 from pspinal_jax.augment.sampling import check_images, per_image, sample_nearest
 
 
-class PhotographAugmentation(NamedTuple):
+class CropAugmentation(NamedTuple):
     """How strongly to augment; the defaults are those of the Caltech-101, STL-10, Fruits-360 and Bird-225 scripts.
 
     Attributes:
@@ -23,7 +23,7 @@ class PhotographAugmentation(NamedTuple):
     flip_probability: float = 0.5
 
 
-PUBLISHED_PHOTOGRAPHS = PhotographAugmentation()
+PUBLISHED_CROP = CropAugmentation()
 
 
 class View(NamedTuple):
@@ -47,7 +47,7 @@ def draw_view(
     height: int,
     width: int,
     size: int,
-    settings: PhotographAugmentation = PUBLISHED_PHOTOGRAPHS,
+    settings: CropAugmentation = PUBLISHED_CROP,
 ) -> View:
     """The `View` of `count` images of `height` and `width`, cropped to `size`: a function of `key` and the rest.
 
@@ -99,19 +99,19 @@ def apply_view(images: jax.Array, view: View, size: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("size", "settings"))
-def augment_photographs(
-    key: jax.Array, images: jax.Array, size: int, settings: PhotographAugmentation = PUBLISHED_PHOTOGRAPHS
+def rotate_crop_flip(
+    key: jax.Array, images: jax.Array, size: int, settings: CropAugmentation = PUBLISHED_CROP
 ) -> jax.Array:
-    """Photographs rotated, cropped and flipped as torchvision's RandomRotation, RandomCrop and RandomHorizontalFlip do.
+    """Images rotated, cropped and flipped as torchvision's RandomRotation, RandomCrop and RandomHorizontalFlip do.
 
     A function of its arguments: the same key gives the same images, in a plain call, under jit or in a compiled loop.
 
     Example::
 
         >>> import jax, jax.numpy as jnp
-        >>> from pspinal_jax.augment import augment_photographs
+        >>> from pspinal_jax.augment import rotate_crop_flip
         >>> images = jnp.zeros((16, 230, 230, 3), jnp.uint8)
-        >>> augment_photographs(jax.random.key(0), images, size=224).shape
+        >>> rotate_crop_flip(jax.random.key(0), images, size=224).shape
         (16, 224, 224, 3)
 
     Args:

@@ -5,7 +5,7 @@ import pillow_reference
 import pytest
 from PIL import Image, ImageOps
 
-from pspinal_jax.augment import PhotographAugmentation, View, apply_view, augment_photographs, draw_view
+from pspinal_jax.augment import CropAugmentation, View, apply_view, draw_view, rotate_crop_flip
 
 
 def reference(images, view, size):
@@ -19,7 +19,7 @@ def reference(images, view, size):
     return np.stack(cropped)
 
 
-def test_photographs_equal_pillows(resized):
+def test_images_equal_pillows(resized):
     images = resized(16, 230, 230, 3)
     view = draw_view(jax.random.key(3), 16, 230, 230, 224)
     assert 0 < np.asarray(view.flips).sum() < 16, "both kinds are there"
@@ -51,13 +51,13 @@ def test_draws_cover_their_ranges_evenly():
 
 def test_settings_that_change_nothing_change_nothing(resized):
     images = resized(3, 20, 20, 3)
-    nothing = PhotographAugmentation(degrees=0.0, flip_probability=0.0)
-    np.testing.assert_array_equal(augment_photographs(jax.random.key(1), images, 20, nothing), images)
+    nothing = CropAugmentation(degrees=0.0, flip_probability=0.0)
+    np.testing.assert_array_equal(rotate_crop_flip(jax.random.key(1), images, 20, nothing), images)
 
 
 def test_the_key_decides(resized):
     images = resized(4, 24, 24, 3)
-    first, again, other = (augment_photographs(jax.random.key(seed), images, 20) for seed in (0, 0, 1))
+    first, again, other = (rotate_crop_flip(jax.random.key(seed), images, 20) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (np.asarray(first) != np.asarray(other)).any()
 
@@ -65,11 +65,11 @@ def test_the_key_decides(resized):
 def test_wrong_arguments_are_refused(resized):
     images = resized(2, 20, 20, 3)
     with pytest.raises(ValueError, match="size must be between 1 and the images' 20 x 20, got 21"):
-        augment_photographs(jax.random.key(0), images, 21)
+        rotate_crop_flip(jax.random.key(0), images, 21)
     with pytest.raises(ValueError, match="flip_probability must be between 0 and 1, got 2"):
-        augment_photographs(jax.random.key(0), images, 20, PhotographAugmentation(flip_probability=2))
+        rotate_crop_flip(jax.random.key(0), images, 20, CropAugmentation(flip_probability=2))
     with pytest.raises(TypeError, match="must be a uint8 array, got float32"):
-        augment_photographs(jax.random.key(0), images.astype(np.float32), 20)
+        rotate_crop_flip(jax.random.key(0), images.astype(np.float32), 20)
     view = View(jnp.zeros(2), jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, bool))
     with pytest.raises(ValueError, match=r"corners must have shape \[2, 2\] and flips \[2\]"):
         apply_view(images, view, 10)

@@ -1,0 +1,119 @@
+"""EfficientNet-Lite: its parameters and shapes, the depthwise convolution on every platform, and PyTorch's twin."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspinal_jax.backbones import EfficientNetLite
+from pspinal_jax.backbones.efficientnet import BlockConfig, InvertedBottleneck
+from pspinal_jax.layers import depthwise
+
+
+def images(batch=2, side=64):
+    return np.random.default_rng(0).standard_normal((batch, side, side, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    model = EfficientNetLite("efficientnet_lite0")
+    return jax.jit(partial(model.init, train=False))(jax.random.key(0), images())
+
+
+@pytest.mark.parametrize(("variant", "parameters"), [("lite0", 3_371_008), ("lite1", 4_135_680), ("lite2", 4_811_072)])
+def test_parameters_are_counted_as_published(variant, parameters):
+    """4.65, 5.42 and 6.09 million in the paper's repository, with a classifier of 1,281,000."""
+    model = EfficientNetLite(f"efficientnet_{variant}")
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images())
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == parameters
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride"), [(8, 3, 1), (8, 3, 2), (7, 3, 2), (8, 5, 2), (9, 5, 2), (2, 5, 1)]
+)
+def test_shifted_sums_are_the_convolution_and_so_are_their_gradients(side, kernel, stride):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, side, side + 1, 4)), rng.standard_normal((kernel, kernel, 1, 4))
+    with jax.enable_x64(True):
+        x, w = jnp.asarray(x), jnp.asarray(w)
+        both = []
+        for function in (depthwise._shifts, depthwise._grouped):
+            outputs, pullback = jax.vjp(partial(function, stride), x, w)
+            both.append((outputs, *pullback(jnp.cos(outputs))))
+        public, pullback = jax.vjp(partial(depthwise.depthwise_conv, stride=stride), x, w)
+        both.append((public, *pullback(jnp.cos(public))))
+        for other in both[1:]:
+            for ours, theirs in zip(both[0], other, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_on_cpu_no_grouped_convolution_is_left_and_elsewhere_it_is():
+    x, w = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 1, 4))
+    for platform, count in (("cpu", 0), ("cuda", 1), ("tpu", 1)):
+        exported = jax.export.export(jax.jit(depthwise.depthwise_conv), platforms=[platform])(x, w)
+        assert exported.mlir_module().count("stablehlo.convolution") == count, platform
+
+
+def test_wrong_input_is_refused():
+    with pytest.raises(ValueError, match=r"got \(3, 3, 4, 4\)"):
+        depthwise.depthwise_conv(jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4)))
+    with pytest.raises(ValueError, match="variant must be one of"):
+        EfficientNetLite("efficientnet_lite9")
+    model = EfficientNetLite("efficientnet_lite0")
+    with pytest.raises(ValueError, match="takes images of shape"):
+        model.init(jax.random.key(0), jnp.ones((1, 64, 64, 1)), train=False)
+    with pytest.raises(TypeError, match="floating-point"):
+        model.init(jax.random.key(0), jnp.ones((1, 64, 64, 3), jnp.uint8), train=False)
+
+
+def test_training_moves_the_running_statistics():
+    block = InvertedBottleneck(BlockConfig(3, 1, 6, 4, 4))
+    x = jnp.asarray(images())[..., :1].repeat(4, -1)
+    before = block.init(jax.random.key(0), x, train=False)
+    outputs, after = block.apply(before, x, train=True, mutable=["batch_stats"])
+    assert outputs.shape == x.shape
+    for name, tree in after["batch_stats"].items():
+        assert np.abs(tree["norm"]["var"] - before["batch_stats"][name]["norm"]["var"]).max() > 1e-3
+
+
+@pytest.mark.torch
+def test_pytorchs_twin_gives_the_same_features(variables):
+    torch = pytest.importorskip("torch")
+    from pspinal_jax.benchmark.torch_twins import TorchEfficientNetLite
+
+    twin = TorchEfficientNetLite("efficientnet_lite0").eval()
+    twin.load(variables["params"])
+    features = jax.jit(partial(EfficientNetLite("efficientnet_lite0").apply, train=False))(variables, images())
+    with torch.no_grad():
+        theirs = twin(torch.from_numpy(images()).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(features, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("config", [(3, 2, 6, 4, 8), (5, 1, 6, 4, 4), (3, 1, 1, 4, 4)])
+def test_pytorchs_block_gives_the_same_gradients_in_training(config):
+    torch = pytest.importorskip("torch")
+    from pspinal_jax.benchmark.torch_twins import TorchEfficientNetLite
+
+    config = BlockConfig(*config)
+    x = np.random.default_rng(0).standard_normal((2, 9, 8, 4))
+    with jax.enable_x64(True):
+        block = InvertedBottleneck(config, jnp.float64)
+        tree = block.init(jax.random.key(0), jnp.asarray(x), train=False)
+
+        def loss(params):
+            given = {"params": params, "batch_stats": tree["batch_stats"]}
+            return jnp.sum(jnp.sin(block.apply(given, jnp.asarray(x), train=True, mutable=["batch_stats"])[0]))
+
+        value, grads = jax.value_and_grad(loss)(tree["params"])
+    twin = TorchEfficientNetLite("efficientnet_lite0").double()
+    twin.units = torch.nn.ModuleDict(twin.units_of(1, config)).double().train()
+    twin.load({"block_1": tree["params"]})
+    theirs = twin.block(1, torch.from_numpy(x).permute(0, 3, 1, 2)).sin().sum()
+    theirs.backward()
+    np.testing.assert_allclose(value, theirs.item(), rtol=1e-9)
+    for name, ours in grads.items():
+        expected = twin.units[f"block_1/{name}"].conv.weight.grad.numpy().transpose(2, 3, 1, 0)
+        np.testing.assert_allclose(ours["kernel"], expected, rtol=1e-7, atol=1e-9)

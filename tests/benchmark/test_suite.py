@@ -1,0 +1,131 @@
+"""`benchmark all`: what it refuses, its report from given figures, and (slow) whole rehearsals and a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspinal_jax.__main__ import main
+from pspinal_jax.benchmark import suite_report
+from pspinal_jax.benchmark.head import SHAPES, Case
+from pspinal_jax.benchmark.suite import WEIGHTS, busy_share, describe_machine
+
+TIMED = {"median": 0.002, "interval_95": [0.001, 0.003], "quartiles": [0.001, 0.003], "rounds": 3, "first_call": 1.5}
+MEASUREMENT = {
+    "kind": "timings",
+    "precision": "tf32",
+    "title": "a step, tf32",
+    "ours": "ours",
+    "flops": 10,
+    "alternatives": {"ours": TIMED | {"share_of_peak": 0.5}, "theirs": TIMED | {"share_of_peak": None}},
+    "times_faster": {"theirs": {"median": 4.0, "interval_95": [3.0, 5.0]}},
+}
+RECORD = {
+    "section": "step",
+    "status": "done",
+    "device": {"kind": "a GPU"},
+    "versions": {"jax": "1.2"},
+    "left_out": ["float32: no time left"],
+    "seconds": 12.0,
+    "busy_before": 0.0,
+    "entries": [MEASUREMENT],
+}
+
+
+def write_report(tmp_path, **changes):
+    (tmp_path / "step.json").write_text(json.dumps(RECORD | changes))
+    suite_report.write_suite_report(tmp_path, describe_machine("the command", 8), list(WEIGHTS))
+    return (tmp_path / "report.md").read_text()
+
+
+def test_the_report_names_machine_figures_and_what_was_left_out(tmp_path):
+    report = write_report(tmp_path)
+    for said in ("`the command`", "a GPU", "jax 1.2", "4.00 x (3.00 .. 5.00)", "left out: float32: no time left"):
+        assert said in report
+    assert "Warning" not in report
+    assert (tmp_path / "step.png").stat().st_size > 1000
+
+
+def test_a_busy_machine_is_said(tmp_path):
+    assert "Warning: others used the cores** just before these sections (step 50 %" in write_report(
+        tmp_path, busy_before=0.5
+    )
+    assert 0 <= busy_share(0.05) <= 1
+
+
+def test_a_section_that_failed_is_in_the_report(tmp_path):
+    report = write_report(tmp_path, status="failed with exit status 1, see step.log", entries=[])
+    assert "failed with exit status 1, see step.log" in report
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--sections", "stepp"], "unknown section 'stepp' of benchmark all; there are: machine, step"),
+        (["--minutes", "0"], "--minutes is 0, expected a positive number"),
+        (["--minutes", "x"], "invalid float value: 'x'"),
+        (["--precisions", "int4"], "invalid choice: 'int4'"),
+        ([], "holds a report already"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(tmp_path, capsys, flags, line):
+    (tmp_path / "report.md").write_text("earlier results")
+    assert main(["benchmark", "all", "--workdir", str(tmp_path), *flags]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert len(said.splitlines()) == 1
+    assert (tmp_path / "report.md").read_text() == "earlier results"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_head_is_lowered_for_accelerators(platform, dtype):
+    case = Case(SHAPES[1], dtype)
+    arguments = (case.params, jnp.asarray(case.features), jax.random.key(0))
+    for implementation in ("fused", "unrolled"):
+        from pspinal_jax.heads.layouts import NATIVE_LAYOUT, convert_params
+
+        params = convert_params(case.params, NATIVE_LAYOUT[implementation])
+        gradient = jax.jit(case.gradient(implementation, 0.2))
+        exported = jax.export.export(gradient, platforms=[platform])(params, *arguments[1:])
+        assert exported.platforms == (platform,)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_all_sections_fails_nowhere(tmp_path):
+    flags = ["--tiny", "--minutes", "15", "--precisions", "tf32", "--workdir", str(tmp_path / "all")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pspinal_jax", "benchmark", "all", *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in WEIGHTS:
+        record = json.loads((tmp_path / "all" / f"{name}.json").read_text())
+        assert record["status"] == "done", name
+        assert record["entries"], name
+        wrong = [reason for reason in record["left_out"] if "no time left" not in reason and "torch" not in reason]
+        assert not wrong, name
+    assert "| alternative |" in (tmp_path / "all" / "report.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_was_measured_stays_when_it_is_killed(tmp_path, number):
+    flags = ["--tiny", "--minutes", "5", "--sections", "augmentation", "step", "--workdir", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pspinal_jax", "benchmark", "all", *flags], env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )
+    end = time.monotonic() + 240
+    while not (tmp_path / "report.md").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    report = (tmp_path / "report.md").read_text()
+    assert "## A training step of the MNIST row" in report
+    assert np.isfinite(json.loads((tmp_path / "step.json").read_text())["seconds"])
