@@ -213,7 +213,7 @@ def test_a_run_on_features_is_exported_and_not_for_pictures(tmp_path, capsys):
     arrays = {"train_images": features, "train_labels": labels, "test_images": features, "test_labels": labels}
     np.savez(tmp_path / "features.npz", **arrays)
     flags = ["--data.path", str(tmp_path / "features.npz"), "--epochs", "1", "--batch-size", "16"]
-    small = ["--model.head", "dense", "--optimizer.name", "sgd"]
+    small = ["--model.head", "dense", "--optimizer.name", "sgd", "--optimizer.weight-decay", "0"]
     run = tmp_path / "run"
     assert main(["train", "features", "--workdir", str(run), *small, *flags]) == 0
     assert main(["export", str(run)]) == 0

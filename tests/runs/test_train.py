@@ -250,7 +250,9 @@ def test_the_papers_protocol_reports_last_and_best_on_test(recipe, tmp_path):
 
 def test_rounds_go_on_from_the_best_and_steering_follows_the_test_accuracy(recipe, tmp_path):
     """The published QMNIST chain, and the published scripts' way with the learning rate."""
-    optimizer = dataclasses.replace(recipe.optimizer, name="adam", schedule="constant", steering="best_on_test")
+    optimizer = dataclasses.replace(
+        recipe.optimizer, name="adam", weight_decay=0.0, schedule="constant", steering="best_on_test"
+    )
     paper = dataclasses.replace(recipe, protocol="paper", rounds=2, optimizer=optimizer)
     result = train(paper, options(tmp_path / "run"))
     lines = metrics(tmp_path / "run")
@@ -297,7 +299,7 @@ def test_bfloat16_trains_with_float32_parameters(recipe, tmp_path):
 def test_features_train_like_images(recipe, arrays, tmp_path):
     features = {f"{part}_images": arrays[f"{part}_images"].reshape(-1, 16) / 255 for part in ("train", "test")}
     np.savez(tmp_path / "features.npz", **{**arrays, **features})
-    config = dataclasses.replace(recipe.data, path=tmp_path / "features.npz")
+    config = dataclasses.replace(recipe.data, path=tmp_path / "features.npz", mean=0.0, std=1.0)
     result = train(dataclasses.replace(recipe, data=config, epochs=2), options(tmp_path / "run"))
     assert 0 <= result["test_accuracy"]["mean"] <= 1
     assert read(tmp_path / "run" / "config.json")["input_shape"] == [16]
