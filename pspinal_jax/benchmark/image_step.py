@@ -13,7 +13,7 @@ from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import build_run_programs
+from pspinal_jax.runs.programs import build_run_programs
 
 OURS = "jitted step"
 """What `train` calls for every batch that it reads."""

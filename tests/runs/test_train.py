@@ -252,8 +252,9 @@ def test_the_papers_protocol_reports_last_and_best_on_test(recipe, tmp_path):
 
 def test_rounds_go_on_from_the_best_and_steering_follows_the_test_accuracy(recipe, tmp_path):
     """The published QMNIST chain, and the published scripts' way with the learning rate."""
-    steered = {"name": "adam", "schedule": "constant", "steering": "best_on_test", "weight_decay": 0.0}
-    optimizer = dataclasses.replace(recipe.optimizer, **steered)
+    optimizer = dataclasses.replace(
+        recipe.optimizer, name="adam", weight_decay=0.0, schedule="constant", steering="best_on_test"
+    )
     paper = dataclasses.replace(recipe, protocol="paper", rounds=2, optimizer=optimizer)
     result = train(paper, options(tmp_path / "run"))
     lines = metrics(tmp_path / "run")

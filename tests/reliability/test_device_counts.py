@@ -126,7 +126,6 @@ def test_training_uses_fewer_devices_or_all_for_the_whole_batch_and_says_so(runs
 
 def test_the_result_is_one_devices(runs):
     for name in ("two", "whole"):
-        # Sums in another order: after six steps of Adam the losses differ in the fourth digit.
         np.testing.assert_allclose(losses(runs.place / name), losses(runs.place / "one"), rtol=2e-3)
 
 
