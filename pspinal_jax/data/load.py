@@ -16,6 +16,7 @@ from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.data.prepared import STOCK_EMNIST, default_data_dir, find_prepared, find_versions, read_prepared
 from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import DataError
+from pspinal_jax.files import expanded
 from pspinal_jax.recipes.schema import DataConfig
 
 
@@ -50,7 +51,7 @@ def _transpose(data: Dataset[ArraySplit]) -> Dataset[ArraySplit]:
 
 def _load_arrays(config: DataConfig) -> Dataset[ArraySplit]:
     if config.path is not None:
-        path = config.path.expanduser()
+        path = expanded(config.path)
         return read_prepared(path, config.num_classes) if path.is_dir() else read_npz(path, config.num_classes)
     if config.name.split("/")[0] == "emnist":
         raise DataError(f"{config.name}: {STOCK_EMNIST}")
@@ -61,7 +62,7 @@ def _load_arrays(config: DataConfig) -> Dataset[ArraySplit]:
 
 
 def _load_images(config: DataConfig, image_size: int) -> Dataset[ImageSplit]:
-    directory = _find_directory(config) if config.path is None else config.path.expanduser()
+    directory = _find_directory(config) if config.path is None else expanded(config.path)
     if not directory.is_dir():
         raise DataError(
             f"{directory} is no folder; {config.name} takes a folder of class folders, or the directory of a prepared "
@@ -87,7 +88,7 @@ def _load_images(config: DataConfig, image_size: int) -> Dataset[ImageSplit]:
 
 
 def _find_directory(config: DataConfig) -> Path:
-    root = default_data_dir() if config.data_dir is None else config.data_dir.expanduser()
+    root = default_data_dir() if config.data_dir is None else expanded(config.data_dir)
     # Where no version is readable, reading the newest says why.
     directory = find_prepared(root, config.name) or next(reversed(find_versions(root, config.name)), None)
     if directory is None:

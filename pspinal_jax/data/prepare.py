@@ -99,9 +99,9 @@ def _read(
     if not data_set.files:
         return Examples(read_digits(), data_set.class_names)
     if raw is not None:
-        return _read_files(data_set, raw.expanduser(), archives, show_progress)
+        return _read_files(data_set, expanded(raw), archives, show_progress)
     if npz is not None:
-        return Examples(_read_npz(data_set, npz.expanduser()), data_set.class_names)
+        return Examples(_read_npz(data_set, expanded(npz)), data_set.class_names)
     if not data_set.downloads:
         raise DataError(
             f"{data_set.name} cannot be downloaded from here; get it ({data_set.origin}) and run: pspinal-jax prepare "

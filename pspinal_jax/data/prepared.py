@@ -10,6 +10,7 @@ import numpy as np
 from pspinal_jax.data.cache import Named, content_stamp, read_through_cache
 from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset
 from pspinal_jax.errors import DataError
+from pspinal_jax.files import expanded
 
 _ARRAYS = {"train_images", "train_labels", "test_images", "test_labels"}
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -32,7 +33,7 @@ def import_tfds() -> Any:
 
 def default_data_dir() -> Path:
     """TFDS's own data folder: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(import_tfds().core.constants.DATA_DIR).expanduser()
+    return expanded(import_tfds().core.constants.DATA_DIR)
 
 
 def find_versions(data_dir: Path, name: str) -> list[Path]:

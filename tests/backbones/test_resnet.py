@@ -202,9 +202,9 @@ def test_bfloat16_is_close_to_float32(small, variables):
     assert 0 < np.abs(half.astype(np.float32) - full).max() / np.abs(full).max() < 0.1
 
 
-def test_statistics_stay_put_unless_mutable(small, variables):
-    features = jax.eval_shape(lambda v: small.apply(v, IMAGES, train=True), variables)
-    assert features.shape == (4, 512)
+def test_statistics_are_never_dropped_in_silence(small, variables):
+    with pytest.raises(ValueError, match="batch_stats is not mutable"):
+        jax.eval_shape(lambda v: small.apply(v, IMAGES, train=True), variables)
 
 
 @pytest.mark.parametrize("shape", [(4, 32, 32), (4, 31, 64, 3), (4, 64, 31, 3), (4, 32, 32, 1), (4, 3, 32, 32)])

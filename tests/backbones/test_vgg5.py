@@ -100,10 +100,9 @@ def test_integer_images_are_refused():
         VGG5().init(jax.random.key(0), np.ones((4, 28, 28, 1), np.uint8), train=False)
 
 
-def test_running_statistics_stay_put_unless_mutable(images, variables):
-    """Without mutable batch_stats training mode still works, as it does for the heads."""
-    features = jax.eval_shape(lambda v: VGG5().apply(v, images, train=True), variables)
-    assert features.shape == (4, 256)
+def test_running_statistics_are_never_dropped_in_silence(images, variables):
+    with pytest.raises(ValueError, match="batch_stats is not mutable"):
+        jax.eval_shape(lambda v: VGG5().apply(v, images, train=True), variables)
 
 
 def _direct(x, k):

@@ -12,6 +12,7 @@ from pspinal_jax.data.images.classes import class_names, first_names, in_order
 from pspinal_jax.data.images.encoded import Files, ImageSplit, is_image, list_images
 from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.files import expanded
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -42,7 +43,7 @@ def read_folder(
       DataError: if there are fewer than two classes, a class without a readable image, splits whose classes differ,
         or, if `strict`, an image that cannot be decoded.
     """
-    path = path.expanduser()
+    path = expanded(path)
     if not path.is_dir():
         raise DataError(f"{path} does not exist or is no folder; give a folder of class folders")
     folders = find_split_folders(path) or {"all": ""}

@@ -13,6 +13,7 @@ from pspinal_jax.data.dataset import Dataset, check_labels
 from pspinal_jax.data.images.encoded import ImageSplit
 from pspinal_jax.data.prepared import check_format, import_tfds, open_prepared
 from pspinal_jax.errors import DataError
+from pspinal_jax.files import expanded
 
 _VALIDATION = ("validation", "valid", "val")
 
@@ -30,7 +31,7 @@ def read_image_records(directory: Path, image_size: int) -> Dataset[ImageSplit]:
       DataError: if it was not prepared as array_record, has no train and test split of images with labels, or cannot be
         read.
     """
-    directory = directory.expanduser()
+    directory = expanded(directory)
     builder = open_prepared(directory)
     source = check_format(builder)
     own = [{"validation": name} for name in _VALIDATION if name in builder.info.splits][:1]
