@@ -89,7 +89,8 @@ class Dataset(Generic[S]):
       source: named in messages.
       example_shape: of one example as a model sees it, (H, W, C) or (D,).
       example_dtype: uint8 for images, float32 for features.
-      skipped: what was left out, a line each: unreadable files with the reason, and what was passed over.
+      skipped: names of the unreadable files that were left out.
+      passed_over: what else was left out of a folder, a line each.
     """
 
     splits: Mapping[str, S]
@@ -98,6 +99,7 @@ class Dataset(Generic[S]):
     example_shape: tuple[int, ...]
     example_dtype: np.dtype[Any] = _UINT8
     skipped: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

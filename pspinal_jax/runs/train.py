@@ -166,7 +166,7 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dict[s
         "input_shape": list(data.example_shape),
         "input_dtype": str(data.example_dtype),
         "data_source": data.source,
-        "left_out": list(data.skipped),
+        "left_out": [*data.skipped, *data.passed_over],
         "data_location": where,
         "mesh": mesh,
         "device": device(),

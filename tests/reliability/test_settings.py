@@ -28,10 +28,11 @@ from pspinal_jax.recipes import (
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.settings import check_settings, check_settings_for
 from pspinal_jax.runs import build
-from pspinal_jax.runs.build import build_run_programs, input_of, schedule_of, split_examples
+from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
 from pspinal_jax.runs.predict import predict
+from pspinal_jax.runs.programs import build_run_programs, schedule_of
 from pspinal_jax.runs.progress import TrainingProgress, make_stages
 from pspinal_jax.runs.restore import load_recipe_of
 from pspinal_jax.runs.train import train
@@ -87,7 +88,7 @@ def seen(recipe, monkeypatch):
     data = load_data(recipe.data)
     if recipe.data.image_size is not None and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
-    shape, dtype = input_of(recipe, data)
+    shape, dtype = (data.example_shape, data.example_dtype)
     check_settings_for(recipe, data.source, shape)
     train_indices, validation = split_examples(recipe, data)
     stages = make_stages(recipe, train_indices, validation)

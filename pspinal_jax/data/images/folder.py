@@ -51,21 +51,22 @@ def read_folder(
     names = _class_names(path, folders, listed)
     files = [file for classes in listed.values() for each in classes.values() for file in each]
     checks = check_files(path, files, show_progress)
-    skipped = tuple(with_reason(file, problem) for file in files if (problem := checks[file].problem) is not None)
+    skipped = tuple(file for file in files if checks[file].problem is not None)
+    reasons = tuple(with_reason(file, str(checks[file].problem)) for file in skipped)
     if skipped and strict:
-        raise DataError(f"{skipped_text(skipped, str(path))}; mend or remove them, or do not ask for strictness")
+        raise DataError(f"{skipped_text(reasons, str(path))}; mend or remove them, or do not ask for strictness")
     splits = {}
     for split, classes in listed.items():
         good = {name: [file for file in each if checks[file].problem is None] for name, each in classes.items()}
         found, labels = in_order(good, names, partial(_nothing_in, path / folders[split]))
         splits[split] = ImageSplit(Files(path, found, [checks[file].crc for file in found]), labels)
-    warn_of_skipped(skipped, str(path))
+    warn_of_skipped(reasons, str(path))
     passed_over = find_passed_over(path, folders, frozenset(files))
     for line in passed_over if is_primary() else ():
         print(f"warning: {line}", file=sys.stderr)
     if "all" in splits:
         splits = _draw_test(path, splits["all"], test_fraction, split_seed)
-    return Dataset(splits, names, str(path), (image_size, image_size, 3), skipped=(*skipped, *passed_over))
+    return Dataset(splits, names, str(path), (image_size, image_size, 3), skipped=skipped, passed_over=passed_over)
 
 
 def find_split_folders(path: Path) -> dict[str, str]:
