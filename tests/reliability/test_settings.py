@@ -27,7 +27,7 @@ from pspinal_jax.recipes import (
 )
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.settings import check_settings, check_settings_for
-from pspinal_jax.runs import build
+from pspinal_jax.runs import programs
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
@@ -94,8 +94,8 @@ def seen(recipe, monkeypatch):
     stages = make_stages(recipe, train_indices, validation)
     model = build_model(recipe, shape, data.num_classes)
     calls = []
-    monkeypatch.setattr(build, "build_programs", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(build, "make_optimizer", lambda *arguments: arguments)
+    monkeypatch.setattr(programs, "build_programs", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(programs, "make_optimizer", lambda *arguments: arguments)
     build_run_programs(recipe, model, shape, dtype)
     order = make_order(stages[0].subset, 60, vectorized=False, shuffle=recipe.data.shuffle)
     return {
