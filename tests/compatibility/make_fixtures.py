@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from pspinal_jax.data.digits import read_digits
 from pspinal_jax.runs.examples import ResidentExamples
 from test_older_files import DROPOUT_KEY, FIXTURES, INIT_KEY, machine, timeless
 
 from pspinal_jax import fuse_params, heads, pack_batch_stats, pack_params
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import VGG5, ResNet
-from pspinal_jax.data.digits import read_digits
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.runs import trainer
 from pspinal_jax.runs.restore import load_variables
