@@ -328,3 +328,12 @@ def test_a_refused_setting_leaves_no_directory(place, tmp_path):
     with pytest.raises(UsageError, match=r"data\.augment"):
         train(recipe, RunOptions(workdir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_recipe_brings_with_it_refuses_no_other_optimiser():
+    """The weight decay of its adamw is the recipe's, not the user's; one that the user sets for sgd is refused."""
+    recipe = load_recipe("digits")
+    sgd = dataclasses.replace(recipe.optimizer, name="sgd")
+    check_settings(dataclasses.replace(recipe, optimizer=sgd))
+    with pytest.raises(UsageError, match=r"optimizer.weight_decay is 0.2, expected 0.0 unless --optimizer.name adamw"):
+        check_settings(dataclasses.replace(recipe, optimizer=dataclasses.replace(sgd, weight_decay=0.2)))
