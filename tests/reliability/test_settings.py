@@ -278,10 +278,11 @@ def test_every_shipped_recipe_uses_all_its_settings(name):
 # What the model sees of an image: every path must see the same.
 MODEL_SEES = [
     ("grey", {}),
-    ("grey", {"data.transposed": True}),
-    ("grey", {"data.mean": 0.4, "data.std": 0.2, "data.augment": "perspective_rotation"}),
-    ("grey", {"model.head": "mlp", "dtype": "bfloat16"}),
-    ("folder", {}),
+    pytest.param(
+        "grey", {"data.mean": 0.4, "data.std": 0.2, "data.augment": "perspective_rotation"}, marks=pytest.mark.slow
+    ),
+    pytest.param("grey", {"data.transposed": True, "model.head": "mlp", "dtype": "bfloat16"}),
+    pytest.param("folder", {}, marks=pytest.mark.slow),
     ("folder", {"data.mean": (0.4, 0.1, 0.2), "data.std": (0.2, 0.3, 0.4), "data.augment": "rotation_crop_flip"}),
 ]
 
