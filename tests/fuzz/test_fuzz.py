@@ -6,6 +6,7 @@ set-up ends.
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -179,7 +180,12 @@ ARRAYS = st.fixed_dictionaries(
     optional={
         name: st.one_of(
             st.tuples(
-                st.sampled_from(["uint8", "int64", "float32", "float64", "bool", "U3", "complex64", "uint64"]),
+                st.sampled_from(
+                    [
+                        *("uint8", "int8", ">i2", "int64", ">u4", "uint64", "float16", "float32", ">f8", "longdouble"),
+                        *("bool", "U3", "S3", "complex64", "datetime64[s]", "V4"),
+                    ]
+                ),
                 st.lists(st.integers(0, 5), max_size=4).map(tuple),
                 st.integers(0, 3),
             )
@@ -189,17 +195,21 @@ ARRAYS = st.fixed_dictionaries(
 )
 
 
-@cases(400)
+@cases(1000)
 @given(arrays=ARRAYS, classes=st.sampled_from([None, 2, 3]), pickled=st.booleans())
 def test_npz_files_of_any_arrays(tmp_path, arrays, classes, pickled):
     made = {}
     for name, (dtype, shape, seed) in arrays.items():
-        made[name] = np.random.default_rng(seed).integers(0, 3, shape).astype(dtype)
+        values = np.random.default_rng(seed).integers(0, 3, shape)
+        made[name] = np.zeros(shape, dtype) if dtype == "V4" else values.astype(dtype)
     if pickled:
         made["test_labels"] = np.array([{}], object)
     np.savez(tmp_path / "any.npz", **made)
     with contextlib.suppress(DataError):
-        read_npz(tmp_path / "any.npz", classes)
+        data = read_npz(tmp_path / "any.npz", classes)
+        for name, split in data.splits.items():  # whatever is taken is what the file holds
+            np.testing.assert_array_equal(split.inputs.ravel(), made[f"{name}_images"].ravel().astype(np.float64))
+            np.testing.assert_array_equal(split.labels, made[f"{name}_labels"].astype(np.int64))
 
 
 @cases(300)
@@ -260,16 +270,44 @@ def finished(tmp_path_factory):
     return folder / "run"
 
 
-@cases(150)
+@pytest.fixture(scope="module")
+def answers(finished):
+    """What each command says of the run as it was."""
+    return {command: answer(command, finished) for command in ("train", "evaluate", "export")}
+
+
+def answer(command, run):
+    """(status, errors, what it says of the run): test accuracies and, of an export, its parameters."""
+    output = run.parent / "exported"
+    shutil.rmtree(output, ignore_errors=True)
+    data = ["--data.path", str(run.parent / "features.npz")]
+    flags = [*data, "--epochs", "1", "--batch-size", "8", "--model.layer-width", "4", "--data.num-validation", "0"]
+    args = {
+        "train": ["train", "features", *flags, "--workdir", str(run)],
+        "evaluate": ["evaluate", str(run)],
+        "export": ["export", str(run), "--output", str(output)],
+    }[command]
+    status, errors = call(args)
+    if status:
+        return status, errors, None
+    if command == "export":
+        return status, errors, (output / "params.safetensors").read_bytes()
+    result = json.loads((run / {"train": "result.json", "evaluate": "evaluation.json"}[command]).read_text())
+    return status, errors, result["test_accuracy" if command == "train" else "accuracy"]
+
+
+@cases(300)
 @given(
+    command=st.sampled_from(["train", "evaluate", "export"]),
     which=st.integers(0, 10**6),
     how=st.sampled_from(["truncate", "empty", "flip", "delete", "directory", "garbage"]),
     position=st.floats(0, 1),
 )
-def test_damaged_run_directories(finished, tmp_path, which, how, position):
+def test_damaged_run_directories(finished, answers, tmp_path, command, which, how, position):
     run = tmp_path / "run"
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(finished, run)
+    shutil.copy(finished.parent / "features.npz", tmp_path)
     files = sorted(path for path in run.rglob("*") if path.is_file())
     path = files[which % len(files)]
     content = bytearray(path.read_bytes())
@@ -287,8 +325,9 @@ def test_damaged_run_directories(finished, tmp_path, which, how, position):
         path.unlink()
         if how == "directory":
             path.mkdir()
-    args = ["evaluate", str(run)]
-    assert_clear(*call(args), (args, str(path.relative_to(run)), how))
+    status, errors, said = answer(command, run)
+    assert_clear(status, errors, (command, str(path.relative_to(run)), how))
+    assert status or said == answers[command][2], (command, str(path.relative_to(run)), how, errors)
 
 
 @cases(50)
