@@ -112,7 +112,7 @@ def _open(data_set: DataSet, place: Path, archives: contextlib.ExitStack) -> tup
         raise DataError(f"{place} does not exist; {_wanted(data_set)}")
     if place.is_file():
         return _open_archive(data_set, place, archives)
-    files = list_images(place)
+    files = list_images(place, linked=True)
     paths = [f"{place.resolve().name}/{file}" for file in files]  # `place` may be one of the folders itself
     if not _roots(data_set, paths) and (archive := _find_archive(data_set, place)):
         return _open_archive(data_set, archive, archives)
