@@ -162,9 +162,9 @@ def test_norm_none_and_activations_by_name(head_class):
     assert named == plain and named.norm is None and named.clone().norm is None
     variables = jax.eval_shape(lambda: named.init(jax.random.key(0), jnp.ones((2, 8)), train=False))
     assert "batch_stats" not in variables
-    with pytest.raises(ValueError, match="activation must be a function of an array, .*, got 'relu'"):
+    with pytest.raises(ValueError, match=r"activation must be a function of an array, .*, got 'relu'"):
         head_class(3, 4, activation="relu")
-    with pytest.raises(ValueError, match="norm must be one of None, 'none', 'batch', got 'layer'"):
+    with pytest.raises(ValueError, match=r"norm must be one of None, .*, got .layer."):
         head_class(3, 4, norm="layer")
 
 
