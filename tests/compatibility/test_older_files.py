@@ -31,7 +31,6 @@ from pspinal_jax.weights import (
     save_variables,
 )
 
-pytestmark = pytest.mark.usefixtures("optimised")
 FIXTURES = Path(__file__).with_name("fixtures")
 INIT_KEY, DROPOUT_KEY = 0, 1
 TOLERANCE = 1e-6
@@ -217,14 +216,15 @@ def test_an_unfinished_run_ends_where_it_would_have_ended(name, unpacked, select
     before = lines_of(run)
     assert before and not (run / "result.json").exists()
     assert main(wanted["command"]) == 0
-    tolerance = TRAINED_TOLERANCE  # the bits are those of before no longer: 1e-5 apart, and not yet explained
+    same = machine() == expected("machine")
+    tolerance = 0.0 if same else TRAINED_TOLERANCE
     lines = lines_of(run)
     assert lines[: len(before)] == before  # times included: it went on, and did not start again
     assert_holds(timeless(lines), wanted["metrics"], tolerance)
     assert_holds(timeless(read(run / "result.json")), wanted["result"], tolerance)
     last = len(wanted["result"]["seeds"]) - 1
     # Elsewhere the losses have to do: where batch norm makes a gradient nothing but rounding, Adam makes steps of it.
-    assert_trees(selected_now(run, last), selected[f"{name}_{last}"], np.inf)
+    assert_trees(selected_now(run, last), selected[f"{name}_{last}"], 0.0 if same else np.inf)
 
 
 @pytest.fixture(params=["progressive", "progressive_norm", "spinal", "mlp", "dense"])

@@ -76,7 +76,12 @@ def _compiled(head, train, mutable):
 
 
 def apply(head, variables, features, *, train, key=None, mutable=False):
-    """`head.apply` as one compiled program: operation by operation, each shape of each operation would be compiled."""
+    """`head.apply` as one compiled program: operation by operation, each shape of each operation would be compiled.
+
+    Without `mutable`, logits only; new statistics are computed, as they must be, and dropped.
+    """
+    if train and not mutable and "batch_stats" in variables:
+        return _compiled(head, train, "batch_stats")(variables, features, key)[0]
     return _compiled(head, train, mutable)(variables, features, key)
 
 

@@ -21,6 +21,7 @@ from heads_support import (
 )
 
 from pspinal_jax import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
+from pspinal_jax.layers.linear import relu
 
 
 @every_implementation
@@ -120,7 +121,7 @@ def test_initializers_can_be_chosen(name):
 def test_defaults():
     head = ProgressiveSpinalHead(num_classes=10, layer_width=64)
     assert (head.num_layers, head.dropout_rate, head.layer_dropout_rate, head.norm) == (4, 0.2, 0.0, None)
-    assert head.activation is nn.relu
+    assert head.activation is relu
     assert head.dtype is None and head.param_dtype is jnp.float32
     for missing in ({"num_classes": 10}, {"layer_width": 64}):
         with pytest.raises(TypeError, match="missing 1 required positional argument"):

@@ -116,6 +116,7 @@ def runs(npz_path, tmp_path_factory):
     return SimpleNamespace(place=place, one=one, alone=alone, evaluation=evaluation, result=result, said=list(said))
 
 
+@pytest.mark.slow
 def test_training_uses_fewer_devices_or_all_for_the_whole_batch_and_says_so(runs):
     two, whole, parts, again, *_ = [errors for _, errors in runs.said]
     assert "batch_size 10 does not divide over 3 devices: training uses 2 of them" in two
@@ -124,11 +125,13 @@ def test_training_uses_fewer_devices_or_all_for_the_whole_batch_and_says_so(runs
     assert "training uses 2 of them" in again and "devices" not in runs.one[1]
 
 
+@pytest.mark.slow
 def test_the_result_is_one_devices(runs):
     for name in ("two", "whole"):
         np.testing.assert_allclose(losses(runs.place / name), losses(runs.place / "one"), rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_evaluated_predicted_and_exported_on_any_number_of_devices(runs):
     one = runs.place / "one"
     result = json.loads((one / "result.json").read_text())
@@ -143,6 +146,7 @@ def test_a_run_is_resumed_evaluated_predicted_and_exported_on_any_number_of_devi
         np.testing.assert_allclose(*probabilities, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_norm_per_device_takes_as_many_devices_as_have_two_examples(npz_path, tmp_path):
     command = train(npz_path, tmp_path / "run", "--batch-norm", "per_device")
     ((_, errors),) = on_devices(6, command)

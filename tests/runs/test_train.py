@@ -199,13 +199,19 @@ def test_without_a_whole_checkpoint_the_run_says_so(finished, recipe, tmp_path):
         train(recipe, options(run))
 
 
-@pytest.mark.parametrize("mode", ["loop", "vmap"])
-def test_seed_j_equals_the_single_run_with_that_seed(recipe, tmp_path, mode):
+@pytest.fixture(scope="module")
+def single_runs(recipe, tmp_path_factory):
+    """The recipe of one seed, and of the seeds 0 and 1 the run directory and the result."""
     # Plain descent: Adam would blow up the last bits in which a vectorised program differs.
     recipe = dataclasses.replace(recipe, optimizer=OptimizerConfig("sgd", learning_rate=0.05), num_seeds=1)
+    runs = [tmp_path_factory.mktemp("single") / f"seed_{seed}" for seed in (0, 1)]
+    return recipe, runs, [train(dataclasses.replace(recipe, seed=seed), options(run)) for seed, run in enumerate(runs)]
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+def test_seed_j_equals_the_single_run_with_that_seed(single_runs, tmp_path, mode):
+    recipe, runs, singles = single_runs
     result = train(dataclasses.replace(recipe, num_seeds=2, seed_mode=mode), options(tmp_path / "both"))
-    runs = [tmp_path / f"seed_{seed}" for seed in (0, 1)]
-    singles = [train(dataclasses.replace(recipe, seed=seed), options(run)) for seed, run in enumerate(runs)]
     each = [single["test_accuracy"]["mean"] for single in singles]
     assert result["test_accuracy"]["each"] == each
     assert result["test_accuracy"]["mean"] == pytest.approx(np.mean(each))

@@ -61,22 +61,26 @@ def test_a_chunk_is_the_plain_loop_over_steps():
     state = programs().init(SEED)
     params, stats, opt_state = state.params, state.batch_stats, tx.init(state.params)
     order = np.asarray(plan().order)
-    for step in range(6):
-        rows = order[8 * step : 8 * step + 8]
 
-        def loss(params, rows=rows, stats=stats, step=step):
+    @jax.jit
+    def update(params, stats, opt_state, rows, step):
+        def loss(params):
             logits, new = net.apply(
                 {"params": params, "batch_stats": stats},
-                jnp.asarray(INPUTS[rows]),
+                jnp.asarray(INPUTS)[rows],
                 train=True,
                 rngs={"dropout": keys.step_key(SEED, step)},
                 mutable=["batch_stats"],
             )
-            return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS[rows]).mean(), new["batch_stats"]
+            labels = jnp.asarray(LABELS)[rows]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
 
         gradients, stats = jax.grad(loss, has_aux=True)(params)
         updates, opt_state = tx.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), stats, opt_state
+
+    for step in range(6):
+        params, stats, opt_state = update(params, stats, opt_state, order[8 * step : 8 * step + 8], step)
     state, _ = train(programs(), [])
     chex.assert_trees_all_close(state.params, params, atol=2e-6)
     chex.assert_trees_all_close(state.batch_stats, stats, atol=2e-6)
@@ -99,6 +103,7 @@ def test_an_epoch_visits_every_example_once_in_an_order_of_its_own():
     assert np.asarray(order(np.uint32(4), np.int32(0))).tolist() != first.tolist()
 
 
+@pytest.mark.slow
 def test_vectorized_seeds_equal_single_ones():
     seeds = np.array([3, 9], np.uint32)
     run = programs(vectorized=True)
