@@ -16,10 +16,9 @@ from pspinal_jax.__main__ import main
 from pspinal_jax.commands.evaluate import EvaluateArguments
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.data.catalogue import CATALOGUE
-from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.errors import UsageError
 from pspinal_jax.files import cache_folder
 from pspinal_jax.recipes import list_recipes, load_recipe
-from pspinal_jax.runs import evaluate as evaluate_module
 from pspinal_jax.runs.result import published_accuracy
 
 SMALL = {"epochs": 1, "batch_size": 16, "eval_batch_size": 50, "model__layer_width": 6}
@@ -79,17 +78,6 @@ def test_what_evaluate_writes_names_its_data_and_stays(run, arrays, tmp_path):
     listed = written["evaluation.json"]["other_data"]
     assert listed == {report["files"][0]: report["data"] for report in (first, second)}
     assert [str(path) for path in others] == list(dict(sorted(listed.items(), key=lambda item: item[1])).values())
-
-
-def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(run, monkeypatch, capsys):
-    def refuse(path, value):
-        raise RunError(f"{path} cannot be written: Read-only file system")
-
-    monkeypatch.setattr(evaluate_module, "write_json", refuse)
-    assert main(["evaluate", str(run.path)]) == 0
-    out, err = capsys.readouterr()
-    assert "test accuracy" in out and "written to" not in out
-    assert "evaluation.json cannot be written: Read-only file system" in err
 
 
 def test_a_finished_run_whose_checkpoints_are_gone(run, tmp_path, capsys):
