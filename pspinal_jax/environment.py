@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 import pspinal_jax
+from pspinal_jax.errors import UsageError
 from pspinal_jax.files import CACHE_SWITCH, cache_folder
 
 
@@ -22,6 +23,18 @@ def versions() -> dict[str, str]:
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {"python": platform.python_version(), "pspinal_jax": pspinal_jax.__version__}
     return found | {name: importlib.metadata.version(name) for name in names}
+
+
+def check_platform() -> None:
+    """Raise UsageError where JAX is told to compute on a platform that this machine does not have."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).split(" (set JAX_PLATFORMS")[0] or "it has no such devices"
+        raise UsageError(
+            f"JAX cannot compute on the platform {jax.config.values['jax_platforms']!r}: {' '.join(told.split())}; set "
+            "JAX_PLATFORMS=cpu, or unset it and let JAX choose"
+        ) from error
 
 
 def device() -> dict[str, Any]:
@@ -56,7 +69,11 @@ def enable_compilation_cache() -> Path | None:
 
     Returns:
       The folder, or None where there is no cache.
+
+    Raises:
+      UsageError: as `check_platform`.
     """
+    check_platform()
     base = cache_folder()
     if base is None:
         return None

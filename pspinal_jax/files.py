@@ -149,7 +149,7 @@ def cache_folder() -> Path | None:
     if choice == "off":
         return None
     if choice:
-        return Path(choice)
+        return expanded(choice)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pspinal_jax"
     except RuntimeError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.files import expanded
 
 NO_TORCH = "PyTorch eager and torch.compile: torch is not installed (extra `torch`)"
 
@@ -112,6 +113,7 @@ def main(args: Sequence[str]) -> int:
     if args[0] not in _BENCHMARKS:
         raise UsageError(f"unknown benchmark {args[0]!r}; there are: {', '.join(_BENCHMARKS)}, all")
     from pspinal_jax.commands.parse import parse
+    from pspinal_jax.environment import check_platform
 
     arguments, run = _BENCHMARKS[args[0]]
     parsed = parse(
@@ -121,6 +123,7 @@ def main(args: Sequence[str]) -> int:
         description=str(arguments.__doc__),
         default=arguments(),
     )
+    check_platform()
     run(parsed, f"pspinal-jax benchmark {shlex.join(args)}")
     return 0
 
@@ -132,7 +135,7 @@ def _all(args: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="pspinal-jax benchmark all", description=_all.__doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="about how long it may take (default: 8)")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/benchmark-all"), help="where report.md goes")
+    parser.add_argument("--workdir", type=expanded, default=Path("runs/benchmark-all"), help="where report.md goes")
     parser.add_argument("--sections", nargs="+", default=[], help="only these")
     parser.add_argument("--precisions", nargs="+", default=[], choices=("float32", "tf32", "bfloat16"))
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes: a rehearsal, its figures mean nothing")

@@ -1,16 +1,19 @@
 """Parsing flags with tyro; whatever is wrong with them becomes one line."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import quiet_absl
 
 LEAST_COLUMNS, MOST_COLUMNS = 40, 400
@@ -40,7 +43,19 @@ def parse(
             raise
         raise UsageError(_one_line(errors.getvalue())) from None
     quiet_absl()  # the command is about to start
-    return arguments
+    return _at_home(arguments)
+
+
+def _at_home(value: Any) -> Any:
+    """`value` with ~ as the user's home in every path in it, tuples and dataclasses included."""
+    if isinstance(value, Path):
+        return expanded(value)
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dataclasses.replace(value, **{name: _at_home(inner) for name, inner in fields.items()})
 
 
 @contextlib.contextmanager

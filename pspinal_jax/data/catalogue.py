@@ -45,6 +45,8 @@ class DataSet:
       num_train: how many images of each class are drawn to train on, of a set that has only one folder; the rest is
         to test on.
       origin: where the files come from, if nothing can be downloaded.
+      row: the row of the paper's table that was measured on it, or "".
+      sizes: how many examples it has to train on, validation included, and to test on; of those with a row.
     """
 
     name: str
@@ -65,6 +67,8 @@ class DataSet:
     left_out: str = ""
     num_train: int = 0
     origin: str = ""
+    row: str = ""
+    sizes: tuple[int, int] = (0, 0)
 
     @property
     def num_classes(self) -> int:
@@ -164,11 +168,12 @@ _CALTECH101 = (
 )
 
 
-def _mnist_like(name: str, class_names: tuple[str, ...], downloads: tuple[Download, ...]) -> DataSet:
-    return DataSet(name, (28, 28, 1), class_names, _MNIST_FILES, downloads, folder=name)
+def _mnist_like(name: str, class_names: tuple[str, ...], downloads: tuple[Download, ...], row: str = "") -> DataSet:
+    files = _MNIST_FILES
+    return DataSet(name, (28, 28, 1), class_names, files, downloads, folder=name, row=row, sizes=(60_000, 10_000))
 
 
-def _emnist(part: str, class_names: tuple[str, ...], first_label: int) -> DataSet:
+def _emnist(part: str, class_names: tuple[str, ...], first_label: int, sizes: tuple[int, int]) -> DataSet:
     files = {
         split: (f"emnist-{part}-{split}-images-idx3-ubyte.gz", f"emnist-{part}-{split}-labels-idx1-ubyte.gz")
         for split in ("train", "test")
@@ -184,6 +189,8 @@ def _emnist(part: str, class_names: tuple[str, ...], first_label: int) -> DataSe
         archive_folder="gzip",
         first_label=first_label,
         transposed=True,
+        row=f"EMNIST-{part.title()}",
+        sizes=sizes,
     )
 
 
@@ -192,9 +199,9 @@ CATALOGUE: dict[str, DataSet] = {
     for data_set in (
         # Shuffled by TFDS since its first version; runs on it stay comparable that way.
         DataSet("digits", (8, 8, 1), _DIGITS, keep_order=False),
-        _mnist_like("mnist", _DIGITS, _MNIST),
+        _mnist_like("mnist", _DIGITS, _MNIST, "MNIST"),
         _mnist_like("fashion_mnist", _FASHION, _FASHION_MNIST),
-        _mnist_like("kmnist", _KUZUSHIJI, _KMNIST),
+        _mnist_like("kmnist", _KUZUSHIJI, _KMNIST, "KMNIST"),
         DataSet(
             "qmnist",
             (28, 28, 1),
@@ -205,9 +212,11 @@ CATALOGUE: dict[str, DataSet] = {
             label_columns=8,
             # The 10,000 of MNIST's test split as its makers found them again, and the 50,000 that had been lost.
             parts={"test10k": ("test", 0, 10_000), "test50k": ("test", 10_000, None)},
+            row="QMNIST",
+            sizes=(60_000, 60_000),
         ),
-        _emnist("digits", _DIGITS, first_label=0),
-        _emnist("letters", tuple(string.ascii_uppercase), first_label=1),
+        _emnist("digits", _DIGITS, first_label=0, sizes=(240_000, 40_000)),
+        _emnist("letters", tuple(string.ascii_uppercase), first_label=1, sizes=(124_800, 20_800)),
         DataSet(
             "stl10",
             (96, 96, 3),
@@ -219,6 +228,8 @@ CATALOGUE: dict[str, DataSet] = {
             archive="stl10_binary.tar.gz",
             archive_folder="stl10_binary",
             first_label=1,
+            row="STL-10",
+            sizes=(5_000, 8_000),
         ),
         # Its smallest class has 31 images.
         DataSet(
@@ -233,6 +244,8 @@ CATALOGUE: dict[str, DataSet] = {
             num_folders=101,
             left_out="BACKGROUND_Google",
             num_train=30,
+            row="Caltech-101",
+            sizes=(3_030, 5_647),
         ),
         DataSet(
             "fruits360",
@@ -241,6 +254,8 @@ CATALOGUE: dict[str, DataSet] = {
             layout="class folders",
             num_folders=131,
             origin="Fruits-360, release 2020.05.18: Kaggle, moltean/fruits, or GitHub, Horea94/Fruit-Images-Dataset",
+            row="Fruits-360",
+            sizes=(67_692, 22_688),
         ),
         DataSet(
             "birds225",
@@ -249,6 +264,8 @@ CATALOGUE: dict[str, DataSet] = {
             layout="class folders",
             num_folders=225,
             origin="225 Bird Species: Kaggle, gpiosenka/100-bird-species, the version with 225 species",
+            row="Bird-225",
+            sizes=(32_441, 1_125),
         ),
     )
 }

@@ -3,7 +3,7 @@
 A layer is dropout, linear, norm, activation, in the order of the published scripts.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,12 @@ from pspinal_jax.layers.linear import (
     Activation,
     Initializer,
     Linear,
+    Norm,
     as_rows,
-    check_choice,
+    check_activation,
     check_count,
     check_rate,
+    checked_norm,
     declare_linear,
     relu,
 )
@@ -76,7 +78,7 @@ class SpinalHead(nn.Module):
       layer_width: W, width of each hidden layer.
       num_layers: L, number of hidden layers.
       dropout_rate: probability of dropping an input of a layer or of the output, a fresh mask each.
-      norm: None, or 'batch' for batch norm with torch's conventions before the activation.
+      norm: None or 'none', or 'batch' for batch norm with torch's conventions before the activation.
       activation: elementwise function, ReLU by default.
       dtype: dtype to compute in; None for the wider of the features' and `param_dtype`.
       param_dtype: dtype of the parameters.
@@ -93,7 +95,7 @@ class SpinalHead(nn.Module):
     layer_width: int
     num_layers: int = 4
     dropout_rate: float = 0.2
-    norm: Literal["batch"] | None = None
+    norm: Norm = None
     activation: Activation = relu
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -105,7 +107,8 @@ class SpinalHead(nn.Module):
         check_count("layer_width", self.layer_width)
         check_count("num_layers", self.num_layers)
         check_rate("dropout_rate", self.dropout_rate)
-        check_choice("norm", self.norm, (None, "batch"))
+        self.norm = checked_norm(self.norm)
+        check_activation(self.activation)
         super().__post_init__()
 
     @nn.compact
@@ -148,7 +151,7 @@ class MLPHead(nn.Module):
       layer_width: width of the hidden layer. `matching_width` gives the one that equals a progressive head in
         parameters.
       dropout_rate: probability of dropping an input of either layer, in training.
-      norm: None, or 'batch' for batch norm with torch's conventions before the activation.
+      norm: None or 'none', or 'batch' for batch norm with torch's conventions before the activation.
       activation: elementwise function, ReLU by default.
       dtype: dtype to compute in; None for the wider of the features' and `param_dtype`.
       param_dtype: dtype of the parameters.
@@ -164,7 +167,7 @@ class MLPHead(nn.Module):
     num_classes: int
     layer_width: int
     dropout_rate: float = 0.2
-    norm: Literal["batch"] | None = None
+    norm: Norm = None
     activation: Activation = relu
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -175,7 +178,8 @@ class MLPHead(nn.Module):
         check_count("num_classes", self.num_classes)
         check_count("layer_width", self.layer_width)
         check_rate("dropout_rate", self.dropout_rate)
-        check_choice("norm", self.norm, (None, "batch"))
+        self.norm = checked_norm(self.norm)
+        check_activation(self.activation)
         super().__post_init__()
 
     @nn.compact

@@ -1,6 +1,6 @@
 """The ProgressiveSpinalNet head as a linen module."""
 
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,11 +23,14 @@ from pspinal_jax.layers.linear import (
     Initializer,
     Linear,
     LinearVariables,
+    Norm,
     Tree,
     as_rows,
+    check_activation,
     check_choice,
     check_count,
     check_rate,
+    checked_norm,
     relu,
 )
 from pspinal_jax.layers.norm import check_mutable, check_rows
@@ -78,8 +81,8 @@ class ProgressiveSpinalHead(nn.Module):
       dropout_rate: probability of dropping a feature in u. One mask per forward pass.
       layer_dropout_rate: probability of dropping an entry of the whole input of a layer, or of the output, drawn
         afresh for each and on top of u's mask (QMNIST script; layer 1 then sees its own dropout of x, not u).
-      norm: None, or 'batch' for batch norm before the activation with torch's conventions (epsilon 1e-5, running
-        averages with weight 0.9 on the old value, unbiased running variance).
+      norm: None or 'none', or 'batch' for batch norm before the activation with torch's conventions (epsilon 1e-5,
+        running averages with weight 0.9 on the old value, unbiased running variance).
       activation: elementwise function, ReLU by default.
       implementation: 'unrolled' writes the layers one after the other; 'fused' makes one matrix product of all that
         read the same input, the fastest for a few layers and a batch of 32 or more (its layout: `fuse_params`); 'scan'
@@ -106,7 +109,7 @@ class ProgressiveSpinalHead(nn.Module):
     num_layers: int = 4
     dropout_rate: float = 0.2
     layer_dropout_rate: float = 0.0
-    norm: Literal["batch"] | None = None
+    norm: Norm = None
     activation: Activation = relu
     implementation: Implementation = "auto"
     dtype: Any = None
@@ -120,7 +123,8 @@ class ProgressiveSpinalHead(nn.Module):
         check_count("num_layers", self.num_layers)
         check_rate("dropout_rate", self.dropout_rate)
         check_rate("layer_dropout_rate", self.layer_dropout_rate)
-        check_choice("norm", self.norm, (None, "batch"))
+        self.norm = checked_norm(self.norm)
+        check_activation(self.activation)
         check_choice("implementation", self.implementation, ("auto", *NATIVE_LAYOUT))
         super().__post_init__()
 

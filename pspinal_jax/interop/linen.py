@@ -18,7 +18,7 @@ class HeadOptions(TypedDict, total=False):
       dropout_rate: probability of dropping a feature, one mask per forward pass; 0.2 by default.
       layer_dropout_rate: probability of dropping an entry of the whole input of a layer or of the output, drawn afresh
         for each; 0 by default.
-      norm: None (the default), or 'batch' for batch norm with torch's conventions before the activation.
+      norm: None (the default) or 'none', or 'batch' for batch norm with torch's conventions before the activation.
       activation: elementwise function, ReLU by default.
       implementation: 'auto' (the default), 'unrolled', 'fused' or 'scan'; the same results up to rounding.
       dtype: dtype to compute in and of the logits; by default the wider of the features' and `param_dtype`.
@@ -30,7 +30,7 @@ class HeadOptions(TypedDict, total=False):
     num_layers: int
     dropout_rate: float
     layer_dropout_rate: float
-    norm: Literal["batch"] | None
+    norm: Literal["batch", "none"] | None
     activation: Activation
     implementation: Implementation
     dtype: Any

@@ -5,7 +5,7 @@ The default initialisation is torch.nn.Linear's, on which the published scripts 
 
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from pspinal_jax.layers.norm import statistics_dtype
 
 Initializer = jax.nn.initializers.Initializer
 Activation = Callable[[jax.Array], jax.Array]
+Norm = Literal["batch", "none"] | None
 Tree = dict[str, Any]
 """A nested dict of arrays, as in linen's variable collections."""
 
@@ -139,6 +140,18 @@ def check_rate(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a probability below 1."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def checked_norm(norm: Norm) -> Norm:
+    """`norm`, None or 'batch'; None also for the command line's 'none'; ValueError for anything else."""
+    check_choice("norm", norm, (None, "none", "batch"))
+    return None if norm == "none" else norm
+
+
+def check_activation(activation: Any) -> None:
+    """Raise ValueError unless `activation` can be called."""
+    if not callable(activation):
+        raise ValueError(f"activation must be a function of an array, as jax.nn.relu is one, got {activation!r}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -1,7 +1,7 @@
 """From a recipe's model configuration to a linen module."""
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -77,23 +77,22 @@ def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) ->
 
 def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any) -> nn.Module:
     model = recipe.model
-    norm: Literal["batch"] | None = "batch" if model.norm == "batch" else None
     progressive = ProgressiveSpinalHead(
         num_classes,
         model.layer_width,
         num_layers=model.num_layers,
         dropout_rate=model.dropout_rate,
         layer_dropout_rate=model.layer_dropout_rate,
-        norm=norm,
+        norm=model.norm,
         implementation=model.implementation,
         dtype=dtype,
     )
     if model.head == "progressive":
         return progressive
     if model.head == "spinal":
-        return SpinalHead(num_classes, model.layer_width, model.num_layers, model.dropout_rate, norm, dtype=dtype)
+        return SpinalHead(num_classes, model.layer_width, model.num_layers, model.dropout_rate, model.norm, dtype=dtype)
     if model.head == "dense":
         return DenseHead(num_classes, model.dropout_rate, dtype=dtype)
     params = abstract_variables(progressive, (num_features,), dtype)["params"]
-    width = matching_width(count_parameters(params), num_features, num_classes, norm is not None)
-    return MLPHead(num_classes, width, model.dropout_rate, norm, dtype=dtype)
+    width = matching_width(count_parameters(params), num_features, num_classes, model.norm == "batch")
+    return MLPHead(num_classes, width, model.dropout_rate, model.norm, dtype=dtype)

@@ -279,6 +279,7 @@ class Recipe:
         for name in ("dropout_rate", "layer_dropout_rate"):
             self._require(0.0 <= getattr(model, name) < 1.0, f"model.{name}", "in [0, 1)")
         self._require(self.freeze == "none" or model.backbone != "none", "freeze", "none where there is no backbone")
+        self._require((model.weights or "").lower() != "none", "model.weights", "None, written so, for random numbers")
         self._require(model.weights is None or model.is_resnet, "model.weights", "used with a ResNet backbone")
 
     def _check_optimizer(self, optimizer: OptimizerConfig) -> None:

@@ -1,5 +1,6 @@
 """`evaluate`: what a run's selected parameters do on the test split."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from pspinal_jax.models.build import build_model
 from pspinal_jax.progress import warn
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import place_split
-from pspinal_jax.runs.directory import write_json
+from pspinal_jax.runs.directory import read_json, write_json
 from pspinal_jax.runs.metrics import plot_confusion
 from pspinal_jax.runs.programs import build_run_programs
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
@@ -30,7 +31,7 @@ def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Pa
     """Evaluate a run exactly, every test example once, and write evaluation.json and confusion.png into it.
 
     Of other data than the run was trained on they are evaluation-CHECKSUM.json and confusion-CHECKSUM.png, with the
-    data's checksum. Where they cannot be written, a warning says so.
+    data's checksum, and evaluation.json lists them as other_data. Where they cannot be written, a warning says so.
 
     Args:
       run: run directory.
@@ -94,7 +95,19 @@ def _write(run: Path, report: dict[str, Any], names: list[str], recipe_name: str
     except RunError as error:
         warn(printable(error))
         return []
+    _list_others(run)
     return [path.name for path in (numbers, plot) if path.exists()]
+
+
+def _list_others(run: Path) -> None:
+    """Name the evaluations of other data in evaluation.json, where it is there; damaged files are passed over."""
+    others = {}
+    for path in sorted(run.glob("evaluation-*.json")):
+        with contextlib.suppress(RunError, LookupError, TypeError):
+            others[path.name] = read_json(path)["data"]
+    with contextlib.suppress(RunError, TypeError):
+        if others:
+            write_json(run / "evaluation.json", read_json(run / "evaluation.json") | {"other_data": others})
 
 
 def _fingerprint(recipe: Recipe, data: Dataset[Split]) -> str:

@@ -89,6 +89,11 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
 
     # Under the paper's protocol the result is the last epoch's; its "best" was selected on the test split.
     takes_last = recipe.protocol == "paper"
+    if result is not None and not any(directory.checkpoints_path.glob("*")):
+        raise RunError(
+            f"{run} is a finished run whose checkpoints are gone from {directory.checkpoints_path}, and its parameters "
+            "with them; put that folder back, or train again in another --workdir"
+        )
     trees, progress = read_newest(directory.checkpoints_path, wanted)
     selected = trees if takes_last else trees["best"]
     if result is not None and not _speaks_of(result, selected, progress):

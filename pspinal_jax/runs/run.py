@@ -185,7 +185,7 @@ def _value(name: str, value: Any, hint: Any) -> Any:
             if isinstance(value, wanted) and not isinstance(value, bool):
                 return kind(value)
         elif kind is Path and isinstance(value, str | Path):
-            return Path(value)
+            return expanded(value)
         elif isinstance(value, kind):
             return value
     expected = " or ".join(map(repr, typing.get_args(hint))) if typing.get_origin(hint) is Literal else hint

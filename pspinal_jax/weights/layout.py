@@ -116,12 +116,13 @@ def _check(expected: Shapes, given: Mapping[str, Any], what: str) -> None:
         elif not jnp.issubdtype(found.dtype, jnp.floating):
             misshapen.append(f"{name} of {found.dtype} for floating-point")
     kinds = (("missing", missing), ("extra", extra), ("of another shape", misshapen))
-    wrong = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds if names]
+    wrong = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds if names]
     if wrong:
         raise DataError(f"{what}: {'; '.join(wrong)}")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first of `names`, and how many more there are."""
     told = ", ".join(names[:_NAMES_TOLD])
     return told if len(names) <= _NAMES_TOLD else f"{told} and {len(names) - _NAMES_TOLD} more"
 

@@ -298,3 +298,34 @@ def test_the_command_says_where_it_is_and_what_was_left_out(tmp_path, monkeypatc
     assert out.startswith(f"birds225 is prepared in {tmp_path / 'data' / 'birds225' / '1.0.0'}\ntrain on it with: ")
     assert "check birds225: 100%" in err and "prepare birds225: 100%" in err
     assert "warning: 1 image of birds225 cannot be decoded: train/ALBATROSS/9.jpg; left out\n" in err
+
+
+@pytest.mark.parametrize("linked", ["the folder", "a split", "classes", "in a circle"])
+def test_linked_folders_are_entered(tmp_path, linked):
+    members = fruits_members()
+    real = write_files(tmp_path / "real", members) / "fruits-360"
+    raw = tmp_path / "raw"
+    if linked == "the folder":
+        raw.symlink_to(real)
+    elif linked == "a split":
+        raw.mkdir()
+        for split in ("Training", "Test"):
+            (raw / split).symlink_to(real / split)
+    else:
+        for split in ("Training", "Test"):
+            (raw / split).mkdir(parents=True)
+            for folder in (real / split).iterdir():
+                (raw / split / folder.name).symlink_to(folder)
+        if linked == "in a circle":
+            (raw / "again").symlink_to(raw)
+    found = prepare(FRUITS, tmp_path, raw)
+    assert pictures(found.train) == expected(members, "Training", found.class_names)
+    assert pictures(found.test) == expected(members, "Test", found.class_names)
+
+
+def test_a_link_that_bears_the_folders_name(tmp_path):
+    members = {path: content for path, content in caltech_members().items() if content is not None}
+    real = write_files(tmp_path / "real", members) / "101_ObjectCategories"
+    real.rename(tmp_path / "stored")
+    (tmp_path / "101_ObjectCategories").symlink_to(tmp_path / "stored")
+    assert len(prepare(CALTECH, tmp_path, tmp_path / "101_ObjectCategories").train) == 90

@@ -35,8 +35,8 @@ BAD_ATTRIBUTES = [
         for name in ("dropout_rate", "layer_dropout_rate")
         for value in (-0.1, 1.0, 1.5, float("nan"))
     ),
-    ("norm", "layer", "norm must be one of None, 'batch', got 'layer'"),
-    ("norm", True, "norm must be one of None, 'batch', got True"),
+    ("norm", "layer", "norm must be one of None, 'none', 'batch', got 'layer'"),
+    ("norm", True, "norm must be one of None, 'none', 'batch', got True"),
     ("implementation", "loop", "implementation must be one of 'auto', 'unrolled', 'fused', 'scan', got 'loop'"),
 ]
 

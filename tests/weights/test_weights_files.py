@@ -83,7 +83,9 @@ def test_damaged_safetensors(tmp_path):
 def test_precisions_without_a_numpy_type_are_named(tmp_path):
     text = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0")
-    assert "holds w as F8_E4M3, expected one of F64, F32" in refusal(tmp_path / "x.safetensors")
+    assert "holds w as F8_E4M3, expected a dense tensor of one of float64, float32" in refusal(
+        tmp_path / "x.safetensors"
+    )
 
 
 def test_pytorch_files_say_what_they_need(tmp_path, monkeypatch):

@@ -152,11 +152,20 @@ def is_image(file: str) -> bool:
     return not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
-def list_images(path: Path) -> list[str]:
-    """The files below `path` that are named like images: sorted paths relative to it, with '/' in them."""
-    found = []
-    for folder, folders, files in os.walk(path):
-        folders[:] = [inner for inner in folders if not inner.startswith(".")]
+def list_images(path: Path, linked: bool = False) -> list[str]:
+    """The files below `path` that are named like images: sorted paths relative to it, with '/' in them.
+
+    Args:
+      path: the folder.
+      linked: whether linked folders are entered; each folder is so once, under the first name in the order of names.
+    """
+    found, seen = [], set()
+    for folder, folders, files in os.walk(path, followlinks=linked):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(inner for inner in folders if not inner.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
         prefix = Path(folder).relative_to(path).as_posix() + "/" if Path(folder) != path else ""
         found += [prefix + file for file in files if is_image(file)]
     return sorted(found)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import zipfile
 from collections.abc import Sequence
 from functools import partial
@@ -112,8 +113,11 @@ def _open(data_set: DataSet, place: Path, archives: contextlib.ExitStack) -> tup
         raise DataError(f"{place} does not exist; {_wanted(data_set)}")
     if place.is_file():
         return _open_archive(data_set, place, archives)
-    files = list_images(place)
-    paths = [f"{place.resolve().name}/{file}" for file in files]  # `place` may be one of the folders itself
+    files = list_images(place, linked=True)
+    # `place` may be one of the folders itself, or a link to one.
+    spellings = (Path(os.path.abspath(place)).name, place.resolve().name)
+    own = next((name for name in spellings if name in data_set.file_names), spellings[0])
+    paths = [f"{own}/{file}" for file in files]
     if not _roots(data_set, paths) and (archive := _find_archive(data_set, place)):
         return _open_archive(data_set, archive, archives)
     return Files(place, files), paths

@@ -86,13 +86,15 @@ def test_added_images_are_seen(tmp_path):
 def test_other_data_is_named_and_replaces_nothing(place, arrays, tmp_path, capsys):
     run = place / "run"
     assert main(["evaluate", str(run)]) == 0
-    own = {name: (run / name).read_bytes() for name in ("evaluation.json", "confusion.png")}
+    own, plot = json.loads((run / "evaluation.json").read_text()), (run / "confusion.png").read_bytes()
     assert "other data" not in capsys.readouterr().out
     np.savez(tmp_path / "other.npz", **{**arrays, "test_labels": (arrays["test_labels"] + 1) % 3})
     assert main(["evaluate", str(run), "--data.path", str(tmp_path / "other.npz")]) == 0
     assert f"on other data than the run was trained on: {tmp_path / 'other.npz'}" in capsys.readouterr().out
-    assert {name: (run / name).read_bytes() for name in own} == own
     (path,) = run.glob("evaluation-*.json")
+    listed = {"other_data": {path.name: str(tmp_path / "other.npz")}}
+    assert json.loads((run / "evaluation.json").read_text()) == own | listed
+    assert (run / "confusion.png").read_bytes() == plot
     report = json.loads(path.read_text())
     assert report["data"] == str(tmp_path / "other.npz") and path.stem.endswith(report["data_fingerprint"])
 
@@ -147,7 +149,7 @@ def swap_result(run):
         (swap_result, "does not hold the parameters of result.json"),
         (drop_best, "is damaged"),
         (damage, "is damaged"),
-        (drop_all, "does not exist"),
+        (drop_all, "is a finished run whose checkpoints are gone"),
     ],
 )
 def test_no_other_parameters_stand_in_for_the_selected_ones(place, spoil, message, capfd):
