@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import export
 
 from pspinal_jax.errors import RunError
+from pspinal_jax.weights.variables import first_not_finite
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 MAX_BYTES = 2**31 - 2**24
@@ -35,13 +36,17 @@ def export_classifier(
       Its ``call`` takes one array of inputs and gives float32 [N, C], each row of sum 1.
 
     Raises:
-      RunError: if the variables are too large for one file.
+      RunError: if the variables are too large for one file, or not finite.
     """
     # Host arrays: nothing of the devices that hold them enters the program.
     held = jax.device_get(variables)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
     if size > MAX_BYTES:
         raise RunError(f"the parameters take {size / 1e9:.1f} GB; an export holds up to {MAX_BYTES / 1e9:.1f} GB")
+    # A program cannot tell by itself: XLA's CPU compiler may make anything of a constant that is NaN.
+    name = first_not_finite(held)
+    if name is not None:
+        raise RunError(f"the variables are not finite, {name} first; an export would give no probabilities")
 
     def probabilities(inputs: jax.Array) -> jax.Array:
         if transposed:

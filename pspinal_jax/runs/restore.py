@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints import read_newest
@@ -21,7 +20,7 @@ from pspinal_jax.runs.features import add_backbone, head_recipe
 from pspinal_jax.runs.result import best_seed_index, leading_seed, selected_checksum
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 from pspinal_jax.weights import PRETRAINED, read_state_dict, resnet_variables
-from pspinal_jax.weights.variables import read_variables, save_variables
+from pspinal_jax.weights.variables import first_not_finite, read_variables, save_variables
 
 START = "start.safetensors"
 
@@ -118,12 +117,12 @@ def _speaks_of(result: dict[str, Any], selected: Any, progress: dict[str, Any]) 
 
 
 def _check_finite(run: Path, variables: dict[str, Any]) -> None:
-    for name, leaf in flatten_dict(variables, sep="/").items():
-        if not np.isfinite(np.asarray(leaf)).all():
-            raise RunError(
-                f"{run} holds parameters that are not finite, {name} first: training diverged; train again in another "
-                "--workdir with a lower --optimizer.learning-rate"
-            )
+    name = first_not_finite(variables)
+    if name is not None:
+        raise RunError(
+            f"{run} holds parameters that are not finite, {name} first: training diverged; train again in another "
+            "--workdir with a lower --optimizer.learning-rate"
+        )
 
 
 def _trained_shapes(recipe: Recipe, config: dict[str, Any]) -> Any:

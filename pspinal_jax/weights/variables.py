@@ -56,3 +56,11 @@ def read_variables(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read as a .safetensors file: {error}") from error
     return unflatten_dict(tensors, sep=SEPARATOR)
+
+
+def first_not_finite(variables: dict[str, Any]) -> str | None:
+    """The name, levels joined by "/", of the first array that holds a NaN or an infinity; None where all are finite."""
+    for name, leaf in flatten_dict(variables, sep=SEPARATOR).items():
+        if not np.isfinite(np.asarray(leaf)).all():
+            return str(name)
+    return None
