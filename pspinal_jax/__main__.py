@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             say(f"error: {printable(error)}")
             return 1
+        except MemoryError as error:
+            say(f"error: this machine's memory is not enough: {printable(error) or 'nothing is left of it'}")
+            return 1
 
 
 def _dispatch(args: list[str]) -> int:

@@ -1,10 +1,12 @@
 """Files: written whole or not at all, held by one process at a time, under any name; and where caches lie."""
 
 import contextlib
+import errno
 import json
 import os
 import re
 import socket
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,9 @@ from pspinal_jax.progress import say
 
 CACHE_SWITCH = "PSPINAL_JAX_CACHE"
 """Environment variable: a folder for all caches, or 'off'."""
+
+MOST_JSON_BYTES = 2**26
+"""That a JSON file of ours may have."""
 
 
 @contextlib.contextmanager
@@ -42,6 +47,29 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write the JSON value `value` to `path`, indented, whole or not at all; raises as `atomic_file`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def require_file(path: Path, most_bytes: int | None = None) -> None:
+    """Return if `path` is a regular file, or a link to one: to open a pipe may wait for ever, and a device may not end.
+
+    Raises:
+      OSError: if it is something else, has more than `most_bytes`, or is not there.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a named pipe" if stat.S_ISFIFO(status.st_mode) else "a socket or a device"
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a file", str(path))
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, expected at most {most_bytes}", str(path))
+
+
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """What the file `path` holds; raises as `require_file`, before it is opened."""
+    require_file(path, most_bytes)
+    with path.open("rb") as file:
+        return file.read(most_bytes)  # it may grow meanwhile
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.checkpoints.late_reads import ignore_late_reads
 from pspinal_jax.distributed.coordination import broadcast_from_primary, count
 from pspinal_jax.errors import RunError
-from pspinal_jax.files import plain_path
+from pspinal_jax.files import plain_path, require_file
 from pspinal_jax.progress import warn
 
 Trees = dict[str, Any]
@@ -39,6 +39,7 @@ class CheckpointStore:
     def __init__(self, directory: Path) -> None:
         ignore_late_reads()
         self._directory = directory.absolute()
+        _refuse_what_is_no_file(self._directory)
         self._opened = contextlib.ExitStack()
         try:
             self._directory.parent.mkdir(parents=True, exist_ok=True)
@@ -153,12 +154,25 @@ def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) ->
     """
     if not directory.is_dir():
         raise RunError(f"{directory} does not exist: the run has no checkpoint yet")
+    _refuse_what_is_no_file(directory)
     options = ocp.CheckpointManagerOptions(read_only=True)
     with plain_path(directory) as path, ocp.CheckpointManager(path, options=options) as manager:
         if not manager.all_steps():
             raise RunError(f"{directory} holds no checkpoint")
         _, trees, progress = _newest(manager, abstract, fall_back=False)
         return trees, progress
+
+
+def _refuse_what_is_no_file(directory: Path) -> None:
+    """Raise RunError for a pipe or a device in `directory`: what reads checkpoints would wait for it."""
+    for path in directory.rglob("*"):
+        try:
+            if not path.is_dir():
+                require_file(path)
+        except FileNotFoundError:  # as a training that goes on removes old ones
+            continue
+        except OSError as error:
+            raise RunError(f"{path} cannot be read: {error.strerror or error}; remove it") from error
 
 
 def _newest(

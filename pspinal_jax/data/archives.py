@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
 from pspinal_jax.errors import DataError
+from pspinal_jax.files import require_file
 
 # RuntimeError and NotImplementedError: encrypted, or compressed in a way that Python cannot undo.
 _DAMAGED = (
@@ -30,6 +31,7 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
       DataError: if it is none, or holds a path that points outside it.
     """
     try:
+        require_file(path)
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as a zip file: {error}; get the file again") from error

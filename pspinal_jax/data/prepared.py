@@ -1,7 +1,9 @@
 """Finding and reading a data set that TFDS prepared as array_record, without TensorFlow."""
 
+import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,17 @@ import numpy as np
 from pspinal_jax.data.cache import Named, content_stamp, read_through_cache
 from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset
 from pspinal_jax.errors import DataError
-from pspinal_jax.files import expanded
+from pspinal_jax.files import MOST_JSON_BYTES, expanded, read_bytes, require_file
+
+_FEATURE_CLASSES = frozenset(
+    f"tensorflow_datasets.core.features.{name}"
+    for name in (
+        *("features_dict.FeaturesDict", "image_feature.Image", "labeled_image.LabeledImage"),
+        *("class_label_feature.ClassLabel", "tensor_feature.Tensor", "feature.Tensor", "scalar.Scalar"),
+        *("text_feature.Text", "bounding_boxes.BBoxFeature", "sequence_feature.Sequence", "dataset_feature.Dataset"),
+    )
+)
+"""What features.json may name: TFDS imports whatever module stands there. Audio and Video are decoded by programs."""
 
 _ARRAYS = {"train_images", "train_labels", "test_images", "test_labels"}
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -56,7 +68,7 @@ def find_prepared(data_dir: Path, name: str) -> Path | None:
 
 def _is_array_record(directory: Path) -> bool:
     try:
-        info = json.loads((directory / "dataset_info.json").read_bytes())
+        info = json.loads(read_bytes(directory / "dataset_info.json", MOST_JSON_BYTES))
     except (OSError, ValueError):
         return False
     return isinstance(info, dict) and info.get("fileFormat") == "array_record"
@@ -76,13 +88,56 @@ def open_prepared(directory: Path) -> Any:
     """The TFDS builder of the data set whose dataset_info.json stands in `directory`.
 
     Raises:
-      DataError: if there is none.
+      DataError: if there is none, or it asks for more than TFDS's own features; nothing of it is imported then.
     """
     tfds = import_tfds()
+    _check_trust(directory)
     try:
         return tfds.builder_from_directory(directory)
     except Exception as error:  # TFDS raises many kinds here
         raise DataError(f"{directory} is no data set that TFDS can read: {error}") from error
+
+
+def _check_trust(directory: Path) -> None:
+    """Raise DataError unless all in `directory` are files, and features.json names nothing but `_FEATURE_CLASSES`."""
+    if not directory.is_dir():
+        return  # which TFDS says itself
+    path = directory
+    try:
+        for path in sorted(directory.iterdir()):
+            if not path.is_dir():
+                require_file(path, MOST_JSON_BYTES if path.suffix == ".json" else None)
+        path = directory / "features.json"
+        described = json.loads(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{path} cannot be read: {reason}; delete {directory} and prepare the data set again"
+        ) from error
+    for name in _named_classes(described):
+        if name not in _FEATURE_CLASSES:
+            raise DataError(
+                f"{path} names {name!r:.200}, expected one of TFDS's own features of images, labels, numbers or text: "
+                "code that a data set names is never run"
+            )
+
+
+def _named_classes(value: Any) -> Iterator[Any]:
+    """All classes named in `value`, as features.json has them since TFDS 4.0: pythonClassName, and once type.
+
+    What stands in a text of JSON within it is looked at too.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str):
+                yield inner
+            elif key == "json" and isinstance(inner, str):
+                yield from _named_classes(json.loads(inner))
+            else:
+                yield from _named_classes(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _named_classes(inner)
 
 
 def check_format(builder: Any) -> str:
@@ -133,7 +188,18 @@ def _read_arrays(builder: Any) -> Named:
 
 
 def _read_split(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
-    source = builder.as_data_source(split)
+    # TFDS would let Pillow open an image of any format, and Pillow hands PostScript to another program.
+    tfds = import_tfds()
+    encoded = isinstance(builder.info.features["image"], tfds.features.Image)
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()} if encoded else None)
     examples = [source[index] for index in range(len(source))]
-    images = np.stack([example["image"] for example in examples])
+    images = np.stack([_decode(example["image"]) if encoded else example["image"] for example in examples])
     return images, np.asarray([example["label"] for example in examples], np.int64)
+
+
+def _decode(data: bytes) -> np.ndarray:
+    from PIL import Image  # `prepare --help` has no need of it
+
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -22,7 +22,7 @@ from jax import export
 
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError
-from pspinal_jax.files import expanded, write_json
+from pspinal_jax.files import MOST_JSON_BYTES, expanded, read_bytes, require_file, write_json
 from pspinal_jax.weights.variables import save_variables
 
 PROGRAM = "model.jaxexport"
@@ -157,7 +157,7 @@ def read_export(path: Path) -> Artifact:
     try:
         if _checksum(program) != description["sha256"][PROGRAM]:
             raise RunError(f"{program} is damaged: its checksum is not the one in {DESCRIPTION}; export the run again")
-        exported = export.deserialize(bytearray(program.read_bytes()))
+        exported = export.deserialize(bytearray(read_bytes(program, 2**31)))
         _check_program(exported, description)
         return Artifact(exported, description)
     except OSError as error:
@@ -181,7 +181,7 @@ class _Damaged(RunError):
 
 def _read_description(file: Path) -> dict[str, Any]:
     try:
-        description = json.loads(file.read_bytes())
+        description = json.loads(read_bytes(file, MOST_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise _Damaged(f"{file} cannot be read: {error}; export the run again") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -208,5 +208,6 @@ def _check_program(exported: export.Exported, description: dict[str, Any]) -> No
 
 
 def _checksum(path: Path) -> str:
+    require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

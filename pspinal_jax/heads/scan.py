@@ -34,7 +34,7 @@ from jax import lax
 from pspinal_jax.heads.equation import HeadConfig, layer_name, read_layers
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.dropout import dropout, dropout_scale
-from pspinal_jax.layers.linear import Activation, Tree
+from pspinal_jax.layers.linear import Activation, Tree, explicit_sharding, summed_as
 
 PACKED_PARAMS = ("first_kernel", "features_kernel", "hidden_kernel", "output_kernel", "hidden_bias", "output_bias")
 _NORM_PARAMS = {"norm_scale": "scale", "norm_bias": "bias"}
@@ -231,7 +231,8 @@ def _masked_inputs(
     whole = num_features + config.num_layers * width
     scale = dropout_scale(key, 1, config.layer_dropout_rate, (rows, whole), features.dtype)[:, :num_features]
     first = ((features * scale) @ cast["first_kernel"])[None]
-    offsets = jnp.concatenate([first, jnp.zeros((later_layers, rows, width), features.dtype)])
+    nothing = jnp.broadcast_to(lax.full_like(first, 0), (later_layers, rows, width))
+    offsets = jnp.concatenate([first, nothing])
     of_features = cast["features_kernel"][:, : later_layers * width].reshape(num_features, later_layers, width)
     of_features = jnp.pad(of_features.transpose(1, 0, 2), ((1, 0), (0, 0), (0, 0)))
     kernels = jnp.concatenate([of_features, cast["hidden_kernel"]], axis=1)
@@ -260,9 +261,11 @@ def _forward(
     static: _Static, prefix: jax.Array, offsets: jax.Array, layers: _Layers
 ) -> tuple[jax.Array, tuple, jax.Array]:
     """(buffer [N, P + L W], statistics ([L, W], [L, W]) or (), pre-activations [L, N, W])."""
-    num_layers, _, width = offsets.shape
+    num_layers, rows, width = offsets.shape
     start = prefix.shape[1]
-    buffer = jnp.pad(prefix, ((0, 0), (0, num_layers * width)))
+    # Zeros that lie as the offsets do, for meshes whose axes are Explicit.
+    empty = lax.full_like(offsets, 0).transpose(1, 0, 2).reshape(rows, num_layers * width)
+    buffer = jnp.concatenate([prefix, empty], axis=1)
 
     def step(buffer: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
         index, offset, kernel, layer_norm = layer
@@ -316,33 +319,22 @@ def _hidden_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
         if layers.key is not None:
             scale = _mask(static, layers.key, index, buffer)
             grad_inputs = grad_inputs * scale
-            grad_kernel = (buffer * scale).T @ grad_pre
+            grad_kernel = jnp.matmul((buffer * scale).T, grad_pre, out_sharding=explicit_sharding(kernel))
         return grad_buffer + grad_inputs, (grad_pre, grad_norm, grad_kernel)
 
     grad_buffer, (grad_offsets, grad_norm, grad_kernels) = lax.scan(
         step, cotangents[0], (jnp.arange(num_layers), pre, layers.kernels, layers.norm), reverse=True
     )
     if grad_kernels is None:  # the same buffer for every layer: one product for all of them
-        grad_kernels = jnp.einsum("np,lnw->lpw", buffer, grad_offsets)
+        sharding = explicit_sharding(layers.kernels)
+        grad_kernels = jnp.einsum("np,lnw->lpw", buffer, grad_offsets, out_sharding=sharding)
     row = jnp.arange(buffer.shape[1])
     written = row[None] < start + width * jnp.arange(num_layers)[:, None]
     grad_kernels = jnp.where(written[:, :, None], grad_kernels, 0)
     grads = (grad_buffer[:, :start], grad_offsets, grad_kernels, grad_norm)
     primals = (prefix, pre, layers.kernels, layers.norm)
-    grad_prefix, grad_offsets, grad_kernels, grad_norm = jax.tree.map(_summed_as, grads, primals)
+    grad_prefix, grad_offsets, grad_kernels, grad_norm = jax.tree.map(summed_as, grads, primals)
     return grad_prefix, grad_offsets, _Layers(grad_kernels, grad_norm, None)
-
-
-def _summed_as(grad: jax.Array, primal: jax.Array) -> jax.Array:
-    """Inside shard_map, the gradient of what all devices hold alike is the sum over them, as autodiff makes it."""
-    varying = _varying(grad) - _varying(primal)
-    return lax.psum(grad, tuple(varying)) if varying else grad
-
-
-def _varying(array: jax.Array) -> frozenset[str]:
-    """The axes of shard_map over which `array` differs."""
-    kind = getattr(jax.typeof(array), "manual_axis_type", None)
-    return getattr(kind, "varying", frozenset())
 
 
 _hidden.defvjp(_hidden_fwd, _hidden_bwd)

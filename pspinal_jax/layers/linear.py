@@ -1,4 +1,5 @@
-"""Linear layers: declaring their variables (and their batch norm's) in linen's collections, and checks of arguments.
+"""Linear layers: declaring their variables (and their batch norm's) in linen's collections, checks of arguments, and
+where hand-written gradients lie.
 
 The default initialisation is torch.nn.Linear's, on which the published scripts rely.
 """
@@ -10,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
 
 from pspinal_jax.layers.norm import statistics_dtype
 
@@ -158,3 +161,21 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def summed_as(grad: jax.Array, primal: jax.Array) -> jax.Array:
+    """Inside shard_map, the gradient of what all devices hold alike is the sum over them, as autodiff makes it."""
+    varying = _varying(grad) - _varying(primal)
+    return lax.psum(grad, tuple(varying)) if varying else grad
+
+
+def explicit_sharding(primal: jax.Array) -> NamedSharding | None:
+    """Where the gradient of `primal` lies on a mesh of Explicit axes; None where the compiler decides."""
+    sharding = jax.typeof(primal).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _varying(array: jax.Array) -> frozenset[str]:
+    """The axes of shard_map over which `array` differs."""
+    kind = getattr(jax.typeof(array), "manual_axis_type", None)
+    return getattr(kind, "varying", frozenset())

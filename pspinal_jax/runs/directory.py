@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import atomic_file, differences, held
+from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, read_bytes
 
 _SECONDS_TO_APPEAR = 20
 _LOCK = ".lock"
@@ -179,7 +179,7 @@ def read_json(path: Path) -> Any:
       RunError: if it cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path, MOST_JSON_BYTES).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read: {error}; it is damaged: train again in another --workdir") from error
 

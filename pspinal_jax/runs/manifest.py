@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError
+from pspinal_jax.files import require_file
 from pspinal_jax.runs.directory import read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -53,6 +54,7 @@ def check(directory: Path, *names: str) -> None:
 
 def _sha256(path: Path) -> str:
     try:
+        require_file(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

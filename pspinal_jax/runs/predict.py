@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from pspinal_jax.data.images.decode import decode
+from pspinal_jax.data.images.encoded import MOST_BYTES
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.export.directory import is_export, read_export
-from pspinal_jax.files import expanded
+from pspinal_jax.files import expanded, read_bytes
 from pspinal_jax.models.build import build_model
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 
@@ -177,7 +178,7 @@ def _predict_batch(
 def _read(image: Path | Image.Image, shape: tuple[int, ...], transposed: bool) -> np.ndarray | str:
     """The image as the model sees it, or why it cannot be read."""
     try:
-        pixels = decode(image.read_bytes() if isinstance(image, Path) else image, (shape[0], shape[1]))
+        pixels = decode(read_bytes(image, MOST_BYTES) if isinstance(image, Path) else image, (shape[0], shape[1]))
     except OSError as error:
         return error.strerror or str(error)
     except DataError as error:

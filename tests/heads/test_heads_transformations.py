@@ -1,6 +1,7 @@
 """The head takes what JAX's users give it, in every implementation."""
 
 import copy
+import itertools
 import pickle
 from functools import partial
 
@@ -8,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pspinal_jax import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.backbones import VGG5, ResNet
 from pspinal_jax.backbones.efficientnet import BlockConfig, InvertedBottleneck
+from pspinal_jax.interop.functional import progressive_head
 
 IMPLEMENTATIONS = ["unrolled", "fused", "scan"]
 FEATURES = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5)), jnp.float32)
@@ -69,6 +71,78 @@ def test_gradients_inside_shard_map_are_those_outside(implementation):
     outside = jax.grad(lambda v: head.apply(v, FEATURES, train=True).mean())(variables)
     for ours, theirs in zip(jax.tree.leaves(mapped(variables, FEATURES)), jax.tree.leaves(outside), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def on_an_explicit_mesh(function, *args):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        *args, rows = args
+        return jax.jit(function)(*args, jax.device_put(rows, NamedSharding(mesh, P("data"))))
+
+
+def with_nan_checks(function, *args):
+    with jax.debug_nans(True):
+        return jax.jit(function)(*args)
+
+
+TRANSFORMATIONS = {
+    "explicit mesh": on_an_explicit_mesh,
+    "remat": lambda function, *args: jax.jit(jax.checkpoint(function))(*args),
+    "debug_nans": with_nan_checks,
+    "vmap": lambda function, params, rows: jax.tree.map(
+        lambda leaf: leaf[1],
+        jax.jit(jax.vmap(function, (0, None)))(jax.tree.map(lambda leaf: jnp.stack([0 * leaf, leaf]), params), rows),
+    ),
+}
+OPTIONS = {
+    "dropout": {"dropout_rate": 0.4},
+    "a mask per layer": {"layer_dropout_rate": 0.3},
+    "batch norm": {"norm": "batch", "dropout_rate": 0.0},
+}
+
+
+def _cases():
+    """Each transformation with batch norm, and every mesh, in the fast suite."""
+    for name, options in itertools.product(TRANSFORMATIONS, OPTIONS):
+        fast = options == "batch norm" or name == "explicit mesh"
+        yield pytest.param(name, options, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "options"), list(_cases()))
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "functional"])
+def test_gradients_under_transformations_are_those_without(name, options, implementation):
+    chosen = OPTIONS[options]
+    if implementation == "functional":
+        init, apply = progressive_head(num_classes=3, layer_width=4, **chosen)
+        params, batch_stats = init(jax.random.key(0), 5)
+
+        def logits(params, rows):
+            return apply(params, batch_stats, rows, train=True, key=jax.random.key(1))[0]
+    else:
+        head = ProgressiveSpinalHead(3, 4, implementation=implementation, **chosen)
+        variables = head.init(jax.random.key(0), FEATURES, train=False)
+        params = variables["params"]
+
+        def logits(params, rows):
+            options = {"train": True, "rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}
+            return head.apply({**variables, "params": params}, rows, **options)[0]
+
+    gradients = jax.grad(lambda params, rows: (logits(params, rows) ** 2).sum(), (0, 1))
+    ours = TRANSFORMATIONS[name](gradients, params, FEATURES)
+    for leaf, plain in zip(jax.tree.leaves(ours), jax.tree.leaves(gradients(params, FEATURES)), strict=True):
+        np.testing.assert_allclose(leaf, plain, rtol=1e-4, atol=1e-4)
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    "options", [pytest.param(name, marks=() if name == "batch norm" else pytest.mark.slow) for name in OPTIONS]
+)
+def test_double_precision(implementation, options):
+    with jax.enable_x64(True):
+        head = ProgressiveSpinalHead(3, 4, implementation=implementation, dtype=jnp.float64, **OPTIONS[options])
+        rows = FEATURES.astype(jnp.float64)
+        grads, of_features = gradient(head, rows)
+        assert of_features.dtype == jnp.float64 and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
 MODULES = {

@@ -63,7 +63,7 @@ def _check(encoded: Encoded, index: int) -> Checked:
     try:
         data = encoded[index]
     except (OSError, DataError) as error:
-        return Checked(b"", 0, str(error))
+        return Checked(b"", 0, getattr(error, "strerror", None) or str(error))
     try:
         decode(data, _SIZE)
     except DataError as error:

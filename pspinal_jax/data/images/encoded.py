@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from pspinal_jax.errors import DataError
+from pspinal_jax.files import read_bytes
 
 
 class Encoded(Protocol):
@@ -171,8 +172,12 @@ def list_images(path: Path, linked: bool = False) -> list[str]:
     return sorted(found)
 
 
+MOST_BYTES = 2**28
+"""That an encoded image in a file may have."""
+
+
 class Files:
-    """The encoded images in `files`, paths relative to `root`."""
+    """The encoded images in `files`, paths relative to `root`. What is no file is an OSError, and not opened."""
 
     def __init__(self, root: Path, files: Sequence[str], crcs: Sequence[int] = ()) -> None:
         self.root, self.files, self.crcs = str(root), tuple(files), np.asarray(crcs, np.int64)
@@ -181,8 +186,7 @@ class Files:
         return len(self.files)
 
     def __getitem__(self, index: int) -> bytes:
-        with open(self.name(index), "rb") as file:
-            return file.read()
+        return read_bytes(Path(self.name(index)), MOST_BYTES)
 
     def name(self, index: int) -> str:
         """The file's path."""

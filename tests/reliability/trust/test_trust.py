@@ -1,0 +1,202 @@
+"""Data never runs code, and no file is trusted to be one: pipes, devices and vast files are named and not opened."""
+
+import io
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pspinal_jax
+from pspinal_jax.__main__ import main
+from pspinal_jax.data import prepared
+from pspinal_jax.data.archives import open_zip
+from pspinal_jax.data.images import encoded
+from pspinal_jax.data.images.folder import read_folder
+from pspinal_jax.data.npz import read_npz
+from pspinal_jax.data.prepared import read_prepared
+from pspinal_jax.errors import DataError
+from pspinal_jax.files import read_bytes
+
+OPTIONS = {"image_size": 8, "test_fraction": 0.25, "split_seed": 0}
+
+
+def vast(path):
+    with path.open("wb") as file:
+        file.truncate(200 * 2**30)  # sparse
+
+
+NO_FILES = {
+    "a named pipe": os.mkfifo,
+    "a socket or a device": lambda path: path.symlink_to("/dev/zero"),
+    "expected at most": vast,
+}
+every_kind = pytest.mark.parametrize("kind", NO_FILES)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(6):
+            image = Image.fromarray(rng.integers(0, 255, (9, 9, 3), np.uint8))
+            image.save(tmp_path / "pictures" / name / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+@every_kind
+@pytest.mark.filterwarnings("ignore")
+def test_among_the_pictures_they_are_left_out_and_named(folder, kind, capfd, monkeypatch):
+    monkeypatch.setenv("PSPINAL_JAX_CACHE", "off")
+    NO_FILES[kind](folder / "a" / "odd.png")
+    data = read_folder(folder, strict=False, **OPTIONS)
+    assert data.skipped == ("a/odd.png",) and len(data.train) + len(data.test) == 12
+    assert "a/odd.png" in (text := capfd.readouterr().err) and kind in text
+    with pytest.raises(DataError, match=kind):
+        read_folder(folder, strict=True, **OPTIONS)
+
+
+def test_a_picture_that_becomes_a_pipe_later_is_named(folder, monkeypatch):
+    monkeypatch.setenv("PSPINAL_JAX_CACHE", "off")
+    data = read_folder(folder, strict=False, **OPTIONS)
+    for file in folder.rglob("*.png"):
+        file.unlink()
+        os.mkfifo(file)
+    with pytest.raises(DataError, match=r"\.png: .*a named pipe"):
+        data.train.read(0, (8, 8))
+
+
+@every_kind
+def test_other_data_files_are_one_line(tmp_path, kind):
+    if kind != "expected at most":
+        NO_FILES[kind](tmp_path / "data.npz")
+        NO_FILES[kind](tmp_path / "data.zip")
+        with pytest.raises(DataError, match=kind):
+            read_npz(tmp_path / "data.npz", None)
+        with pytest.raises(DataError, match=kind), open_zip(tmp_path / "data.zip"):
+            pass
+    NO_FILES[kind](tmp_path / "small")
+    with pytest.raises(OSError, match=kind):
+        read_bytes(tmp_path / "small", 1000)
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path, 1000)
+
+
+@pytest.fixture(scope="module")
+def run(npz_path, tmp_path_factory):
+    place = tmp_path_factory.mktemp("trust") / "run"
+    more = {"epochs": 1, "batch_size": 16, "eval_batch_size": 50, "model__layer_width": 6}
+    pspinal_jax.train("mnist", data__path=npz_path, data__num_validation=20, retrain=False, workdir=place, **more)
+    assert main(["export", str(place), "--output", str(place.parent / "export")]) == 0
+    return place
+
+
+def run_files(place):
+    """One file of each kind in a run and an export."""
+    yield from ("run/config.json", "run/result.json", "export/export.json", "export/model.jaxexport")
+    yield next(path for path in sorted((place / "run" / "checkpoints").rglob("*")) if path.is_file()).relative_to(place)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_in_runs_and_exports_they_are_one_line(run, tmp_path, number, capsys):
+    place = tmp_path / "copy"
+    shutil.copytree(run.parent, place)
+    name = list(run_files(place))[number]
+    (place / name).unlink()
+    os.mkfifo(place / name)
+    image = tmp_path / "x.png"
+    Image.new("L", (4, 4)).save(image)
+    source = place / str(name).split("/")[0]
+    capsys.readouterr()
+    assert main(["predict", str(source), str(image)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("error: ") for line in lines] == [True] and str(place) in lines[0]
+
+
+@every_kind
+def test_predict_names_them(run, tmp_path, kind):
+    NO_FILES[kind](tmp_path / "x.png")
+    Image.new("L", (4, 4)).save(tmp_path / "y.png")
+    odd, good = pspinal_jax.load_run(run).predict([tmp_path / "x.png", tmp_path / "y.png"])
+    assert kind in odd.error and good.error is None
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tfds")
+    assert main(["prepare", "digits", "--data-dir", str(place)]) == 0
+    return next(path.parent for path in place.rglob("features.json"))
+
+
+@pytest.fixture
+def stranger(digits, tmp_path, monkeypatch):
+    """A copy of the prepared digits, and a module on the path whose import leaves a trace."""
+    shutil.copytree(digits, tmp_path / "digits" / "1.0.0")
+    (tmp_path / "stranger.py").write_text("raise SystemExit('code of the data set ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "digits" / "1.0.0"
+    assert "stranger" not in sys.modules
+
+
+CLASS = "tensorflow_datasets.core.features.class_label_feature.ClassLabel"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(CLASS, "stranger.Label"),
+        lambda text: text.replace("pythonClassName", "python_class_name").replace(CLASS, "stranger.Label"),
+        lambda text: text.replace("tensorflow_datasets.core.features.features_dict.FeaturesDict", "stranger.Dict"),
+        lambda text: text.replace(CLASS, "tensorflow_datasets.core.features.video_feature.Video"),
+        lambda text: json.dumps({"type": "stranger.Label", "content": {}}),
+        lambda text: json.dumps(
+            {
+                "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+                "json": {"json": json.dumps({"x": {"type": "stranger.Label", "content": ""}})},
+            }
+        ),
+    ],
+)
+def test_no_module_that_a_data_set_names_is_imported(stranger, change):
+    described = (stranger / "features.json").read_text()
+    (stranger / "features.json").write_text(change(described))
+    with pytest.raises(DataError, match=r"expected one of TFDS's own features"):
+        read_prepared(stranger, None)
+
+
+def test_the_module_of_the_builder_is_not_imported(stranger):
+    info = json.loads((stranger / "dataset_info.json").read_text())
+    (stranger / "dataset_info.json").write_text(json.dumps(info | {"moduleName": "stranger"}))
+    assert read_prepared(stranger, None).num_classes == 10
+
+
+def test_all_features_that_are_taken_are_tfds_own():
+    tfds = prepared.import_tfds()
+    known = tfds.features.FeatureConnector._registered_features
+    assert set(known) >= prepared._FEATURE_CLASSES
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "label.labels.txt", "digits-test"])
+def test_pipes_in_a_prepared_data_set_are_one_line(stranger, name):
+    path = next(path for path in stranger.iterdir() if path.name.startswith(name))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="a named pipe"):
+        read_prepared(stranger, None)
+
+
+def test_postscript_in_a_data_set_is_never_handed_on(monkeypatch):
+    """Pillow starts Ghostscript for it."""
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4)).save(buffer, "EPS")
+    assert buffer.getvalue().startswith(b"%!PS")
+    with pytest.raises(OSError, match="cannot identify"):
+        prepared._decode(buffer.getvalue())
+
+
+def test_the_limit_of_a_picture_is_far_above_any():
+    assert encoded.MOST_BYTES == 2**28
