@@ -274,10 +274,8 @@ class Recipe:
         self._require(not crops or size is not None, "data.augment", "used with --data.image-size")
 
     def _check_model(self, model: ModelConfig) -> None:
-        rows = self.batch_size // self.micro_batches
-        self._require(
-            model.norm != "batch" or rows > 1, "batch_size", "2 or more a micro-batch with --model.norm batch"
-        )
+        alone = self.batch_norm == "global" and self.batch_size == self.micro_batches  # run_mesh sees to per_device
+        self._require(model.norm != "batch" or not alone, "batch_size", "2 or more a micro-batch for batch norm")
         for name in ("layer_width", "num_layers"):
             self._require(getattr(model, name) >= 1, f"model.{name}", "at least 1")
         for name in ("dropout_rate", "layer_dropout_rate"):

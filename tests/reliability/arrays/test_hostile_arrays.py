@@ -179,7 +179,11 @@ def test_every_bit_of_a_png_counts():
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        (["--batch-size", "1", "--model.norm", "batch"], 2, "batch_size is 1, expected 2 or more a micro-batch"),
+        (
+            ["--batch-size", "1", "--model.norm", "batch"],
+            2,
+            "batch_size is 1, expected 2 or more a micro-batch for batch norm",
+        ),
         (
             ["--batch-size", "4", "--micro-batches", "4", "--model.norm", "batch"],
             2,
