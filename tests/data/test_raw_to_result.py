@@ -15,12 +15,8 @@ from pspinal_jax.recipes import DataConfig
 SMALL = ["--epochs", "1", "--batch-size", "16", "--eval-batch-size", "32"]
 
 
-# QMNIST's recipe shares no compiled program with the others.
-SETS = [pytest.param(name, marks=[pytest.mark.slow] if name == "qmnist" else []) for name in NUM_CLASSES]
-
-
 @pytest.mark.parametrize(
-    "name", [name if name == "mnist" else pytest.param(name, marks=pytest.mark.slow) for name in SETS]
+    "name", [pytest.param(name, marks=() if name == "mnist" else pytest.mark.slow) for name in NUM_CLASSES]
 )
 def test_raw_files_become_an_evaluated_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
