@@ -1,8 +1,8 @@
 """Silence for reads and writes that end after Orbax has given up on a damaged checkpoint or a full disk.
 
 Orbax raises the first array's error and closes its event loop. tensorstore then reports every other array to the closed
-loop, and Python prints a traceback for each; asyncio does so for those whose error nobody asked for, and warns of reads
-and writes that never began. All that anyone could act on is in the first.
+loop, and Python prints a traceback for each, and for each read that is given up; asyncio does so for those whose error
+nobody asked for, and warns of reads and writes that never began. All that anyone could act on is in the first.
 
 This stays beside Orbax, and not in commands/ as other filters do: whoever opens a damaged checkpoint from Python would
 read dozens of tracebacks. Each filter drops one exact message of these libraries and nothing else.
@@ -26,8 +26,10 @@ def ignore_late_reads() -> None:
     report = sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:
-        late = isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)
-        if not late:
+        error = unraisable.exc_value
+        late = isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+        given_up = isinstance(error.__cause__, GeneratorExit) and "reading array index" in str(error)
+        if not (late or given_up):
             report(unraisable)
 
     sys.unraisablehook = filtered

@@ -1,7 +1,6 @@
 """What a recipe is made of: frozen dataclasses, whose fields are the command line's flags."""
 
 import dataclasses
-import math
 import operator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +11,8 @@ try:
     from tyro.conf import Suppress
 except ImportError:  # recipes can be used, and benchmarks run, where the command line's parser is not installed
     Suppress = None  # type: ignore[misc]
+
+_LARGEST = 3.4e38  # of float32, in which all is computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +256,9 @@ class Recipe:
             raise UsageError(f"{name} is {operator.attrgetter(name)(self)}, expected {expected}")
 
     def _check_data(self, data: DataConfig) -> None:
-        std = data.std if isinstance(data.std, tuple) else (data.std,)
-        self._require(min(std) > 0, "data.std", "above 0")
+        mean, std = (each if isinstance(each, tuple) else (each,) for each in (data.mean, data.std))
+        self._require(all(abs(each) < _LARGEST for each in mean), "data.mean", "numbers within float32's range")
+        self._require(all(1 / _LARGEST < each < _LARGEST for each in std), "data.std", "above 0")
         self._require(data.num_classes is None or data.num_classes >= 2, "data.num_classes", "at least 2")
         self._require(data.num_validation >= 0, "data.num_validation", "at least 0")
         self._require(data.split_seed >= 0, "data.split_seed", "at least 0")
@@ -286,10 +288,10 @@ class Recipe:
 
     def _check_optimizer(self, optimizer: OptimizerConfig) -> None:
         rate = optimizer.learning_rate
-        self._require(rate > 0 and math.isfinite(rate), "optimizer.learning_rate", "above 0")
+        self._require(0 < rate < _LARGEST, "optimizer.learning_rate", "above 0")
         self._require(0.0 <= optimizer.momentum < 1.0, "optimizer.momentum", "in [0, 1)")
         decay = optimizer.weight_decay
-        self._require(decay >= 0.0 and math.isfinite(decay), "optimizer.weight_decay", "at least 0")
+        self._require(0.0 <= decay < _LARGEST, "optimizer.weight_decay", "at least 0")
         self._require(optimizer.decay_epochs >= 1, "optimizer.decay_epochs", "at least 1")
         self._require(0.0 <= optimizer.warmup_fraction < 1.0, "optimizer.warmup_fraction", "in [0, 1)")
         steered = optimizer.steering == "best_on_test"

@@ -6,6 +6,7 @@ import pytest
 from processes_support import metrics, run_to_the_end
 
 from pspinal_jax.backbones import resnet
+from pspinal_jax.data.images.folder import read_folder
 from pspinal_jax.runs.restore import load_variables
 
 pytestmark = pytest.mark.slow
@@ -26,6 +27,8 @@ def images(tmp_path_factory):
             image = rng.integers(0, 120, (40, 40, 3))
             image[..., label] += 90
             Image.fromarray(image.astype(np.uint8)).save(folder / f"class_{label}" / f"{index:02}.png")
+    # Each image is decoded once to check it, and never again: what is counted below is decoded to be used.
+    read_folder(folder, image_size=32, test_fraction=0.2, split_seed=0, strict=True)
     return folder
 
 

@@ -247,7 +247,7 @@ def test_folders_of_anything(place, files, strict, fraction):
             picture[: int(content * len(picture)) + 1] if isinstance(content, float) else content
         )
     with contextlib.suppress(DataError, UsageError), contextlib.redirect_stderr(io.StringIO()):
-        data = read_folder(folder, test_fraction=fraction, split_seed=0, strict=strict)
+        data = read_folder(folder, image_size=8, test_fraction=fraction, split_seed=0, strict=strict)
         assert data.num_classes >= 2 and len(data.train)
         for index in range(len(data.train)):
             assert decode(data.train.encoded[index], (8, 8)).shape == (8, 8, 3)

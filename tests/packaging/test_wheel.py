@@ -63,7 +63,7 @@ def test_the_package_comes_from_the_wheel_and_the_head_loads_jax_and_flax_only(i
 @pytest.mark.slow
 def test_the_quickstart_does_what_it_says(installed, tmp_path):
     page = (REPOSITORY / "docs" / "quickstart.md").read_text()
-    program, batch_norm = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    program, batch_norm, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_model.py").write_text(program)
     printed = run(installed / "python", "my_model.py", cwd=tmp_path)
     promised = re.search(r"```\n(step .*?)```", page, re.DOTALL)[1]

@@ -105,6 +105,7 @@ def mark_calls(marks: Marks) -> None:
     """Mark what a run consists of; imports it all."""
     from pspinal_jax.checkpoints.store import CheckpointStore
     from pspinal_jax.runs import metrics, train, trainer
+    from pspinal_jax.runs.directory import RunDirectory
     from pspinal_jax.runs.input_pipeline import ResidentSplit
 
     def remember(self) -> None:
@@ -118,7 +119,7 @@ def mark_calls(marks: Marks) -> None:
     wrap(marks, train, "set_up", "setting up")
     wrap(marks, train, "make_result", "result")
     wrap(marks, train, "plot_curves", "curves")
-    wrap(marks, train, "write_json", "result.json")
+    wrap(marks, RunDirectory, "write_result", "result.json")
     wrap(marks, metrics.MetricsWriter, "append", "metrics line")
     wrap(marks, trainer.Trainer, "_fresh_seed_states", "compilation (initialisation)")
     wrap(marks, trainer.Trainer, "_restore", "restoring", after=restored)
