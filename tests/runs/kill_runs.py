@@ -116,7 +116,8 @@ class Runs:
         record = json.loads((newest / "record" / "metadata").read_text())
         result = json.loads((run / "result.json").read_text())
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        times = ("seconds", "total_seconds", "examples_per_second", "compile_seconds")
+        # result.json's own checksum covers its times.
+        times = ("seconds", "total_seconds", "examples_per_second", "compile_seconds", "checksum")
         keep = lambda tree: {key: value for key, value in tree.items() if key not in times}  # noqa: E731
         return {
             "checkpoint": newest.name,
