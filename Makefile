@@ -1,5 +1,6 @@
 # Two commands for users: `make train` and `make test`. Both need Python >= 3.11 and make, nothing else.
-PYTHON ?= python3
+# The newest Python that constraints.txt has versions for; a name that pyenv knows and does not run is passed over.
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11; do $$name -c "" 2>/dev/null && echo $$name && break; done || true)
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= digits
@@ -50,8 +51,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "pspinal_jax needs Python >= 3.11; try make PYTHON=python3.11"; exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "pspinal_jax needs Python >= 3.11; try make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python

@@ -8,14 +8,91 @@ import importlib.metadata
 import os
 import platform
 import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import pspinal_jax
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import CACHE_SWITCH, cache_folder
+
+CONVOLUTIONS_SWITCH = "PSPINAL_JAX_ONEDNN"
+"""Environment variable: 'off' leaves convolutions on CPU to XLA's own routines."""
+
+_ONEDNN: dict[str, bool | str] = {
+    "xla_cpu_experimental_onednn_custom_call": True,
+    # XLA's YNNPACK fusion would take every convolution before oneDNN's rewriter sees it.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+}
+
+
+def convolution_options(platform: str) -> dict[str, bool | str]:
+    """Options of XLA for programs with convolutions, see `jit_with`: oneDNN's on CPU, where jaxlib has them.
+
+    A tiny program shows whether they are known and take effect (jaxlib 0.12; not 0.10). Products of matrices lose by
+    them, so that a program of these alone is better compiled without.
+
+    Args:
+      platform: of the devices that the program is for.
+
+    Returns:
+      {} on other platforms, where they have no effect, and with PSPINAL_JAX_ONEDNN=off.
+    """
+    off = platform != "cpu" or os.environ.get(CONVOLUTIONS_SWITCH) == "off"
+    return {} if off or not _has_onednn() else dict(_ONEDNN)
+
+
+@cache
+def _has_onednn() -> bool:
+    def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    images, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
+    try:
+        with jax.default_device(jax.devices("cpu")[0]), _kept_out_of_the_cache():
+            compiled = jax.jit(convolve).lower(images, kernel).compile(compiler_options=dict(_ONEDNN))
+        return "__onednn$convolution" in (compiled.as_text() or "")
+    except Exception:  # an unknown option raises when compiling, of a kind that is nobody's promise
+        return False
+
+
+def jit_with(compiler_options: Mapping[str, bool | str], function: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit(function, **options)` with options of XLA for this program, which leave the user's XLA_FLAGS alone.
+
+    Such a program is not kept in the compilation cache: jaxlib 0.12 cannot store one that calls oneDNN.
+    """
+    if not compiler_options:
+        return jax.jit(function, **options)
+    return _Uncached(jax.jit(function, compiler_options=dict(compiler_options), **options))
+
+
+class _Uncached:
+    """A jitted function that is compiled, whenever that is, without being stored."""
+
+    def __init__(self, program: Any) -> None:
+        self._program = program
+
+    def __call__(self, *args: Any) -> Any:
+        with _kept_out_of_the_cache():
+            return self._program(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)
+
+
+@contextlib.contextmanager
+def _kept_out_of_the_cache() -> Iterator[None]:
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from pspinal_jax.benchmark.roofline import count_flops
 from pspinal_jax.benchmark.timing import Work
+from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import RunError
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.schema import Recipe
@@ -107,7 +108,7 @@ def feature_passes(recipe: Recipe, batch: Batch, peers: bool) -> tuple[dict[str,
     images = jnp.asarray(batch[0])
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
     features = partial(model.apply, train=False, method="features")
-    call = jax.jit(features)
+    call = jit_with(convolution_options(jax.default_backend()), features)
 
     def ours(count: int) -> None:
         result = None

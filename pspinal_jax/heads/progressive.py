@@ -85,8 +85,9 @@ class ProgressiveSpinalHead(nn.Module):
         running averages with weight 0.9 on the old value, unbiased running variance).
       activation: elementwise function, ReLU by default.
       implementation: 'unrolled' writes the layers one after the other; 'fused' makes one matrix product of all that
-        read the same input, the fastest for a few layers and a batch of 32 or more (its layout: `fuse_params`); 'scan'
-        runs one lax.scan whose program does not grow with L and whose backward pass stores one buffer [N, L W]
+        read the same input, the fastest for a few layers and a batch of 32 or more on parameters in its own layout
+        (`fuse_params`; from the documented tree, which it copies at every call, slower than 'unrolled'); 'scan' runs
+        one lax.scan whose program does not grow with L and whose backward pass stores one buffer [N, L W]
         (reverse-mode derivatives only; its layout: `pack_params`). 'auto' takes the one whose layout the parameters
         have, and for the documented tree 'unrolled' below 64 layers, 'scan' from there on. All give the same logits,
         gradients and statistics up to rounding, with the same masks from the same key.

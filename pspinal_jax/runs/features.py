@@ -6,6 +6,7 @@ The features are made when the run starts. They are kept in its directory, besid
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pspinal_jax.data.dataset import ArraySplit, Dataset, Split, array_dataset
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.distributed.arrays import put, whole
 from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
+from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import progress_bar
@@ -109,7 +111,8 @@ class _Extractor:
         def augmented(variables: Any, images: jax.Array, key: jax.Array) -> jax.Array:
             return plain(variables, images if augment is None else augment(key, images))
 
-        self._plain, self._augmented = jax.jit(plain), jax.jit(augmented)
+        jit = partial(jit_with, convolution_options(self._mesh.devices.flat[0].platform))
+        self._plain, self._augmented = jit(plain), jit(augmented)
 
     def run(self, split: Split, description: str, view: int | None = None) -> np.ndarray:
         """Features [N, D] of `split`; augmented with the random numbers of pass `view`."""

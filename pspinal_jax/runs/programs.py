@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.models.classifier import Classifier
@@ -38,6 +39,7 @@ def build_run_programs(
         micro_batches=recipe.micro_batches,
         skip_nonfinite=recipe.on_nonfinite == "skip",
         mesh=mesh,
+        compiler_options=convolution_options(mesh.devices.flat[0].platform) if recipe.model.backbone != "none" else {},
         batch_norm_per_device=recipe.batch_norm == "per_device",
     )
     direction = make_optimizer(optimizer.name, optimizer.momentum, optimizer.nesterov, optimizer.weight_decay)

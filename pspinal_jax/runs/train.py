@@ -16,7 +16,7 @@ from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
-from pspinal_jax.environment import device, enable_compilation_cache, versions
+from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
@@ -170,5 +170,6 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dict[s
         "data_location": where,
         "mesh": mesh,
         "device": device(),
+        "compiler_options": convolution_options(jax.default_backend()) if recipe.model.backbone != "none" else {},
         "versions": versions(),
     }

@@ -1,7 +1,7 @@
 """The one place where jit, donation and shardings are decided."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from pspinal_jax.distributed.arrays import put
+from pspinal_jax.environment import jit_with
 from pspinal_jax.heads.layouts import Layout
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import Batch, EpochPlan, Step, evaluate_split, run_chunk
@@ -47,6 +48,7 @@ class StepConfig:
       micro_batches: see `train_step`; the last, smaller batch of an epoch is not split.
       skip_nonfinite: see `train_step`.
       mesh: the devices; by default all of them on the axis data.
+      compiler_options: XLA's, for the programs that train and evaluate.
       batch_norm_per_device: normalise each device's part of a training batch by itself; the last, smaller batch of an
         epoch is normalised whole. Parameters must not be sharded.
     """
@@ -63,6 +65,7 @@ class StepConfig:
     micro_batches: int = 1
     skip_nonfinite: bool = False
     mesh: Mesh = dataclasses.field(default_factory=make_mesh)
+    compiler_options: Mapping[str, bool | str] = dataclasses.field(default_factory=dict)
     batch_norm_per_device: bool = False
 
 
@@ -140,7 +143,8 @@ def build_programs(model: Any, optimizer: optax.GradientTransformation, config: 
         states = shardings(mesh, shapes, stacked=vectorized)
         variables = {"params": states.params, "batch_stats": states.batch_stats}
     jit = partial(jax.jit, out_shardings=replicated)
-    jit_steps = partial(jax.jit, donate_argnums=(0, 1), out_shardings=(states, replicated))
+    jit_with_options = partial(jit_with, config.compiler_options)
+    jit_steps = partial(jit_with_options, donate_argnums=(0, 1), out_shardings=(states, replicated))
     step, tail_step = _make_steps(model, optimizer, config)
 
     def chunk(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
@@ -164,7 +168,7 @@ def build_programs(model: Any, optimizer: optax.GradientTransformation, config: 
         chunk=chunk(step, config.batch_size),
         tail=cache(partial(chunk, tail_step)),
         batch_step=jit_steps(batch_step),
-        evaluate=jit(seeds(evaluate, (0, None, None))),
+        evaluate=jit_with_options(seeds(evaluate, (0, None, None)), out_shardings=replicated),
         eval_batch_size=eval_batch_size,
         update_best=jit(seeds(_update_best, (0, 0, 0)), donate_argnums=0, out_shardings=variables),
         vectorized=vectorized,

@@ -1,0 +1,84 @@
+"""oneDNN's convolutions on CPU: asked for where they are known and take effect, by programs with convolutions alone."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from pspinal_jax import environment
+from pspinal_jax.environment import CONVOLUTIONS_SWITCH, convolution_options, jit_with
+from pspinal_jax.layers.conv import conv_same
+from pspinal_jax.models.build import build_model
+from pspinal_jax.recipes import load_recipe
+from pspinal_jax.runs import programs
+
+UNKNOWN = {"no_such_option_of_xla": True}
+NEW = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
+
+
+@pytest.fixture
+def fresh():
+    environment._has_onednn.cache_clear()
+    yield
+    environment._has_onednn.cache_clear()
+
+
+def test_they_are_there_from_jax_0_12_on_and_never_elsewhere(monkeypatch, fresh, optimised):
+    assert bool(convolution_options("cpu")) == NEW
+    assert convolution_options("cuda") == convolution_options("tpu") == {}
+    monkeypatch.setenv(CONVOLUTIONS_SWITCH, "off")
+    assert convolution_options("cpu") == {}
+
+
+def test_options_that_are_not_known_are_not_asked_for(monkeypatch, fresh, optimised):
+    monkeypatch.setattr(environment, "_ONEDNN", UNKNOWN)
+    assert convolution_options("cpu") == {}
+
+
+def test_options_without_effect_are_not_asked_for(monkeypatch, fresh, optimised):
+    monkeypatch.setattr(environment, "_ONEDNN", {"xla_cpu_enable_fast_math": False})
+    assert convolution_options("cpu") == {}
+
+
+@pytest.mark.parametrize(("backbone", "reached"), [("vgg5", True), ("none", False)])
+def test_they_reach_the_programs_with_convolutions_and_no_others(monkeypatch, backbone, reached):
+    monkeypatch.setattr(programs, "convolution_options", lambda platform: UNKNOWN)
+    recipe = load_recipe("mnist")
+    recipe = dataclasses.replace(
+        recipe, batch_size=2, eval_batch_size=2, model=dataclasses.replace(recipe.model, backbone=backbone)
+    )
+    shape = (28, 28, 1)
+    built = programs.build_run_programs(recipe, build_model(recipe, shape, 10), shape, np.uint8)
+    state = built.init(np.uint32(0))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    data = np.zeros((2, *shape), np.uint8), np.zeros(2, np.int32)
+    calls = (
+        lambda: built.evaluate(variables, data, np.int32(2)),
+        lambda: built.batch_step(state, built.zero_totals(np.uint32(0)), np.uint32(0), np.float32(0), data),
+    )
+    for call in calls:
+        if reached:
+            with pytest.raises(Exception, match="no_such_option_of_xla"):
+                call()
+        else:
+            call()
+
+
+@pytest.mark.skipif(not NEW, reason="oneDNN's convolutions came with jax 0.12")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_they_compute_the_same(stride, optimised, fresh):
+    rng = np.random.default_rng(0)
+    images, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 9, 9, 16), (3, 3, 16, 32)))
+
+    def loss(images, kernel):
+        return (conv_same(images, kernel, stride) ** 2).sum()
+
+    def gradients(**options):
+        return jit_with(options, jax.value_and_grad(loss, (0, 1)))
+
+    ours, plain = gradients(**convolution_options("cpu")), gradients()
+    assert isinstance(ours, environment._Uncached)  # JAX warns, which is an error here, where it cannot store a program
+    compare = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3)
+    jax.tree.map(compare, ours(images, kernel), plain(images, kernel))
