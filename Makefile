@@ -1,6 +1,6 @@
 # Two commands for users: `make train` and `make test`. Both need Python >= 3.11 and make, nothing else.
 # The newest Python that constraints.txt has versions for; a name that pyenv knows and does not run is passed over.
-PYTHON ?= $(shell for name in python3.13 python3.12 python3.11; do $$name -c "" 2>/dev/null && echo $$name && break; done || true)
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do $$name -c "" 2>/dev/null && echo $$name && break; done || true)
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= digits

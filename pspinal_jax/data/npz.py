@@ -75,7 +75,9 @@ def _wanted(path: Path, held: list[str]) -> list[str]:
 
 def _check_headers(archive: zipfile.ZipFile, names: list[str]) -> None:
     """Raise ValueError unless each array's header promises what follows it, and all fit into the memory."""
-    total, memory = 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total, memory = 0, math.inf
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in names:
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as member:

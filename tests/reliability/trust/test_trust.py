@@ -14,7 +14,6 @@ import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.data import prepared
 from pspinal_jax.data.archives import open_zip
-from pspinal_jax.data.images import encoded
 from pspinal_jax.data.images.folder import read_folder
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepared import read_prepared
@@ -189,14 +188,10 @@ def test_pipes_in_a_prepared_data_set_are_one_line(stranger, name):
         read_prepared(stranger, None)
 
 
-def test_postscript_in_a_data_set_is_never_handed_on(monkeypatch):
+def test_postscript_in_a_data_set_is_never_handed_on():
     """Pillow starts Ghostscript for it."""
     buffer = io.BytesIO()
     Image.new("L", (4, 4)).save(buffer, "EPS")
     assert buffer.getvalue().startswith(b"%!PS")
     with pytest.raises(OSError, match="cannot identify"):
         prepared._decode(buffer.getvalue())
-
-
-def test_the_limit_of_a_picture_is_far_above_any():
-    assert encoded.MOST_BYTES == 2**28
