@@ -203,8 +203,10 @@ class Recipe:
     """First seed; with num_seeds K the seeds are seed .. seed + K - 1."""
     num_seeds: int = 1
     """Number of seeds to train; the result is their mean and standard deviation."""
-    seed_mode: Literal["auto", "loop", "vmap"] = "auto"
-    """Train the seeds one after the other, or as one vectorised program; auto: loop on CPU, vmap elsewhere."""
+    seed_mode: Literal["auto", "loop", "vmap", "processes"] = "auto"
+    """Train the seeds one after the other (loop), as one vectorised program (vmap), or side by side, a process a core
+    of the CPU (processes; bit for bit the loop's result). auto: vmap on GPU and TPU; on CPU processes for a long
+    training of a head alone, else loop."""
     batch_norm: Literal["global", "per_device"] = "global"
     """What batch norm sees in training on several devices: the whole batch, or each device its own part; then the
     result depends on the number of devices."""
@@ -234,7 +236,7 @@ class Recipe:
         self._check_mesh(self.mesh)
         images, paper = self.data.image_size is not None, self.protocol == "paper"
         self._require(
-            self.seed_mode != "vmap" or not images,
+            self.seed_mode in ("auto", "loop") or not images,
             "seed_mode",
             "loop or auto for image files, which every seed reads in its own order",
         )

@@ -118,4 +118,4 @@ def runs_vectorized(recipe: Recipe) -> bool:
     """Whether the seeds of `recipe` run as one program: on CPU that is no faster, elsewhere small models gain."""
     if recipe.num_seeds == 1 or recipe.seed_mode == "loop" or recipe.data.image_size is not None:
         return False
-    return recipe.seed_mode == "vmap" or jax.default_backend() != "cpu"
+    return recipe.seed_mode == "vmap" or (recipe.seed_mode == "auto" and jax.default_backend() != "cpu")

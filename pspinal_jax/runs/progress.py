@@ -69,6 +69,8 @@ class TrainingProgress:
       rate_scale: what the learning rate is multiplied with, where it is steered.
       selected_epoch: the first stage's selection, [] while it lasts.
       selected_accuracy: its validation accuracy.
+      longest: epochs to retrain for where seeds of another process need more than these; 0 where there are none.
+      processes: how many have trained these seeds side by side.
     """
 
     stage: int = 0
@@ -86,6 +88,8 @@ class TrainingProgress:
     rate_scale: list[float] = dataclasses.field(default_factory=list)
     selected_epoch: list[int] = dataclasses.field(default_factory=list)
     selected_accuracy: list[float] = dataclasses.field(default_factory=list)
+    longest: int = 0
+    processes: int = 1
 
     def steps_taken(self, stage: TrainingStage) -> int:
         """Steps since the parameters were initialised, rounds before included."""
@@ -98,4 +102,4 @@ class TrainingProgress:
 
     def stage_epochs(self, recipe: Recipe) -> int:
         """Epochs of the stage under way: as many as the recipe says or, to retrain, as any seed selected."""
-        return max(self.selected_epoch) if self.selected_epoch else recipe.epochs
+        return self.longest or max(self.selected_epoch, default=recipe.epochs)

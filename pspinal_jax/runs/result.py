@@ -57,10 +57,16 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         "epochs": recipe.epochs,
         "seconds": round(progress.total_seconds, 3),
         "compile_seconds": round(sum(line["compile_seconds"] for line in lines), 3),
-        "seeds_as": "one program" if setup.programs.vectorized else "one after the other",
+        "seeds_as": _seeds_as(trainer),
         "device": device(),
         "versions": versions(),
     }
+
+
+def _seeds_as(trainer: Trainer) -> str:
+    if trainer.progress.processes > 1:
+        return f"{trainer.progress.processes} processes side by side"
+    return "one program" if trainer.setup.programs.vectorized else "one after the other"
 
 
 def describe_selection(trainer: Trainer) -> str:

@@ -30,6 +30,7 @@ from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
 from pspinal_jax.runs.programs import run_mesh
 from pspinal_jax.runs.restore import keep_start, start_variables
 from pspinal_jax.runs.result import make_result
+from pspinal_jax.runs.seed_processes import can_use_processes, train_in_processes, wants_processes
 from pspinal_jax.runs.signals import StopRequest
 from pspinal_jax.runs.trainer import Trainer
 
@@ -63,6 +64,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     data = primary_first(lambda: load_data(recipe.data))
     if not resuming:
         check_settings_for(recipe, data.source, data.example_shape)
+        _check_seed_mode(recipe, options)
     if not data.in_memory and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
@@ -106,6 +108,8 @@ def _train(
             CheckpointStore(directory.checkpoints_path) as store,
             MetricsWriter(directory, options.tensorboard) as metrics,
         ):
+            if store.empty and wants_processes(recipe, setup, directory, options):
+                train_in_processes(recipe, setup, options, metrics, store, stop)
             trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
             trainer.run()
             result = make_result(trainer)
@@ -113,6 +117,14 @@ def _train(
             directory.write_result(result)
             _plot(recipe, directory)
     return result
+
+
+def _check_seed_mode(recipe: Recipe, options: RunOptions) -> None:
+    if recipe.seed_mode == "processes" and recipe.num_seeds > 1 and not can_use_processes(recipe, options):
+        raise UsageError(
+            "seed_mode is processes, expected auto, loop or vmap: processes train heads on arrays, on the CPU as one "
+            "device, without --init-from"
+        )
 
 
 def _check_apart(workdir: Path, data: Path | None) -> None:

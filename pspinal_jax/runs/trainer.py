@@ -40,6 +40,7 @@ class Trainer:
       seed_states: the seeds' states.
       progress: how far the run has come.
       directory: where the run's files are.
+      longest: the epochs to retrain for, from the most that a seed of this run selected.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Trainer:
         self.setup = setup
         self.progress = TrainingProgress()
         self.directory = metrics.directory
+        self.longest: Callable[[int], int] | None = None
         self._metrics = metrics
         self._store = store
         self._stop = stop
@@ -118,6 +120,8 @@ class Trainer:
         if self.stage.name == "retrain":
             self.progress.selected_epoch = progress.best_epoch
             self.progress.selected_accuracy = progress.best_accuracy
+            if self.longest is not None:
+                self.progress.longest = self.longest(max(progress.best_epoch))
             self.seed_states = self._fresh_seed_states()
             self.seed_states.start_from(self._start())
         else:
