@@ -83,7 +83,8 @@ def _parts(
 
 def _inputs_grad(stride: int, shape: Sequence[int], kernel: jax.Array, grad: jax.Array) -> jax.Array:
     """The sum of shifts again, of the gradient spread by the stride, with the kernel turned around: autodiff's sum of
-    padded maps passes over memory once more for each entry of the kernel."""
+    padded maps passes over memory once more for each entry of the kernel.
+    """
     sides, size = shape[1:3], kernel.shape[:2]
     around = []
     for side, k, (before, _), count in zip(
