@@ -79,7 +79,7 @@ def apply_unrolled(
 
 def linear(inputs: jax.Array, layer: Tree) -> jax.Array:
     """Inputs [N, fan_in] times kernel [fan_in, width] plus bias, in the dtype of `inputs`."""
-    return product(inputs, layer["kernel"].astype(inputs.dtype)) + layer["bias"].astype(inputs.dtype)[None]
+    return product(inputs, layer["kernel"]) + layer["bias"].astype(inputs.dtype)[None]
 
 
 def batch_norm(inputs: jax.Array, affine: Tree, running: Tree, *, train: bool) -> tuple[jax.Array, Tree]:
