@@ -6,16 +6,14 @@
 from pspinal_jax.recipes import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 
 recipe = Recipe(
-    card=Card(name="folder", row="none", model="ResNet-50 and head"),
+    card=Card(name="folder", row="none", model="EfficientNet-Lite0 and head"),
     data=DataConfig(
         name="folder",
-        mean=(0.507, 0.487, 0.441),
-        std=(0.267, 0.256, 0.276),
-        image_size=224,
+        image_size="own",
         validation_fraction=0.1,
         augment="rotation_crop_flip",
     ),
-    model=ModelConfig(backbone="resnet50", weights="pretrained", layer_width=256, dropout_rate=0.2),
+    model=ModelConfig(backbone="efficientnet_lite0", weights="pretrained", layer_width=256, dropout_rate=0.2),
     optimizer=OptimizerConfig(learning_rate=0.01, nesterov=True, schedule="one_cycle"),
     epochs=12,
     batch_size=32,
