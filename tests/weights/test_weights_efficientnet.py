@@ -163,6 +163,7 @@ def test_every_layer_is_pytorchs(variant, tmp_path):
     read = read_state_dict(tmp_path / "x.pth")
 
     twin = TorchEfficientNetLite(variant).eval()
+    assert {unit.norm.eps for unit in twin.units.values()} == {1e-3}
     theirs, seen = {}, {}
     for name, unit in twin.units.items():
         block, _, part = name.partition("/")
