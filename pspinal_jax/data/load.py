@@ -33,7 +33,7 @@ def load_data(config: DataConfig) -> Dataset[Split]:
         to do.
     """
     if config.image_size is not None:
-        return _load_images(config, config.image_size)
+        return _load_images(config, config.side)
     data = _load_arrays(config)
     return _transpose(data) if config.transposed else data
 

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pspinal_jax.errors import UsageError
 
@@ -13,6 +13,8 @@ except ImportError:  # recipes can be used, and benchmarks run, where the comman
     Suppress = None  # type: ignore[misc]
 
 _LARGEST = 3.4e38  # of float32, in which all is computed
+OWN: Final = "own"
+"""An image size that is the backbone's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +45,17 @@ class DataConfig:
     """TFDS data folder; by default TFDS's own (TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     num_classes: int | None = None
     """Number of classes C, labels 0 .. C-1; by default what the data says."""
-    mean: float | tuple[float, float, float] = 0.0
-    """Subtracted from images scaled to 0 .. 1; one number, or one a channel."""
-    std: float | tuple[float, float, float] = 1.0
-    """What images are divided by after that."""
+    mean: float | tuple[float, float, float] | None = None
+    """Subtracted from images scaled to 0 .. 1; one number, or one a channel; by default the backbone's own, 0 without
+    one."""
+    std: float | tuple[float, float, float] | None = None
+    """What images are divided by after that; by default the backbone's own, 1 without one."""
     num_validation: int = 0
     """Arrays: examples held out of train to select the epoch by, where the data has no validation split of its own and
     the protocol is not paper; 0 trains on all and takes the last epoch."""
-    image_size: int | None = None
-    """Image files: side in pixels of the square images that the model sees. They are read while training. None for data
-    that is held in memory."""
+    image_size: int | Literal["own"] | None = None
+    """Image files: side in pixels of the square images that the model sees; own for the backbone's. They are read while
+    training. None for data that is held in memory."""
     resize: int | None = None
     """Image files: side that training images are resized to, whatever their aspect, before they are cropped to
     image_size; by default 230 / 224 of it where they are cropped. Evaluation resizes to image_size."""
@@ -76,9 +79,20 @@ class DataConfig:
     """Visit the training examples in another order every epoch; the published STL-10 script does not."""
 
     @property
+    def side(self) -> int:
+        """Image files: `image_size` in pixels; 0 for data that is held in memory.
+
+        Raises:
+          ValueError: if it is the backbone's own, which `models.preprocessing.with_own_preprocessing` fills in.
+        """
+        if self.image_size == OWN:
+            raise ValueError("data.image_size is the backbone's own; call with_own_preprocessing first")
+        return self.image_size or 0
+
+    @property
     def train_side(self) -> int:
         """Image files: side in pixels that training images are decoded to."""
-        size = self.image_size or 0
+        size = self.side
         if self.resize is not None:
             return self.resize
         return round(size * 230 / 224) if self.augment == "rotation_crop_flip" else size
@@ -105,7 +119,8 @@ class ModelConfig:
     colour images of any size to 512 (resnet18, resnet34), 1280 (efficientnet_lite) or 2048 features."""
     weights: str | None = None
     """Start the backbone from these weights: a .safetensors or .pt file, 'hf:OWNER/NAME' on the Hugging Face hub, or
-    'pretrained' for the hub's ImageNet weights of the backbone."""
+    'pretrained' for ImageNet weights of the backbone: an EfficientNet's of its pip package where that is installed
+    (extra `efficientnet`), otherwise the hub's."""
     remat: bool = False
     """Compute the backbone's blocks again in the backward pass in place of keeping their activations."""
     head: Literal["progressive", "spinal", "mlp", "dense"] = "progressive"
@@ -258,7 +273,9 @@ class Recipe:
             raise UsageError(f"{name} is {operator.attrgetter(name)(self)}, expected {expected}")
 
     def _check_data(self, data: DataConfig) -> None:
-        mean, std = (each if isinstance(each, tuple) else (each,) for each in (data.mean, data.std))
+        mean, std = (
+            each if isinstance(each, tuple) else () if each is None else (each,) for each in (data.mean, data.std)
+        )
         self._require(all(abs(each) < _LARGEST for each in mean), "data.mean", "numbers within float32's range")
         self._require(all(1 / _LARGEST < each < _LARGEST for each in std), "data.std", "above 0")
         self._require(data.num_classes is None or data.num_classes >= 2, "data.num_classes", "at least 2")
@@ -267,9 +284,10 @@ class Recipe:
         self._require(0.0 <= data.validation_fraction < 1.0, "data.validation_fraction", "in [0, 1)")
         self._require(0.0 < data.test_fraction < 1.0, "data.test_fraction", "in (0, 1)")
         size, resize, crops = data.image_size, data.resize, data.augment == "rotation_crop_flip"
-        self._require(size is None or 8 <= size <= 4096, "data.image_size", "8 .. 4096")
+        least = 8 if size == OWN else size  # the backbone's own is filled in, and looked at, later
+        self._require(least is None or 8 <= least <= 4096, "data.image_size", "8 .. 4096, or own")
         if resize is not None:
-            self._require(size is not None and size <= resize <= 8192, "data.resize", "image_size .. 8192")
+            self._require(least is not None and least <= resize <= 8192, "data.resize", "image_size .. 8192")
             self._require(
                 resize == size or crops,
                 "data.resize",
@@ -286,7 +304,10 @@ class Recipe:
             self._require(0.0 <= getattr(model, name) < 1.0, f"model.{name}", "in [0, 1)")
         self._require(self.freeze == "none" or model.backbone != "none", "freeze", "none where there is no backbone")
         self._require((model.weights or "").lower() != "none", "model.weights", "None, written so, for random numbers")
-        self._require(model.weights is None or model.is_resnet, "model.weights", "used with a ResNet backbone")
+        published = model.backbone not in ("none", "vgg5")
+        self._require(
+            model.weights is None or published, "model.weights", "used with a ResNet or EfficientNet backbone"
+        )
 
     def _check_optimizer(self, optimizer: OptimizerConfig) -> None:
         rate = optimizer.learning_rate

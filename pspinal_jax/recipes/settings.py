@@ -52,8 +52,10 @@ def check_settings_for(recipe: Recipe, source: str, example_shape: Sequence[int]
     """
     if len(example_shape) == 1:
         where = f"for features, which are taken as they are ({source})"
-        for name, default in (("augment", "none"), ("mean", 0.0), ("std", 1.0), ("transposed", False)):
-            _check(recipe, f"data.{name}", default, False, where)
+        settings = (("augment", "none"), ("mean", 0.0), ("std", 1.0), ("transposed", False))
+        for name, default in settings:
+            if getattr(recipe.data, name) is not None:
+                _check(recipe, f"data.{name}", default, False, where)
         return
     for name in ("mean", "std"):
         value = getattr(recipe.data, name)

@@ -108,7 +108,7 @@ def set_up(
 def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int = 0) -> EvaluatedSplit:
     """`split`, ready to be evaluated in the recipe's evaluation batches."""
     if split.inputs is None:
-        return StreamedSplit(programs, split, recipe.data.image_size or 0, programs.eval_batch_size, workers)
+        return StreamedSplit(programs, split, recipe.data.side, programs.eval_batch_size, workers)
     return ResidentSplit.place(programs, (split.inputs, split.labels), programs.eval_batch_size)
 
 

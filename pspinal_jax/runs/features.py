@@ -119,7 +119,7 @@ class _Extractor:
         data, size = self._recipe.data, self._recipe.eval_batch_size
         if view is None:  # random numbers are drawn by the batch, so views have batches of one size on all devices
             size = divisible_size(self._mesh, size)
-        side = data.train_side if view is not None else data.image_size or 0
+        side = data.train_side if view is not None else data.side
         key = jax.random.fold_in(keys.init_key(data.split_seed), view or 0)
         parts = []
         with (

@@ -68,7 +68,7 @@ def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] 
     from pspinal_jax.augment import augment, rotate_crop_flip
 
     if recipe.data.augment == "rotation_crop_flip":
-        return partial(rotate_crop_flip, size=recipe.data.image_size)
+        return partial(rotate_crop_flip, size=recipe.data.side)
     return augment
 
 

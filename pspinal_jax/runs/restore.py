@@ -19,7 +19,7 @@ from pspinal_jax.runs.directory import RunDirectory, writing
 from pspinal_jax.runs.features import add_backbone, head_recipe
 from pspinal_jax.runs.result import best_seed_index, leading_seed, selected_checksum
 from pspinal_jax.training.sharding import make_mesh, replicated_on
-from pspinal_jax.weights import PRETRAINED, read_state_dict, resnet_variables
+from pspinal_jax.weights import backbone_variables
 from pspinal_jax.weights.variables import first_not_finite, read_variables, save_variables
 
 START = "start.safetensors"
@@ -184,9 +184,7 @@ def start_variables(
         return {"params": _params_of_run(init_from, abstract_variables(model, input_shape, input_dtype)["params"])}
     if recipe.model.weights is None:
         return {}
-    name = recipe.model.backbone
-    source = PRETRAINED[name] if recipe.model.weights == "pretrained" else recipe.model.weights
-    backbone = resnet_variables(read_state_dict(source), name)
+    backbone = backbone_variables(recipe.model.backbone, recipe.model.weights)
     return {collection: {"backbone": tree} for collection, tree in backbone.items()}
 
 

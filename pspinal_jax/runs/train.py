@@ -20,6 +20,7 @@ from pspinal_jax.environment import convolution_options, device, enable_compilat
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
+from pspinal_jax.models.preprocessing import with_own_preprocessing
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.recipes.settings import check_settings, check_settings_for
@@ -55,15 +56,16 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """
     if options.tensorboard:
         check_installed()
+    asked, recipe = recipe, with_own_preprocessing(recipe)
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)
     resuming = broadcast_from_primary(directory.config_path.exists)
     if not resuming:  # a run of an earlier version goes on as it began
-        check_settings(recipe)
+        check_settings(asked)
     data = primary_first(lambda: load_data(recipe.data))
     if not resuming:
-        check_settings_for(recipe, data.source, data.example_shape)
+        check_settings_for(asked, data.source, data.example_shape)
         _check_seed_mode(recipe, options)
     if not data.in_memory and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)

@@ -158,7 +158,7 @@ CHANGES = [
     ("grey", {}, ("data.shuffle", False), EFFECT),
     ("folder", {"data.image_size": 32}, ("model.backbone", "resnet18"), EFFECT),
     ("features", {}, ("model.backbone", "resnet18"), "takes colour images"),
-    ("grey", {}, ("model.weights", "pretrained"), "used with a ResNet backbone"),
+    ("grey", {}, ("model.weights", "pretrained"), "used with a ResNet or EfficientNet backbone"),
     ("folder", RESNET, ("model.remat", True), EFFECT),
     ("folder", FROZEN, ("model.remat", True), "unless a ResNet backbone is trained"),
     ("grey", {}, ("model.remat", True), "unless a ResNet backbone is trained"),

