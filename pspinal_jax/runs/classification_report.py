@@ -182,7 +182,8 @@ def intervals(confusion: np.ndarray) -> dict[str, Any]:
         "accuracy": [float(wilson.low), float(wilson.high)],
         "balanced_accuracy": np.percentile(recall, ends).tolist(),
         "macro_f1": np.percentile(f1, ends).tolist(),
-        "method": f"accuracy: Wilson; balanced_accuracy, macro_f1: bootstrap of {RESAMPLES} draws of test examples",
+        "method": "accuracy by Wilson's score interval, balanced accuracy and macro F1 by the bootstrap "
+        f"({RESAMPLES:,} draws of the test examples)",
     }
 
 

@@ -188,11 +188,13 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
                 if values.shape[1] > 1:
                     axis.fill_between(epochs[here], values.min(1), values.max(1), alpha=0.2)
             axis.set_xlabel("epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             axis.legend()
         left.set_ylabel("loss (nats)")
         right.set_ylabel("accuracy (%)")
-        figure.suptitle(_drawable(title))
+        if title:
+            figure.suptitle(_drawable(title))
 
 
 def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title: str) -> None:
@@ -257,7 +259,7 @@ def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
             figure = Figure(figsize=(width, height), layout="constrained")
             yield figure
             with atomic_file(path) as part:
-                figure.savefig(part, dpi=110, format="png")
+                figure.savefig(part, dpi=110, format=path.suffix[1:])
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         warn(printable(f"{path} was not drawn: {reason}"))
