@@ -68,6 +68,12 @@ def _describe(
         "seed": recipe.seed + seed_index,
         "test_accuracy": result["test_accuracy"]["each"][seed_index],
         "selection": result["selection"],
+        # For `evaluate`: how the data was read, and its checksum; not where it lay.
+        "data": {
+            "settings": config["identity"]["data"],
+            "protocol": recipe.protocol,
+            "fingerprint": config["identity"]["data_fingerprint"],
+        },
         "trained_with": config["versions"],
         "exported_with": versions(),
     }

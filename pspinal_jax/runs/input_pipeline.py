@@ -54,6 +54,10 @@ class EvaluatedSplit(Protocol):
     def count(self) -> int:
         """How many."""
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [count]."""
+
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """Sums loss and correct [K] and predictions [K, count] over the split.
 
@@ -149,15 +153,20 @@ class StreamedExamples:
 
 @dataclasses.dataclass(frozen=True)
 class ResidentSplit:
-    """A split on the devices: arrays padded to whole batches, and how many of their examples are real."""
+    """A split on the devices: arrays padded to whole batches, and the labels of the examples that are real."""
 
     arrays: Batch
-    count: int
+    labels: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.labels)
 
     @classmethod
     def place(cls, programs: Programs, arrays: tuple[np.ndarray, np.ndarray], batch_size: int) -> "ResidentSplit":
         """The examples and labels `arrays` on the devices, padded to whole batches."""
-        return cls(programs.replicate(padded_split(arrays, batch_size)), len(arrays[1]))
+        return cls(programs.replicate(padded_split(arrays, batch_size)), arrays[1])
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""
@@ -184,6 +193,11 @@ class StreamedSplit:
     def count(self) -> int:
         """How many."""
         return len(self.split)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """See `EvaluatedSplit`."""
+        return self.split.labels
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""

@@ -28,22 +28,25 @@ START = "start.safetensors"
 def load_recipe_of(config: dict[str, Any]) -> Recipe:
     """The recipe that a run's config.json records, its data location included; on the default mesh."""
     settings = dict(config["identity"])
-    data: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings["data"].items()
-    }
-    for key, value in config["data_location"].items():
-        data[key] = None if value == "None" else Path(value)
-    if data.get("image_size") is not None:
-        data["transposed"] = False  # which runs of earlier versions took, and dropped in training
     # A setting that came later than the run is at its default.
     fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key in settings and key not in _NESTED}
     return Recipe(
         card=Card(name=settings["card"]["name"], row="", model=""),
-        data=DataConfig(**data),
+        data=data_config(settings["data"], config["data_location"]),
         model=ModelConfig(**settings["model"]),
         optimizer=OptimizerConfig(**settings["optimizer"]),
         **fields,
     )
+
+
+def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfig:
+    """The data configuration that config.json records as these settings, at this location."""
+    data: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    for key, value in location.items():
+        data[key] = None if value == "None" else Path(value)
+    if data.get("image_size") is not None:
+        data["transposed"] = False  # which runs of earlier versions took, and dropped in training
+    return DataConfig(**data)
 
 
 _NESTED = ("card", "data", "model", "optimizer", "mesh")

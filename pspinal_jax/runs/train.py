@@ -17,10 +17,12 @@ from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
-from pspinal_jax.errors import UsageError
+from pspinal_jax.errors import UsageError, printable
 from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
+from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.models.preprocessing import with_own_preprocessing
+from pspinal_jax.progress import say, warn
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.recipes.settings import check_settings, check_settings_for
@@ -28,6 +30,7 @@ from pspinal_jax.runs.build import Setup, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.features import cached_features, head_of, head_recipe
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
+from pspinal_jax.runs.opening import describe_opening, warn_of_random_backbone
 from pspinal_jax.runs.programs import run_mesh
 from pspinal_jax.runs.restore import keep_start, start_variables
 from pspinal_jax.runs.result import make_result
@@ -78,6 +81,8 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if broadcast_from_primary(directory.result_path.exists):
         if is_primary() and not directory.curves_path.exists():  # a kill came between the two
             _plot(recipe, directory)
+        if is_primary():
+            say(printable(f"{directory.path} holds this run, finished: nothing is trained again; its result:"))
         return directory.result() or {}
     mesh = run_mesh(recipe, resuming=resuming)
     if resuming:
@@ -99,6 +104,8 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             setup = set_up(head_only, head, features, options.workers, mesh)
         else:
             setup = set_up(recipe, model, data, options.workers, mesh)
+        if is_primary():
+            _open(recipe, options, data, model, setup)
         return _train(setup, recipe, options, directory, start)
 
 
@@ -127,6 +134,15 @@ def _check_seed_mode(recipe: Recipe, options: RunOptions) -> None:
             "seed_mode is processes, expected auto, loop or vmap: processes train heads on arrays, on the CPU as one "
             "device, without --init-from"
         )
+
+
+def _open(recipe: Recipe, options: RunOptions, data: Dataset[Split], model: Classifier, setup: Setup) -> None:
+    """Say on standard error what is about to be trained."""
+    for line in describe_opening(recipe, options.init_from, data, model, setup.stages):
+        say(line)
+    problem = warn_of_random_backbone(recipe, options.init_from)
+    if problem is not None:
+        warn(problem)
 
 
 def _check_apart(workdir: Path, data: Path | None) -> None:
