@@ -51,11 +51,12 @@ class CompareArguments:
     """Examples per step."""
     validation_fraction: float = 0.2
     """Of each class of the training data, cut by the seed where there is no validation split."""
-    standardize: bool = True
-    """Centre features and divide by their standard deviation, both of the training part; pixels by one for all."""
-    learning_rate: tuple[float, float] = (1e-4, 3e-2)
+    standardize: Literal["auto", "each", "all", "none"] = "auto"
+    """Features by the training part's mean and standard deviation: each by its own, all by one. auto: of every trial
+    drawn like the rest, one of these two; pixels: all."""
+    learning_rate: tuple[float, float] = (1e-4, 1e-2)
     """Lowest and highest peak learning rate; log-uniform, as the others. Both alike: one value."""
-    weight_decay: tuple[float, float] = (1e-3, 1.0)
+    weight_decay: tuple[float, float] = (1e-2, 3.0)
     """Of AdamW, of kernels."""
     dropout_rate: tuple[float, float] = (0.02, 0.6)
     """The head's; for its meaning see `train`."""

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pspinal_jax.comparison.settings import Scaling
+
 FloorName = Literal["knn", "ridge"]
 FLOORS: tuple[FloorName, ...] = ("knn", "ridge")
 
@@ -15,11 +17,11 @@ PENALTIES = tuple(float(10.0**exponent) for exponent in np.arange(-2, 7.5, 0.5))
 """Of the sum of squares over all training examples."""
 
 
-def floor_settings(name: FloorName) -> list[dict[str, Any]]:
-    """All that is tried; what does best on validation is taken, of equals the first."""
+def floor_settings(name: FloorName, scaling: Scaling) -> list[dict[str, Any]]:
+    """All that is tried on features standardised so; what does best on validation is taken, of equals the first."""
     if name == "ridge":
-        return [{"penalty": penalty} for penalty in PENALTIES]
-    return [{"metric": metric, "k": k} for metric in METRICS for k in NEIGHBOURS]
+        return [{"penalty": penalty, "standardize": scaling} for penalty in PENALTIES]
+    return [{"metric": metric, "k": k, "standardize": scaling} for metric in METRICS for k in NEIGHBOURS]
 
 
 def predict_floor(

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from pspinal_jax.comparison.program import Examples, Part
+from pspinal_jax.comparison.settings import Scaling
 from pspinal_jax.data.dataset import ArraySplit, Dataset, split_by_class
 from pspinal_jax.errors import UsageError
 
@@ -77,16 +78,17 @@ def _draw_like(labels: np.ndarray, test: np.ndarray, seed: list[int]) -> np.ndar
     return np.sort(np.concatenate(drawn))
 
 
-def standardisation(inputs: np.ndarray, standardize: bool) -> tuple[np.ndarray, np.ndarray]:
+def standardisation(inputs: np.ndarray, scaling: Scaling) -> tuple[np.ndarray, np.ndarray]:
     """(shift, scale), float32 [D], of (x - shift) * scale, from the training rows alone.
 
-    Features are each centred and divided by their standard deviation; a constant one becomes 0. Pixels (uint8) have one
-    mean and one deviation for all. Without `standardize` features stay as they are and pixels go to 0 .. 1.
+    'each': every feature is centred and divided by its standard deviation; a constant one becomes 0. 'all': one mean
+    and one deviation for all features, which keeps them in proportion. 'none': features stay as they are, and pixels
+    (uint8) go to 0 .. 1.
     """
-    width, pixels = inputs.shape[1], inputs.dtype == np.uint8
-    if not standardize:
-        return np.zeros(width, np.float32), np.full(width, 1 / 255 if pixels else 1.0, np.float32)
-    axis = None if pixels else 0
+    width = inputs.shape[1]
+    if scaling == "none":
+        return np.zeros(width, np.float32), np.full(width, 1 / 255 if inputs.dtype == np.uint8 else 1.0, np.float32)
+    axis = 0 if scaling == "each" else None
     mean = np.broadcast_to(inputs.mean(axis, dtype=np.float64), width)
     deviation = np.broadcast_to(inputs.std(axis, dtype=np.float64), width)
     constant = deviation <= 1e-6 * np.maximum(np.abs(mean), 1e-30)
@@ -98,14 +100,14 @@ def make_part(
     rows: tuple[np.ndarray, np.ndarray],
     with_test: bool,
     eval_batch_size: int,
-    standardize: bool,
+    scaling: Scaling,
 ) -> Part:
     """What a training of `split` works on: `rows` (train, validation), and which are predicted, test rows last."""
     train, validation = rows
     test = np.arange(split.num_pool, len(split.labels))
     evaluated = np.concatenate([validation, test])
     evaluated = np.pad(evaluated, (0, -len(evaluated) % eval_batch_size)).astype(np.int32)
-    shift, scale = standardisation(split.inputs[train], standardize)
+    shift, scale = standardisation(split.inputs[train], scaling)
     count = len(validation) + (len(test) if with_test else 0)
     return Part(train.astype(np.int32), evaluated, np.int32(count), shift, scale)
 

@@ -154,6 +154,7 @@ def _points(difference: Mapping[str, Any]) -> str:
 def describe_setting(chosen: list[dict[str, Any]]) -> str:
     """The setting that was chosen, or those of several splits."""
     names = {"learning_rate": "lr", "weight_decay": "wd", "dropout_rate": "dropout", "label_smoothing": "smoothing"}
+    names |= {"standardize": "scaling"}
     texts = []
     for choice in chosen:
         values = {names.get(name, name): value for name, value in choice["setting"].items()}

@@ -4,12 +4,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
 
-from pspinal_jax.comparison.floors import FLOORS, floor_settings, predict_floor
+from pspinal_jax.comparison.floors import FLOORS, FloorName, floor_settings, predict_floor
 from pspinal_jax.comparison.heads import HEADS, HeadName, Match, build_head
 from pspinal_jax.comparison.ledger import Key, Ledger, finite_or_none, packed
 from pspinal_jax.comparison.parts import (
@@ -19,9 +19,9 @@ from pspinal_jax.comparison.parts import (
     make_split,
     standardisation,
 )
-from pspinal_jax.comparison.program import Outcome, Plan
+from pspinal_jax.comparison.program import Outcome, Part, Plan
 from pspinal_jax.comparison.runner import Mode, Runner, Task
-from pspinal_jax.comparison.settings import Ranges, Setting, draw_setting, training_seed
+from pspinal_jax.comparison.settings import Ranges, Scaling, Trial, draw_trial, training_seed
 from pspinal_jax.data.dataset import ArraySplit, Dataset
 from pspinal_jax.errors import UsageError
 from pspinal_jax.progress import progress_bar
@@ -47,7 +47,7 @@ class CompareConfig:
     epochs: int | None = None
     batch_size: int = 64
     validation_fraction: float = 0.2
-    standardize: bool = True
+    standardize: Literal["auto", "each", "all", "none"] = "auto"
     ranges: Ranges = dataclasses.field(default_factory=Ranges)
     mode: Mode = "auto"
     workers: int | None = None
@@ -140,10 +140,17 @@ class Comparer:
                 seeds = [Key("seed", split, head, seed) for head in config.heads for seed in range(config.num_seeds)]
                 self._train(split, seeds, with_test=True)
 
-    def setting_of(self, key: Key) -> Setting:
-        """The setting that the training of `key` has: its trial's, or that of the best trial."""
-        trial = key.number if key.kind == "trial" else self.choices[key.split, key.method]
-        return draw_setting(self.config.seed, trial, self.config.ranges)
+    def trial_of(self, key: Key) -> Trial:
+        """The settings that the training of `key` has: its trial's, or those of the best trial."""
+        number = key.number if key.kind == "trial" else self.choices[key.split, key.method]
+        return draw_trial(self.config.seed, number, self.config.ranges, self.scalings)
+
+    @property
+    def scalings(self) -> tuple[Scaling, ...]:
+        """How features may be standardised; pixels, which all mean the same, are so by one mean and deviation."""
+        if self.config.standardize != "auto":
+            return (self.config.standardize,)
+        return ("all",) if self.data.example_dtype == np.uint8 else ("each", "all")
 
     def _train(self, split: int, keys: Sequence[Key], with_test: bool) -> None:
         start = time.perf_counter()
@@ -151,22 +158,16 @@ class Comparer:
         self._bar.update(len(keys) - len(missing))
         if not missing:
             return
-        seeds = {key.number if with_test else 0 for key in missing}
-        examples, config = self.splits[split], self.config
-        parts = {
-            seed: make_part(examples, self._rows[split, seed], with_test, self.plan.eval_batch_size, config.standardize)
-            for seed in seeds
-        }
-        tasks = [
-            Task(
-                key,
-                key.method,
-                self.setting_of(key),
-                training_seed(config.seed, key.kind, key.number),
-                parts[key.number if with_test else 0],
-            )
-            for key in missing
-        ]
+        examples, tasks = self.splits[split], []
+        parts: dict[tuple[int, Scaling], Part] = {}
+        for key in missing:
+            setting, scaling = self.trial_of(key)
+            place = key.number if with_test else 0, scaling
+            if place not in parts:
+                rows = self._rows[split, place[0]]
+                parts[place] = make_part(examples, rows, with_test, self.plan.eval_batch_size, scaling)
+            seed = training_seed(self.config.seed, key.kind, key.number)
+            tasks.append(Task(key, key.method, setting, seed, parts[place]))
         longest_first = sorted(self.sizes, key=lambda head: -self.sizes[head])
         for task, outcome, seconds in self.runner.run(tasks, examples.examples(with_test), longest_first):
             self._finish(task, outcome, seconds)
@@ -175,7 +176,7 @@ class Comparer:
     def _is_done(self, key: Key) -> bool:
         """Whether the ledger has its line, of this setting."""
         line = self.ledger.lines.get(key)
-        return line is not None and line["setting"] == self.setting_of(key)._asdict()
+        return line is not None and line["setting"] == self.trial_of(key).as_json()
 
     def _finish(self, task: Task, outcome: Outcome, seconds: float) -> None:
         key: Key = task.key
@@ -184,16 +185,17 @@ class Comparer:
         self.ledger.add(
             key,
             {
-                "setting": task.setting._asdict(),
+                "setting": self.trial_of(key).as_json(),
                 **right,
                 "train_loss": finite_or_none(float(outcome.loss)),
                 "finite": bool(outcome.finite),
                 "seconds": round(seconds, 3),
             },
         )
-        self._advance(key, right["validation_accuracy"])
+        self._advance(key)
 
-    def _advance(self, key: Key, validation: float) -> None:
+    def _advance(self, key: Key) -> None:
+        validation = self.ledger.lines[key]["validation_accuracy"]
         shown = {key.method: f"{100 * validation:.1f} % of validation"}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(1)
@@ -209,34 +211,35 @@ class Comparer:
             right |= {"test_accuracy": float(hits.mean()), "test_hits": packed(hits)}
         return right
 
-    def _floor(self, split: int, floor: Any) -> None:
-        """All settings of a floor as one line (the trial that did best), then the best on every seed's split."""
-        settings, examples = floor_settings(floor), self.splits[split]
-        for key in [
-            Key("trial", split, floor, 0),
-            *(Key("seed", split, floor, i) for i in range(self.config.num_seeds)),
-        ]:
-            with_test = key.kind == "seed"
-            rows = self._rows[split, key.number]
-            if with_test:
-                settings = [self.ledger.lines[Key("trial", split, floor, 0)]["setting"]]
-            line = self.ledger.lines.get(key)
-            if line is None or (with_test and line["setting"] != settings[0]):
-                start = time.perf_counter()
-                train, validation = rows
-                shift, scale = standardisation(examples.inputs[train], self.config.standardize)
-                test = np.arange(examples.num_pool, len(examples.labels)) if with_test else np.zeros(0, int)
-                inputs, looked_at = (
-                    (examples.inputs[of].astype(np.float32) - shift) * scale
-                    for of in (train, np.concatenate([validation, test]))
-                )
-                fitted = (inputs, examples.labels[train])
-                predictions = predict_floor(floor, settings, fitted, looked_at, self.data.num_classes)
-                rights = [self._right(split, validation, each, with_test) for each in predictions]
-                best = int(np.argmax([right["validation_accuracy"] for right in rights]))
-                seconds = round(time.perf_counter() - start, 3)
-                self.ledger.add(key, {"setting": settings[best], **rights[best], "seconds": seconds})
-            self._advance(key, self.ledger.lines[key]["validation_accuracy"])
+    def _floor(self, split: int, floor: FloorName) -> None:
+        """All settings of a floor as one line (the one that did best), then that one on every seed's split."""
+        lines, tuned = self.ledger.lines, Key("trial", split, floor, 0)
+        if tuned not in lines:
+            tried = [self._try_floor(tuned, floor_settings(floor, scaling)) for scaling in self.scalings]
+            best = max(tried, key=lambda line: line["validation_accuracy"])
+            self.ledger.add(tuned, {**best, "seconds": round(sum(line["seconds"] for line in tried), 3)})
+        self._advance(tuned)
+        for seed in range(self.config.num_seeds):
+            key, setting = Key("seed", split, floor, seed), lines[tuned]["setting"]
+            if key not in lines or lines[key]["setting"] != setting:
+                self.ledger.add(key, self._try_floor(key, [setting]))
+            self._advance(key)
+
+    def _try_floor(self, key: Key, settings: list[dict[str, Any]]) -> dict[str, Any]:
+        """The line of the one of `settings`, standardised alike, that does best on validation."""
+        start, examples = time.perf_counter(), self.splits[key.split]
+        with_test, floor = key.kind == "seed", cast(FloorName, key.method)
+        train, validation = self._rows[key.split, key.number]
+        shift, scale = standardisation(examples.inputs[train], settings[0]["standardize"])
+        test = np.arange(examples.num_pool, len(examples.labels)) if with_test else np.zeros(0, int)
+        fitted, looked_at = (
+            (examples.inputs[of].astype(np.float32) - shift) * scale
+            for of in (train, np.concatenate([validation, test]))
+        )
+        predictions = predict_floor(floor, settings, (fitted, examples.labels[train]), looked_at, self.data.num_classes)
+        rights = [self._right(key.split, validation, each, with_test) for each in predictions]
+        best = int(np.argmax([right["validation_accuracy"] for right in rights]))
+        return {"setting": settings[best], **rights[best], "seconds": round(time.perf_counter() - start, 3)}
 
 
 _DECIDING = (

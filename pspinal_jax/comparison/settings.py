@@ -6,7 +6,8 @@ than independent draws, which counts with 16 of them.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,12 +25,27 @@ class Setting(NamedTuple):
     label_smoothing: float
 
 
+Scaling = Literal["each", "all", "none"]
+"""How features are standardised: each by its own mean and deviation, all by one of each, or not at all."""
+
+
+class Trial(NamedTuple):
+    """All that is drawn for a training: numbers, and how the features are standardised."""
+
+    setting: Setting
+    standardize: Scaling
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in the files."""
+        return {**self.setting._asdict(), "standardize": self.standardize}
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranges:
     """Lowest and highest value of each hyper-parameter; in between, their logarithms are uniform."""
 
-    learning_rate: Range = (1e-4, 3e-2)
-    weight_decay: Range = (1e-3, 1.0)
+    learning_rate: Range = (1e-4, 1e-2)
+    weight_decay: Range = (1e-2, 3.0)
     dropout_rate: Range = (0.02, 0.6)
     label_smoothing: Range = (0.1, 0.1)
 
@@ -45,7 +61,7 @@ class Ranges:
                 )
 
 
-_DIMENSIONS = len(Setting._fields)
+_DIMENSIONS = len(Setting._fields) + 1
 
 
 def _steps() -> np.ndarray:
@@ -56,16 +72,16 @@ def _steps() -> np.ndarray:
     return g ** -np.arange(1.0, _DIMENSIONS + 1)
 
 
-def draw_setting(seed: int, trial: int, ranges: Ranges) -> Setting:
-    """Trial `trial`, counted from 0, of the comparison with `seed`."""
+def draw_trial(seed: int, trial: int, ranges: Ranges, scalings: Sequence[Scaling]) -> Trial:
+    """Trial `trial`, counted from 0, of the comparison with `seed`; `scalings` are as likely, each."""
     shift = np.random.default_rng([seed, 18]).random(_DIMENSIONS)
     place = (shift + trial * _steps()) % 1.0
     values = []
-    for name, share in zip(Setting._fields, place, strict=True):
+    for name, share in zip(Setting._fields, place, strict=False):
         low, high = getattr(ranges, name)
         value = low if low == high else float(np.exp(np.log(low) + share * np.log(high / low)))
         values.append(float(f"{min(max(value, low), high):.6g}"))  # as it is shown: whoever types it in has it
-    return Setting(*values)
+    return Trial(Setting(*values), scalings[int(place[-1] * len(scalings))])
 
 
 def training_seed(seed: int, kind: str, number: int) -> int:
