@@ -99,10 +99,10 @@ def test_a_trial_alone_is_what_it_is_among_sixteen(name):
     assert together.lanes[name] == 16
     assert alone.compilations == together.compilations == {name: 1}
 
-    rates = PLAN.rates(90)
+    rates, part = PLAN.rates(90), jax.tree.map(jnp.asarray, tasks[0].part)
 
     def parameters(setting, seed):
-        return train_head(head, PLAN, setting, seed, rates, tasks[0].part, examples)[0].params
+        return train_head(head, PLAN, setting, seed, rates, part, Examples(*map(jnp.asarray, examples)))[0].params
 
     settings = Setting(*np.asarray([task.setting for task in tasks], np.float32).T)
     seeds = np.asarray([task.seed for task in tasks], np.uint32)
