@@ -37,11 +37,11 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
         }
     best = max(methods, key=lambda method: rows[method]["validation_accuracy"]["mean"])
     means = bootstrap_means(_hits(comparer, methods))
-    differences = {
+    pairs = {
         f"to_{goal}": {method: _difference(rows, means, methods, method, goal) for method in methods if method != goal}
-        for goal in dict.fromkeys((best, "dense"))
-        if goal in methods
+        for goal in methods
     }
+    differences = {f"to_{goal}": pairs[f"to_{goal}"] for goal in dict.fromkeys((best, "dense")) if goal in methods}
     examples, (train, validation_rows) = (
         comparer.splits[0],
         comparer.splits[0].rows(config.validation_fraction, config.seed),
@@ -62,6 +62,7 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
         "methods": rows,
         "best_on_validation": best,
         "differences": differences,
+        "all_differences": pairs,
         "in_words": in_words(rows, differences, best),
         "execution": {
             "seconds": {method: _seconds(comparer, method) for method in methods},
