@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from comparison_support import make_features
 from kill_comparison import finish, kill_again_and_again, result_of, start, write_data
+from PIL import Image
 
 from pspinal_jax.__main__ import main
 
@@ -98,3 +99,24 @@ def test_four_devices_choose_as_one(tmp_path):
         np.testing.assert_allclose(
             one[name]["test_accuracy"]["each"], four[name]["test_accuracy"]["each"], atol=2 / 300
         )
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_is_compared_by_features_that_are_kept(tmp_path, capsys):
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    for index, name in enumerate(("dark", "light", "mixed")):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(80 * index, 80 * index + 80, (40, 40, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    words = ["compare", str(folder), *SMALL, "--workdir", str(tmp_path / "work"), "--backbone", "efficientnet_lite0"]
+    assert main([*words, "--weights", "random"]) == 0
+    features = tmp_path / "work" / "features.npz"
+    first = features.stat().st_mtime_ns
+    assert json.loads((tmp_path / "work" / "compare.json").read_text())["data"]["features"] == 1280
+    assert main([*words, "--weights", "random", "--trials", "3"]) == 0
+    assert features.stat().st_mtime_ns == first
+    (folder / "dark" / "0.png").unlink()
+    capsys.readouterr()
+    assert main([*words, "--weights", "random"]) == 2
+    assert "holds features of other images or another backbone" in capsys.readouterr().err
