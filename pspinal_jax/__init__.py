@@ -2,7 +2,7 @@
 
 The names below are loaded on first use, so ``import pspinal_jax`` costs nothing and
 ``pspinal_jax.ProgressiveSpinalHead`` pulls in jax and flax only. `train` and `load_run` are the command line's Python
-side, see `pspinal_jax.runs.run`.
+side, see `pspinal_jax.runs.run`; so is `compare`, see `pspinal_jax.comparison.door`.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pspinal_jax.comparison.door import compare
     from pspinal_jax.heads import (
         DenseHead,
         MLPHead,
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     )
     from pspinal_jax.runs.run import Run, load_run, train
 
-_RUNS = ("Run", "load_run", "train")
+_ROOMS = dict.fromkeys(("Run", "load_run", "train"), "pspinal_jax.runs.run") | {
+    "compare": "pspinal_jax.comparison.door"
+}
 
 __all__ = [
     "DenseHead",
@@ -33,6 +36,7 @@ __all__ = [
     "ProgressiveSpinalHead",
     "Run",
     "SpinalHead",
+    "compare",
     "fuse_params",
     "load_run",
     "pack_batch_stats",
@@ -46,7 +50,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("pspinal_jax.runs.run" if name in _RUNS else "pspinal_jax.heads"), name)
+        return getattr(import_module(_ROOMS.get(name, "pspinal_jax.heads")), name)
     raise AttributeError(f"module 'pspinal_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "classify images, or folders of them, with a run or an export",
     "export": "write a run's classifier as one file that JAX alone runs",
     "extract-features": "write a backbone's features of images as an .npz file",
+    "compare": "which head for this data: equal tuning, several seeds, intervals",
     "recipes": "list the recipes",
     "benchmark": "time a training step beside its peers",
     "doctor": "tell what is installed, what computes and where files lie",

@@ -101,6 +101,22 @@ class InputArguments:
     """How often each alternative is timed, in turn with the others."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CompareArguments:
+    """Trials of `compare` on features of Caltech-101's sizes, beside the same trainings in eager PyTorch."""
+
+    workdir: Path = Path("runs/benchmark-compare")
+    """Where results.json and results.png go."""
+    trials: int = 4
+    """Trials of every head, on both sides."""
+    epochs: int = 20
+    """Passes of each."""
+    batch_size: int = 64
+    """Examples a step."""
+    heads: tuple[Literal["progressive", "spinal", "mlp", "dense"], ...] = ("progressive", "spinal", "mlp", "dense")
+    """The heads."""
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args or args[0] in ("-h", "--help"):
@@ -266,6 +282,16 @@ def _input(arguments: InputArguments, command: str) -> None:
     report(arguments.workdir, arguments.pictures, arguments.workers, arguments.rounds, command)
 
 
+def _compare(arguments: CompareArguments, command: str) -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise UsageError(f"benchmark compare has nothing to compare with. {NO_TORCH}") from None
+    from pspinal_jax.benchmark.comparison import report
+
+    report(arguments.workdir, arguments.trials, arguments.epochs, arguments.batch_size, arguments.heads, command)
+
+
 _BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any, str], None]]] = {
     "step": (StepArguments, _step),
     "head": (HeadArguments, _head),
@@ -273,4 +299,5 @@ _BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any, str], None]]] = {
     "compile": (CompileArguments, _compile),
     "depth": (DepthArguments, _depth),
     "input": (InputArguments, _input),
+    "compare": (CompareArguments, _compare),
 }

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pspinal_jax.heads.equation import batch_norm, layer_name, linear
-from pspinal_jax.layers.dropout import dropout
+from pspinal_jax.layers.dropout import Rate, dropout, drops
 from pspinal_jax.layers.linear import (
     Activation,
     Initializer,
@@ -31,7 +31,7 @@ class DropLinear(nn.Module):
     """act(norm(W dropout(x) + b)) on rows [N, D] -> [N, width]; no activation where it is None."""
 
     linear: Linear
-    dropout_rate: float = 0.0
+    dropout_rate: Rate = 0.0
     activation: Activation | None = None
 
     @nn.compact
@@ -39,7 +39,7 @@ class DropLinear(nn.Module):
         """The layer's output [N, width] for `inputs` [N, D], in their dtype."""
         params, running = declare_linear(self, inputs.shape[1], self.linear)
         live = train and not self.is_initializing()
-        key = self.make_rng("dropout") if live and self.dropout_rate > 0.0 else None
+        key = self.make_rng("dropout") if live and drops(self.dropout_rate) else None
         outputs = linear(dropout(key, self.dropout_rate, inputs), params)
         if self.linear.batch_norm:
             if live:
@@ -77,7 +77,8 @@ class SpinalHead(nn.Module):
       num_classes: C, number of logits.
       layer_width: W, width of each hidden layer.
       num_layers: L, number of hidden layers.
-      dropout_rate: probability of dropping an input of a layer or of the output, a fresh mask each.
+      dropout_rate: probability of dropping an input of a layer or of the output, a fresh mask each. Or a scalar array,
+        see `ProgressiveSpinalHead`.
       norm: None or 'none', or 'batch' for batch norm with torch's conventions before the activation.
       activation: elementwise function, ReLU by default.
       dtype: dtype to compute in; None for the wider of the features' and `param_dtype`.
@@ -94,7 +95,7 @@ class SpinalHead(nn.Module):
     num_classes: int
     layer_width: int
     num_layers: int = 4
-    dropout_rate: float = 0.2
+    dropout_rate: Rate = 0.2
     norm: Norm = None
     activation: Activation = relu
     dtype: Any = None
@@ -106,7 +107,7 @@ class SpinalHead(nn.Module):
         check_count("num_classes", self.num_classes)
         check_count("layer_width", self.layer_width)
         check_count("num_layers", self.num_layers)
-        check_rate("dropout_rate", self.dropout_rate)
+        check_rate("dropout_rate", self.dropout_rate, arrays=True)
         self.norm = checked_norm(self.norm)
         check_activation(self.activation)
         super().__post_init__()
@@ -150,7 +151,8 @@ class MLPHead(nn.Module):
       num_classes: C, number of logits.
       layer_width: width of the hidden layer. `matching_width` gives the one that equals a progressive head in
         parameters.
-      dropout_rate: probability of dropping an input of either layer, in training.
+      dropout_rate: probability of dropping an input of either layer, in training. Or a scalar array, see
+        `ProgressiveSpinalHead`.
       norm: None or 'none', or 'batch' for batch norm with torch's conventions before the activation.
       activation: elementwise function, ReLU by default.
       dtype: dtype to compute in; None for the wider of the features' and `param_dtype`.
@@ -166,7 +168,7 @@ class MLPHead(nn.Module):
 
     num_classes: int
     layer_width: int
-    dropout_rate: float = 0.2
+    dropout_rate: Rate = 0.2
     norm: Norm = None
     activation: Activation = relu
     dtype: Any = None
@@ -177,7 +179,7 @@ class MLPHead(nn.Module):
     def __post_init__(self) -> None:
         check_count("num_classes", self.num_classes)
         check_count("layer_width", self.layer_width)
-        check_rate("dropout_rate", self.dropout_rate)
+        check_rate("dropout_rate", self.dropout_rate, arrays=True)
         self.norm = checked_norm(self.norm)
         check_activation(self.activation)
         super().__post_init__()
@@ -216,7 +218,7 @@ class DenseHead(nn.Module):
 
     Attributes:
       num_classes: C, number of logits.
-      dropout_rate: probability of dropping a feature, in training.
+      dropout_rate: probability of dropping a feature, in training. Or a scalar array, see `ProgressiveSpinalHead`.
       dtype: dtype to compute in; None for the wider of the features' and `param_dtype`.
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the kernel; None for uniform in ±1/sqrt(D), torch.nn.Linear's default.
@@ -228,7 +230,7 @@ class DenseHead(nn.Module):
     """
 
     num_classes: int
-    dropout_rate: float = 0.0
+    dropout_rate: Rate = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer | None = None
@@ -236,7 +238,7 @@ class DenseHead(nn.Module):
 
     def __post_init__(self) -> None:
         check_count("num_classes", self.num_classes)
-        check_rate("dropout_rate", self.dropout_rate)
+        check_rate("dropout_rate", self.dropout_rate, arrays=True)
         super().__post_init__()
 
     @nn.compact

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pspinal_jax.layers import norm
-from pspinal_jax.layers.dropout import dropout, dropout_scale
+from pspinal_jax.layers.dropout import Rate, dropout, dropout_scale
 from pspinal_jax.layers.linear import Activation, Tree, product
 
 
@@ -20,7 +20,7 @@ class HeadConfig:
     num_classes: int
     layer_width: int
     num_layers: int
-    dropout_rate: float
+    dropout_rate: Rate
     layer_dropout_rate: float
     batch_norm: bool
     activation: Activation

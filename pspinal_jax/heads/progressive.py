@@ -18,6 +18,7 @@ from pspinal_jax.heads.layouts import (
     layout_of,
 )
 from pspinal_jax.heads.scan import apply_scan
+from pspinal_jax.layers.dropout import Rate, drops
 from pspinal_jax.layers.linear import (
     Activation,
     Initializer,
@@ -78,7 +79,9 @@ class ProgressiveSpinalHead(nn.Module):
       num_classes: C, number of logits.
       layer_width: W, width of each hidden layer.
       num_layers: L, number of hidden layers.
-      dropout_rate: probability of dropping a feature in u. One mask per forward pass.
+      dropout_rate: probability of dropping a feature in u. One mask per forward pass. A scalar floating-point array,
+        also a traced one, is taken as it is and gives the masks of the number that it holds: with
+        ``head.clone(dropout_rate=rate)`` inside a jitted function one program serves every rate.
       layer_dropout_rate: probability of dropping an entry of the whole input of a layer, or of the output, drawn
         afresh for each and on top of u's mask (QMNIST script; layer 1 then sees its own dropout of x, not u).
       norm: None or 'none', or 'batch' for batch norm before the activation with torch's conventions (epsilon 1e-5,
@@ -108,7 +111,7 @@ class ProgressiveSpinalHead(nn.Module):
     num_classes: int
     layer_width: int
     num_layers: int = 4
-    dropout_rate: float = 0.2
+    dropout_rate: Rate = 0.2
     layer_dropout_rate: float = 0.0
     norm: Norm = None
     activation: Activation = relu
@@ -122,7 +125,7 @@ class ProgressiveSpinalHead(nn.Module):
         check_count("num_classes", self.num_classes)
         check_count("layer_width", self.layer_width)
         check_count("num_layers", self.num_layers)
-        check_rate("dropout_rate", self.dropout_rate)
+        check_rate("dropout_rate", self.dropout_rate, arrays=True)
         check_rate("layer_dropout_rate", self.layer_dropout_rate)
         self.norm = checked_norm(self.norm)
         check_activation(self.activation)
@@ -145,8 +148,8 @@ class ProgressiveSpinalHead(nn.Module):
         if self.norm and train and not self.is_initializing():
             check_rows(features.shape)
             check_mutable(self)
-        drops = train and (self.dropout_rate > 0.0 or self.layer_dropout_rate > 0.0)
-        dropout_key = self.make_rng("dropout") if drops and not self.is_initializing() else None
+        masks = train and (drops(self.dropout_rate) or self.layer_dropout_rate > 0.0)
+        dropout_key = self.make_rng("dropout") if masks and not self.is_initializing() else None
         arguments: dict[str, Any] = {"train": train, "dropout_key": dropout_key}
         if self.has_variable("params", "first_kernel"):
             logits = self._apply_to_converted(rows, arguments)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pspinal_jax.heads.progressive import ProgressiveSpinalHead
 from pspinal_jax.interop.linen import HeadOptions
+from pspinal_jax.layers.dropout import drops
 from pspinal_jax.layers.linear import Tree
 
 
@@ -131,4 +132,4 @@ def apply_head(
 
 def draws_masks(head: ProgressiveSpinalHead) -> bool:
     """Whether `head` has dropout at all, and so needs a key in training."""
-    return head.dropout_rate > 0.0 or head.layer_dropout_rate > 0.0
+    return drops(head.dropout_rate) or head.layer_dropout_rate > 0.0

@@ -13,12 +13,19 @@ import numpy as np
 from jax import lax
 
 _LEVELS = 1 << 16
+Rate = float | jax.Array
+"""A probability below 1: a number, or a scalar array, with which programs for several rates are one."""
 FEATURES_STREAM = 0
 """Stream of the mask on the features; the mask on the whole input of layer i (or output L + 1) is stream i's."""
 
 
+def drops(rate: Rate) -> bool:
+    """Whether dropout with `rate` draws a mask: an array always does, as its value may not be known yet."""
+    return isinstance(rate, jax.Array) or rate > 0.0
+
+
 def dropout_scale(
-    key: jax.Array, stream: jax.Array | int, rate: float, shape: tuple[int, int], dtype: jnp.dtype
+    key: jax.Array, stream: jax.Array | int, rate: Rate, shape: tuple[int, int], dtype: jnp.dtype
 ) -> jax.Array:
     """What dropout multiplies its input with: 0 with probability `rate`, else 1 / (1 - rate).
 
@@ -28,25 +35,30 @@ def dropout_scale(
     Args:
       key: a JAX random key.
       stream: which of the key's masks.
-      rate: probability of dropping an entry, 0 <= rate < 1.
+      rate: probability of dropping an entry, 0 <= rate < 1; an array gives the mask that the number it holds gives.
       shape: (rows, columns) of the mask.
       dtype: dtype of the result.
 
     Returns:
       Array of `shape` and `dtype`.
     """
-    threshold = min(round(rate * _LEVELS), _LEVELS - 1)
     rows, columns = shape
     blocks = math.ceil(columns / 4)
     words = random_words(key, stream, rows, 2 * blocks)
     draws = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(rows, 4 * blocks)[:, :columns]
-    scale = jnp.asarray(_LEVELS / (_LEVELS - threshold), dtype)
+    threshold: int | jax.Array
+    if isinstance(rate, jax.Array):
+        level = jnp.clip(jnp.round(rate.astype(jnp.float32) * _LEVELS), 0, _LEVELS - 1)
+        threshold, scale = level.astype(jnp.uint16), (_LEVELS / (_LEVELS - level)).astype(dtype)
+    else:
+        threshold = min(round(rate * _LEVELS), _LEVELS - 1)
+        scale = jnp.asarray(_LEVELS / (_LEVELS - threshold), dtype)
     return jnp.where(draws >= threshold, scale, jnp.zeros((), dtype))
 
 
-def dropout(key: jax.Array | None, rate: float, inputs: jax.Array) -> jax.Array:
+def dropout(key: jax.Array | None, rate: Rate, inputs: jax.Array) -> jax.Array:
     """Inverted dropout of `inputs` [N, D]; the identity where `key` is None or `rate` is 0."""
-    if key is None or rate == 0.0:
+    if key is None or not drops(rate):
         return inputs
     rows, columns = inputs.shape
     return inputs * dropout_scale(key, FEATURES_STREAM, rate, (rows, columns), inputs.dtype)

@@ -140,8 +140,13 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def check_rate(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a probability below 1."""
+def check_rate(name: str, value: float | jax.Array, arrays: bool = False) -> None:
+    """Raise ValueError unless `value` is a probability below 1 or, with `arrays`, a scalar array, taken as it is."""
+    if isinstance(value, jax.Array):
+        if not arrays or value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
+            expected = "a number or a floating-point array of no axes" if arrays else "a number"
+            raise ValueError(f"{name} must be {expected}, got an array {value.dtype}{list(value.shape)}")
+        return
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 

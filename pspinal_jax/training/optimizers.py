@@ -34,9 +34,12 @@ def make_optimizer(
     name: Literal["sgd", "adam", "adamw"] = "sgd",
     momentum: float = 0.9,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array = 0.0,
 ) -> optax.GradientTransformation:
-    """The direction of descent, to be scaled by minus the learning rate; adamw's decay applies to kernels only."""
+    """The direction of descent, to be scaled by minus the learning rate.
+
+    The decay of adamw, a number or a scalar array, applies to kernels only.
+    """
     if name == "sgd":
         return optax.trace(momentum, nesterov) if momentum else optax.identity()
     adam = optax.scale_by_adam(b1=momentum, nesterov=nesterov)

@@ -33,20 +33,20 @@ class Evaluation(NamedTuple):
     predictions: jax.Array
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float | jax.Array = 0.0) -> jax.Array:
     """Softmax cross-entropy of each example.
 
     Args:
       logits: [N, C]; computed in float32 or wider.
       labels: integers [N].
-      label_smoothing: fraction of the target that is spread evenly over the C classes.
+      label_smoothing: fraction of the target that is spread evenly over the C classes; a number, or a scalar array.
 
     Returns:
       [N], in nats.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if label_smoothing:
+    if isinstance(label_smoothing, jax.Array) or label_smoothing:
         uniform = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * uniform
     return losses
@@ -61,7 +61,7 @@ def train_step(
     learning_rate: jax.Array,
     key: jax.Array,
     *,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | jax.Array = 0.0,
     frozen: tuple[str, ...] = (),
     micro_batches: int = 1,
     skip_nonfinite: bool = False,
@@ -136,7 +136,7 @@ def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> ja
 
 def _loss_and_gradients(
     apply: Apply,
-    label_smoothing: float,
+    label_smoothing: float | jax.Array,
     frozen: tuple[str, ...],
     axes: tuple[str, ...],
     variables: dict[str, Any],

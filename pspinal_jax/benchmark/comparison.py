@@ -1,0 +1,151 @@
+"""The trials of `compare`, beside the same trainings written in eager PyTorch: same heads, data, epochs, batches."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pspinal_jax.benchmark.report import plot_bars, torch_version
+from pspinal_jax.comparison.heads import HeadName, build_head
+from pspinal_jax.comparison.program import Examples, Part, Plan
+from pspinal_jax.comparison.runner import Runner, Task
+from pspinal_jax.comparison.settings import Ranges, Setting, draw_trial, training_seed
+from pspinal_jax.environment import device, versions
+from pspinal_jax.files import write_json
+from pspinal_jax.training.optimizers import Schedule
+
+OURS, TORCH = "pspinal_jax compare", "PyTorch eager"
+NUM_FEATURES, NUM_CLASSES, NUM_TRAIN, NUM_VALIDATION = 1280, 101, 2424, 606
+"""Caltech-101 on frozen features, as `compare` splits it."""
+
+
+def make_work(trials: int, head: HeadName) -> tuple[list[Task], Examples]:
+    """So many trials of a head, on random features of Caltech-101's sizes."""
+    rng = np.random.default_rng(0)
+    count = NUM_TRAIN + NUM_VALIDATION
+    examples = Examples(
+        rng.normal(size=(count, NUM_FEATURES)).astype(np.float32), rng.integers(0, NUM_CLASSES, count).astype(np.int32)
+    )
+    train, validation = np.split(np.arange(count, dtype=np.int32), [NUM_TRAIN])
+    padded = np.pad(validation, (0, -NUM_VALIDATION % 500))
+    shift, scale = np.zeros(NUM_FEATURES, np.float32), np.ones(NUM_FEATURES, np.float32)
+    part = Part(train, padded, np.int32(NUM_VALIDATION), shift, scale)
+    tasks = [
+        Task(number, head, draw_trial(0, number, Ranges(), ("all",)).setting, training_seed(0, "trial", number), part)
+        for number in range(trials)
+    ]
+    return tasks, examples
+
+
+def torch_head(name: HeadName, layer_width: int, rate: float) -> Any:
+    """The PyTorch module of a head with four hidden layers of `layer_width`, or one (mlp), or none (dense)."""
+    import torch
+    from torch import nn
+
+    from pspinal_jax.benchmark.torch_twins import TorchProgressiveHead
+
+    class Spinal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = [NUM_FEATURES // 2] + [NUM_FEATURES // 2 + layer_width] * 3
+            self.layers = nn.ModuleList(nn.Linear(width, layer_width) for width in widths)
+            self.output = nn.Linear(4 * layer_width, NUM_CLASSES)
+            self.dropout = nn.Dropout(rate)
+
+        def forward(self, features: Any) -> Any:
+            halves, outputs = features.split(NUM_FEATURES // 2, 1), []
+            for index, layer in enumerate(self.layers):
+                inputs = torch.cat([halves[index % 2], *outputs[-1:]], 1)
+                outputs.append(torch.relu(layer(self.dropout(inputs))))
+            return self.output(self.dropout(torch.cat(outputs, 1)))
+
+    if name == "progressive":
+        return TorchProgressiveHead(NUM_FEATURES, NUM_CLASSES, layer_width, 4, rate)
+    if name == "spinal":
+        return Spinal()
+    if name == "dense":
+        return nn.Sequential(nn.Dropout(rate), nn.Linear(NUM_FEATURES, NUM_CLASSES))
+    return nn.Sequential(
+        nn.Dropout(rate),
+        nn.Linear(NUM_FEATURES, layer_width),
+        nn.ReLU(),
+        nn.Dropout(rate),
+        nn.Linear(layer_width, NUM_CLASSES),
+    )
+
+
+def train_in_torch(model: Any, plan: Plan, setting: Setting, seed: int, examples: Examples) -> np.ndarray:
+    """The same training as `train_head` in eager PyTorch, one thread a core; predictions of the validation rows."""
+    import torch
+    from torch.nn import functional
+
+    torch.manual_seed(seed)
+    inputs, labels = torch.from_numpy(examples.inputs), torch.from_numpy(examples.labels).long()
+    kernels = [p for p in model.parameters() if p.ndim == 2]
+    biases = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": kernels, "weight_decay": setting.weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=setting.learning_rate)
+    model.train()
+    for rates in plan.rates(NUM_TRAIN):
+        order = torch.randperm(NUM_TRAIN)
+        for step, rate in enumerate(rates.tolist()):
+            rows = order[step * plan.batch_size : (step + 1) * plan.batch_size]
+            for group in optimizer.param_groups:
+                group["lr"] = setting.learning_rate * rate
+            optimizer.zero_grad(set_to_none=True)
+            loss = functional.cross_entropy(model(inputs[rows]), labels[rows], label_smoothing=setting.label_smoothing)
+            loss.backward()
+            optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        return np.asarray(model(inputs[NUM_TRAIN:]).argmax(1))
+
+
+def report(
+    workdir: Path, trials: int, epochs: int, batch_size: int, heads: Sequence[HeadName], command: str
+) -> dict[str, Any]:
+    """Time every head's trials on both sides, one head after the other, and write results.json and results.png."""
+    plan = Plan(epochs, batch_size, 500, Schedule("one_cycle", 1.0))
+    measured: dict[str, dict[str, float]] = {}
+    for name in heads:
+        tasks, examples = make_work(trials, name)
+        head: Any = build_head(name, NUM_FEATURES, NUM_CLASSES, 256, 4, "published")[0]
+        runner = Runner({name: head}, plan, trials)
+        start = time.perf_counter()
+        list(runner.run(tasks[:1], examples, [name]))
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        list(runner.run(tasks, examples, [name]))
+        measured[name] = {OURS: time.perf_counter() - start, "first trial, compilation included": first}
+        width = getattr(head, "layer_width", 0)
+        start = time.perf_counter()
+        for task in tasks:
+            model = torch_head(name, width, task.setting.dropout_rate)
+            train_in_torch(model, plan, task.setting, task.seed, examples)
+        measured[name][TORCH] = time.perf_counter() - start
+        print(f"{name}: {trials} trials of {epochs} epochs: {_line(measured[name])}", flush=True)
+    totals = {side: sum(each[side] for each in measured.values()) for side in (OURS, TORCH)}
+    print(f"together: {_line(totals)}")
+    results = {
+        "command": command,
+        "trials": trials,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seconds": measured,
+        "times_faster": {name: each[TORCH] / each[OURS] for name, each in measured.items()}
+        | {"together": totals[TORCH] / totals[OURS]},
+        "device": device(),
+        "versions": versions() | torch_version(),
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "results.json", results)
+    rows = {f"{name}, {side}": [each[side]] for name, each in measured.items() for side in (OURS, TORCH)}
+    plot_bars(workdir / "results.png", rows, "s", f"{trials} trials of {epochs} epochs a head ({device()['kind']})")
+    return results
+
+
+def _line(seconds: dict[str, float]) -> str:
+    times = seconds[TORCH] / seconds[OURS]
+    return f"ours {seconds[OURS]:.1f} s, PyTorch eager {seconds[TORCH]:.1f} s, {times:.2f} times as long"

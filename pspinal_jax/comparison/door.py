@@ -1,0 +1,142 @@
+"""`pspinal_jax.compare`: a comparison of heads on arrays at hand, or of a data set that a command has read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pspinal_jax.comparison.ledger import Ledger
+from pspinal_jax.comparison.report import format_table, format_terminal, make_result, plot, write_report
+from pspinal_jax.comparison.run import CompareConfig, Comparer
+from pspinal_jax.comparison.settings import Ranges
+from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset, split_by_class
+from pspinal_jax.environment import enable_compilation_cache
+from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.files import expanded
+
+
+class Comparison:
+    """The outcome of a comparison; printed, it is a table and a sentence.
+
+    Attributes:
+      result: what compare.json holds: ``result["methods"]["dense"]["test_accuracy"]["mean"]`` is 0 .. 1.
+    """
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result = result
+
+    def __repr__(self) -> str:
+        return format_terminal(self.result)
+
+    def _repr_markdown_(self) -> str:
+        return format_table(self.result)
+
+    @property
+    def best(self) -> str:
+        """The head, or floor, that did best on validation."""
+        return str(self.result["best_on_validation"])
+
+    def plot(self) -> Any:
+        """A matplotlib Figure: test accuracy of every seed, and paired differences with their 95 % intervals."""
+        return plot(self.result)
+
+
+def compare(
+    features: Any,
+    labels: Any,
+    *,
+    test_features: Any = None,
+    test_labels: Any = None,
+    test_fraction: float = 0.2,
+    class_names: Sequence[str] | None = None,
+    workdir: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Compare heads on arrays: which one, tuned alike, is better than a linear layer by more than the noise?
+
+    Example::
+
+        >>> import numpy as np, pspinal_jax
+        >>> rng = np.random.default_rng(0)
+        >>> labels = rng.integers(0, 3, 120)
+        >>> features = np.eye(3, 8)[labels] + rng.normal(0, 0.5, (120, 8))
+        >>> small = dict(heads=("mlp", "dense"), trials=2, num_seeds=2, epochs=1, batch_size=16, layer_width=4)
+        >>> comparison = pspinal_jax.compare(features, labels, progress=False, **small)
+        >>> sorted(comparison.result["methods"])
+        ['dense', 'knn', 'mlp', 'ridge']
+
+    Args:
+      features: floating-point [N, D], or images uint8 [N, H, W] or [N, H, W, C], which are flattened.
+      labels: integers [N], 0 .. C-1.
+      test_features: of the test split, likewise; without it `test_fraction` of each class is cut from `features` by
+        the seed.
+      test_labels: its labels.
+      test_fraction: see `test_features`.
+      class_names: names of the C classes.
+      workdir: folder for trials.jsonl, compare.json, compare.md and compare.png; called again with it, finished trials
+        are not run again. None: nothing is written.
+      progress: whether to show progress on standard error.
+      **settings: fields of `pspinal_jax.comparison.run.CompareConfig`: heads, floors, trials, num_seeds, splits, seed,
+        match ('published' or 'parameters'), layer_width, num_layers, epochs, batch_size, validation_fraction,
+        standardize, mode, workers; and learning_rate, weight_decay, dropout_rate and label_smoothing as (low, high).
+
+    Returns:
+      A `Comparison`.
+
+    Raises:
+      DataError: if the arrays do not fit.
+      UsageError: if a setting does not.
+      RunError: if `workdir` holds something else, or cannot be written.
+    """
+    config = make_config(settings)
+    train: tuple[Any, Any] = np.asarray(features), np.asarray(labels)
+    if (test_features is None) != (test_labels is None):
+        raise UsageError("test_features and test_labels are given together, or neither")
+    if test_features is None:
+        if not 0 < test_fraction < 1:
+            raise UsageError(f"test_fraction is {test_fraction}, expected 0 < test_fraction < 1")
+        if train[0].ndim < 1 or train[1].ndim != 1 or len(train[0]) != len(train[1]):
+            raise UsageError(f"features {train[0].shape} and labels {train[1].shape} must have one entry an example")
+        rest, drawn = split_by_class(train[1], test_fraction, config.seed)
+        if not len(drawn):
+            raise UsageError(f"no class has enough examples to hold out {test_fraction:g} of it; give test_features")
+        test = train[0][drawn], train[1][drawn]
+        train = train[0][rest], train[1][rest]
+    else:
+        test = np.asarray(test_features), np.asarray(test_labels)
+    names = None if class_names is None else tuple(map(str, class_names))
+    data = make_dataset({"train": train, "test": test}, "arrays", None, names)
+    folder = None if workdir is None else expanded(workdir)
+    return compare_data(data, config, folder, "pspinal_jax.compare(features, labels, ..)", progress)
+
+
+def make_config(settings: dict[str, Any]) -> CompareConfig:
+    """A config from its fields and the ranges', flat; UsageError names one that there is not."""
+    ranges = {name: tuple(settings.pop(name)) for name in Ranges.__dataclass_fields__ if name in settings}
+    for name in settings:
+        if name not in CompareConfig.__dataclass_fields__:
+            known = ", ".join([*CompareConfig.__dataclass_fields__, *Ranges.__dataclass_fields__])
+            raise UsageError(f"compare has no setting {name!r}; there are: {known}")
+    if "heads" in settings:
+        settings["heads"] = tuple([settings["heads"]] if isinstance(settings["heads"], str) else settings["heads"])
+    return CompareConfig(**{**settings, **({"ranges": Ranges(**ranges)} if ranges else {})})
+
+
+def compare_data(
+    data: Dataset[ArraySplit], config: CompareConfig, workdir: Path | None, command: str, progress: bool = True
+) -> Comparison:
+    """The comparison on `data`, or what is left of it in `workdir`; raises as `compare`."""
+    enable_compilation_cache()
+    ledger = Ledger(workdir)
+    comparer = Comparer(data, config, ledger, progress)
+    with ledger.opened(comparer.identity()):
+        comparer.run()
+        result = make_result(comparer, command)
+        if workdir is not None:
+            try:
+                write_report(workdir, result)
+            except OSError as error:
+                raise RunError(f"{workdir} cannot be written: {error.strerror or error}") from error
+    return Comparison(result)

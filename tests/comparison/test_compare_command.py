@@ -1,0 +1,122 @@
+"""`pspinal-jax compare`: from files to a table, one line for what is wrong, kills, four devices."""
+
+import json
+
+import numpy as np
+import pytest
+from comparison_support import make_features
+from kill_comparison import finish, kill_again_and_again, result_of, start, write_data
+from PIL import Image
+
+from pspinal_jax.__main__ import main
+
+SMALL = [
+    *("--trials", "2", "--num-seeds", "2", "--epochs", "1", "--batch-size", "16"),
+    *("--layer-width", "4", "--num-layers", "2", "--heads", "mlp", "dense"),
+]
+
+
+@pytest.fixture
+def features_path(tmp_path):
+    path, arrays = tmp_path / "features.npz", {}
+    for name, (inputs, labels) in make_features().items():
+        arrays |= {f"{name}_images": inputs, f"{name}_labels": labels}
+    np.savez(path, **arrays)
+    return path
+
+
+def test_a_table_and_files(features_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", str(features_path), *SMALL]) == 0
+    said = capsys.readouterr().out
+    assert "programs compiled: mlp 1, dense 1" in said and "Best on validation is" in said
+    folder = tmp_path / "runs" / "compare-features"
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock", "config.json", "trials.jsonl", "compare.json", "compare.md", "compare.png"
+    }  # fmt: skip
+    result = json.loads((folder / "compare.json").read_text())
+    assert result["command"] == f"pspinal-jax compare {features_path} {' '.join(SMALL)}"
+    assert result["data"] | {"fingerprint": "", "source": ""} == {
+        "source": "", "fingerprint": "", "features": 6, "classes": 3, "train": 96, "validation": 24, "test": 60
+    }  # fmt: skip
+
+
+def test_pixels_are_taken_flattened(npz_path, tmp_path):
+    assert main(["compare", str(npz_path), *SMALL, "--workdir", str(tmp_path / "pixels")]) == 0
+    result = json.loads((tmp_path / "pixels" / "compare.json").read_text())
+    assert result["data"]["features"] == 16
+    assert {row["chosen"][0]["setting"]["standardize"] for row in result["methods"].values()} == {"all"}
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "line"),
+    [
+        ([], 2, "error: compare takes data: an .npz file"),
+        (["nothing"], 1, "error: nothing does not exist; compare takes an .npz file, a folder"),
+        (["nothing.npz"], 1, "error: data file nothing.npz does not exist"),
+        (["DATA", "--heads", "deep"], 2, "invalid choice"),
+        (["DATA", "--heads", "mlp", "mlp"], 2, "error: heads are mlp mlp, expected some of"),
+        (["DATA", "--batch-size", "1000"], 2, "error: batch_size is 1000, but only 96 examples"),
+        (["DATA", "--learning-rate", "0", "1"], 2, "error: learning-rate is 0 .. 1, expected 0 < LOW"),
+        (["DATA", "--trails", "3"], 2, "--trials"),
+        (["DATA", "--backbone", "resnet18"], 2, "error: --backbone and --weights are for folders of images"),
+        (["FOLDER", "--backbone", "resnet"], 1, "error: "),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, status, line, features_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    places = {"DATA": str(features_path), "FOLDER": str(tmp_path / "empty")}
+    assert main(["compare", *(places.get(word, word) for word in words)]) == status
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1, said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
+    write_data(tmp_path)
+    seconds = finish(start(tmp_path, "alone"))
+    records = kill_again_and_again(tmp_path, 4, 0.6 * seconds, seed=1)
+    assert result_of(tmp_path, "killed") == result_of(tmp_path, "alone")
+    assert records[-1]["lines"] > 0
+
+
+@pytest.mark.slow
+def test_four_devices_choose_as_one(tmp_path):
+    write_data(tmp_path)
+    finish(start(tmp_path, "one"))
+    finish(start(tmp_path, "four", devices=4))
+    execution = json.loads((tmp_path / "four" / "compare.json").read_text())["execution"]
+    assert execution["mode"] == "vmap" and execution["device"]["count"] == 4
+    assert set(execution["compilations"].values()) == {1}
+    one, four = (result_of(tmp_path, name)["methods"] for name in ("one", "four"))
+    assert one.keys() == four.keys()
+    for name in one:
+        for theirs, ours in zip(one[name]["chosen"], four[name]["chosen"], strict=True):
+            assert theirs["setting"] == ours["setting"]
+        # An example or two may lie so near a border that rounding decides.
+        np.testing.assert_allclose(
+            one[name]["test_accuracy"]["each"], four[name]["test_accuracy"]["each"], atol=2 / 300
+        )
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_is_compared_by_features_that_are_kept(tmp_path, capsys):
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    for index, name in enumerate(("dark", "light", "mixed")):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(80 * index, 80 * index + 80, (40, 40, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    words = ["compare", str(folder), *SMALL, "--workdir", str(tmp_path / "work"), "--backbone", "efficientnet_lite0"]
+    assert main([*words, "--weights", "random"]) == 0
+    features = tmp_path / "work" / "features.npz"
+    first = features.stat().st_mtime_ns
+    assert json.loads((tmp_path / "work" / "compare.json").read_text())["data"]["features"] == 1280
+    assert main([*words, "--weights", "random", "--trials", "3"]) == 0
+    assert features.stat().st_mtime_ns == first
+    (folder / "dark" / "0.png").unlink()
+    capsys.readouterr()
+    assert main([*words, "--weights", "random"]) == 2
+    assert "holds features of other images or another backbone" in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""A comparison as a whole: what chooses, what is kept, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from comparison_support import SMALL, lasting, make_features, run, small_data
+
+import pspinal_jax
+from pspinal_jax.comparison.ledger import Key, Ledger, packed, unpacked
+from pspinal_jax.comparison.parts import flattened, make_split
+from pspinal_jax.comparison.run import CompareConfig, Comparer
+from pspinal_jax.errors import DataError, RunError, UsageError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(work directory, result) of the small comparison."""
+    workdir = tmp_path_factory.mktemp("comparison") / "small"
+    return workdir, run(workdir)
+
+
+def choices(result):
+    """All that was chosen, and all that validation said."""
+    rows = {
+        name: (row["chosen"], row["validation_accuracy"], row["parameters"]) for name, row in result["methods"].items()
+    }
+    return rows, result["best_on_validation"]
+
+
+def test_the_test_split_chooses_nothing(finished):
+    """Neither its labels, permuted, nor its inputs, replaced by other numbers."""
+    _, result = finished
+    inputs, labels = make_features()["test"]
+    permuted = run(data=small_data(test=(inputs, np.random.default_rng(1).permutation(labels))))
+    assert choices(permuted) == choices(result)
+    replaced = run(data=small_data(test=(100 * inputs[::-1], labels)))
+    assert choices(replaced) == choices(result)
+    for other in (permuted, replaced):
+        assert {row["test_accuracy"]["mean"] for row in other["methods"].values()} != {
+            row["test_accuracy"]["mean"] for row in result["methods"].values()
+        }
+
+
+def test_trials_get_no_test_example():
+    split = make_split(flattened(small_data()), 0, 1, 0)
+    trials, seeds = split.examples(with_test=False), split.examples(with_test=True)
+    assert not trials.inputs[120:].any() and seeds.inputs[120:].any()
+    assert not trials.labels[120:].any() and not seeds.labels[120:].any()
+    np.testing.assert_array_equal(trials.inputs[:120], seeds.inputs[:120])
+
+
+def test_what_is_finished_is_not_done_again_and_a_cut_line_is(finished, tmp_path):
+    workdir, result = finished
+    lines = (workdir / "trials.jsonl").read_text().splitlines()
+    for kept in (0, 1, 7, len(lines) - 1, len(lines)):
+        again = tmp_path / str(kept)
+        again.mkdir()
+        (again / "config.json").write_text((workdir / "config.json").read_text())
+        cut = lines[kept][:40] if kept < len(lines) else ""
+        (again / "trials.jsonl").write_text("\n".join([*lines[:kept], cut]))
+        resumed = run(again)
+        assert lasting(resumed) == lasting(result)
+        assert lasting(json.loads((again / "compare.json").read_text())) == lasting(result)
+        written = (again / "trials.jsonl").read_text().splitlines()
+        assert written[:kept] == lines[:kept] and len(written) == len(lines)
+    assert not any(resumed["execution"]["compilations"].values())
+
+
+def test_more_trials_heads_and_seeds_go_on_with_what_is_there(finished, tmp_path):
+    workdir, _ = finished
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    (tmp_path / "trials.jsonl").write_text((workdir / "trials.jsonl").read_text())
+    more = {"heads": ("progressive", "mlp", "dense"), "trials": 4, "num_seeds": 3}
+    before = (workdir / "trials.jsonl").read_text().splitlines()
+    extended = run(tmp_path, **more)
+    assert (tmp_path / "trials.jsonl").read_text().splitlines()[: len(before)] == before
+    assert lasting(extended) == lasting(run(**more))
+
+
+def test_another_comparison_in_the_folder_is_refused(finished, tmp_path):
+    workdir, _ = finished
+    for changes, named in (({"seed": 1}, "seed was 0 and is now 1"), ({"layer_width": 5}, "layer_width was 4")):
+        with pytest.raises(UsageError, match=named):
+            run(workdir, **changes)
+    with pytest.raises(UsageError, match="data_fingerprint"):
+        run(workdir, data=small_data(test=make_features(seed=5)["test"]))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="something else than a comparison"):
+        run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        run(tmp_path)
+
+
+def test_what_it_says(finished):
+    workdir, result = finished
+    assert list(result["methods"]) == ["progressive", "dense", "knn", "ridge"]
+    assert result["methods"]["dense"]["parameters"] == 6 * 3 + 3
+    for goal, differences in result["differences"].items():
+        base = result["methods"][goal.removeprefix("to_")]["test_accuracy"]["mean"]
+        for name, each in differences.items():
+            assert each["mean"] == pytest.approx(result["methods"][name]["test_accuracy"]["mean"] - base)
+            low, high = each["interval_95"]
+            assert low <= each["mean"] <= high and each["beyond_the_noise"] == (low > 0 or high < 0)
+    lines = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
+    for head in SMALL["heads"]:
+        trials = [line for line in lines if line["kind"] == "trial" and line["method"] == head]
+        best = max(trials, key=lambda line: line["validation_accuracy"])
+        (chosen,) = result["methods"][head]["chosen"]
+        assert chosen["validation_accuracy"] == best["validation_accuracy"]
+        assert {json.dumps(line["setting"]) for line in lines if line["kind"] == "seed" and line["method"] == head} == {
+            json.dumps(chosen["setting"])
+        }
+    assert result["execution"]["compilations"] == {"progressive": 1, "dense": 1}
+    table = (workdir / "compare.md").read_text()
+    assert result["in_words"] in table and "| ridge |" in table
+    assert (workdir / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_seeds_have_validation_parts_of_their_own_and_splits_tests_of_their_own():
+    data = flattened(small_data())
+    split = make_split(data, 0, 3, 0)
+    parts = [split.rows(0.2, seed) for seed in range(2)]
+    assert parts[0][1].tolist() != parts[1][1].tolist()
+    for train, validation in parts:
+        assert np.bincount(split.labels[validation]).tolist() == [8, 8, 8]
+        assert sorted([*train, *validation]) == list(range(120))
+    tests = []
+    for number in range(3):
+        each = make_split(data, number, 3, 0)
+        assert np.bincount(each.test_labels).tolist() == [20, 20, 20] and each.num_pool == 120
+        rows = each.inputs.round(6).tolist()
+        assert sorted(rows) == sorted(split.inputs.round(6).tolist())
+        tests.append(sorted(rows[120:]))
+    assert tests[0] != tests[1] != tests[2] != tests[0]
+    np.testing.assert_array_equal(split.inputs[120:], data.test.inputs)
+
+
+def test_a_validation_split_of_the_datas_own_is_used():
+    data = small_data(validation=make_features(num_train=30, seed=3)["train"])
+    comparer = Comparer(data, CompareConfig(heads=("dense",), batch_size=16), Ledger(None), shown=False)
+    train, validation = comparer.splits[0].rows(0.2, 4)
+    assert train.tolist() == list(range(120)) and validation.tolist() == list(range(120, 150))
+    np.testing.assert_array_equal(comparer.splits[0].inputs[120:150], data.validation.inputs)
+
+
+def test_several_splits_are_tuned_each_by_itself():
+    result = run(splits=2, heads=("dense",), num_seeds=2)
+    row = result["methods"]["dense"]
+    assert len(row["chosen"]) == 2 and len(row["test_accuracy"]["each"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"trials": 0}, "trials is 0, expected at least 1"),
+        ({"heads": ("mlp", "mlp")}, "heads are mlp mlp, expected some of"),
+        ({"heads": ("deep",)}, "heads are deep, expected some of"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1, expected 0 < FRACTION < 1"),
+        ({"learning_rate": (1e-2, 1e-3)}, r"learning-rate is 0.01 .. 0.001, expected 0 < LOW <= HIGH"),
+        ({"dropout_rate": (0.1, 1.0)}, r"dropout-rate is 0.1 .. 1, expected"),
+        ({"batch_size": 200}, "batch_size is 200, but only 96 examples are left to train on"),
+        ({"validation_fraction": 0.001}, "no example is left to validate on"),
+        ({"depth": 3}, "compare has no setting 'depth'; there are: heads, floors"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(settings, line):
+    with pytest.raises(UsageError, match=line) as caught:
+        run(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_python_door_takes_arrays():
+    (inputs, labels), (test_inputs, test_labels) = make_features().values()
+    small = {**SMALL, "heads": "dense", "trials": 2, "progress": False}
+    comparison = pspinal_jax.compare(
+        inputs, labels, test_features=test_inputs, test_labels=test_labels, floors=False, **small
+    )
+    assert list(comparison.result["methods"]) == ["dense"] and comparison.best == "dense"
+    assert "dense *" in repr(comparison) and "| **dense** |" in comparison._repr_markdown_()
+    cut = pspinal_jax.compare(inputs, labels, test_fraction=0.25, **small)
+    assert cut.result["data"]["test"] == 30
+    assert len(cut.plot().axes) == 3 if cut.best != "dense" else 2
+    with pytest.raises(UsageError, match="together"):
+        pspinal_jax.compare(inputs, labels, test_labels=labels)
+    with pytest.raises(UsageError, match=r"features \(120, 6\) and labels \(119,\)"):
+        pspinal_jax.compare(inputs, labels[1:])
+    with pytest.raises(DataError, match="NaN"):
+        pspinal_jax.compare(np.full_like(inputs, np.nan), labels, **small)
+
+
+def test_hits_are_packed_and_unpacked():
+    hits = np.random.default_rng(0).random(1001) < 0.3
+    np.testing.assert_array_equal(unpacked(packed(hits), 1001), hits)
+    assert Key("trial", 0, "mlp", 3)._asdict() == {"kind": "trial", "split": 0, "method": "mlp", "number": 3}

@@ -1,0 +1,189 @@
+"""What a comparison is made of: trials drawn, one program for all, floors, intervals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison_support import make_features
+
+from pspinal_jax.comparison.floors import METRICS, NEIGHBOURS, _vote, floor_settings, predict_floor
+from pspinal_jax.comparison.heads import build_head
+from pspinal_jax.comparison.parts import standardisation
+from pspinal_jax.comparison.program import Examples, Part, Plan, train_head
+from pspinal_jax.comparison.runner import Runner, Task
+from pspinal_jax.comparison.settings import Ranges, Setting, draw_trial, training_seed
+from pspinal_jax.comparison.statistics import bootstrap_means, interval_95
+from pspinal_jax.layers.dropout import dropout_scale
+from pspinal_jax.training.optimizers import Schedule
+from pspinal_jax.training.step import cross_entropy
+
+PLAN = Plan(epochs=2, batch_size=32, eval_batch_size=20, schedule=Schedule("one_cycle", 1.0))
+
+
+def test_a_trial_is_a_function_of_seed_and_number_and_fills_its_ranges():
+    ranges = Ranges(label_smoothing=(0.01, 0.3))
+    trials = [draw_trial(3, number, ranges, ("each", "all")) for number in range(64)]
+    assert trials[5] == draw_trial(3, 5, ranges, ("each", "all")) != draw_trial(4, 5, ranges, ("each", "all"))
+    for name in Setting._fields:
+        low, high = getattr(ranges, name)
+        logs = np.log([getattr(trial.setting, name) for trial in trials]) - np.log(low)
+        shares = logs / np.log(high / low)
+        assert shares.min() >= 0 and shares.max() <= 1
+        # Of 64 points every eighth of the range has its 8, or nearly.
+        assert np.abs(np.histogram(shares, 8, (0, 1))[0] - 8).max() <= 3
+    assert 28 <= sum(trial.standardize == "all" for trial in trials) <= 36
+    # Not tuning one leaves the others as they are.
+    fixed = draw_trial(3, 5, Ranges(), ("each", "all"))
+    assert fixed.setting._replace(label_smoothing=0) == trials[5].setting._replace(label_smoothing=0)
+    seeds = {training_seed(0, kind, number) for kind in ("trial", "seed") for number in range(500)}
+    assert len(seeds) == 1000
+
+
+def test_a_rate_in_an_array_gives_the_bits_of_the_number():
+    key = jax.random.key(1)
+    scale = jax.jit(lambda rate: dropout_scale(key, 0, rate, (64, 30), jnp.float32))
+    for rate in np.float32([0.0, 0.02, 0.2, 0.25, 0.6, 0.999999]):
+        expected = dropout_scale(key, 0, float(rate), (64, 30), jnp.float32)
+        np.testing.assert_array_equal(scale(rate), expected)
+
+
+@pytest.mark.parametrize("name", ["progressive", "spinal", "mlp", "dense"])
+def test_a_head_takes_its_rate_as_an_array(name):
+    head, _ = build_head(name, 6, 3, 4, 2, "published")
+    inputs = jnp.asarray(make_features()["train"][0], jnp.float32)
+    variables = head.init(jax.random.key(0), inputs, train=False)
+
+    def logits(rate):
+        dropped = head.clone(dropout_rate=rate)
+        return dropped.apply(variables, inputs, train=True, rngs={"dropout": jax.random.key(1)})
+
+    traced = jax.jit(logits)(np.float32(0.3))
+    np.testing.assert_allclose(traced, logits(float(np.float32(0.3))), rtol=1e-5, atol=1e-5)
+    assert not np.allclose(traced, logits(0.0))
+    with pytest.raises(ValueError, match=r"dropout_rate must be a number or a floating-point array of no axes, got an"):
+        head.clone(dropout_rate=jnp.ones(2))
+
+
+def test_smoothing_in_an_array_gives_the_loss_of_the_number():
+    logits, labels = jax.random.normal(jax.random.key(0), (5, 4)), jnp.arange(5) % 4
+    for value in (0.0, 0.1):
+        traced = jax.jit(cross_entropy)(logits, labels, np.float32(value))
+        np.testing.assert_allclose(traced, cross_entropy(logits, labels, value), rtol=1e-6)
+
+
+def make_tasks(head, count):
+    inputs, labels = make_features()["train"]
+    shift, scale = standardisation(inputs[:90], "each")
+    rows = np.arange(120).astype(np.int32)
+    part = Part(rows[:90], np.pad(rows[90:], (0, 10)), np.int32(30), shift, scale)
+    tasks = [
+        Task(number, head, draw_trial(0, number, Ranges(), ("each",)).setting, training_seed(0, "trial", number), part)
+        for number in range(count)
+    ]
+    return tasks, Examples(inputs.astype(np.float32), labels.astype(np.int32))
+
+
+@pytest.mark.parametrize("name", ["progressive", "mlp"])
+def test_a_trial_alone_is_what_it_is_among_sixteen(name):
+    """Up to the tolerance that `--seed-mode vmap` has in tests/runs/test_train.py."""
+    tasks, examples = make_tasks(name, 16)
+    head, _ = build_head(name, 6, 3, 8, 3, "published")
+    together = Runner({name: head}, PLAN, most_lanes=16, mode="vmap")
+    batch = {task.key: outcome for task, outcome, _ in together.run(tasks, examples, [name])}
+    alone = Runner({name: head}, PLAN, most_lanes=16, mode="loop", workers=2)
+    for number in (0, 7, 15):
+        ((_, single, _),) = alone.run([tasks[number]], examples, [name])
+        np.testing.assert_allclose(batch[number].loss, single.loss, rtol=1e-5)
+        np.testing.assert_array_equal(batch[number].predictions, single.predictions)
+        assert single.finite and (single.predictions[30:] == -1).all()
+    assert together.lanes[name] == 16
+    assert alone.compilations == together.compilations == {name: 1}
+
+    rates, part = PLAN.rates(90), jax.tree.map(jnp.asarray, tasks[0].part)
+
+    def parameters(setting, seed):
+        return train_head(head, PLAN, setting, seed, rates, part, Examples(*map(jnp.asarray, examples)))[0].params
+
+    settings = Setting(*np.asarray([task.setting for task in tasks], np.float32).T)
+    seeds = np.asarray([task.seed for task in tasks], np.uint32)
+    mapped = jax.jit(jax.vmap(parameters))(settings, seeds)
+    single = jax.jit(parameters)(jax.tree.map(lambda leaf: leaf[7], settings), seeds[7])
+    for ours, theirs in zip(jax.tree.leaves(mapped), jax.tree.leaves(single), strict=True):
+        np.testing.assert_allclose(ours[7], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_all_trials_of_a_head_are_one_compilation():
+    head, _ = build_head("spinal", 6, 3, 5, 2, "published")
+    tasks, examples = make_tasks("spinal", 6)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *args, **kwargs: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    runner = Runner({"spinal": head}, PLAN, most_lanes=2, mode="loop", workers=2)
+    assert len(list(runner.run(tasks[:3], examples, ["spinal"]))) == 3
+    first = len(compiled)
+    assert len(list(runner.run(tasks[3:], examples, ["spinal"]))) == 3
+    assert first == len(compiled) == 1, compiled
+
+
+def test_a_training_that_blows_up_says_so():
+    head, _ = build_head("mlp", 6, 3, 8, 3, "published")
+    tasks, examples = make_tasks("mlp", 1)
+    wild = tasks[0]._replace(setting=tasks[0].setting._replace(learning_rate=1e30))
+    ((_, outcome, _),) = Runner({"mlp": head}, PLAN, 1, "loop").run([wild], examples, ["mlp"])
+    assert not outcome.finite
+
+
+def test_heads_can_have_the_same_number_of_parameters():
+    sizes = {name: build_head(name, 64, 10, 32, 4, "parameters")[1] for name in ("progressive", "spinal", "mlp")}
+    assert max(sizes.values()) / min(sizes.values()) < 1.02
+    published = {name: build_head(name, 64, 10, 32, 4, "published")[1] for name in sizes}
+    assert published["progressive"] == sizes["progressive"] > 1.5 * published["spinal"]
+
+
+def test_neighbours_and_ridge_do_what_they_are_called():
+    (inputs, labels), (others, _) = make_features().values()
+    distances = ((others[:, None] - inputs[None]) ** 2).sum(-1)
+    nearest = labels[distances.argsort(1)]
+    settings = floor_settings("knn", "none")
+    predictions = predict_floor("knn", settings, (inputs, labels), others, 3)
+    assert len(settings) == len(NEIGHBOURS) * len(METRICS) == len(predictions)
+    np.testing.assert_array_equal(predictions[0], nearest[:, 0])
+    counts = np.stack([(nearest[:, :3] == label).sum(1) for label in range(3)], 1)
+    clear = counts.max(1) > 1
+    np.testing.assert_array_equal(predictions[1][clear], counts.argmax(1)[clear])
+    assert _vote(np.array([[2, 1, 1, 2, 0]]), 3).tolist() == [1]  # two each; those of 1 are nearer together
+
+    centred, targets = inputs - inputs.mean(0), 2 * np.eye(3)[labels] - 1
+    weights = np.linalg.solve(centred.T @ centred + 10 * np.eye(6), centred.T @ (targets - targets.mean(0)))
+    expected = ((others - inputs.mean(0)) @ weights + targets.mean(0)).argmax(1)
+    (ours,) = predict_floor("ridge", [{"penalty": 10.0}], (inputs, labels), others, 3)
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_standardisation_sees_the_training_rows_alone():
+    inputs = np.random.default_rng(0).normal(3, [1, 10, 0], (50, 3)).astype(np.float32)
+    shift, scale = standardisation(inputs, "each")
+    np.testing.assert_allclose(((inputs - shift) * scale).std(0), [1, 1, 0], rtol=1e-5, atol=1e-6)
+    shift, scale = standardisation(inputs, "all")
+    assert len(set(scale.tolist())) == 1 and ((inputs - shift) * scale).std() == pytest.approx(1, rel=1e-5)
+    pixels = np.full((4, 3), 255, np.uint8)
+    shift, scale = standardisation(pixels, "none")
+    np.testing.assert_allclose((pixels - shift) * scale, 1, rtol=1e-6)
+
+
+def test_intervals_are_as_wide_as_the_spread_over_seeds_and_examples_asks_for():
+    """Many experiments with a known difference of 0: the interval holds it about as often as it says."""
+    held, rng = 0, np.random.default_rng(0)
+    for number in range(120):
+        skill = 0.8 + rng.normal(0, 0.03, (2, 1, 5, 1))  # of every seed
+        easy = rng.normal(0, 0.1, (1, 1, 1, 200))  # the same examples for both methods
+        hits = rng.random((2, 1, 5, 200)) < skill + easy
+        means = bootstrap_means(hits, draws=500, seed=number)
+        low, high = interval_95(means[:, 0] - means[:, 1])
+        held += low <= 0 <= high
+    assert 0.86 <= held / 120 <= 1.0
+    same = bootstrap_means(np.repeat(hits[:1], 2, axis=0))
+    np.testing.assert_array_equal(same[:, 0], same[:, 1])
+    certain = bootstrap_means(np.ones((1, 3, 2, 50), bool))
+    np.testing.assert_allclose(certain, 1, rtol=1e-5)
