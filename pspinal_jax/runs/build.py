@@ -20,7 +20,7 @@ from pspinal_jax.runs.input_pipeline import (
     StreamedExamples,
     StreamedSplit,
 )
-from pspinal_jax.runs.programs import build_run_programs, check_classes
+from pspinal_jax.runs.programs import balanced_weights, build_run_programs, check_classes
 from pspinal_jax.runs.progress import TrainingStage, make_stages
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.sharding import shardings
@@ -37,6 +37,7 @@ class Setup:
       examples: all training examples, validation included; stages pick theirs by index.
       splits: 'test', and 'validation' where examples were held out.
       stages: what the run does one after the other.
+      labels: int32 [N] of all training examples, by index.
     """
 
     recipe: Recipe
@@ -45,6 +46,7 @@ class Setup:
     examples: Examples
     splits: Mapping[str, EvaluatedSplit]
     stages: list[TrainingStage]
+    labels: np.ndarray
 
 
 def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +65,11 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
     else:
         held_out = recipe.data.num_validation if wants_validation else 0
         train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed)
+    if recipe.patience and not len(validation):
+        raise UsageError(
+            f"patience is {recipe.patience}, expected 0 where nothing is held out to look at; hold some out with "
+            f"--data.{'num-validation' if data.in_memory else 'validation-fraction'}"
+        )
     if recipe.batch_size > len(train):
         raise UsageError(
             f"batch_size is {recipe.batch_size}, but only {len(train)} examples are left to train on; "
@@ -84,9 +91,11 @@ def set_up(
       mesh: the devices; by default as `run_mesh` says.
     """
     train, validation = split_examples(recipe, data)
-    programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype, mesh)
     # A validation split of the data's own follows the training examples; stages tell them apart by index.
     pool = data.train if data.validation is None else data.train.join(data.validation)
+    weighted = recipe.class_weights == "balanced"
+    weights = balanced_weights(pool.labels[train], data.num_classes) if weighted else None
+    programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype, mesh, weights)
     splits: dict[str, EvaluatedSplit] = {"test": place_split(recipe, programs, data.test, workers)}
     if len(validation):
         splits["validation"] = place_split(recipe, programs, pool.take(validation), workers)
@@ -102,6 +111,7 @@ def set_up(
         examples=examples,
         splits=splits,
         stages=make_stages(recipe, train, validation),
+        labels=pool.labels,
     )
 
 

@@ -22,6 +22,7 @@ from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import progress_bar
+from pspinal_jax.recipes.augment import AugmentConfig
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs import manifest
 from pspinal_jax.runs.directory import RunDirectory, whole_file
@@ -39,7 +40,11 @@ def head_recipe(recipe: Recipe) -> Recipe:
     """What is left of `recipe` to train on cached features: the same head, data and schedule, no backbone."""
     return dataclasses.replace(
         recipe,
-        data=dataclasses.replace(recipe.data, image_size=None, resize=None, augment="none", mean=0.0, std=1.0),
+        data=dataclasses.replace(
+            recipe.data, image_size=None, resize=None, fit="squash", augment="none", mean=0.0, std=1.0
+        ),
+        augment=AugmentConfig(mixup=recipe.augment.mixup),
+        optimizer=dataclasses.replace(recipe.optimizer, backbone_rate=1.0),
         model=dataclasses.replace(recipe.model, backbone="none", weights=None),
         freeze="none",
         cache_features=False,

@@ -48,6 +48,9 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         result["selected_epoch"] = selected
     lines = trainer.directory.metrics()
     trees = trainer.seed_states.trees()
+    if recipe.patience:
+        stopped = progress.lines - progress.epoch if progress.selected_epoch else progress.epoch
+        result["early_stopping"] = {"patience": recipe.patience, "epochs": stopped}
     return result | {
         "selected_checksum": selected_checksum(trees if recipe.protocol == "paper" else trees["best"]),
         "published_accuracy_percent": published_accuracy(setup),

@@ -57,6 +57,7 @@ class SeedStates:
                 there = getattr(group.state, name)
                 fresh = {entry: jax.tree.map(place, tree, there[entry]) for entry, tree in given.items()}
                 group.state = group.state.replace(**{name: {**there, **fresh}})  # type: ignore[attr-defined]
+            group.state = _averaging_anew(group.state)
             group.best = _variables(group.state, copy=True)
 
     def continue_from_best(self, other: "SeedStates") -> None:
@@ -65,6 +66,7 @@ class SeedStates:
             group.state = group.state.replace(  # type: ignore[attr-defined]
                 step=finished.state.step, **jax.tree.map(jnp.copy, finished.best)
             )
+            group.state = _averaging_anew(group.state)
             group.best = _variables(group.state, copy=True)
 
     def plan_epoch(self, order: Any, epoch: int, rates: np.ndarray) -> None:
@@ -171,6 +173,7 @@ class SeedStates:
             "params": self._stack([state.params for state in states]),
             "batch_stats": self._stack([state.batch_stats for state in states]),
             "opt_state": self._stack([state.opt_state for state in states]),
+            "ema": self._stack([state.ema for state in states]),
             "best": self._stack([group.best for group in self._groups]),
         }
 
@@ -199,5 +202,11 @@ class SeedStates:
 
 
 def _variables(state: TrainState, *, copy: bool = False) -> dict[str, Any]:
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return jax.tree.map(jnp.copy, variables) if copy else variables
+    return jax.tree.map(jnp.copy, state.variables) if copy else state.variables
+
+
+def _averaging_anew(state: TrainState) -> TrainState:
+    """`state` with its moving averages begun at its parameters and running statistics, which were replaced."""
+    current = {"params": state.params, "batch_stats": state.batch_stats}
+    ema = {name: {entry: current[name][entry] for entry in tree} for name, tree in state.ema.items()}
+    return state.replace(ema=jax.tree.map(jnp.copy, ema))  # type: ignore[attr-defined]
