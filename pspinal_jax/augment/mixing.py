@@ -79,7 +79,8 @@ def mix(
 def blend(key: jax.Array, inputs: jax.Array, others: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
     """Mixup: (share * inputs + (1 - share) * others, share), float32 scalar from Beta(alpha, alpha)."""
     share = jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
-    blended = share * inputs.astype(jnp.float32) + (1 - share) * others.astype(jnp.float32)
+    dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+    blended = share * inputs.astype(dtype) + (1 - share) * others.astype(dtype)
     if jnp.issubdtype(inputs.dtype, jnp.integer):
         blended = jnp.rint(blended)
     return blended.astype(inputs.dtype), share

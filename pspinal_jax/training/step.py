@@ -124,12 +124,7 @@ def train_step(
         loss, correct, gradients, batch_stats = loss_and_gradients(variables, batch, key)
     else:
         loss, correct, gradients, batch_stats = _accumulate(loss_and_gradients, micro_batches, variables, batch, key)
-    new_state = _descend(optimizer, frozen, state, gradients, learning_rate).replace(  # type: ignore[attr-defined]
-        batch_stats=batch_stats
-    )
-    if state.ema:
-        ema = averaged(state.ema, new_state.params, batch_stats, state.step, ema_decay)
-        new_state = new_state.replace(ema=ema)
+    new_state = _descend(optimizer, frozen, ema_decay, state, gradients, batch_stats, learning_rate)
     finite = _all_finite(loss, gradients, None if skip_nonfinite else MOST_ENTRIES)
     totals = totals.replace(  # type: ignore[attr-defined]
         bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
@@ -145,15 +140,19 @@ def train_step(
 def _descend(
     optimizer: optax.GradientTransformation,
     frozen: tuple[str, ...],
+    ema_decay: float,
     state: TrainState,
     gradients: Any,
+    batch_stats: Any,
     learning_rate: jax.Array,
 ) -> TrainState:
-    """`state` one step on, its running statistics apart."""
+    """`state` one step on, with the new running statistics `batch_stats`."""
     moving = trainable(state.params, frozen)
     direction, opt_state = optimizer.update(gradients, state.opt_state, moving)
     moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
-    return TrainState(state.step + 1, {**state.params, **moved}, state.batch_stats, opt_state, state.ema)
+    params = {**state.params, **moved}
+    ema = averaged(state.ema, params, batch_stats, state.step, ema_decay) if state.ema else state.ema
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
 
 
 def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> jax.Array:

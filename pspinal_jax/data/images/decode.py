@@ -101,7 +101,7 @@ def _decode(data: bytes | Image.Image, size: tuple[int, int], fit: str) -> np.nd
 
 
 def _crop(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """The largest part about the middle that has the aspect, resized; its edges need not lie between pixels."""
+    """The largest part about the middle that has the aspect, resized: as the whole image resized and then cropped."""
     scale = min(image.width / width, image.height / height)
     half_width, half_height = scale * width / 2, scale * height / 2
     middle_x, middle_y = image.width / 2, image.height / 2
