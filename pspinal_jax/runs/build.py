@@ -20,7 +20,7 @@ from pspinal_jax.runs.input_pipeline import (
     StreamedExamples,
     StreamedSplit,
 )
-from pspinal_jax.runs.programs import balanced_weights, build_run_programs, check_classes
+from pspinal_jax.runs.programs import build_run_programs, check_classes, class_weights
 from pspinal_jax.runs.progress import TrainingStage, make_stages
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.sharding import shardings
@@ -93,8 +93,7 @@ def set_up(
     train, validation = split_examples(recipe, data)
     # A validation split of the data's own follows the training examples; stages tell them apart by index.
     pool = data.train if data.validation is None else data.train.join(data.validation)
-    weighted = recipe.class_weights == "balanced"
-    weights = balanced_weights(pool.labels[train], data.num_classes) if weighted else None
+    weights = class_weights(recipe, pool.labels[train], data.num_classes)
     programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype, mesh, weights)
     splits: dict[str, EvaluatedSplit] = {"test": place_split(recipe, programs, data.test, workers)}
     if len(validation):

@@ -28,11 +28,11 @@ def build_run_programs(
     input_shape: tuple[int, ...],
     input_dtype: Any,
     mesh: Mesh | None = None,
-    class_weights: tuple[float, ...] | None = None,
+    weights: tuple[float, ...] | None = None,
 ) -> Programs:
     """The compiled pieces of the recipe's `model`, for inputs of one example's `input_shape` and dtype.
 
-    `class_weights` are what the recipe makes of the training labels, see `balanced_weights`; only training needs them.
+    `weights` are those of `class_weights`; only training needs them.
     """
     mesh = mesh or run_mesh(recipe)
     optimizer = recipe.optimizer
@@ -45,7 +45,7 @@ def build_run_programs(
         vectorized=runs_vectorized(recipe),
         augment=augmentation(recipe),
         mix=mixing(recipe),
-        class_weights=class_weights,
+        class_weights=weights,
         ema_decay=recipe.ema_decay,
         head_layout="tree" if shards_parameters(mesh) else _head_layout(recipe, num_batch_shards(mesh)),
         frozen=("backbone",) if recipe.freeze == "backbone" else (),
@@ -72,6 +72,11 @@ def schedule_of(recipe: Recipe) -> Schedule:
     return Schedule(
         config.schedule, config.learning_rate, config.decay_epochs, config.warmup_fraction, config.warmup_epochs
     )
+
+
+def class_weights(recipe: Recipe, labels: np.ndarray, num_classes: int) -> tuple[float, ...] | None:
+    """What `recipe` weights the loss of each class with, given the training `labels`; None for nothing."""
+    return balanced_weights(labels, num_classes) if recipe.class_weights == "balanced" else None
 
 
 def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
