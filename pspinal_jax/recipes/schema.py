@@ -282,11 +282,7 @@ class Recipe:
         self._require(self.data.shuffle or not evens, "sampler", "none without --data.shuffle")
         self._require(self.patience >= 0, "patience", "at least 0")
         self._require(not self.patience or not paper, "patience", "0 with --protocol paper")
-        self._require(
-            not self.retrain or (not paper and (self.data.num_validation > 0 or images)),
-            "retrain",
-            "used with --protocol validation and held-out validation data",
-        )
+        self._require(not self.retrain or not paper, "retrain", "False with --protocol paper")
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:

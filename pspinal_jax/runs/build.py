@@ -65,11 +65,12 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
     else:
         held_out = recipe.data.num_validation if wants_validation else 0
         train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed)
-    if recipe.patience and not len(validation):
-        raise UsageError(
-            f"patience is {recipe.patience}, expected 0 where nothing is held out to look at; hold some out with "
-            f"--data.{'num-validation' if data.in_memory else 'validation-fraction'}"
-        )
+    for name, off in (("patience", 0), ("retrain", False)):
+        if getattr(recipe, name) and not len(validation):
+            raise UsageError(
+                f"{name} is {getattr(recipe, name)}, expected {off} where nothing is held out to look at; "
+                f"hold some out with --data.{'num-validation' if data.in_memory else 'validation-fraction'}"
+            )
     if recipe.batch_size > len(train):
         raise UsageError(
             f"batch_size is {recipe.batch_size}, but only {len(train)} examples are left to train on; "

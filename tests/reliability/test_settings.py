@@ -32,6 +32,7 @@ from pspinal_jax.runs import programs
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
+from pspinal_jax.runs.features import head_recipe
 from pspinal_jax.runs.predict import predict
 from pspinal_jax.runs.programs import build_run_programs, schedule_of
 from pspinal_jax.runs.progress import TrainingProgress, make_stages
@@ -254,7 +255,9 @@ CHANGES = [
     ("grey", PAPER, ("rounds", 2), EFFECT),
     ("grey", {}, ("rounds", 2), "1 unless --protocol paper"),
     ("grey", {}, ("retrain", True), EFFECT),
-    ("grey", PAPER, ("retrain", True), "used with --protocol validation"),
+    ("grey", PAPER, ("retrain", True), "False with --protocol paper"),
+    ("grey", {"data.num_validation": 0}, ("retrain", True), "expected False where nothing is held out"),
+    ("folder", {"data.validation_fraction": 0.0}, ("retrain", True), "with --data.validation-fraction"),
     ("grey", {}, ("mesh", MeshConfig(model=64)), "mesh.model is 64|the number of devices"),
 ]
 
@@ -360,6 +363,13 @@ def test_a_run_of_an_earlier_version_opens_as_it_was_trained(place):
     where = {key: str(settings["data"].pop(key)) for key in ("path", "data_dir")}
     recipe = load_recipe_of({"identity": settings, "data_location": where})
     assert not recipe.data.transposed and recipe.optimizer.nesterov
+
+
+def test_what_is_left_to_train_on_cached_features_is_a_recipe(place):
+    """Of images, which may have a validation split of their own: it was refused with --retrain."""
+    settings = {**CACHED, "retrain": True, "patience": 2, "data.fit": "crop", "augment.mixup": 0.2}
+    left = head_recipe(changed(recipe_for("folder", place), settings))
+    assert left.retrain and left.patience == 2 and left.augment.mixup == 0.2 and left.data.fit == "squash"
 
 
 def test_a_refused_setting_leaves_no_directory(place, tmp_path):
