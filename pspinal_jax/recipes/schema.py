@@ -59,7 +59,8 @@ class DataConfig:
     230 / 224 of it for rotation_crop_flip, 256 / 224 for resized_crop_flip. Evaluation resizes to image_size."""
     fit: Literal["squash", "crop", "pad"] = "squash"
     """Image files: how an image that is no square becomes one, everywhere. squash: without keeping the aspect, as the
-    paper; crop: the middle square; pad: whole, between black bars."""
+    paper; crop: the middle square, in training another one each epoch where --data.augment crops; pad: whole, between
+    black bars."""
     validation_fraction: float = 0.0
     """Image files: fraction of each class held out of train to select the epoch by, where the data has no validation
     split of its own and the protocol is not paper."""

@@ -101,7 +101,9 @@ def set_up(
         splits["validation"] = place_split(recipe, programs, pool.take(validation), workers)
     examples: Examples
     if pool.inputs is None:
-        examples = StreamedExamples(programs, pool, recipe.data.train_side, recipe.batch_size, workers)
+        examples = StreamedExamples(
+            programs, pool, recipe.data.train_side, recipe.batch_size, workers, moves=recipe.data.crops
+        )
     else:
         examples = ResidentExamples(programs, (pool.inputs, pool.labels))
     return Setup(

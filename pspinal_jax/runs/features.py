@@ -92,13 +92,20 @@ def extract_features(
       workers: processes that decode them; 0 for threads of this one.
     """
     extractor = _Extractor(recipe, model, variables, workers)
-    passes = [extractor.run(data.train, f"features, view {view + 1}", view) for view in range(recipe.feature_views)]
+    passes = [
+        extractor.run(_moved(recipe, data.train, view), f"features, view {view + 1}", view)
+        for view in range(recipe.feature_views)
+    ]
     train = np.concatenate(passes) if passes else extractor.run(data.train, "features of train")
     splits = {"train": ArraySplit(train, np.tile(data.train.labels, max(1, recipe.feature_views)))}
     for name, split in data.splits.items():
         if name != "train":
             splits[name] = ArraySplit(extractor.run(split, f"features of {name}"), split.labels)
     return array_dataset(splits, data.class_names, f"features of {data.source}")
+
+
+def _moved(recipe: Recipe, split: Split, view: int) -> Split:
+    return split.placed(recipe.data.split_seed, view) if recipe.data.crops else split
 
 
 class _Extractor:

@@ -35,6 +35,8 @@ class SeedStates:
     def __init__(self, programs: Programs, seeds: list[int]) -> None:
         self._programs = programs
         self.seeds = seeds
+        self.epoch = 0
+        """The planned epoch's number."""
         groups: list[Any] = [seeds] if programs.vectorized else seeds
         self._groups = [self._start(programs.replicate(np.asarray(group, np.uint32))) for group in groups]
 
@@ -71,6 +73,7 @@ class SeedStates:
 
     def plan_epoch(self, order: Any, epoch: int, rates: np.ndarray) -> None:
         """Fix the order and the learning rates [K, S] of the coming epoch, counted from 0."""
+        self.epoch = epoch
         for index, group in enumerate(self._groups):
             indices = self._programs.replicate(order(group.seed, np.int32(epoch)))
             group_rates = rates if self._programs.vectorized else rates[index]

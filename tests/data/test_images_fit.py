@@ -47,6 +47,24 @@ def test_crop_and_pad_of_sides_that_do_not_divide():
     assert decode(thin, (8, 8), "pad").any() and decode(thin, (8, 8), "crop").min() == 255
 
 
+def test_a_crop_may_lie_elsewhere_as_seeds_decide():
+    whole = WIDE.resize((48, 16), BILINEAR)
+    for place, left in ((0.0, 0), (0.25, 8), (1.0, 32)):
+        close(decode(WIDE, (16, 16), "crop", place), whole.crop((left, 0, left + 16, 16)))
+    file = io.BytesIO()
+    WIDE.save(file, "PNG")
+    split = ImageSplit(InMemory([file.getvalue()] * 3), np.arange(3), "crop")
+    moved, again, later = split.placed(5, 1), split.placed(5, 1), split.placed(5, 2)
+    pictures = [[each.read(index, (16, 16)) for index in range(3)] for each in (moved, again, later)]
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    assert (np.array(pictures[0]) != np.array(pictures[2])).any()
+    taken = moved.take(np.array([2, 0])).take(np.array([1]))
+    np.testing.assert_array_equal(taken.read(0, (16, 16)), pictures[0][0])
+    assert (pictures[0][0] != pictures[0][1]).any()
+    squashed = ImageSplit(split.encoded, split.labels)
+    assert squashed.placed(1) is squashed
+
+
 def test_a_large_jpeg_is_decoded_at_a_fraction_and_cropped_where_it_should_be():
     large = WIDE.resize((1920, 640), BILINEAR)
     file = io.BytesIO()

@@ -47,7 +47,10 @@ differed by up to 15 (46 and 49 dB).
 
 
 def decode(
-    data: bytes | Image.Image, size: tuple[int, int], fit: Literal["squash", "crop", "pad"] = "squash"
+    data: bytes | Image.Image,
+    size: tuple[int, int],
+    fit: Literal["squash", "crop", "pad"] = "squash",
+    place: float = 0.5,
 ) -> np.ndarray:
     """The image in `data` as RGB, resized to `size`.
 
@@ -61,7 +64,8 @@ def decode(
       data: an encoded image, or one that Pillow has opened or made, which stays as it is.
       size: (H, W).
       fit: what to do with another aspect than that of `size`. squash: nothing is kept of it; crop: the largest part
-        about the middle that has the aspect is taken; pad: the whole image stands in the middle between black bars.
+        that has the aspect is taken; pad: the whole image stands in the middle between black bars.
+      place: where that part lies: 0 at the left or top, 0.5 in the middle, 1 at the right or bottom.
 
     Returns:
       uint8 [H, W, 3].
@@ -72,7 +76,7 @@ def decode(
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
     try:
-        return _decode(data, size, fit)
+        return _decode(data, size, fit, place)
     except UnidentifiedImageError as error:
         raise DataError("the image cannot be decoded: its format is not known") from error
     except Exception as error:  # Pillow raises many kinds on damaged files
@@ -80,7 +84,7 @@ def decode(
         raise DataError(f"the image cannot be decoded: {reason}") from error
 
 
-def _decode(data: bytes | Image.Image, size: tuple[int, int], fit: str) -> np.ndarray:
+def _decode(data: bytes | Image.Image, size: tuple[int, int], fit: str, place: float) -> np.ndarray:
     height, width = size
     opened = contextlib.nullcontext(_copy(data)) if isinstance(data, Image.Image) else _open(data)
     with opened as image:
@@ -97,20 +101,15 @@ def _decode(data: bytes | Image.Image, size: tuple[int, int], fit: str) -> np.nd
             upright = upright.transpose(_UPRIGHT[orientation])
         if fit == "squash":
             return np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR))
-        return _crop(upright, width, height) if fit == "crop" else _pad(upright, width, height)
+        return _crop(upright, width, height, place) if fit == "crop" else _pad(upright, width, height)
 
 
-def _crop(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """The largest part about the middle that has the aspect, resized: as the whole image resized and then cropped."""
+def _crop(image: Image.Image, width: int, height: int, place: float) -> np.ndarray:
+    """The largest part that has the aspect, resized: as the whole image resized and then cropped."""
     scale = min(image.width / width, image.height / height)
-    half_width, half_height = scale * width / 2, scale * height / 2
-    middle_x, middle_y = image.width / 2, image.height / 2
-    box = (
-        max(0.0, middle_x - half_width),
-        max(0.0, middle_y - half_height),
-        min(float(image.width), middle_x + half_width),
-        min(float(image.height), middle_y + half_height),
-    )
+    across, down = min(scale * width, image.width), min(scale * height, image.height)
+    left, top = place * (image.width - across), place * (image.height - down)
+    box = (left, top, min(left + across, float(image.width)), min(top + down, float(image.height)))
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 

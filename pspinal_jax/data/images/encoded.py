@@ -51,11 +51,13 @@ class ImageSplit:
       encoded: the images, N of them, of any sizes.
       labels: see `Split`.
       fit: how `read` makes them fit a size, see `pspinal_jax.data.images.decode.decode`.
+      places: float32 [N], see there too; None for the middle.
     """
 
     encoded: Encoded
     labels: np.ndarray
     fit: Literal["squash", "crop", "pad"] = "squash"
+    places: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,16 +75,24 @@ class ImageSplit:
         from pspinal_jax.data.images.decode import decode  # loads Pillow, and `prepare --help` has no need of it
 
         try:
-            return decode(self.encoded[index], size, self.fit)
+            place = 0.5 if self.places is None else float(self.places[index])
+            return decode(self.encoded[index], size, self.fit, place)
         except (DataError, OSError) as error:
             raise DataError(f"{self.encoded.name(index)}: {error}") from None
 
     def take(self, indices: np.ndarray) -> "ImageSplit":
         """See `Split`."""
         indices, labels = np.asarray(indices), self.labels[indices]
+        places = None if self.places is None else self.places[indices]
         if isinstance(self.encoded, Selected):
-            return ImageSplit(Selected(self.encoded.encoded, self.encoded.indices[indices]), labels, self.fit)
-        return ImageSplit(Selected(self.encoded, indices), labels, self.fit)
+            return ImageSplit(Selected(self.encoded.encoded, self.encoded.indices[indices]), labels, self.fit, places)
+        return ImageSplit(Selected(self.encoded, indices), labels, self.fit, places)
+
+    def placed(self, *seeds: int) -> "ImageSplit":
+        """See `Split`: where `fit` is crop, each image's part lies elsewhere, as `seeds` decide."""
+        if self.fit != "crop":
+            return self
+        return dataclasses.replace(self, places=np.random.default_rng(seeds).random(len(self), np.float32))
 
     def join(self, other: "ImageSplit") -> "ImageSplit":
         """See `Split`."""
