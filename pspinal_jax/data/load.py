@@ -84,7 +84,9 @@ def _load_images(config: DataConfig, image_size: int) -> Dataset[ImageSplit]:
             f"{data.source} has {data.num_classes} classes, but data.num_classes is {config.num_classes}; leave "
             "--data.num-classes out"
         )
-    return data
+    return dataclasses.replace(
+        data, splits={name: dataclasses.replace(split, fit=config.fit) for name, split in data.splits.items()}
+    )
 
 
 def _find_directory(config: DataConfig) -> Path:

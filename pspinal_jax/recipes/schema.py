@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.recipes.augment import AugmentConfig
 
 try:
     from tyro.conf import Suppress
@@ -57,8 +58,12 @@ class DataConfig:
     """Image files: side in pixels of the square images that the model sees; own for the backbone's. They are read while
     training. None for data that is held in memory."""
     resize: int | None = None
-    """Image files: side that training images are resized to, whatever their aspect, before they are cropped to
-    image_size; by default 230 / 224 of it where they are cropped. Evaluation resizes to image_size."""
+    """Image files: side that training images are resized to before they are cropped to image_size; by default
+    230 / 224 of it for rotation_crop_flip, 256 / 224 for resized_crop_flip. Evaluation resizes to image_size."""
+    fit: Literal["squash", "crop", "pad"] = "squash"
+    """Image files: how an image that is no square becomes one, everywhere. squash: without keeping the aspect, as the
+    paper; crop: the middle square, in training another one each epoch where --data.augment crops; pad: whole, between
+    black bars."""
     validation_fraction: float = 0.0
     """Image files: fraction of each class held out of train to select the epoch by, where the data has no validation
     split of its own and the protocol is not paper."""
@@ -68,9 +73,10 @@ class DataConfig:
     """Image files: refuse a folder with unreadable images; otherwise they are named and left out."""
     split_seed: int = 0
     """Seed of the choice of those examples, the same for every training seed."""
-    augment: Literal["none", "perspective_rotation", "rotation_crop_flip"] = "none"
+    augment: Literal["none", "perspective_rotation", "rotation_crop_flip", "resized_crop_flip"] = "none"
     """perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees).
-    rotation_crop_flip: image files; rotation (up to 15 degrees), random crop to image_size, flip (p 0.5)."""
+    rotation_crop_flip: image files; rotation (up to 15 degrees), random crop to image_size, flip (p 0.5).
+    resized_crop_flip: image files; a crop of random area (from augment.min_area) and aspect, resized; flip (p 0.5)."""
     transposed: bool = False
     """Swap rows and columns of every image: EMNIST as it is stored, and as the published scripts saw it."""
     drop_remainder: bool = True
@@ -95,7 +101,12 @@ class DataConfig:
         size = self.side
         if self.resize is not None:
             return self.resize
-        return round(size * 230 / 224) if self.augment == "rotation_crop_flip" else size
+        return round(size * {"rotation_crop_flip": 230, "resized_crop_flip": 256}.get(self.augment, 224) / 224)
+
+    @property
+    def crops(self) -> bool:
+        """Image files: whether training images are cropped to image_size on the device."""
+        return self.augment in ("rotation_crop_flip", "resized_crop_flip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +177,11 @@ class OptimizerConfig:
     """Epochs between two decays of the schedule `step`."""
     warmup_fraction: float = 0.3
     """Fraction of the steps that one_cycle warms up for."""
+    warmup_epochs: float = 0.0
+    """constant, cosine and step: epochs, or a part of one, in which the learning rate first rises linearly, from 1 / 25
+    of its peak; the schedule takes the rest of the run."""
+    backbone_rate: float = 1.0
+    """What the learning rate is multiplied with for the backbone's parameters; the head's stays."""
     steering: Literal["none", "best_on_test"] = "none"
     """best_on_test: as the published VGG-5 scripts, an epoch that does not beat the best TEST accuracy so far draws a
     new learning rate, the scheduled one times U(0,1)^3, until the next such draw; paper's protocol only."""
@@ -194,8 +210,11 @@ class Recipe:
     data: DataConfig
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     epochs: int = 10
     """Passes over the training data."""
+    patience: int = 0
+    """Stop after so many epochs without a better validation accuracy, of every seed; 0 for never."""
     batch_size: int = 64
     """Examples per step, over all devices."""
     eval_batch_size: int = 1000
@@ -214,6 +233,17 @@ class Recipe:
     without augmentation."""
     label_smoothing: float = 0.0
     """Fraction of the target spread evenly over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: in training, the loss of an example of class c counts N / (K n_c) times: N training examples, n_c of
+    them of class c, K classes. Evaluation stays unweighted."""
+    sampler: Literal["none", "balanced"] = "none"
+    """balanced: an epoch draws as many examples of every class, those of small classes several times and of large ones
+    not all; it has as many steps as before."""
+    gradient_clip: float = 0.0
+    """Largest L2 norm of the gradient of all parameters together; longer ones are scaled down to it. 0 for no limit."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the parameters and running statistics, which is then evaluated,
+    selected and kept; 0.99 to 0.9999 are usual. 0 for none."""
     seed: int = 0
     """First seed; with num_seeds K the seeds are seed .. seed + K - 1."""
     num_seeds: int = 1
@@ -244,6 +274,8 @@ class Recipe:
         self._require(0 <= self.seed < 2**31, "seed", "0 .. 2**31 - 1")
         self._require(0.0 <= self.label_smoothing < 1.0, "label_smoothing", "in [0, 1)")
         self._require(self.feature_views >= 0, "feature_views", "at least 0")
+        self._require(0.0 <= self.gradient_clip < _LARGEST, "gradient_clip", "at least 0")
+        self._require(0.0 <= self.ema_decay < 1.0, "ema_decay", "in [0, 1)")
         self._require(self.batch_size % self.micro_batches == 0, "micro_batches", "a divisor of batch_size")
         self._check_data(self.data)
         self._check_model(self.model)
@@ -262,11 +294,13 @@ class Recipe:
         )
         self._require(self.feature_views == 0 or self.cache_features, "feature_views", "used with cache_features")
         self._require(self.rounds == 1 or paper, "rounds", "1 unless --protocol paper")
-        self._require(
-            not self.retrain or (not paper and (self.data.num_validation > 0 or images)),
-            "retrain",
-            "used with --protocol validation and held-out validation data",
-        )
+        self._require(self.ema_decay == 0.0 or not paper, "ema_decay", "0 with --protocol paper")
+        evens = self.sampler == "balanced"
+        self._require(self.class_weights == "none" or not evens, "class_weights", "none with --sampler balanced")
+        self._require(self.data.shuffle or not evens, "sampler", "none without --data.shuffle")
+        self._require(self.patience >= 0, "patience", "at least 0")
+        self._require(not self.patience or not paper, "patience", "0 with --protocol paper")
+        self._require(not self.retrain or not paper, "retrain", "False with --protocol paper")
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
@@ -283,7 +317,7 @@ class Recipe:
         self._require(data.split_seed >= 0, "data.split_seed", "at least 0")
         self._require(0.0 <= data.validation_fraction < 1.0, "data.validation_fraction", "in [0, 1)")
         self._require(0.0 < data.test_fraction < 1.0, "data.test_fraction", "in (0, 1)")
-        size, resize, crops = data.image_size, data.resize, data.augment == "rotation_crop_flip"
+        size, resize, crops = data.image_size, data.resize, data.crops
         least = 8 if size == OWN else size  # the backbone's own is filled in, and looked at, later
         self._require(least is None or 8 <= least <= 4096, "data.image_size", "8 .. 4096, or own")
         if resize is not None:
@@ -291,7 +325,7 @@ class Recipe:
             self._require(
                 resize == size or crops,
                 "data.resize",
-                "used with --data.augment rotation_crop_flip, which crops to image_size",
+                "used with --data.augment rotation_crop_flip or resized_crop_flip, which crop to image_size",
             )
         self._require(not crops or size is not None, "data.augment", "used with --data.image-size")
 
@@ -317,6 +351,9 @@ class Recipe:
         self._require(0.0 <= decay < _LARGEST, "optimizer.weight_decay", "at least 0")
         self._require(optimizer.decay_epochs >= 1, "optimizer.decay_epochs", "at least 1")
         self._require(0.0 <= optimizer.warmup_fraction < 1.0, "optimizer.warmup_fraction", "in [0, 1)")
+        whole = 0.0 <= optimizer.warmup_epochs < self.epochs
+        self._require(whole, "optimizer.warmup_epochs", "at least 0 and fewer than epochs")
+        self._require(0.0 < optimizer.backbone_rate < _LARGEST, "optimizer.backbone_rate", "above 0")
         steered = optimizer.steering == "best_on_test"
         self._require(not steered or self.protocol == "paper", "optimizer.steering", "none unless --protocol paper")
 

@@ -59,7 +59,11 @@ def _describe(
     names = config["class_names"]
     return {
         "class_names": names,
-        "input": {"shape": ["N", *config["input_shape"]], "dtype": config["input_dtype"]},
+        "input": {
+            "shape": ["N", *config["input_shape"]],
+            "dtype": config["input_dtype"],
+            **({"fit": recipe.data.fit} if recipe.data.fit != "squash" else {}),
+        },
         "output": {"shape": ["N", len(names)], "dtype": "float32", "holds": "probabilities"},
         "recipe": recipe.card.name,
         "backbone": recipe.model.backbone,

@@ -100,7 +100,11 @@ class StreamedExamples:
 
     first_chunk = 1
 
-    def __init__(self, programs: Programs, split: Split, side: int, batch_size: int, workers: int) -> None:
+    def __init__(
+        self, programs: Programs, split: Split, side: int, batch_size: int, workers: int, moves: bool = False
+    ) -> None:
+        """With `moves` the images are `placed` anew in every epoch."""
+        self._moves = moves
         self.count = len(split)
         self.waited = 0.0
         self._programs, self._split = programs, split
@@ -123,7 +127,7 @@ class StreamedExamples:
                     contextlib.closing(
                         process_local_batches(
                             self._programs.mesh,
-                            self._split,
+                            self._split.placed(seed, seed_states.epoch) if self._moves else self._split,
                             order[:used],
                             self._shape,
                             self._batch_size,
@@ -132,7 +136,7 @@ class StreamedExamples:
                         )
                     )
                 )
-                for order in seed_states.orders()
+                for seed, order in zip(seed_states.seeds, seed_states.orders(), strict=True)
             ]
 
             def advance(first: int, steps: int) -> None:

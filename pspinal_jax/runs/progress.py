@@ -97,8 +97,24 @@ class TrainingProgress:
 
     def finished(self, recipe: Recipe, stages: list[TrainingStage]) -> list[tuple[str, int]]:
         """(stage, epoch) of every finished epoch, in order."""
-        counts = [recipe.epochs] * self.stage + [self.epoch]
+        # Early stopping may end a stage before recipe.epochs.
+        before = (self.lines - self.epoch) // self.stage if self.stage else 0
+        counts = [before] * self.stage + [self.epoch]
         return [(stage.name, epoch + 1) for stage, count in zip(stages, counts, strict=False) for epoch in range(count)]
+
+    def out_of_patience(self, recipe: Recipe, epochs: int) -> list[bool]:
+        """Of every seed, whether `epochs` epochs of the stage leave its best one too far behind; see `Recipe.patience`.
+
+        From then on it selects nothing more, so that its result does not depend on the seeds that it runs with.
+        """
+        if not recipe.patience or self.selected_epoch:
+            return [False] * recipe.num_seeds
+        best = self.best_epoch or [0] * recipe.num_seeds
+        return [epochs - epoch >= recipe.patience for epoch in best]
+
+    def stage_finished(self, recipe: Recipe) -> bool:
+        """Whether the stage under way has no epoch left."""
+        return self.epoch >= self.stage_epochs(recipe) or all(self.out_of_patience(recipe, self.epoch))
 
     def stage_epochs(self, recipe: Recipe) -> int:
         """Epochs of the stage under way: as many as the recipe says or, to retrain, as any seed selected."""

@@ -13,6 +13,7 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features
 from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.recipes.augment import AugmentConfig
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 from pspinal_jax.runs import manifest
 from pspinal_jax.runs.directory import RunDirectory, writing
@@ -35,6 +36,7 @@ def load_recipe_of(config: dict[str, Any]) -> Recipe:
         data=data_config(settings["data"], config["data_location"]),
         model=ModelConfig(**settings["model"]),
         optimizer=OptimizerConfig(**settings["optimizer"]),
+        augment=AugmentConfig(**settings.get("augment", {})),
         **fields,
     )
 
@@ -49,7 +51,7 @@ def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfi
     return DataConfig(**data)
 
 
-_NESTED = ("card", "data", "model", "optimizer", "mesh")
+_NESTED = ("card", "data", "model", "optimizer", "augment", "mesh")
 
 
 def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -52,6 +52,9 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         result["selected_epoch"] = selected
     lines = trainer.directory.metrics()
     trees = trainer.seed_states.trees()
+    if recipe.patience:
+        stopped = progress.lines - progress.epoch if progress.selected_epoch else progress.epoch
+        result["early_stopping"] = {"patience": recipe.patience, "epochs": stopped}
     return result | {
         "test_loss": summary((sums["loss"] / test.count).tolist()),
         **_by_class(test.labels, sums["predictions"], trainer.directory.config()["class_names"]),

@@ -132,9 +132,15 @@ class Trainer:
     def _run_stage(self) -> None:
         stage, progress, recipe = self.stage, self.progress, self.setup.recipe
         epochs = progress.stage_epochs(recipe)
-        if progress.epoch >= epochs:
+        if progress.stage_finished(recipe):
             return
-        order = make_order(stage.subset, self.setup.examples.count, self.setup.programs.vectorized, recipe.data.shuffle)
+        order = make_order(
+            stage.subset,
+            self.setup.examples.count,
+            self.setup.programs.vectorized,
+            recipe.data.shuffle,
+            self.setup.labels if recipe.sampler == "balanced" else None,
+        )
         self._plan_epoch(order)
         self._warm_up()
         done = progress.epoch * stage.steps_per_epoch + progress.step
@@ -142,7 +148,7 @@ class Trainer:
             while True:
                 self._run_epoch(bar)
                 self._finish_epoch(epochs, bar)
-                if progress.epoch >= epochs:
+                if progress.stage_finished(recipe):
                     return
                 if self._synchronize() or progress.epoch == 1:
                     self._save()
@@ -246,7 +252,8 @@ class Trainer:
         best_epoch = np.asarray(progress.best_epoch or [0] * count)
         if accuracy is not None:
             progress.last_accuracy = accuracy
-            improved = np.asarray(accuracy) > before
+            over = progress.out_of_patience(self.setup.recipe, progress.epoch - 1)
+            improved = (np.asarray(accuracy) > before) & ~np.asarray(over)
             self._steer(improved)
             progress.best_accuracy = np.where(improved, accuracy, before).tolist()
         elif progress.selected_epoch:

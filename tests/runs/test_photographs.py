@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from drawn_pictures import TINY
+from PIL import Image
 from safetensors.numpy import save_file
 
 from pspinal_jax.__main__ import main
@@ -93,8 +94,20 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path, monkeypatch):
-    flags = ["--num-seeds", "2", "--checkpoint-seconds", "0", "--model.backbone", "none"]
+EVERY_OPTION = (
+    "--data.augment resized_crop_flip --augment.color-jitter 0.3 --augment.mixup 0.2 --augment.cutmix 1 "
+    "--data.fit crop --sampler balanced --gradient-clip 1 --ema-decay 0.9 --micro-batches 2 --patience 2"
+)
+
+
+@pytest.mark.parametrize("more", ["", EVERY_OPTION], ids=["plain", "every option"])
+def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path, monkeypatch, more):
+    flags = ["--num-seeds", "2", "--checkpoint-seconds", "0", "--model.backbone", "none", *more.split()]
+    if more:  # of which --data.fit crop takes another part each epoch
+        squares, pictures = sorted(pictures.glob("*/*.jpg")), tmp_path / "wide"
+        for path in squares:
+            (pictures / path.parent.name).mkdir(parents=True, exist_ok=True)
+            Image.open(path).resize((60, 40)).save(pictures / path.parent.name / path.name)
     whole = run(pictures, tmp_path / "whole", *flags)
     monkeypatch.setattr(trainer_module, "CHUNK_SECONDS", 0.0)
     advance, taken = trainer_module.Trainer._chunk_steps, [0]
