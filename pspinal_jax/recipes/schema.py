@@ -1,21 +1,16 @@
 """What a recipe is made of: frozen dataclasses, whose fields are the command line's flags."""
 
 import dataclasses
-import operator
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
-from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes.augment import AugmentConfig
+from pspinal_jax.recipes.ranges import OWN, check_ranges
 
 try:
     from tyro.conf import Suppress
 except ImportError:  # recipes can be used, and benchmarks run, where the command line's parser is not installed
     Suppress = None  # type: ignore[misc]
-
-_LARGEST = 3.4e38  # of float32, in which all is computed
-OWN: Final = "own"
-"""An image size that is the backbone's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,101 +264,4 @@ class Recipe:
     """How the run is spread over devices."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "num_seeds", "micro_batches", "rounds"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        self._require(0 <= self.seed < 2**31, "seed", "0 .. 2**31 - 1")
-        self._require(0.0 <= self.label_smoothing < 1.0, "label_smoothing", "in [0, 1)")
-        self._require(self.feature_views >= 0, "feature_views", "at least 0")
-        self._require(0.0 <= self.gradient_clip < _LARGEST, "gradient_clip", "at least 0")
-        self._require(0.0 <= self.ema_decay < 1.0, "ema_decay", "in [0, 1)")
-        self._require(self.batch_size % self.micro_batches == 0, "micro_batches", "a divisor of batch_size")
-        self._check_data(self.data)
-        self._check_model(self.model)
-        self._check_optimizer(self.optimizer)
-        self._check_mesh(self.mesh)
-        images, paper = self.data.image_size is not None, self.protocol == "paper"
-        self._require(
-            self.seed_mode in ("auto", "loop") or not images,
-            "seed_mode",
-            "loop or auto for image files, which every seed reads in its own order",
-        )
-        self._require(
-            not self.cache_features or (self.freeze == "backbone" and images),
-            "cache_features",
-            "used with --freeze backbone, on image files",
-        )
-        self._require(self.feature_views == 0 or self.cache_features, "feature_views", "used with cache_features")
-        self._require(self.rounds == 1 or paper, "rounds", "1 unless --protocol paper")
-        self._require(self.ema_decay == 0.0 or not paper, "ema_decay", "0 with --protocol paper")
-        evens = self.sampler == "balanced"
-        self._require(self.class_weights == "none" or not evens, "class_weights", "none with --sampler balanced")
-        self._require(self.data.shuffle or not evens, "sampler", "none without --data.shuffle")
-        self._require(self.patience >= 0, "patience", "at least 0")
-        self._require(not self.patience or not paper, "patience", "0 with --protocol paper")
-        self._require(not self.retrain or not paper, "retrain", "False with --protocol paper")
-
-    def _require(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise UsageError(f"{name} is {operator.attrgetter(name)(self)}, expected {expected}")
-
-    def _check_data(self, data: DataConfig) -> None:
-        mean, std = (
-            each if isinstance(each, tuple) else () if each is None else (each,) for each in (data.mean, data.std)
-        )
-        self._require(all(abs(each) < _LARGEST for each in mean), "data.mean", "numbers within float32's range")
-        self._require(all(1 / _LARGEST < each < _LARGEST for each in std), "data.std", "above 0")
-        self._require(data.num_classes is None or data.num_classes >= 2, "data.num_classes", "at least 2")
-        self._require(data.num_validation >= 0, "data.num_validation", "at least 0")
-        self._require(data.split_seed >= 0, "data.split_seed", "at least 0")
-        self._require(0.0 <= data.validation_fraction < 1.0, "data.validation_fraction", "in [0, 1)")
-        self._require(0.0 < data.test_fraction < 1.0, "data.test_fraction", "in (0, 1)")
-        size, resize, crops = data.image_size, data.resize, data.crops
-        least = 8 if size == OWN else size  # the backbone's own is filled in, and looked at, later
-        self._require(least is None or 8 <= least <= 4096, "data.image_size", "8 .. 4096, or own")
-        if resize is not None:
-            self._require(least is not None and least <= resize <= 8192, "data.resize", "image_size .. 8192")
-            self._require(
-                resize == size or crops,
-                "data.resize",
-                "used with --data.augment rotation_crop_flip or resized_crop_flip, which crop to image_size",
-            )
-        self._require(not crops or size is not None, "data.augment", "used with --data.image-size")
-
-    def _check_model(self, model: ModelConfig) -> None:
-        alone = self.batch_norm == "global" and self.batch_size == self.micro_batches  # run_mesh sees to per_device
-        self._require(model.norm != "batch" or not alone, "batch_size", "2 or more a micro-batch for batch norm")
-        for name in ("layer_width", "num_layers"):
-            self._require(getattr(model, name) >= 1, f"model.{name}", "at least 1")
-        for name in ("dropout_rate", "layer_dropout_rate"):
-            self._require(0.0 <= getattr(model, name) < 1.0, f"model.{name}", "in [0, 1)")
-        self._require(self.freeze == "none" or model.backbone != "none", "freeze", "none where there is no backbone")
-        self._require((model.weights or "").lower() != "none", "model.weights", "None, written so, for random numbers")
-        published = model.backbone not in ("none", "vgg5")
-        self._require(
-            model.weights is None or published, "model.weights", "used with a ResNet or EfficientNet backbone"
-        )
-
-    def _check_optimizer(self, optimizer: OptimizerConfig) -> None:
-        rate = optimizer.learning_rate
-        self._require(0 < rate < _LARGEST, "optimizer.learning_rate", "above 0")
-        self._require(0.0 <= optimizer.momentum < 1.0, "optimizer.momentum", "in [0, 1)")
-        decay = optimizer.weight_decay
-        self._require(0.0 <= decay < _LARGEST, "optimizer.weight_decay", "at least 0")
-        self._require(optimizer.decay_epochs >= 1, "optimizer.decay_epochs", "at least 1")
-        self._require(0.0 <= optimizer.warmup_fraction < 1.0, "optimizer.warmup_fraction", "in [0, 1)")
-        whole = 0.0 <= optimizer.warmup_epochs < self.epochs
-        self._require(whole, "optimizer.warmup_epochs", "at least 0 and fewer than epochs")
-        self._require(0.0 < optimizer.backbone_rate < _LARGEST, "optimizer.backbone_rate", "above 0")
-        steered = optimizer.steering == "best_on_test"
-        self._require(not steered or self.protocol == "paper", "optimizer.steering", "none unless --protocol paper")
-
-    def _check_mesh(self, mesh: MeshConfig) -> None:
-        self._require(mesh.data == -1 or mesh.data >= 1, "mesh.data", "at least 1, or -1")
-        for name in ("fsdp", "model"):
-            length = getattr(mesh, name)
-            self._require(length >= 1, f"mesh.{name}", "at least 1")
-            self._require(
-                length == 1 or self.batch_norm == "global",
-                f"mesh.{name}",
-                "1 with --batch-norm per_device, whose devices hold all parameters",
-            )
+        check_ranges(self)

@@ -106,7 +106,9 @@ def can_use_processes(recipe: Recipe, options: RunOptions) -> bool:
     """Whether processes could train the seeds of `recipe`: small models on arrays, on the CPU of one machine."""
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
     small = recipe.model.backbone == "none" and recipe.data.image_size is None
-    return alone and small and recipe.num_seeds > 1 and options.init_from is None
+    # With patience all seeds train until the last of them has lost it.
+    apart = recipe.patience == 0 and options.init_from is None
+    return alone and small and apart and recipe.num_seeds > 1
 
 
 def train_in_processes(

@@ -132,7 +132,7 @@ def _check_seed_mode(recipe: Recipe, options: RunOptions) -> None:
     if recipe.seed_mode == "processes" and recipe.num_seeds > 1 and not can_use_processes(recipe, options):
         raise UsageError(
             "seed_mode is processes, expected auto, loop or vmap: processes train heads on arrays, on the CPU as one "
-            "device, without --init-from"
+            "device, without --init-from and --patience"
         )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 NAME = "pspinal_jax"
-MOST_FILES, MOST_LINES, LONGEST_FUNCTION = 175, 350, 60
+MOST_FILES, MOST_LINES, LONGEST_FUNCTION = 190, 350, 60
 OLD_WORDS = re.compile(
     r"\b(lanes|Lanes|batch_shares|read_share|verdicts?|Verdicts?|rehearse|in_form|running_form|from_primary)\b"
 )
