@@ -4,7 +4,8 @@ import dataclasses
 
 from pspinal_jax.backbones.preprocessing import own_preprocessing
 from pspinal_jax.errors import UsageError
-from pspinal_jax.recipes.schema import OWN, Recipe
+from pspinal_jax.recipes.ranges import OWN
+from pspinal_jax.recipes.schema import Recipe
 
 Number = float | tuple[float, float, float]
 

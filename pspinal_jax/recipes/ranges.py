@@ -13,7 +13,7 @@ _LARGEST = 3.4e38  # of float32, in which all is computed
 def check_ranges(recipe: Any) -> None:
     """Raise UsageError, naming the first field of the `Recipe` that is out of range or does not go with the others."""
     for name in ("epochs", "batch_size", "eval_batch_size", "num_seeds", "micro_batches", "rounds"):
-        _require(recipe, getattr(self, name) >= 1, name, "at least 1")
+        _require(recipe, getattr(recipe, name) >= 1, name, "at least 1")
     _require(recipe, 0 <= recipe.seed < 2**31, "seed", "0 .. 2**31 - 1")
     _require(recipe, 0.0 <= recipe.label_smoothing < 1.0, "label_smoothing", "in [0, 1)")
     _require(recipe, recipe.feature_views >= 0, "feature_views", "at least 0")
