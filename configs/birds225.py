@@ -9,9 +9,7 @@ recipe = Recipe(
     card=Card(name="birds225", row="Bird-225", model="Wide-ResNet-101-2 and head", published_accuracy=99.55),
     data=DataConfig(
         name="birds225",
-        mean=(0.507, 0.487, 0.441),
-        std=(0.267, 0.256, 0.276),
-        image_size=224,
+        image_size="own",
         augment="rotation_crop_flip",
     ),
     model=ModelConfig(backbone="wide_resnet101_2", weights="pretrained", layer_width=1024, dropout_rate=0.2),

@@ -9,9 +9,7 @@ recipe = Recipe(
     card=Card(name="stl10", row="STL-10", model="Wide-ResNet-101-2 and head", published_accuracy=98.18),
     data=DataConfig(
         name="stl10",
-        mean=(0.507, 0.487, 0.441),
-        std=(0.267, 0.256, 0.276),
-        image_size=224,
+        image_size="own",
         validation_fraction=0.1,
         augment="rotation_crop_flip",
     ),

@@ -21,13 +21,15 @@ SECONDS_TO_END = 20
 COMMANDS = {
     "prepare": "download a data set, or take its raw files, and make it ready to train on",
     "train": "train a recipe, or go on with an unfinished run of it",
-    "evaluate": "evaluate a run: accuracy, accuracy by class, confusion matrix",
-    "predict": "classify images with a run or an export",
+    "evaluate": "evaluate a run or an export: scores, classes, confusions, the surest mistakes",
+    "report": "write a page about one or several runs",
+    "predict": "classify images, or folders of them, with a run or an export",
     "export": "write a run's classifier as one file that JAX alone runs",
     "extract-features": "write a backbone's features of images as an .npz file",
     "compare": "which head for this data: equal tuning, several seeds, intervals",
     "recipes": "list the recipes",
     "benchmark": "time a training step beside its peers",
+    "doctor": "tell what is installed, what computes and where files lie",
     "gradients": "measure the gradients that reach the features and each layer, by depth",
 }
 

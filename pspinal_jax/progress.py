@@ -49,7 +49,14 @@ def warn(line: str) -> None:
 
 
 def progress_bar(
-    total: int | None, description: str, unit: str, shown: bool, *, initial: int = 0, unit_scale: bool = True
+    total: int | None,
+    description: str,
+    unit: str,
+    shown: bool,
+    *,
+    initial: int = 0,
+    unit_scale: bool = True,
+    delay: float = 0.0,
 ) -> Any:
     """A tqdm bar, to be used in a `with`.
 
@@ -60,6 +67,7 @@ def progress_bar(
       shown: False for a bar that prints nothing.
       initial: how much is done already.
       unit_scale: whether to write 1.2k for 1200.
+      delay: seconds after which it appears, if it is still needed then.
     """
     from tqdm import tqdm  # not needed by who only measures
 
@@ -74,6 +82,7 @@ def progress_bar(
         dynamic_ncols=True,
         mininterval=0.1 if stream.isatty() else _SECONDS_BETWEEN_LINES,
         disable=not shown,
+        delay=delay,
     )
 
 

@@ -3,28 +3,42 @@
 What torchvision does to one Pillow image at a time, with the same pixels: RandomPerspective (bilinear, fill 0), then
 RandomRotation (nearest, fill 0, about the centre). Random numbers and warps are apart: `draw_perspective` and
 `draw_angles` are functions of a key alone, `warp_perspective` and `rotate` of their parameters alone. Colour images
-are rotated, cropped and flipped: `rotate_crop_flip`.
+are rotated, cropped and flipped: `rotate_crop_flip`. Beside the paper's augmentation: `resized_crop_flip`,
+`color_jitter`, and `mix` (mixup and cutmix).
 """
 
+from pspinal_jax.augment.color import adjust_color, color_jitter, draw_color
 from pspinal_jax.augment.crop import CropAugmentation, View, apply_view, draw_view, rotate_crop_flip
 from pspinal_jax.augment.draws import draw_angles, draw_perspective
+from pspinal_jax.augment.mixing import Mixed, mix
 from pspinal_jax.augment.perspective import perspective_coefficients, warp_perspective
 from pspinal_jax.augment.pipeline import Augmentation, Warp, apply_warp, augment, draw_warp
+from pspinal_jax.augment.resized_crop import Boxes, ResizedCrop, apply_boxes, draw_boxes, resized_crop_flip
 from pspinal_jax.augment.rotation import rotate
 
 __all__ = [
     "Augmentation",
+    "Boxes",
     "CropAugmentation",
+    "Mixed",
+    "ResizedCrop",
     "View",
     "Warp",
+    "adjust_color",
+    "apply_boxes",
     "apply_view",
     "apply_warp",
     "augment",
+    "color_jitter",
     "draw_angles",
+    "draw_boxes",
+    "draw_color",
     "draw_perspective",
     "draw_view",
     "draw_warp",
+    "mix",
     "perspective_coefficients",
+    "resized_crop_flip",
     "rotate",
     "rotate_crop_flip",
     "warp_perspective",

@@ -55,7 +55,7 @@ def torch_head(name: HeadName, layer_width: int, rate: float) -> Any:
             self.dropout = nn.Dropout(rate)
 
         def forward(self, features: Any) -> Any:
-            halves, outputs = features.split(NUM_FEATURES // 2, 1), []
+            halves, outputs = features.split(NUM_FEATURES // 2, 1), list[Any]()
             for index, layer in enumerate(self.layers):
                 inputs = torch.cat([halves[index % 2], *outputs[-1:]], 1)
                 outputs.append(torch.relu(layer(self.dropout(inputs))))

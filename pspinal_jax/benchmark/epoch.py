@@ -8,6 +8,7 @@ import numpy as np
 
 from pspinal_jax.benchmark.step import NUM_EXAMPLES, JaxStep, check_equal, torch_step
 from pspinal_jax.benchmark.timing import Work
+from pspinal_jax.models.preprocessing import normalisation
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.programs import make_order
@@ -79,7 +80,7 @@ def _published_shape(recipe: Recipe, data: tuple[np.ndarray, np.ndarray], params
     from pspinal_jax.benchmark.torch_twins import ImageExamples, torch_device
 
     images, labels = data
-    examples = ImageExamples(images[..., 0], labels, recipe.data.mean, recipe.data.std)
+    examples = ImageExamples(images[..., 0], labels, *normalisation(recipe))
     loader = torch.utils.data.DataLoader(examples, recipe.batch_size, shuffle=True, drop_last=True)
     _, model = torch_step(recipe, data, params, compiled=False)
     optimizer = torch.optim.SGD(model.parameters(), recipe.optimizer.learning_rate, recipe.optimizer.momentum)

@@ -13,6 +13,7 @@ from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import RunError
 from pspinal_jax.models.build import build_model
+from pspinal_jax.models.preprocessing import normalisation
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.programs import build_run_programs
 
@@ -27,7 +28,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 def fake_images(recipe: Recipe, seed: int = 0) -> Batch:
     """A batch of the recipe's size, images uint8 [B, H, W, 3] and labels: a step's time does not depend on them."""
-    rng, side = np.random.default_rng(seed), recipe.data.image_size or 0
+    rng, side = np.random.default_rng(seed), recipe.data.side
     images = rng.integers(0, 256, (recipe.batch_size, side, side, 3), np.uint8)
     return images, rng.integers(0, NUM_CLASSES, recipe.batch_size, np.int32)
 
@@ -37,7 +38,7 @@ def image_step_flops(recipe: Recipe) -> int:
 
     The images' own gradient, which nobody computes, is 1 % of that and counted.
     """
-    side = recipe.data.image_size or 0
+    side = recipe.data.side
     model = build_model(recipe, (side, side, 3), NUM_CLASSES)
     images = jax.ShapeDtypeStruct((recipe.batch_size, side, side, 3), np.uint8)
     variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
@@ -179,9 +180,7 @@ def _torch_step(recipe: Recipe, batch: Batch, variables: dict[str, Any], compile
         model.parameters(), recipe.optimizer.learning_rate, recipe.optimizer.momentum, fused=True
     )
 
-    step = make_step(
-        computing_in(recipe.dtype, model), optimizer, images, labels, recipe.data.mean, recipe.data.std, compiled
-    )
+    step = make_step(computing_in(recipe.dtype, model), optimizer, images, labels, *normalisation(recipe), compiled)
     return partial(step, torch.arange(len(labels), device=device))
 
 

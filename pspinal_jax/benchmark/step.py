@@ -12,6 +12,7 @@ from pspinal_jax.benchmark.head import Shape
 from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.errors import RunError
 from pspinal_jax.models.build import build_model
+from pspinal_jax.models.preprocessing import normalisation, with_own_preprocessing
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.programs import build_run_programs
@@ -26,7 +27,7 @@ _TOLERANCE = 1e-3
 
 def benchmark_recipe(name: str, batch_size: int | None = None, dtype: str = "float32") -> Recipe:
     """The recipe `name` without augmentation, which is measured by itself."""
-    recipe = load_recipe(name)
+    recipe = with_own_preprocessing(load_recipe(name))
     return dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, augment="none"),
@@ -165,7 +166,7 @@ def torch_step(
     labels = torch.from_numpy(data[1].astype(np.int64)).to(device)
     optimizer = _torch_optimizer(recipe, model)
     forward = computing_in(recipe.dtype, model)
-    return make_step(forward, optimizer, images, labels, recipe.data.mean, recipe.data.std, compiled), model
+    return make_step(forward, optimizer, images, labels, *normalisation(recipe), compiled), model
 
 
 def _torch_optimizer(recipe: Recipe, model: Any) -> Any:

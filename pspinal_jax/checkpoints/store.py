@@ -67,6 +67,11 @@ class CheckpointStore:
             if kind is None:
                 raise self._cannot_write(error) from error
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been saved."""
+        return not self._manager.all_steps()
+
     def due(self, seconds: float) -> bool:
         """Whether `seconds` have passed since the last save, and enough more to keep saving below 5 % of the time."""
         return time.monotonic() - self._last_time >= max(seconds, 20 * (self._last_cost or 0.0))
@@ -122,7 +127,7 @@ class CheckpointStore:
 
     def restore(self, abstract: Callable[[dict[str, Any]], Trees]) -> tuple[Trees, dict[str, Any]] | None:
         """The newest whole checkpoint, see `read_newest`; damaged newer ones are deleted. None if there are none."""
-        if not self._manager.all_steps():
+        if self.empty:
             return None
         step, trees, progress = _newest(self._manager, abstract)
         for newer in [other for other in self._manager.all_steps() if other > step]:

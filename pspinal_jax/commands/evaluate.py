@@ -1,4 +1,4 @@
-"""`pspinal-jax evaluate RUN_DIR`: accuracy by class and confusion matrix of a run's selected parameters."""
+"""`pspinal-jax evaluate RUN_OR_EXPORT`: what a run's selected parameters, or an export, do on the test split."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,11 +16,16 @@ class EvaluateArguments:
     """Arguments of `evaluate`."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a `train`."""
+    """Run directory of a `train`, or the directory of an `export`."""
     seed_index: int | None = None
     """Which of the run's seeds, from 0; by default the best on validation."""
     data_path: Annotated[Path | None, tyro.conf.arg(name="data.path")] = None
-    """Evaluate on this data set's test split in place of the run's own."""
+    """Evaluate on this data set's test split in place of the run's own; an export needs it."""
+    predictions: Path | None = None
+    """Also write each example's prediction to this .csv file."""
+    output: Path | None = None
+    """Folder for evaluation.json, classes.csv, confusion.png and mistakes.png; by default the run directory. Of an
+    export nothing is written without it."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -29,17 +34,26 @@ def main(args: Sequence[str]) -> int:
         EvaluateArguments,
         args,
         prog="pspinal-jax evaluate",
-        description="Evaluate the selected parameters of a run on the test split.",
+        description="Evaluate the selected parameters of a run, or an export, on the test split.",
     )
-    from pspinal_jax.runs.run import load_run
+    from pspinal_jax.runs.classification_report import describe_report
+    from pspinal_jax.runs.evaluate import evaluate
 
-    report = load_run(parsed.run_dir, parsed.seed_index).evaluate(parsed.data_path)
-    if not report["trained_on_it"]:
+    report = evaluate(
+        parsed.run_dir,
+        parsed.seed_index,
+        parsed.data_path,
+        predictions=parsed.predictions,
+        output=parsed.output,
+        show_progress=True,
+    )
+    if report["trained_on_it"] is None:
+        print(printable(f"on {report['data']}; the export does not say what it was trained on"))
+    elif not report["trained_on_it"]:
         print(printable(f"on other data than the run was trained on: {report['data']}"))
-    print(f"test accuracy {100 * report['accuracy']:.2f} % ({report['correct']} of {report['examples']})")
-    for name, accuracy in report["class_accuracy"].items():
-        shown = "no examples" if accuracy is None else f"{100 * accuracy:.2f} %"
-        print(f"  {printable(name)}: {shown}")
+    print("\n".join(describe_report(report)))
     if report["files"]:
-        print(printable(f"written to {parsed.run_dir}: {', '.join(report['files'])}"))
+        print(printable(f"written to {parsed.output or parsed.run_dir}: {', '.join(report['files'])}"))
+    if parsed.predictions is not None:
+        print(printable(f"each prediction in {parsed.predictions}"))
     return 0

@@ -1,8 +1,11 @@
-"""`pspinal-jax predict RUN_DIR IMAGE...`, `predict --artifact DIR IMAGE...`: class and probability of images."""
+"""`pspinal-jax predict RUN_OR_EXPORT IMAGES...`: classes and probabilities of images, folders or a list of them."""
 
+import csv
 import dataclasses
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,10 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from pspinal_jax.commands.parse import parse
-from pspinal_jax.errors import UsageError, printable
+from pspinal_jax.errors import RunError, UsageError, printable
+from pspinal_jax.files import atomic_file
+from pspinal_jax.progress import say
 
 if TYPE_CHECKING:
     from pspinal_jax.runs.predict import Prediction
+
+STANDARD_INPUT = "-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +30,14 @@ class PredictArguments:
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run directory of a `train`, or the directory of an `export`; with --artifact the first image."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    """Image files; folders, in which all images are taken, those in folders below included; - for a list on standard
+    input, a file or folder a line."""
     artifact: Path | None = None
     """Classify with this export, the directory that `export` wrote, in place of a run."""
     top: int = 1
     """How many classes to name for each image."""
+    csv: Path | None = None
+    """Write a line an image to this file, in place of the table."""
     json: bool = False
     """Print JSON in place of a table."""
     seed_index: int | None = None
@@ -35,28 +45,39 @@ class PredictArguments:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command with its arguments; returns the exit status: 1 if an image could not be read."""
+    """Run the command with its arguments; returns the exit status: 1 if no image could be read."""
     parsed = parse(
         PredictArguments,
         args,
         prog="pspinal-jax predict",
         description="Classify images with the selected parameters of a run, or with an export.",
     )
-    source, images = _source_and_images(parsed)
-    from pspinal_jax.runs.predict import predict
+    source, given = _source_and_images(parsed)
+    if parsed.csv is not None and not parsed.csv.absolute().parent.is_dir():
+        raise UsageError(f"--csv is {parsed.csv}, but {parsed.csv.parent} is no folder")
+    from pspinal_jax.runs.predict import find_images, predict
 
-    predictions = predict(source, images, parsed.top, parsed.seed_index)
+    images = find_images(given)
+    start = time.perf_counter()
+    predictions = predict(source, images, parsed.top, parsed.seed_index, show_progress=True)
+    seconds = time.perf_counter() - start
+    good = [prediction for prediction in predictions if prediction.error is None]
+    if parsed.csv is not None:
+        _write_csv(parsed.csv, predictions, parsed.top)
     if parsed.json:
         print(json.dumps([_as_json(prediction) for prediction in predictions], indent=2))
-    else:
-        _print_table([prediction for prediction in predictions if prediction.error is None])
-    failed = [prediction for prediction in predictions if prediction.error is not None]
-    for prediction in failed:
-        print(printable(f"error: {prediction.path}: {prediction.error}"), file=sys.stderr)
-    return 1 if failed else 0
+    elif parsed.csv is None:
+        _print_table(good)
+    where = f", written to {printable(parsed.csv)}" if parsed.csv is not None else ""
+    if len(images) > 1 or where:
+        say(
+            f"{len(good)} of {len(images)} images classified in {seconds:.1f} s, loading and compiling included "
+            f"({len(images) / seconds:.1f} images/s){where}"
+        )
+    return _name_failed(predictions, len(good))
 
 
-def _source_and_images(parsed: PredictArguments) -> tuple[Path, tuple[Path, ...]]:
+def _source_and_images(parsed: PredictArguments) -> tuple[Path, list[Path]]:
     """The directory to classify with, and the images.
 
     Raises:
@@ -66,13 +87,60 @@ def _source_and_images(parsed: PredictArguments) -> tuple[Path, tuple[Path, ...]
     if parsed.artifact is None:
         if not parsed.images:
             raise UsageError("predict takes a run directory, or --artifact DIR, and at least one image")
-        return parsed.run_dir, parsed.images
-    if parsed.run_dir.is_dir():
-        raise UsageError(f"{parsed.run_dir} is a directory; with --artifact, predict takes images only")
+        return parsed.run_dir, _listed(parsed.images)
+    images = (parsed.run_dir, *parsed.images)
+    if (parsed.run_dir / "config.json").is_file():
+        raise UsageError(f"{parsed.run_dir} is a run directory; with --artifact, predict takes images only")
     from pspinal_jax.export.directory import require_export
 
     require_export(parsed.artifact)
-    return parsed.artifact, (parsed.run_dir, *parsed.images)
+    return parsed.artifact, _listed(images)
+
+
+def _listed(images: Sequence[Path]) -> list[Path]:
+    """`images` with what standard input lists in place of '-'."""
+    found: list[Path] = []
+    for image in images:
+        if str(image) != STANDARD_INPUT:
+            found.append(image)
+            continue
+        content = getattr(sys.stdin, "buffer", sys.stdin).read() if sys.stdin is not None else b""
+        lines = (os.fsencode(content) if isinstance(content, str) else content).splitlines()
+        found += [Path(os.fsdecode(line)) for line in lines if line.strip()]
+        if not found:
+            raise UsageError("standard input lists no image; give a file or a folder a line")
+    return found
+
+
+def _name_failed(predictions: Sequence["Prediction"], good: int) -> int:
+    """Name what could not be read; returns the exit status."""
+    failed = [prediction for prediction in predictions if prediction.error is not None]
+    if failed and good:
+        say(f"warning: {len(failed)} of {len(predictions)} images could not be read:")
+    for prediction in failed:
+        say(printable(f"  {prediction.path}: {prediction.error}"))
+    if not good:
+        say(f"error: {'the image' if len(failed) == 1 else f'none of the {len(failed)} images'} could be read")
+    return 0 if good else 1
+
+
+def _write_csv(path: Path, predictions: Sequence["Prediction"], top: int) -> None:
+    """A line an image, in their order; of what could not be read the error alone."""
+    ranks = range(1, top + 1)
+    columns = ["image", *(f"{what}_{rank}" if top > 1 else what for rank in ranks for what in ("class", "probability"))]
+    try:
+        with (
+            atomic_file(path) as part,
+            part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
+            rows = csv.writer(file)
+            rows.writerow([*columns, "error"])
+            for prediction in predictions:
+                cells = [cell for name, probability in prediction.classes for cell in (name, f"{probability:.6f}")]
+                cells += [""] * (2 * top - len(cells))
+                rows.writerow([prediction.path, *cells, prediction.error or ""])
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _as_json(prediction: "Prediction") -> dict[str, object]:

@@ -115,7 +115,7 @@ def train_head(
 
     step = partial(train_step, apply, optimizer, label_smoothing=setting.label_smoothing)
     inputs = jax.ShapeDtypeStruct((2, *examples.inputs.shape[1:]), jnp.float32)
-    state = init_state(model, optimizer, inputs, (), seed)
+    state = init_state(model, optimizer, inputs, (), False, seed)
     if isinstance(head, ProgressiveSpinalHead):
         layout = training_layout(head.implementation, head.num_layers, plan.batch_size, False)
         state = convert_state(state, layout)

@@ -30,6 +30,9 @@ class Split(Protocol):
     def take(self, indices: np.ndarray) -> Self:
         """The examples at `indices`, in that order; nothing is read."""
 
+    def placed(self, *seeds: int) -> Self:
+        """These examples, each seen from a place of its own that `seeds` decide, where there is a choice."""
+
     def join(self, other: Self) -> Self:
         """These examples, then those of `other`."""
 
@@ -61,6 +64,10 @@ class ArraySplit:
     def take(self, indices: np.ndarray) -> "ArraySplit":
         """See `Split`."""
         return ArraySplit(self.inputs[indices], self.labels[indices])
+
+    def placed(self, *seeds: int) -> "ArraySplit":
+        """See `Split`; arrays leave no choice."""
+        return self
 
     def join(self, other: "ArraySplit") -> "ArraySplit":
         """See `Split`."""

@@ -33,7 +33,7 @@ def load_data(config: DataConfig) -> Dataset[Split]:
         to do.
     """
     if config.image_size is not None:
-        return _load_images(config, config.image_size)
+        return _load_images(config, config.side)
     data = _load_arrays(config)
     return _transpose(data) if config.transposed else data
 
@@ -84,7 +84,9 @@ def _load_images(config: DataConfig, image_size: int) -> Dataset[ImageSplit]:
             f"{data.source} has {data.num_classes} classes, but data.num_classes is {config.num_classes}; leave "
             "--data.num-classes out"
         )
-    return data
+    return dataclasses.replace(
+        data, splits={name: dataclasses.replace(split, fit=config.fit) for name, split in data.splits.items()}
+    )
 
 
 def _find_directory(config: DataConfig) -> Path:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.dropout import Rate, dropout, dropout_scale
-from pspinal_jax.layers.linear import Activation, Tree
+from pspinal_jax.layers.linear import Activation, Tree, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def apply_unrolled(
 
 def linear(inputs: jax.Array, layer: Tree) -> jax.Array:
     """Inputs [N, fan_in] times kernel [fan_in, width] plus bias, in the dtype of `inputs`."""
-    return inputs @ layer["kernel"].astype(inputs.dtype) + layer["bias"].astype(inputs.dtype)[None]
+    return product(inputs, layer["kernel"]) + layer["bias"].astype(inputs.dtype)[None]
 
 
 def batch_norm(inputs: jax.Array, affine: Tree, running: Tree, *, train: bool) -> tuple[jax.Array, Tree]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from pspinal_jax.heads.equation import HeadConfig, apply_unrolled, batch_norm, layer_name, read_layers
 from pspinal_jax.layers.dropout import dropout
-from pspinal_jax.layers.linear import Tree
+from pspinal_jax.layers.linear import Tree, product
 
 _NORM_PARAMS = {"norm_scale": "scale", "norm_bias": "bias"}
 
@@ -135,10 +135,10 @@ def apply_fused(
     if dropout_key is not None and config.layer_dropout_rate > 0.0:
         return apply_unrolled(config, unfuse_params(fused), batch_stats, features, train=train, dropout_key=dropout_key)
     width = config.layer_width
-    cast = {name: array.astype(features.dtype) for name, array in fused.items() if not name.startswith("norm")}
+    bias = fused["bias"].astype(features.dtype)
     dropped = dropout(dropout_key, config.dropout_rate, features)
-    hidden = features @ cast["first_kernel"] + cast["bias"][None, :width]
-    waiting = dropped @ cast["features_kernel"] + cast["bias"][None, width:]
+    hidden = product(features, fused["first_kernel"]) + bias[None, :width]
+    waiting = product(dropped, fused["features_kernel"]) + bias[None, width:]
     new_stats: Tree = {}
     for index in range(1, config.num_layers + 1):
         if config.batch_norm:
@@ -146,7 +146,7 @@ def apply_fused(
             affine = {"scale": fused["norm_scale"][span], "bias": fused["norm_bias"][span]}
             hidden, running = batch_norm(hidden, affine, batch_stats[name]["norm"], train=train)
             new_stats[name] = {"norm": running}
-        waiting = waiting + config.activation(hidden) @ cast[hidden_name(index)]
+        waiting = waiting + product(config.activation(hidden), fused[hidden_name(index)])
         if index < config.num_layers:
             hidden, waiting = waiting[:, :width], waiting[:, width:]
     return waiting, new_stats

@@ -34,7 +34,7 @@ from jax import lax
 from pspinal_jax.heads.equation import HeadConfig, layer_name, read_layers
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.dropout import dropout, dropout_scale
-from pspinal_jax.layers.linear import Activation, Tree, explicit_sharding, summed_as
+from pspinal_jax.layers.linear import Activation, Tree, explicit_sharding, product, summed_as
 
 PACKED_PARAMS = ("first_kernel", "features_kernel", "hidden_kernel", "output_kernel", "hidden_bias", "output_bias")
 _NORM_PARAMS = {"norm_scale": "scale", "norm_bias": "bias"}
@@ -187,7 +187,7 @@ def apply_scan(
     dropped = dropout(dropout_key, config.dropout_rate, features)
     key = dropout_key if config.layer_dropout_rate > 0.0 else None
     if key is None:
-        of_features = dropped @ cast["features_kernel"]
+        of_features = product(dropped, cast["features_kernel"])
         prefix, offsets, kernels = _shared_inputs(config, cast, features, of_features)
     else:
         prefix, offsets, kernels = _masked_inputs(config, cast, features, dropped, key)
@@ -200,10 +200,12 @@ def apply_scan(
     buffer, statistics = _hidden(static, prefix, offsets, _Layers(kernels, layer_norm, key))
 
     if key is None:
-        logits = of_features[:, split:] + buffer @ cast["output_kernel"] + cast["output_bias"][None]
+        logits = of_features[:, split:] + product(buffer, cast["output_kernel"]) + cast["output_bias"][None]
     else:
         output_kernel = jnp.concatenate([cast["features_kernel"][:, split:], cast["output_kernel"]])
-        logits = (buffer * _mask(static, key, config.num_layers, buffer)) @ output_kernel + cast["output_bias"][None]
+        logits = (
+            product(buffer * _mask(static, key, config.num_layers, buffer), output_kernel) + cast["output_bias"][None]
+        )
     if not (config.batch_norm and train):
         return logits, packed_stats
     mean, var = statistics
@@ -219,7 +221,7 @@ def _shared_inputs(
     """(prefix, offsets, kernels) of the scan where all later layers read the same u: its products are all there."""
     rows, width, later_layers = features.shape[0], config.layer_width, config.num_layers - 1
     later = of_features[:, : later_layers * width].reshape(rows, later_layers, width).transpose(1, 0, 2)
-    offsets = jnp.concatenate([(features @ cast["first_kernel"])[None], later]) + cast["hidden_bias"][:, None]
+    offsets = jnp.concatenate([product(features, cast["first_kernel"])[None], later]) + cast["hidden_bias"][:, None]
     return features[:, :0], offsets, cast["hidden_kernel"]
 
 
@@ -230,7 +232,7 @@ def _masked_inputs(
     (rows, num_features), width, later_layers = features.shape, config.layer_width, config.num_layers - 1
     whole = num_features + config.num_layers * width
     scale = dropout_scale(key, 1, config.layer_dropout_rate, (rows, whole), features.dtype)[:, :num_features]
-    first = ((features * scale) @ cast["first_kernel"])[None]
+    first = product(features * scale, cast["first_kernel"])[None]
     nothing = jnp.broadcast_to(lax.full_like(first, 0), (later_layers, rows, width))
     offsets = jnp.concatenate([first, nothing])
     of_features = cast["features_kernel"][:, : later_layers * width].reshape(num_features, later_layers, width)
@@ -270,7 +272,7 @@ def _forward(
     def step(buffer: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
         index, offset, kernel, layer_norm = layer
         inputs = buffer if layers.key is None else buffer * _mask(static, layers.key, index, buffer)
-        pre = offset + inputs @ kernel
+        pre = offset + product(inputs, kernel)
         hidden, statistics = _finish_layer(static, pre, layer_norm)
         buffer = lax.dynamic_update_slice(buffer, hidden, (0, start + index * width))
         return buffer, (pre, statistics)
@@ -314,7 +316,7 @@ def _hidden_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
         grad_hidden = lax.dynamic_slice(grad_buffer, (0, start + index * width), (rows, width))
         _, pullback = jax.vjp(lambda z, n: _finish_layer(static, z, n)[0], pre, layer_norm)
         grad_pre, grad_norm = pullback(grad_hidden)
-        grad_inputs = grad_pre @ kernel.T
+        grad_inputs = product(grad_pre, kernel.T)
         grad_kernel = None
         if layers.key is not None:
             scale = _mask(static, layers.key, index, buffer)

@@ -5,11 +5,12 @@ K x K' shifted, strided slices, each times one row of weights, it becomes one ve
 of their own for it, so there it stays a convolution: the branch is chosen where the program is lowered.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -52,23 +53,63 @@ def _forward(stride: int, inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Arr
 
 
 def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def through(form: Callable[..., jax.Array], inputs: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple:
-        return jax.vjp(partial(form, stride), inputs, kernel)[1](grad)
+    def of_grouped(inputs: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs_grad, kernel_grad = jax.vjp(partial(_grouped, stride), inputs, kernel)[1](grad)
+        return inputs_grad, kernel_grad
 
-    return lax.platform_dependent(*residuals, grad, cpu=partial(through, _shifts), default=partial(through, _grouped))
+    def of_shifts(inputs: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _inputs_grad(stride, inputs.shape, kernel, grad), _kernel_grad(stride, inputs, kernel.shape, grad)
+
+    return lax.platform_dependent(*residuals, grad, cpu=of_shifts, default=of_grouped)
 
 
 def _shifts(stride: int, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    rows, columns = kernel.shape[:2]
-    height, width = (-(-side // stride) for side in inputs.shape[1:3])
-    padded = jnp.pad(inputs, [(0, 0), *same_padding(inputs.shape[1:3], (rows, columns), stride), (0, 0)])
+    padded = jnp.pad(inputs, [(0, 0), *same_padding(inputs.shape[1:3], kernel.shape[:2], stride), (0, 0)])
+    sides = tuple(-(-side // stride) for side in inputs.shape[1:3])
     total = jnp.zeros((), inputs.dtype)
-    for row in range(rows):
-        for column in range(columns):
-            last = (row + (height - 1) * stride + 1, column + (width - 1) * stride + 1)
-            part = padded[:, row : last[0] : stride, column : last[1] : stride]
-            total = total + part * kernel[row, column, 0]
+    for (row, column), part in _parts(padded, kernel.shape[:2], stride, sides):
+        total = total + part * kernel[row, column, 0]
     return total
+
+
+def _parts(
+    padded: jax.Array, kernel: Sequence[int], stride: int, sides: Sequence[int]
+) -> Iterator[tuple[tuple[int, int], jax.Array]]:
+    """What each entry (row, column) of the kernel sees of `padded` [..., H, W, C]: [..., *sides, C]."""
+    for row, column in np.ndindex(*kernel):
+        last = (row + (sides[0] - 1) * stride + 1, column + (sides[1] - 1) * stride + 1)
+        yield (row, column), padded[..., row : last[0] : stride, column : last[1] : stride, :]
+
+
+def _inputs_grad(stride: int, shape: Sequence[int], kernel: jax.Array, grad: jax.Array) -> jax.Array:
+    """The sum of shifts again, of the gradient spread by the stride, with the kernel turned around: autodiff's sum of
+    padded maps passes over memory once more for each entry of the kernel.
+    """
+    sides, size = shape[1:3], kernel.shape[:2]
+    around = []
+    for side, k, (before, _), count in zip(
+        sides, size, same_padding(sides, size, stride), grad.shape[1:3], strict=True
+    ):
+        low = k - 1 - before
+        around.append((low, side + k - 1 - low - ((count - 1) * stride + 1), stride - 1))
+    spread = lax.pad(grad, jnp.zeros((), grad.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+    total = jnp.zeros((), grad.dtype)
+    for (row, column), part in _parts(spread, size, 1, sides):
+        total = total + part * kernel[-1 - row, -1 - column, 0]
+    return total
+
+
+def _kernel_grad(stride: int, inputs: jax.Array, kernel: Sequence[int], grad: jax.Array) -> jax.Array:
+    """Image by image, whose maps stay in the cache while each entry of the kernel sums over them."""
+    padded = jnp.pad(inputs, [(0, 0), *same_padding(inputs.shape[1:3], kernel[:2], stride), (0, 0)])
+
+    def add(total: jax.Array, image: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        image_inputs, image_grad = image
+        parts = _parts(image_inputs, kernel[:2], stride, image_grad.shape[:2])
+        return total + jnp.stack([jnp.sum(part * image_grad, (0, 1)) for _, part in parts]), None
+
+    total, _ = lax.scan(add, jnp.zeros((kernel[0] * kernel[1], kernel[3]), grad.dtype), (padded, grad))
+    return total.reshape(kernel)
 
 
 def _grouped(stride: int, inputs: jax.Array, kernel: jax.Array) -> jax.Array:

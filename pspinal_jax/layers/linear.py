@@ -6,6 +6,7 @@ The default initialisation is torch.nn.Linear's, on which the published scripts 
 
 import numbers
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -166,6 +167,65 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def product(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``inputs [N, I] @ kernel [I, O]`` in the inputs' dtype, to which the kernel is cast.
+
+    XLA's CPU compiler is slow at products whose result has 16 bits and fast at the same product in float32, so there
+    those are computed so and rounded, forward and in both gradients (reverse-mode derivatives only, then).
+    """
+    if inputs.dtype not in (jnp.bfloat16, jnp.float16):
+        return inputs @ kernel.astype(inputs.dtype)
+    return _half_product(kernel.dtype, inputs, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _half_product(kernel_dtype: Any, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _contract(1, 0, inputs, kernel.astype(inputs.dtype))
+
+
+def _half_product_fwd(
+    kernel_dtype: Any, inputs: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    kernel = kernel.astype(inputs.dtype)
+    return _contract(1, 0, inputs, kernel), (inputs, kernel)
+
+
+def _half_product_bwd(
+    kernel_dtype: Any, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    inputs, kernel = residuals
+    inputs_grad = _contract(1, 1, grad, kernel)
+    # Parameters of float32 get the sums as they are: rounded in between, they would cost two passes over memory.
+    kernel_grad = _contract(0, 0, inputs, grad, kernel_dtype, explicit_sharding(kernel))
+    return summed_as(inputs_grad, inputs), summed_as(kernel_grad, kernel)
+
+
+_half_product.defvjp(_half_product_fwd, _half_product_bwd)
+
+
+def _contract(
+    left_axis: int,
+    right_axis: int,
+    left: jax.Array,
+    right: jax.Array,
+    dtype: Any = None,
+    sharding: NamedSharding | None = None,
+) -> jax.Array:
+    """The product of two matrices of one dtype over these axes, as `dtype` (by default theirs)."""
+    dtype = dtype or left.dtype
+
+    def multiply(left: jax.Array, right: jax.Array, *, result: Any) -> jax.Array:
+        axes = (((left_axis,), (right_axis,)), ((), ()))
+        product = lax.dot_general(left, right, axes, preferred_element_type=result, out_sharding=sharding)
+        return product.astype(dtype)
+
+    def wide(left: jax.Array, right: jax.Array) -> jax.Array:
+        # Of a constant operand XLA 0.12 makes products that its CPU then has no code for.
+        return multiply(*lax.optimization_barrier((left, right)), result=jnp.float32)
+
+    return lax.platform_dependent(left, right, cpu=wide, default=partial(multiply, result=left.dtype))
 
 
 def summed_as(grad: jax.Array, primal: jax.Array) -> jax.Array:

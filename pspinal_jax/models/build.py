@@ -14,6 +14,7 @@ from pspinal_jax.errors import UsageError
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.heads.baselines import matching_width
 from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models.preprocessing import normalisation
 from pspinal_jax.recipes.schema import Recipe
 
 
@@ -26,11 +27,12 @@ def build_model(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) 
     dtype = jnp.dtype(recipe.dtype)
     backbone = _build_backbone(recipe, input_shape, dtype)
     head = _build_head(recipe, count_features(recipe, input_shape), num_classes, dtype)
+    mean, std = normalisation(recipe)
     return Classifier(
         head=head,
         backbone=backbone,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
+        mean=mean,
+        std=std,
         freeze_backbone=recipe.freeze == "backbone",
         dtype=dtype,
     )

@@ -1,18 +1,16 @@
 """What a recipe is made of: frozen dataclasses, whose fields are the command line's flags."""
 
 import dataclasses
-import operator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pspinal_jax.errors import UsageError
+from pspinal_jax.recipes.augment import AugmentConfig
+from pspinal_jax.recipes.ranges import OWN, check_ranges
 
 try:
     from tyro.conf import Suppress
 except ImportError:  # recipes can be used, and benchmarks run, where the command line's parser is not installed
     Suppress = None  # type: ignore[misc]
-
-_LARGEST = 3.4e38  # of float32, in which all is computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +41,24 @@ class DataConfig:
     """TFDS data folder; by default TFDS's own (TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     num_classes: int | None = None
     """Number of classes C, labels 0 .. C-1; by default what the data says."""
-    mean: float | tuple[float, float, float] = 0.0
-    """Subtracted from images scaled to 0 .. 1; one number, or one a channel."""
-    std: float | tuple[float, float, float] = 1.0
-    """What images are divided by after that."""
+    mean: float | tuple[float, float, float] | None = None
+    """Subtracted from images scaled to 0 .. 1; one number, or one a channel; by default the backbone's own, 0 without
+    one."""
+    std: float | tuple[float, float, float] | None = None
+    """What images are divided by after that; by default the backbone's own, 1 without one."""
     num_validation: int = 0
     """Arrays: examples held out of train to select the epoch by, where the data has no validation split of its own and
     the protocol is not paper; 0 trains on all and takes the last epoch."""
-    image_size: int | None = None
-    """Image files: side in pixels of the square images that the model sees. They are read while training. None for data
-    that is held in memory."""
+    image_size: int | Literal["own"] | None = None
+    """Image files: side in pixels of the square images that the model sees; own for the backbone's. They are read while
+    training. None for data that is held in memory."""
     resize: int | None = None
-    """Image files: side that training images are resized to, whatever their aspect, before they are cropped to
-    image_size; by default 230 / 224 of it where they are cropped. Evaluation resizes to image_size."""
+    """Image files: side that training images are resized to before they are cropped to image_size; by default
+    230 / 224 of it for rotation_crop_flip, 256 / 224 for resized_crop_flip. Evaluation resizes to image_size."""
+    fit: Literal["squash", "crop", "pad"] = "squash"
+    """Image files: how an image that is no square becomes one, everywhere. squash: without keeping the aspect, as the
+    paper; crop: the middle square, in training another one each epoch where --data.augment crops; pad: whole, between
+    black bars."""
     validation_fraction: float = 0.0
     """Image files: fraction of each class held out of train to select the epoch by, where the data has no validation
     split of its own and the protocol is not paper."""
@@ -65,9 +68,10 @@ class DataConfig:
     """Image files: refuse a folder with unreadable images; otherwise they are named and left out."""
     split_seed: int = 0
     """Seed of the choice of those examples, the same for every training seed."""
-    augment: Literal["none", "perspective_rotation", "rotation_crop_flip"] = "none"
+    augment: Literal["none", "perspective_rotation", "rotation_crop_flip", "resized_crop_flip"] = "none"
     """perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees).
-    rotation_crop_flip: image files; rotation (up to 15 degrees), random crop to image_size, flip (p 0.5)."""
+    rotation_crop_flip: image files; rotation (up to 15 degrees), random crop to image_size, flip (p 0.5).
+    resized_crop_flip: image files; a crop of random area (from augment.min_area) and aspect, resized; flip (p 0.5)."""
     transposed: bool = False
     """Swap rows and columns of every image: EMNIST as it is stored, and as the published scripts saw it."""
     drop_remainder: bool = True
@@ -76,12 +80,28 @@ class DataConfig:
     """Visit the training examples in another order every epoch; the published STL-10 script does not."""
 
     @property
+    def side(self) -> int:
+        """Image files: `image_size` in pixels; 0 for data that is held in memory.
+
+        Raises:
+          ValueError: if it is the backbone's own, which `models.preprocessing.with_own_preprocessing` fills in.
+        """
+        if self.image_size == OWN:
+            raise ValueError("data.image_size is the backbone's own; call with_own_preprocessing first")
+        return self.image_size or 0
+
+    @property
     def train_side(self) -> int:
         """Image files: side in pixels that training images are decoded to."""
-        size = self.image_size or 0
+        size = self.side
         if self.resize is not None:
             return self.resize
-        return round(size * 230 / 224) if self.augment == "rotation_crop_flip" else size
+        return round(size * {"rotation_crop_flip": 230, "resized_crop_flip": 256}.get(self.augment, 224) / 224)
+
+    @property
+    def crops(self) -> bool:
+        """Image files: whether training images are cropped to image_size on the device."""
+        return self.augment in ("rotation_crop_flip", "resized_crop_flip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +125,8 @@ class ModelConfig:
     colour images of any size to 512 (resnet18, resnet34), 1280 (efficientnet_lite) or 2048 features."""
     weights: str | None = None
     """Start the backbone from these weights: a .safetensors or .pt file, 'hf:OWNER/NAME' on the Hugging Face hub, or
-    'pretrained' for the hub's ImageNet weights of the backbone."""
+    'pretrained' for ImageNet weights of the backbone: an EfficientNet's of its pip package where that is installed
+    (extra `efficientnet`), otherwise the hub's."""
     remat: bool = False
     """Compute the backbone's blocks again in the backward pass in place of keeping their activations."""
     head: Literal["progressive", "spinal", "mlp", "dense"] = "progressive"
@@ -151,6 +172,11 @@ class OptimizerConfig:
     """Epochs between two decays of the schedule `step`."""
     warmup_fraction: float = 0.3
     """Fraction of the steps that one_cycle warms up for."""
+    warmup_epochs: float = 0.0
+    """constant, cosine and step: epochs, or a part of one, in which the learning rate first rises linearly, from 1 / 25
+    of its peak; the schedule takes the rest of the run."""
+    backbone_rate: float = 1.0
+    """What the learning rate is multiplied with for the backbone's parameters; the head's stays."""
     steering: Literal["none", "best_on_test"] = "none"
     """best_on_test: as the published VGG-5 scripts, an epoch that does not beat the best TEST accuracy so far draws a
     new learning rate, the scheduled one times U(0,1)^3, until the next such draw; paper's protocol only."""
@@ -179,8 +205,11 @@ class Recipe:
     data: DataConfig
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     epochs: int = 10
     """Passes over the training data."""
+    patience: int = 0
+    """Stop after so many epochs without a better validation accuracy, of every seed; 0 for never."""
     batch_size: int = 64
     """Examples per step, over all devices."""
     eval_batch_size: int = 1000
@@ -199,12 +228,25 @@ class Recipe:
     without augmentation."""
     label_smoothing: float = 0.0
     """Fraction of the target spread evenly over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: in training, the loss of an example of class c counts N / (K n_c) times: N training examples, n_c of
+    them of class c, K classes. Evaluation stays unweighted."""
+    sampler: Literal["none", "balanced"] = "none"
+    """balanced: an epoch draws as many examples of every class, those of small classes several times and of large ones
+    not all; it has as many steps as before."""
+    gradient_clip: float = 0.0
+    """Largest L2 norm of the gradient of all parameters together; longer ones are scaled down to it. 0 for no limit."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the parameters and running statistics, which is then evaluated,
+    selected and kept; 0.99 to 0.9999 are usual. 0 for none."""
     seed: int = 0
     """First seed; with num_seeds K the seeds are seed .. seed + K - 1."""
     num_seeds: int = 1
     """Number of seeds to train; the result is their mean and standard deviation."""
-    seed_mode: Literal["auto", "loop", "vmap"] = "auto"
-    """Train the seeds one after the other, or as one vectorised program; auto: loop on CPU, vmap elsewhere."""
+    seed_mode: Literal["auto", "loop", "vmap", "processes"] = "auto"
+    """Train the seeds one after the other (loop), as one vectorised program (vmap), or side by side, a process a core
+    of the CPU (processes; bit for bit the loop's result). auto: vmap on GPU and TPU; on CPU processes for a long
+    training of a head alone, else loop."""
     batch_norm: Literal["global", "per_device"] = "global"
     """What batch norm sees in training on several devices: the whole batch, or each device its own part; then the
     result depends on the number of devices."""
@@ -222,88 +264,4 @@ class Recipe:
     """How the run is spread over devices."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "num_seeds", "micro_batches", "rounds"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        self._require(0 <= self.seed < 2**31, "seed", "0 .. 2**31 - 1")
-        self._require(0.0 <= self.label_smoothing < 1.0, "label_smoothing", "in [0, 1)")
-        self._require(self.feature_views >= 0, "feature_views", "at least 0")
-        self._require(self.batch_size % self.micro_batches == 0, "micro_batches", "a divisor of batch_size")
-        self._check_data(self.data)
-        self._check_model(self.model)
-        self._check_optimizer(self.optimizer)
-        self._check_mesh(self.mesh)
-        images, paper = self.data.image_size is not None, self.protocol == "paper"
-        self._require(
-            self.seed_mode != "vmap" or not images,
-            "seed_mode",
-            "loop or auto for image files, which every seed reads in its own order",
-        )
-        self._require(
-            not self.cache_features or (self.freeze == "backbone" and images),
-            "cache_features",
-            "used with --freeze backbone, on image files",
-        )
-        self._require(self.feature_views == 0 or self.cache_features, "feature_views", "used with cache_features")
-        self._require(self.rounds == 1 or paper, "rounds", "1 unless --protocol paper")
-        self._require(
-            not self.retrain or (not paper and (self.data.num_validation > 0 or images)),
-            "retrain",
-            "used with --protocol validation and held-out validation data",
-        )
-
-    def _require(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise UsageError(f"{name} is {operator.attrgetter(name)(self)}, expected {expected}")
-
-    def _check_data(self, data: DataConfig) -> None:
-        mean, std = (each if isinstance(each, tuple) else (each,) for each in (data.mean, data.std))
-        self._require(all(abs(each) < _LARGEST for each in mean), "data.mean", "numbers within float32's range")
-        self._require(all(1 / _LARGEST < each < _LARGEST for each in std), "data.std", "above 0")
-        self._require(data.num_classes is None or data.num_classes >= 2, "data.num_classes", "at least 2")
-        self._require(data.num_validation >= 0, "data.num_validation", "at least 0")
-        self._require(data.split_seed >= 0, "data.split_seed", "at least 0")
-        self._require(0.0 <= data.validation_fraction < 1.0, "data.validation_fraction", "in [0, 1)")
-        self._require(0.0 < data.test_fraction < 1.0, "data.test_fraction", "in (0, 1)")
-        size, resize, crops = data.image_size, data.resize, data.augment == "rotation_crop_flip"
-        self._require(size is None or 8 <= size <= 4096, "data.image_size", "8 .. 4096")
-        if resize is not None:
-            self._require(size is not None and size <= resize <= 8192, "data.resize", "image_size .. 8192")
-            self._require(
-                resize == size or crops,
-                "data.resize",
-                "used with --data.augment rotation_crop_flip, which crops to image_size",
-            )
-        self._require(not crops or size is not None, "data.augment", "used with --data.image-size")
-
-    def _check_model(self, model: ModelConfig) -> None:
-        alone = self.batch_norm == "global" and self.batch_size == self.micro_batches  # run_mesh sees to per_device
-        self._require(model.norm != "batch" or not alone, "batch_size", "2 or more a micro-batch for batch norm")
-        for name in ("layer_width", "num_layers"):
-            self._require(getattr(model, name) >= 1, f"model.{name}", "at least 1")
-        for name in ("dropout_rate", "layer_dropout_rate"):
-            self._require(0.0 <= getattr(model, name) < 1.0, f"model.{name}", "in [0, 1)")
-        self._require(self.freeze == "none" or model.backbone != "none", "freeze", "none where there is no backbone")
-        self._require((model.weights or "").lower() != "none", "model.weights", "None, written so, for random numbers")
-        self._require(model.weights is None or model.is_resnet, "model.weights", "used with a ResNet backbone")
-
-    def _check_optimizer(self, optimizer: OptimizerConfig) -> None:
-        rate = optimizer.learning_rate
-        self._require(0 < rate < _LARGEST, "optimizer.learning_rate", "above 0")
-        self._require(0.0 <= optimizer.momentum < 1.0, "optimizer.momentum", "in [0, 1)")
-        decay = optimizer.weight_decay
-        self._require(0.0 <= decay < _LARGEST, "optimizer.weight_decay", "at least 0")
-        self._require(optimizer.decay_epochs >= 1, "optimizer.decay_epochs", "at least 1")
-        self._require(0.0 <= optimizer.warmup_fraction < 1.0, "optimizer.warmup_fraction", "in [0, 1)")
-        steered = optimizer.steering == "best_on_test"
-        self._require(not steered or self.protocol == "paper", "optimizer.steering", "none unless --protocol paper")
-
-    def _check_mesh(self, mesh: MeshConfig) -> None:
-        self._require(mesh.data == -1 or mesh.data >= 1, "mesh.data", "at least 1, or -1")
-        for name in ("fsdp", "model"):
-            length = getattr(mesh, name)
-            self._require(length >= 1, f"mesh.{name}", "at least 1")
-            self._require(
-                length == 1 or self.batch_norm == "global",
-                f"mesh.{name}",
-                "1 with --batch-norm per_device, whose devices hold all parameters",
-            )
+        check_ranges(self)

@@ -20,7 +20,7 @@ from pspinal_jax.runs.input_pipeline import (
     StreamedExamples,
     StreamedSplit,
 )
-from pspinal_jax.runs.programs import build_run_programs, check_classes
+from pspinal_jax.runs.programs import build_run_programs, check_classes, class_weights
 from pspinal_jax.runs.progress import TrainingStage, make_stages
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.sharding import shardings
@@ -37,6 +37,7 @@ class Setup:
       examples: all training examples, validation included; stages pick theirs by index.
       splits: 'test', and 'validation' where examples were held out.
       stages: what the run does one after the other.
+      labels: int32 [N] of all training examples, by index.
     """
 
     recipe: Recipe
@@ -45,6 +46,7 @@ class Setup:
     examples: Examples
     splits: Mapping[str, EvaluatedSplit]
     stages: list[TrainingStage]
+    labels: np.ndarray
 
 
 def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +65,12 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
     else:
         held_out = recipe.data.num_validation if wants_validation else 0
         train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed)
+    for name, off in (("patience", 0), ("retrain", False)):
+        if getattr(recipe, name) and not len(validation):
+            raise UsageError(
+                f"{name} is {getattr(recipe, name)}, expected {off} where nothing is held out to look at; "
+                f"hold some out with --data.{'num-validation' if data.in_memory else 'validation-fraction'}"
+            )
     if recipe.batch_size > len(train):
         raise UsageError(
             f"batch_size is {recipe.batch_size}, but only {len(train)} examples are left to train on; "
@@ -84,15 +92,18 @@ def set_up(
       mesh: the devices; by default as `run_mesh` says.
     """
     train, validation = split_examples(recipe, data)
-    programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype, mesh)
     # A validation split of the data's own follows the training examples; stages tell them apart by index.
     pool = data.train if data.validation is None else data.train.join(data.validation)
+    weights = class_weights(recipe, pool.labels[train], data.num_classes)
+    programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype, mesh, weights)
     splits: dict[str, EvaluatedSplit] = {"test": place_split(recipe, programs, data.test, workers)}
     if len(validation):
         splits["validation"] = place_split(recipe, programs, pool.take(validation), workers)
     examples: Examples
     if pool.inputs is None:
-        examples = StreamedExamples(programs, pool, recipe.data.train_side, recipe.batch_size, workers)
+        examples = StreamedExamples(
+            programs, pool, recipe.data.train_side, recipe.batch_size, workers, moves=recipe.data.crops
+        )
     else:
         examples = ResidentExamples(programs, (pool.inputs, pool.labels))
     return Setup(
@@ -102,13 +113,14 @@ def set_up(
         examples=examples,
         splits=splits,
         stages=make_stages(recipe, train, validation),
+        labels=pool.labels,
     )
 
 
 def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int = 0) -> EvaluatedSplit:
     """`split`, ready to be evaluated in the recipe's evaluation batches."""
     if split.inputs is None:
-        return StreamedSplit(programs, split, recipe.data.image_size or 0, programs.eval_batch_size, workers)
+        return StreamedSplit(programs, split, recipe.data.side, programs.eval_batch_size, workers)
     return ResidentSplit.place(programs, (split.inputs, split.labels), programs.eval_batch_size)
 
 

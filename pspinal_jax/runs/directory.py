@@ -22,6 +22,7 @@ from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, read_bytes
+from pspinal_jax.recipes.settings import default_settings
 
 _SECONDS_TO_APPEAR = 20
 _LOCK = ".lock"
@@ -149,6 +150,8 @@ class RunDirectory:
         there = self.config().get("identity", {})
         later = {key: config["identity"][key] for key in _LATER & config["identity"].keys()}
         before, now = (flatten_dict(each, sep=".") for each in (later | there, config["identity"]))
+        # A setting that came later than the run is at its default.
+        before = {name: value for name, value in default_settings().items() if name in now} | before
         name = before.get("card.name")
         if name != now.get("card.name"):
             raise UsageError(

@@ -1,9 +1,9 @@
-"""`evaluate`: what a run's selected parameters do on the test split."""
+"""`evaluate`: what a run's selected parameters, or an export, do on a test split."""
 
 import contextlib
+import csv
 import dataclasses
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,92 +11,285 @@ import numpy as np
 
 from pspinal_jax.data import Dataset, load_data
 from pspinal_jax.data.dataset import Split
+from pspinal_jax.data.images.encoded import ImageSplit
+from pspinal_jax.data.images.stream import stream
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError, printable
 from pspinal_jax.files import expanded
-from pspinal_jax.models.build import build_model
-from pspinal_jax.progress import warn
-from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import place_split
-from pspinal_jax.runs.directory import read_json, write_json
-from pspinal_jax.runs.metrics import plot_confusion
-from pspinal_jax.runs.programs import build_run_programs
-from pspinal_jax.runs.restore import load_recipe_of, load_variables
-from pspinal_jax.training.chunk import Batch
-from pspinal_jax.training.programs import Programs
-from pspinal_jax.training.sharding import make_mesh
+from pspinal_jax.progress import progress_bar, warn
+from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
+from pspinal_jax.runs.classification_report import Scored, classification_report, worst_first
+from pspinal_jax.runs.classifier import Classifier, load_classifier
+from pspinal_jax.runs.directory import read_json, whole_file, write_json
+from pspinal_jax.runs.metrics import plot_confusion, plot_mistakes
+from pspinal_jax.runs.restore import data_config
+
+MOST_MISTAKES = 24
+PICTURE_SIDE = 112
 
 
-def evaluate(run: str | Path, seed_index: int | None = None, data_path: str | Path | None = None) -> dict[str, Any]:
-    """Evaluate a run exactly, every test example once, and write evaluation.json and confusion.png into it.
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A wrong prediction.
 
-    Of other data than the run was trained on they are evaluation-CHECKSUM.json and confusion-CHECKSUM.png, with the
-    data's checksum, and evaluation.json lists them as other_data. Where they cannot be written, a warning says so.
+    Attributes:
+      true: name of the true class.
+      predicted: name of the predicted one.
+      probability: of the predicted class.
+      picture: uint8 [H, W, C], C 1 or 3, upright, what the model sees, files at 112x112.
+    """
+
+    true: str
+    predicted: str
+    probability: float
+    picture: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """A classifier's answers for the test split of `data`.
+
+    Attributes:
+      classifier: what answered.
+      data: its test split was asked.
+      scored: the answers.
+      report: what `evaluate` returns, without files.
+    """
+
+    classifier: Classifier
+    data: Dataset[Split]
+    scored: Scored
+    report: dict[str, Any]
+
+    def mistakes(self, most: int = MOST_MISTAKES) -> list[Mistake]:
+        """The surest mistakes, the surest first; none where the examples are no pictures."""
+        shape, names = self.data.example_shape, self.classifier.class_names
+        if len(shape) != 3 or shape[2] not in (1, 3):
+            return []
+        turned = self.data.in_memory and self._transposed
+        found = []
+        for index in self.scored.surest_mistakes(most):
+            picture = self.data.test.read(int(index), (PICTURE_SIDE, PICTURE_SIDE))
+            found.append(
+                Mistake(
+                    names[self.scored.labels[index]],
+                    names[self.scored.predictions[index]],
+                    float(self.scored.confidence[index]),
+                    picture.swapaxes(0, 1) if turned else picture,
+                )
+            )
+        return found
+
+    @property
+    def _transposed(self) -> bool:
+        return bool(_trained_on(self.classifier).transposed)
+
+
+def evaluate(
+    source: str | Path,
+    seed_index: int | None = None,
+    data_path: str | Path | None = None,
+    *,
+    predictions: str | Path | None = None,
+    output: str | Path | None = None,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Evaluate exactly, every test example once, and write evaluation.json, classes.csv, confusion.png, mistakes.png.
+
+    They are written into the run. Of other data than the run was trained on they are evaluation-CHECKSUM.json and so
+    on, with the data's checksum, and evaluation.json lists them as other_data. Where they cannot be written, a warning
+    says so. Nothing is written into an export.
 
     Args:
-      run: run directory.
-      seed_index: which of its seeds; by default the best on validation.
-      data_path: a data set whose test split is taken in place of the run's own.
+      source: run directory, or an export: its directory or a file in it.
+      seed_index: which of the run's seeds; by default the best on validation.
+      data_path: a data set whose test split is taken in place of the run's own; an export needs one.
+      predictions: a .csv file to write, a line an example: its file or number, true and predicted class, whether they
+        are the same, and the probabilities of the two.
+      output: a folder to write to in place of the run.
+      show_progress: whether to show a bar on standard error when it takes long.
 
     Returns:
-      accuracy 0 .. 1, correct, examples, loss (nats), class_accuracy by name (None for a class without examples),
-      confusion, rows the true class, data, where it came from, data_fingerprint, its checksum, and trained_on_it,
-      whether this is the data that the run was trained on; and files, the names of what was written.
+      What `classification_report` gives, and data, where it came from, data_fingerprint, its checksum, trained_on_it,
+      whether this is the data that was trained on (None for an export that does not say), and files, the names of what
+      was written.
 
     Raises:
-      PSpinalError: if the run or the data cannot be read or do not fit each other, the run's own data is no longer what
-        it was trained on, or its logits are not finite.
+      PSpinalError: if the source or the data cannot be read or do not fit each other, the run's own data is no longer
+        what it was trained on, its logits are not finite, or `predictions` cannot be written.
     """
+    evaluated = evaluate_examples(source, seed_index, data_path, show_progress)
+    if predictions is not None:
+        write_predictions(expanded(predictions), evaluated)
+    classifier = evaluated.classifier
+    folder = classifier.source if output is None else expanded(output)
+    if classifier.recipe is None and output is None:
+        return evaluated.report | {"files": []}
+    return evaluated.report | {"files": _write(folder, evaluated)}
+
+
+def evaluate_examples(
+    source: str | Path,
+    seed_index: int | None = None,
+    data_path: str | Path | None = None,
+    show_progress: bool = False,
+) -> Evaluated:
+    """As `evaluate`, which see, but nothing is written."""
     enable_compilation_cache()
-    run = expanded(run)
-    variables, config = load_variables(run, seed_index)
-    recipe = dataclasses.replace(load_recipe_of(config), num_seeds=1)
-    names = config["class_names"]
-    source = recipe.data if data_path is None else dataclasses.replace(recipe.data, path=Path(data_path))
-    data = load_data(dataclasses.replace(source, num_classes=len(names)))
+    classifier = load_classifier(expanded(source), seed_index)
+    source, config, names = classifier.source, _trained_on(classifier), classifier.class_names
+    if data_path is None and classifier.recipe is None:
+        raise UsageError(f"{source} is an export, which does not know where its data lies; name it with --data.path")
+    if data_path is not None:
+        config = dataclasses.replace(config, path=Path(data_path))
+    data = load_data(dataclasses.replace(config, num_classes=len(names)))
     if data.class_names != tuple(names):
         raise UsageError(
             f"{data.source} has the classes {_shortened(data.class_names)}, but the run was trained on "
             f"{_shortened(names)}"
         )
     shape, dtype = data.example_shape, data.example_dtype
-    if list(shape) != config["input_shape"] or str(dtype) != config["input_dtype"]:
+    if shape != classifier.input_shape or str(dtype) != classifier.input_dtype:
         raise UsageError(
             f"{data.source} has inputs of shape {list(shape)} ({dtype}), but the run was trained on "
-            f"{config['input_shape']} ({config['input_dtype']})"
+            f"{list(classifier.input_shape)} ({classifier.input_dtype})"
         )
-    fingerprint = _fingerprint(recipe, data)
-    same = fingerprint == config["identity"]["data_fingerprint"]
+    fingerprint, trained_with = _fingerprint(classifier, config, data), _trained_with(classifier)
+    same = None if trained_with is None else fingerprint == trained_with
     if data_path is None and not same:
         raise DataError(
             f"{data.source} is no longer what the run was trained on: it has changed since, and so may have its split "
             "into training and test examples; name the data to evaluate on with --data.path"
         )
-    programs = build_run_programs(recipe, build_model(recipe, shape, len(names)), shape, dtype, make_mesh())
-    split = place_split(recipe, programs, data.test)
-    sums = split.evaluate(partial(_evaluate, programs, programs.replicate(variables)))
-    predictions = sums["predictions"][0]
-    loss = float(sums["loss"][0]) / split.count
-    if not np.isfinite(loss):
-        raise RunError(f"{run} gives logits that are not finite: training diverged; its accuracy would mean nothing")
-    report = _report(predictions, data.test.labels, names) | {"loss": loss}
+    turned = data.in_memory and config.transposed and not classifier.transposed
+    scored = _score(classifier, data.test, turned=turned, shown=show_progress)
+    report = classification_report(scored, names)
     report |= {"data": data.source, "data_fingerprint": fingerprint, "trained_on_it": same}
-    return report | {"files": _write(run, report, names, recipe.card.name)}
+    return Evaluated(classifier, data, scored, report)
 
 
-def _write(run: Path, report: dict[str, Any], names: list[str], recipe_name: str) -> list[str]:
-    """Write `report` and return the names of the files, which are others for other data than the run's own."""
-    ending = "" if report["trained_on_it"] else f"-{report['data_fingerprint']}"
-    numbers, plot = run / f"evaluation{ending}.json", run / f"confusion{ending}.png"
-    title = f"{recipe_name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
+def _trained_on(classifier: Classifier) -> DataConfig:
+    """How the data of the classifier is read; of an export of before exports said so, as its inputs suggest."""
+    if classifier.recipe is not None:
+        return classifier.recipe.data
+    if "data" in classifier.described:
+        return _described_data(classifier)
+    shape = classifier.input_shape
+    return DataConfig("export", image_size=shape[0] if len(shape) == 3 and shape[2] == 3 else None)
+
+
+def _described_data(classifier: Classifier) -> DataConfig:
     try:
+        config = data_config(classifier.described["data"]["settings"], {})
+        Recipe(card=Card("export", "", ""), data=config)  # which checks it
+    except (UsageError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{classifier.source} does not say how its data is read: {error}; export the run again"
+        ) from None
+    return config
+
+
+def _trained_with(classifier: Classifier) -> str | None:
+    """The fingerprint of what the classifier was trained on, where it is known."""
+    if classifier.recipe is not None:
+        return str(classifier.described["identity"]["data_fingerprint"])
+    return classifier.described.get("data", {}).get("fingerprint")
+
+
+def _fingerprint(classifier: Classifier, config: DataConfig, data: Dataset[Split]) -> str:
+    """The checksum of `data` as config.json records it."""
+    recipe: Recipe | None = classifier.recipe
+    protocol = classifier.described.get("data", {}).get("protocol") if recipe is None else recipe.protocol
+    if not data.in_memory and protocol == "validation":
+        data = data.with_validation(config.validation_fraction, config.split_seed)
+    return data.fingerprint()
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _score(classifier: Classifier, split: Split, *, turned: bool, shown: bool) -> Scored:
+    """The classifier's answers for `split`; the last batch is padded, and what is said of the padding dropped.
+
+    Args:
+      classifier: asked.
+      split: examples.
+      turned: the examples lie transposed, as the run saw them, and an export takes them upright.
+      shown: whether to show a bar on standard error.
+    """
+    parts, size = [], classifier.batch_size
+    with (
+        progress_bar(len(split), "evaluate", "example", shown, delay=2.0) as bar,
+        contextlib.closing(_batches(split, classifier.input_shape, size)) as batches,
+    ):
+        for inputs, labels in batches:
+            padded = np.pad(inputs, [(0, size - len(labels))] + [(0, 0)] * (inputs.ndim - 1))
+            rows = classifier.log_probabilities(padded.swapaxes(1, 2) if turned else padded)
+            parts.append(Scored.of(labels, rows[: len(labels)]))
+            bar.update(len(labels))
+    return Scored.joined(parts)
+
+
+def _batches(split: Split, shape: tuple[int, ...], size: int) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+    """(examples, labels) of `split` in order, `size` at a time and then what is left."""
+    if split.inputs is None:
+        yield from stream(split, np.arange(len(split)), (shape[0], shape[1]), size)
+        return
+    for first in range(0, len(split), size):
+        yield split.inputs[first : first + size], split.labels[first : first + size]
+
+
+def _write(folder: Path, evaluated: Evaluated) -> list[str]:
+    """Write the report and return the names of the files, which are others for other data than the run's own."""
+    report, names = evaluated.report, evaluated.classifier.class_names
+    recipe = evaluated.classifier.recipe
+    ending = f"-{report['data_fingerprint']}" if report["trained_on_it"] is False else ""
+    paths = [folder / f"{stem}{ending}{kind}" for stem, kind in _FILES]
+    numbers, classes, confusion, mistakes = paths
+    name = evaluated.classifier.described["recipe"] if recipe is None else recipe.card.name
+    title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(numbers, report)
-        plot_confusion(np.asarray(report["confusion"]), names, plot, title)
-    except RunError as error:
+        _write_classes(classes, report["classes"])
+    except (RunError, OSError) as error:
         warn(printable(error))
         return []
-    _list_others(run)
-    return [path.name for path in (numbers, plot) if path.exists()]
+    plot_confusion(np.asarray(report["confusion"]), list(names), confusion, title)
+    found = evaluated.mistakes()
+    if found:
+        captions = [f"{each.true}\nas {each.predicted} {100 * each.probability:.0f} %" for each in found]
+        plot_mistakes([each.picture for each in found], captions, mistakes, f"{name}: the surest mistakes")
+    elif mistakes.exists():
+        mistakes.unlink()  # those of an earlier evaluation, of another seed perhaps
+    _list_others(folder)
+    return [path.name for path in paths if path.exists()]
+
+
+_FILES = (("evaluation", ".json"), ("classes", ".csv"), ("confusion", ".png"), ("mistakes", ".png"))
+
+
+def _write_classes(path: Path, classes: list[dict[str, Any]]) -> None:
+    """The table of classes, worst first; of what cannot be computed, nothing."""
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "support", "precision", "recall", "f1"])
+        for each in worst_first(classes):
+            rows.writerow([each["name"], each["support"], each["precision"], each["recall"], each["f1"]])
+
+
+def write_predictions(path: Path, evaluated: Evaluated) -> None:
+    """Write a line an example; RunError if that is not possible. See `evaluate`."""
+    scored, names, split = evaluated.scored, evaluated.classifier.class_names, evaluated.data.test
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.writer(file)
+        rows.writerow(["example", "true", "predicted", "correct", "probability", "probability_of_true"])
+        for index, (label, predicted) in enumerate(zip(scored.labels, scored.predictions, strict=True)):
+            name = split.encoded.name(index) if isinstance(split, ImageSplit) else index
+            probabilities = (scored.confidence[index], np.exp(scored.log_likelihood[index]))
+            shown = [f"{value:.6f}" for value in probabilities]
+            rows.writerow([name, names[label], names[predicted], int(label == predicted), *shown])
 
 
 def _list_others(run: Path) -> None:
@@ -108,35 +301,3 @@ def _list_others(run: Path) -> None:
     with contextlib.suppress(RunError, TypeError):
         if others:
             write_json(run / "evaluation.json", read_json(run / "evaluation.json") | {"other_data": others})
-
-
-def _fingerprint(recipe: Recipe, data: Dataset[Split]) -> str:
-    """The checksum of `data` as config.json records it."""
-    if not data.in_memory and recipe.protocol == "validation":
-        data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
-    return data.fingerprint()
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _evaluate(programs: Programs, variables: Any, data: Batch, count: int) -> dict[str, np.ndarray]:
-    result = programs.evaluate(variables, data, np.int32(count))
-    return {name: np.asarray(value)[None] for name, value in result._asdict().items()}
-
-
-def _report(predictions: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, Any]:
-    confusion = np.zeros((len(names), len(names)), int)
-    np.add.at(confusion, (labels, predictions), 1)
-    totals = confusion.sum(1)
-    hits = np.diag(confusion)
-    return {
-        "accuracy": float(hits.sum() / len(labels)),
-        "correct": int(hits.sum()),
-        "examples": len(labels),
-        "class_accuracy": {
-            name: float(hits[index] / totals[index]) if totals[index] else None for index, name in enumerate(names)
-        },
-        "confusion": confusion.tolist(),
-    }

@@ -59,7 +59,11 @@ def _describe(
     names = config["class_names"]
     return {
         "class_names": names,
-        "input": {"shape": ["N", *config["input_shape"]], "dtype": config["input_dtype"]},
+        "input": {
+            "shape": ["N", *config["input_shape"]],
+            "dtype": config["input_dtype"],
+            **({"fit": recipe.data.fit} if recipe.data.fit != "squash" else {}),
+        },
         "output": {"shape": ["N", len(names)], "dtype": "float32", "holds": "probabilities"},
         "recipe": recipe.card.name,
         "backbone": recipe.model.backbone,
@@ -68,6 +72,12 @@ def _describe(
         "seed": recipe.seed + seed_index,
         "test_accuracy": result["test_accuracy"]["each"][seed_index],
         "selection": result["selection"],
+        # For `evaluate`: how the data was read, and its checksum; not where it lay.
+        "data": {
+            "settings": config["identity"]["data"],
+            "protocol": recipe.protocol,
+            "fingerprint": config["identity"]["data_fingerprint"],
+        },
         "trained_with": config["versions"],
         "exported_with": versions(),
     }

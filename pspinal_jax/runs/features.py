@@ -22,6 +22,7 @@ from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import progress_bar
+from pspinal_jax.recipes.augment import AugmentConfig
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs import manifest
 from pspinal_jax.runs.directory import RunDirectory, whole_file
@@ -39,7 +40,11 @@ def head_recipe(recipe: Recipe) -> Recipe:
     """What is left of `recipe` to train on cached features: the same head, data and schedule, no backbone."""
     return dataclasses.replace(
         recipe,
-        data=dataclasses.replace(recipe.data, image_size=None, resize=None, augment="none", mean=0.0, std=1.0),
+        data=dataclasses.replace(
+            recipe.data, image_size=None, resize=None, fit="squash", augment="none", mean=0.0, std=1.0
+        ),
+        augment=AugmentConfig(mixup=recipe.augment.mixup),
+        optimizer=dataclasses.replace(recipe.optimizer, backbone_rate=1.0),
         model=dataclasses.replace(recipe.model, backbone="none", weights=None),
         freeze="none",
         cache_features=False,
@@ -87,13 +92,20 @@ def extract_features(
       workers: processes that decode them; 0 for threads of this one.
     """
     extractor = _Extractor(recipe, model, variables, workers)
-    passes = [extractor.run(data.train, f"features, view {view + 1}", view) for view in range(recipe.feature_views)]
+    passes = [
+        extractor.run(_moved(recipe, data.train, view), f"features, view {view + 1}", view)
+        for view in range(recipe.feature_views)
+    ]
     train = np.concatenate(passes) if passes else extractor.run(data.train, "features of train")
     splits = {"train": ArraySplit(train, np.tile(data.train.labels, max(1, recipe.feature_views)))}
     for name, split in data.splits.items():
         if name != "train":
             splits[name] = ArraySplit(extractor.run(split, f"features of {name}"), split.labels)
     return array_dataset(splits, data.class_names, f"features of {data.source}")
+
+
+def _moved(recipe: Recipe, split: Split, view: int) -> Split:
+    return split.placed(recipe.data.split_seed, view) if recipe.data.crops else split
 
 
 class _Extractor:
@@ -119,7 +131,7 @@ class _Extractor:
         data, size = self._recipe.data, self._recipe.eval_batch_size
         if view is None:  # random numbers are drawn by the batch, so views have batches of one size on all devices
             size = divisible_size(self._mesh, size)
-        side = data.train_side if view is not None else data.image_size or 0
+        side = data.train_side if view is not None else data.side
         key = jax.random.fold_in(keys.init_key(data.split_seed), view or 0)
         parts = []
         with (

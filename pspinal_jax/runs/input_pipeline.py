@@ -54,6 +54,10 @@ class EvaluatedSplit(Protocol):
     def count(self) -> int:
         """How many."""
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [count]."""
+
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """Sums loss and correct [K] and predictions [K, count] over the split.
 
@@ -96,7 +100,11 @@ class StreamedExamples:
 
     first_chunk = 1
 
-    def __init__(self, programs: Programs, split: Split, side: int, batch_size: int, workers: int) -> None:
+    def __init__(
+        self, programs: Programs, split: Split, side: int, batch_size: int, workers: int, moves: bool = False
+    ) -> None:
+        """With `moves` the images are `placed` anew in every epoch."""
+        self._moves = moves
         self.count = len(split)
         self.waited = 0.0
         self._programs, self._split = programs, split
@@ -119,7 +127,7 @@ class StreamedExamples:
                     contextlib.closing(
                         process_local_batches(
                             self._programs.mesh,
-                            self._split,
+                            self._split.placed(seed, seed_states.epoch) if self._moves else self._split,
                             order[:used],
                             self._shape,
                             self._batch_size,
@@ -128,7 +136,7 @@ class StreamedExamples:
                         )
                     )
                 )
-                for order in seed_states.orders()
+                for seed, order in zip(seed_states.seeds, seed_states.orders(), strict=True)
             ]
 
             def advance(first: int, steps: int) -> None:
@@ -149,15 +157,20 @@ class StreamedExamples:
 
 @dataclasses.dataclass(frozen=True)
 class ResidentSplit:
-    """A split on the devices: arrays padded to whole batches, and how many of their examples are real."""
+    """A split on the devices: arrays padded to whole batches, and the labels of the examples that are real."""
 
     arrays: Batch
-    count: int
+    labels: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.labels)
 
     @classmethod
     def place(cls, programs: Programs, arrays: tuple[np.ndarray, np.ndarray], batch_size: int) -> "ResidentSplit":
         """The examples and labels `arrays` on the devices, padded to whole batches."""
-        return cls(programs.replicate(padded_split(arrays, batch_size)), len(arrays[1]))
+        return cls(programs.replicate(padded_split(arrays, batch_size)), arrays[1])
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""
@@ -184,6 +197,11 @@ class StreamedSplit:
     def count(self) -> int:
         """How many."""
         return len(self.split)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """See `EvaluatedSplit`."""
+        return self.split.labels
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""

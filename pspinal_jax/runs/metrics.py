@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LONGEST_TEXT = 60
+_LONGEST_CAPTION = 26
 _MOST_NUMBERED_CLASSES = 30
 """Above so many classes the confusion matrix shows colours only."""
 
@@ -187,11 +188,13 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
                 if values.shape[1] > 1:
                     axis.fill_between(epochs[here], values.min(1), values.max(1), alpha=0.2)
             axis.set_xlabel("epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             axis.legend()
         left.set_ylabel("loss (nats)")
         right.set_ylabel("accuracy (%)")
-        figure.suptitle(_drawable(title))
+        if title:
+            figure.suptitle(_drawable(title))
 
 
 def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title: str) -> None:
@@ -215,6 +218,20 @@ def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title
                 if count:
                     colour = "white" if fractions[row, column] > 0.5 else "black"
                     axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+
+
+def plot_mistakes(pictures: Sequence[np.ndarray], captions: Sequence[str], path: Path, title: str) -> None:
+    """A contact sheet of `pictures`, each uint8 [H, W, C], C 1 or 3, with its caption of some lines above it."""
+    columns = min(6, len(pictures))
+    rows = -(-len(pictures) // columns)
+    with _figure(path, 1.9 * columns + 0.4, 2.25 * rows + 0.5) as figure:
+        for axis in figure.subplots(rows, columns, squeeze=False).flat:
+            axis.set_axis_off()
+        for axis, picture, caption in zip(figure.axes, pictures, captions, strict=False):
+            axis.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+            lines = [_drawable(line, _LONGEST_CAPTION) for line in caption.splitlines()]
+            axis.set_title("\n".join(lines), fontsize=7)
+        figure.suptitle(_drawable(title))
 
 
 def _count_on(lines: list[dict[str, Any]]) -> np.ndarray:
@@ -242,17 +259,17 @@ def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
             figure = Figure(figsize=(width, height), layout="constrained")
             yield figure
             with atomic_file(path) as part:
-                figure.savefig(part, dpi=110, format="png")
+                figure.savefig(part, dpi=110, format=path.suffix[1:])
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         warn(printable(f"{path} was not drawn: {reason}"))
 
 
-def _drawable(text: str) -> str:
+def _drawable(text: str, longest: int = _LONGEST_TEXT) -> str:
     """`text` on one line, with a replacement character for what the font lacks, and cut to a length that fits."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     text = printable(text)
-    text = text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…"
+    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     glyphs = get_font(findfont(FontProperties())).get_charmap()
     return "".join(char if ord(char) in glyphs else "\ufffd" for char in text)

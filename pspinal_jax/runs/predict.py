@@ -1,25 +1,29 @@
 """`predict`: the classes that a run, or an export of one, gives images."""
 
+import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from pspinal_jax.data.images.decode import decode
-from pspinal_jax.data.images.encoded import MOST_BYTES
+from pspinal_jax.data.images.encoded import MOST_BYTES, list_images
 from pspinal_jax.environment import enable_compilation_cache
-from pspinal_jax.errors import DataError, RunError, UsageError
-from pspinal_jax.export.directory import is_export, read_export
+from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import expanded, read_bytes
-from pspinal_jax.models.build import build_model
-from pspinal_jax.runs.restore import load_recipe_of, load_variables
+from pspinal_jax.progress import progress_bar
+from pspinal_jax.runs.classifier import Classifier, load_classifier
 
 BATCH_SIZE = 32
+_MOST_THREADS = 8
+_BATCHES_AHEAD = 3
+"""How many batches of images are decoded while the model is at work."""
 
 Images = Sequence[str | Path | Image.Image | np.ndarray] | np.ndarray
 """Paths, Pillow images and arrays, see `predict`."""
@@ -40,27 +44,21 @@ class Prediction:
     error: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Classifier:
-    """What predicting needs of a run or an export."""
-
-    source: Path
-    class_names: list[str]
-    shape: tuple[int, ...]
-    dtype: str
-    probabilities: Callable[[Any], Any]
-    transposed: bool = False
-
-
-def predict(source: str | Path, images: Images, top: int = 1, seed_index: int | None = None) -> list[Prediction]:
+def predict(
+    source: str | Path, images: Images, top: int = 1, seed_index: int | None = None, show_progress: bool = False
+) -> list[Prediction]:
     """Classify images with a run's selected parameters.
 
+    Images are decoded by threads while the model works on those before. One program is compiled, for batches of one
+    size; the last one is padded.
+
     Args:
-      source: run directory, or the directory of an export.
+      source: run directory, or an export: its directory or a file in it.
       images: files of any format that Pillow reads, Pillow images, and arrays uint8 [H, W] or [H, W, C], C 1 or 3; or
         one array uint8 [N, H, W] or [N, H, W, C]. Each may have any size: it is resized to what the model sees.
       top: how many classes to name for each.
       seed_index: which of the run's seeds; by default the best on validation. An export has but one.
+      show_progress: whether to show a bar on standard error when it takes long.
 
     Returns:
       A prediction an image, in their order; files that cannot be read have an error.
@@ -70,19 +68,54 @@ def predict(source: str | Path, images: Images, top: int = 1, seed_index: int | 
       RunError: if the run or the export cannot be read.
     """
     enable_compilation_cache()
-    source = expanded(source)
     each = _each(images)
-    if is_export(source):
-        if seed_index is not None:
-            raise UsageError(f"--seed-index is {seed_index}, but {source} is an export, of one seed; leave it out")
-        classifier = _of_export(source)
-    else:
-        classifier = _of_run(source, seed_index)
+    classifier = load_classifier(expanded(source), seed_index)
     _check(classifier, top)
+    size = min(BATCH_SIZE, len(each))
     predictions: list[Prediction] = []
-    for start in range(0, len(each), BATCH_SIZE):
-        predictions += _predict_batch(classifier, each[start : start + BATCH_SIZE], min(BATCH_SIZE, len(each)), top)
+    with (
+        progress_bar(len(each), "predict", "image", show_progress, delay=1.0) as bar,
+        contextlib.closing(_in_threads(lambda image: _read(image, classifier), each, _BATCHES_AHEAD * size)) as inputs,
+    ):
+        for start in range(0, len(each), size or 1):
+            batch = each[start : start + size]
+            predictions += _predict_batch(classifier, batch, [next(inputs) for _ in batch], size, top)
+            bar.update(len(batch))
     return predictions
+
+
+def find_images(given: Iterable[Path]) -> list[Path]:
+    """The files `given` and, in place of a folder, what is named like an image in it and in the folders below, sorted.
+
+    Raises:
+      UsageError: if there is no such file in a folder.
+    """
+    found: list[Path] = []
+    for path in map(expanded, given):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = list_images(path, linked=True)
+        if not inside:
+            raise UsageError(f"{path} holds no file that is named like an image, nor do the folders below it")
+        found += [path / name for name in inside]
+    return found
+
+
+def _in_threads(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Generator[Any, None, None]:
+    """`function(item)` of all items, in their order, computed by threads, `ahead` items ahead at most."""
+    waiting: collections.deque[Future[Any]] = collections.deque()
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _each(images: Images) -> list[Path | Image.Image]:
@@ -110,36 +143,9 @@ def _opened(image: Any) -> Path | Image.Image:
     return Image.fromarray(array.reshape(array.shape[:2]) if grey else array)
 
 
-def _of_run(run: Path, seed_index: int | None) -> _Classifier:
-    variables, config = load_variables(run, seed_index)
-    recipe, names, shape = load_recipe_of(config), config["class_names"], tuple(config["input_shape"])
-    model = build_model(recipe, shape, len(names))
-
-    @jax.jit
-    def probabilities(images: jax.Array) -> jax.Array:
-        logits = model.apply(variables, images, train=False)
-        return jax.nn.softmax(logits.astype(jnp.float32))  # type: ignore[union-attr]
-
-    return _Classifier(run, names, shape, config["input_dtype"], probabilities, recipe.data.transposed)
-
-
-def _of_export(path: Path) -> _Classifier:
-    artifact = read_export(path)
-    program = jax.jit(artifact.exported.call)
-
-    def call(images: np.ndarray) -> np.ndarray:
-        try:
-            return np.asarray(program(images))
-        except Exception as error:  # of many kinds, where the program's bytes are none of ours
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise RunError(f"the program of {path} cannot be run: {reason}; export the run again") from error
-
-    return _Classifier(path, artifact.class_names, artifact.input_shape, str(artifact.input_dtype), call)
-
-
-def _check(classifier: _Classifier, top: int) -> None:
-    source, shape = classifier.source, classifier.shape
-    if len(shape) != 3 or classifier.dtype != "uint8":
+def _check(classifier: Classifier, top: int) -> None:
+    source, shape = classifier.source, classifier.input_shape
+    if len(shape) != 3 or classifier.input_dtype != "uint8":
         raise UsageError(
             f"{source} was trained on features of shape {list(shape)}, not on images; predict takes images"
         )
@@ -150,19 +156,18 @@ def _check(classifier: _Classifier, top: int) -> None:
 
 
 def _predict_batch(
-    classifier: _Classifier, images: Sequence[Path | Image.Image], size: int, top: int
+    classifier: Classifier,
+    images: Sequence[Path | Image.Image],
+    inputs: Sequence[np.ndarray | str],
+    size: int,
+    top: int,
 ) -> list[Prediction]:
-    """Predictions of `images`, computed as one batch of `size`."""
-    inputs = [_read(image, classifier.shape, classifier.transposed) for image in images]
-    batch = np.zeros((size, *classifier.shape), np.uint8)
+    """Predictions of `images`, which were read as `inputs`, computed as one batch of `size`."""
+    batch = np.zeros((size, *classifier.input_shape), np.uint8)
     for index, pixels in enumerate(inputs):
         if isinstance(pixels, np.ndarray):
             batch[index] = pixels
-    rows = np.asarray(classifier.probabilities(batch))
-    if not np.isfinite(rows).all():
-        raise RunError(
-            f"{classifier.source} gives probabilities that are not finite: it is damaged, or training diverged"
-        )
+    rows = np.exp(classifier.log_probabilities(batch))
     predictions = []
     for image, pixels, row in zip(images, inputs, rows, strict=False):
         path = image if isinstance(image, Path) else None
@@ -175,8 +180,9 @@ def _predict_batch(
     return predictions
 
 
-def _read(image: Path | Image.Image, shape: tuple[int, ...], transposed: bool) -> np.ndarray | str:
+def _read(image: Path | Image.Image, classifier: Classifier) -> np.ndarray | str:
     """The image as the model sees it, or why it cannot be read."""
+    shape = classifier.input_shape
     try:
         pixels = decode(read_bytes(image, MOST_BYTES) if isinstance(image, Path) else image, (shape[0], shape[1]))
     except OSError as error:
@@ -185,4 +191,4 @@ def _read(image: Path | Image.Image, shape: tuple[int, ...], transposed: bool) -
         return str(error)
     if shape[2] == 1:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-    return pixels.swapaxes(0, 1) if transposed else pixels
+    return pixels.swapaxes(0, 1) if classifier.transposed else pixels

@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from pspinal_jax.augment.mixing import mix
 from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import UsageError
@@ -21,9 +23,17 @@ from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shar
 
 
 def build_run_programs(
-    recipe: Recipe, model: Classifier, input_shape: tuple[int, ...], input_dtype: Any, mesh: Mesh | None = None
+    recipe: Recipe,
+    model: Classifier,
+    input_shape: tuple[int, ...],
+    input_dtype: Any,
+    mesh: Mesh | None = None,
+    weights: tuple[float, ...] | None = None,
 ) -> Programs:
-    """The compiled pieces of the recipe's `model`, for inputs of one example's `input_shape` and dtype."""
+    """The compiled pieces of the recipe's `model`, for inputs of one example's `input_shape` and dtype.
+
+    `weights` are those of `class_weights`; only training needs them.
+    """
     mesh = mesh or run_mesh(recipe)
     optimizer = recipe.optimizer
     config = StepConfig(
@@ -34,6 +44,9 @@ def build_run_programs(
         label_smoothing=recipe.label_smoothing,
         vectorized=runs_vectorized(recipe),
         augment=augmentation(recipe),
+        mix=mixing(recipe),
+        class_weights=weights,
+        ema_decay=recipe.ema_decay,
         head_layout="tree" if shards_parameters(mesh) else _head_layout(recipe, num_batch_shards(mesh)),
         frozen=("backbone",) if recipe.freeze == "backbone" else (),
         micro_batches=recipe.micro_batches,
@@ -42,14 +55,38 @@ def build_run_programs(
         compiler_options=convolution_options(mesh.devices.flat[0].platform) if recipe.model.backbone != "none" else {},
         batch_norm_per_device=recipe.batch_norm == "per_device",
     )
-    direction = make_optimizer(optimizer.name, optimizer.momentum, optimizer.nesterov, optimizer.weight_decay)
+    direction = make_optimizer(
+        optimizer.name,
+        optimizer.momentum,
+        optimizer.nesterov,
+        optimizer.weight_decay,
+        recipe.gradient_clip,
+        optimizer.backbone_rate,
+    )
     return build_programs(model, direction, config)
 
 
 def schedule_of(recipe: Recipe) -> Schedule:
     """The learning-rate schedule of `recipe`."""
     config = recipe.optimizer
-    return Schedule(config.schedule, config.learning_rate, config.decay_epochs, config.warmup_fraction)
+    return Schedule(
+        config.schedule, config.learning_rate, config.decay_epochs, config.warmup_fraction, config.warmup_epochs
+    )
+
+
+def class_weights(recipe: Recipe, labels: np.ndarray, num_classes: int) -> tuple[float, ...] | None:
+    """What `recipe` weights the loss of each class with, given the training `labels`; None for nothing."""
+    return balanced_weights(labels, num_classes) if recipe.class_weights == "balanced" else None
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
+    """N / (K n_c) for every class c: N `labels`, n_c of them c, K classes that occur; their mean over `labels` is 1.
+
+    A class that does not occur counts as if it did once. The same as scikit-learn's ``class_weight="balanced"``.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    present = np.count_nonzero(counts)
+    return tuple((len(labels) / (present * np.maximum(counts, 1))).tolist())
 
 
 def _head_layout(recipe: Recipe, shards: int) -> Layout:
@@ -63,13 +100,33 @@ def _head_layout(recipe: Recipe, shards: int) -> Layout:
 
 def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     """The augmentation (key, images) -> images that `recipe` asks for, None for none."""
-    if recipe.data.augment == "none":
+    name, strength = recipe.data.augment, recipe.augment.color_jitter
+    if name == "none" and not strength:
         return None
-    from pspinal_jax.augment import augment, rotate_crop_flip
+    from pspinal_jax.augment import ResizedCrop, augment, color_jitter, resized_crop_flip, rotate_crop_flip
 
-    if recipe.data.augment == "rotation_crop_flip":
-        return partial(rotate_crop_flip, size=recipe.data.image_size)
-    return augment
+    moved: Callable[[jax.Array, jax.Array], jax.Array] = augment
+    if name == "rotation_crop_flip":
+        moved = partial(rotate_crop_flip, size=recipe.data.side)
+    elif name == "resized_crop_flip":
+        settings = ResizedCrop(recipe.augment.min_area)
+        moved = partial(resized_crop_flip, size=recipe.data.side, settings=settings)
+    if not strength:
+        return moved
+    return partial(_move_and_color, None if name == "none" else moved, partial(color_jitter, strength=strength))
+
+
+def _move_and_color(moved: Any, colored: Any, key: jax.Array, images: jax.Array) -> jax.Array:
+    images = images if moved is None else moved(key, images)
+    result: jax.Array = colored(jax.random.fold_in(key, 1), images)
+    return result
+
+
+def mixing(recipe: Recipe) -> Callable[..., Any] | None:
+    """Mixup and cutmix, (key, inputs, labels) -> (inputs, targets), as `recipe` asks for them; None for none."""
+    if not recipe.augment.mixup and not recipe.augment.cutmix:
+        return None
+    return partial(mix, mixup=recipe.augment.mixup, cutmix=recipe.augment.cutmix)
 
 
 def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
@@ -118,4 +175,4 @@ def runs_vectorized(recipe: Recipe) -> bool:
     """Whether the seeds of `recipe` run as one program: on CPU that is no faster, elsewhere small models gain."""
     if recipe.num_seeds == 1 or recipe.seed_mode == "loop" or recipe.data.image_size is not None:
         return False
-    return recipe.seed_mode == "vmap" or jax.default_backend() != "cpu"
+    return recipe.seed_mode == "vmap" or (recipe.seed_mode == "auto" and jax.default_backend() != "cpu")

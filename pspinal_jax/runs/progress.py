@@ -69,6 +69,8 @@ class TrainingProgress:
       rate_scale: what the learning rate is multiplied with, where it is steered.
       selected_epoch: the first stage's selection, [] while it lasts.
       selected_accuracy: its validation accuracy.
+      longest: epochs to retrain for where seeds of another process need more than these; 0 where there are none.
+      processes: how many have trained these seeds side by side.
     """
 
     stage: int = 0
@@ -86,6 +88,8 @@ class TrainingProgress:
     rate_scale: list[float] = dataclasses.field(default_factory=list)
     selected_epoch: list[int] = dataclasses.field(default_factory=list)
     selected_accuracy: list[float] = dataclasses.field(default_factory=list)
+    longest: int = 0
+    processes: int = 1
 
     def steps_taken(self, stage: TrainingStage) -> int:
         """Steps since the parameters were initialised, rounds before included."""
@@ -93,9 +97,25 @@ class TrainingProgress:
 
     def finished(self, recipe: Recipe, stages: list[TrainingStage]) -> list[tuple[str, int]]:
         """(stage, epoch) of every finished epoch, in order."""
-        counts = [recipe.epochs] * self.stage + [self.epoch]
+        # Early stopping may end a stage before recipe.epochs.
+        before = (self.lines - self.epoch) // self.stage if self.stage else 0
+        counts = [before] * self.stage + [self.epoch]
         return [(stage.name, epoch + 1) for stage, count in zip(stages, counts, strict=False) for epoch in range(count)]
+
+    def out_of_patience(self, recipe: Recipe, epochs: int) -> list[bool]:
+        """Of every seed, whether `epochs` epochs of the stage leave its best one too far behind; see `Recipe.patience`.
+
+        From then on it selects nothing more, so that its result does not depend on the seeds that it runs with.
+        """
+        if not recipe.patience or self.selected_epoch:
+            return [False] * recipe.num_seeds
+        best = self.best_epoch or [0] * recipe.num_seeds
+        return [epochs - epoch >= recipe.patience for epoch in best]
+
+    def stage_finished(self, recipe: Recipe) -> bool:
+        """Whether the stage under way has no epoch left."""
+        return self.epoch >= self.stage_epochs(recipe) or all(self.out_of_patience(recipe, self.epoch))
 
     def stage_epochs(self, recipe: Recipe) -> int:
         """Epochs of the stage under way: as many as the recipe says or, to retrain, as any seed selected."""
-        return max(self.selected_epoch) if self.selected_epoch else recipe.epochs
+        return self.longest or max(self.selected_epoch, default=recipe.epochs)

@@ -13,13 +13,14 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features
 from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.recipes.augment import AugmentConfig
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 from pspinal_jax.runs import manifest
 from pspinal_jax.runs.directory import RunDirectory, writing
 from pspinal_jax.runs.features import add_backbone, head_recipe
 from pspinal_jax.runs.result import best_seed_index, leading_seed, selected_checksum
 from pspinal_jax.training.sharding import make_mesh, replicated_on
-from pspinal_jax.weights import PRETRAINED, read_state_dict, resnet_variables
+from pspinal_jax.weights import backbone_variables
 from pspinal_jax.weights.variables import first_not_finite, read_variables, save_variables
 
 START = "start.safetensors"
@@ -28,25 +29,29 @@ START = "start.safetensors"
 def load_recipe_of(config: dict[str, Any]) -> Recipe:
     """The recipe that a run's config.json records, its data location included; on the default mesh."""
     settings = dict(config["identity"])
-    data: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings["data"].items()
-    }
-    for key, value in config["data_location"].items():
-        data[key] = None if value == "None" else Path(value)
-    if data.get("image_size") is not None:
-        data["transposed"] = False  # which runs of earlier versions took, and dropped in training
     # A setting that came later than the run is at its default.
     fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key in settings and key not in _NESTED}
     return Recipe(
         card=Card(name=settings["card"]["name"], row="", model=""),
-        data=DataConfig(**data),
+        data=data_config(settings["data"], config["data_location"]),
         model=ModelConfig(**settings["model"]),
         optimizer=OptimizerConfig(**settings["optimizer"]),
+        augment=AugmentConfig(**settings.get("augment", {})),
         **fields,
     )
 
 
-_NESTED = ("card", "data", "model", "optimizer", "mesh")
+def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfig:
+    """The data configuration that config.json records as these settings, at this location."""
+    data: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    for key, value in location.items():
+        data[key] = None if value == "None" else Path(value)
+    if data.get("image_size") is not None:
+        data["transposed"] = False  # which runs of earlier versions took, and dropped in training
+    return DataConfig(**data)
+
+
+_NESTED = ("card", "data", "model", "optimizer", "augment", "mesh")
 
 
 def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -184,9 +189,7 @@ def start_variables(
         return {"params": _params_of_run(init_from, abstract_variables(model, input_shape, input_dtype)["params"])}
     if recipe.model.weights is None:
         return {}
-    name = recipe.model.backbone
-    source = PRETRAINED[name] if recipe.model.weights == "pretrained" else recipe.model.weights
-    backbone = resnet_variables(read_state_dict(source), name)
+    backbone = backbone_variables(recipe.model.backbone, recipe.model.weights)
     return {collection: {"backbone": tree} for collection, tree in backbone.items()}
 
 

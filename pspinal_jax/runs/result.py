@@ -9,11 +9,14 @@ import numpy as np
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.environment import device, versions
-from pspinal_jax.errors import RunError
+from pspinal_jax.errors import RunError, printable
 from pspinal_jax.models.build import count_parameters
 from pspinal_jax.runs.build import Setup
+from pspinal_jax.runs.classification_report import averages, scores_by_class
 from pspinal_jax.runs.metrics import summary
 from pspinal_jax.runs.trainer import Trainer
+
+_MOST_CLASSES = 6
 
 
 def make_result(trainer: Trainer) -> dict[str, Any]:
@@ -32,15 +35,16 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         "head": recipe.model.head,
         "seeds": trainer.seed_states.seeds,
     }
-    if recipe.protocol == "paper":
+    paper = recipe.protocol == "paper"
+    test = setup.splits["test"]
+    sums = test.evaluate(partial(trainer.seed_states.evaluate, best=not paper), trainer.stop_if_asked)
+    if paper:
         result["test_accuracy"] = summary(progress.last_accuracy)
         result["last_test_accuracy"] = summary(progress.last_accuracy)
         result["best_on_test_accuracy"] = summary(progress.best_accuracy)
         result["best_on_test_epoch"] = progress.best_epoch
     else:
-        test = setup.splits["test"]
-        correct = test.evaluate(partial(trainer.seed_states.evaluate, best=True), trainer.stop_if_asked)["correct"]
-        result["test_accuracy"] = summary((correct / test.count).tolist())
+        result["test_accuracy"] = summary((sums["correct"] / test.count).tolist())
         selected = progress.selected_epoch or progress.best_epoch
         validation = progress.selected_accuracy or progress.best_accuracy
         if validation:
@@ -48,18 +52,47 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         result["selected_epoch"] = selected
     lines = trainer.directory.metrics()
     trees = trainer.seed_states.trees()
+    if recipe.patience:
+        stopped = progress.lines - progress.epoch if progress.selected_epoch else progress.epoch
+        result["early_stopping"] = {"patience": recipe.patience, "epochs": stopped}
     return result | {
-        "selected_checksum": selected_checksum(trees if recipe.protocol == "paper" else trees["best"]),
+        "test_loss": summary((sums["loss"] / test.count).tolist()),
+        **_by_class(test.labels, sums["predictions"], trainer.directory.config()["class_names"]),
+        "selected_checksum": selected_checksum(trees if paper else trees["best"]),
         "published_accuracy_percent": published_accuracy(setup),
         "parameters": count_parameters(params) // recipe.num_seeds,
         "train_examples": len(trainer.stage.subset),
-        "test_examples": setup.splits["test"].count,
+        "test_examples": test.count,
         "epochs": recipe.epochs,
         "seconds": round(progress.total_seconds, 3),
         "compile_seconds": round(sum(line["compile_seconds"] for line in lines), 3),
-        "seeds_as": "one program" if setup.programs.vectorized else "one after the other",
+        "seeds_as": _seeds_as(trainer),
         "device": device(),
         "versions": versions(),
+    }
+
+
+def _seeds_as(trainer: Trainer) -> str:
+    if trainer.progress.processes > 1:
+        return f"{trainer.progress.processes} processes side by side"
+    return "one program" if trainer.setup.programs.vectorized else "one after the other"
+
+
+def _by_class(labels: np.ndarray, predictions: np.ndarray, class_names: list[str]) -> dict[str, Any]:
+    """Scores that a large class does not decide, of predictions [K, N] of the seeds, and recall by class."""
+    seeds = [scores_by_class(labels, each, tuple(class_names)) for each in predictions]
+    means = [averages(classes) for classes in seeds]
+    return {
+        "test_balanced_accuracy": summary([each["balanced_accuracy"] for each in means]),
+        "test_macro_f1": summary([each["macro_f1"] for each in means]),
+        "test_classes": [
+            {
+                "name": name,
+                "support": seeds[0][index]["support"],
+                "recall": [classes[index]["recall"] for classes in seeds],
+            }
+            for index, name in enumerate(class_names)
+        ],
     }
 
 
@@ -93,9 +126,31 @@ def describe_result(result: dict[str, Any]) -> str:
     if "best_on_test_accuracy" in result:
         best = _percent(result["best_on_test_accuracy"])
         lines.append(f"best on test  {best}  (selected on the test split: not an estimate of accuracy on new data)")
+    lines += _worst_classes(result)
     if result["published_accuracy_percent"] is not None:
         lines.append(f"the paper reports {result['published_accuracy_percent']} % for this row")
     return "\n".join(lines)
+
+
+def _worst_classes(result: dict[str, Any]) -> list[str]:
+    """The classes at a glance, the worst first; nothing of a run of before result.json had them, or of one class."""
+    classes = [
+        (float(np.mean(each["recall"])), each["support"], each["name"])
+        for each in result.get("test_classes", [])
+        if each["support"]
+    ]
+    if len(classes) < 2:
+        return []
+    shown = sorted(classes, key=lambda each: each[0])[:_MOST_CLASSES]
+    width = max(len(printable(name)) for _, _, name in shown)
+    lines = [f"balanced accuracy {_percent(result['test_balanced_accuracy'])}; classes recognised, worst first:"]
+    lines += [
+        f"  {printable(name).ljust(width)}  {100 * recall:6.2f} % of {support:,}" for recall, support, name in shown
+    ]
+    left = len(classes) - len(shown)
+    return lines + (
+        [f"  and {left} more classes, each {100 * sorted(classes)[_MOST_CLASSES][0]:.2f} % or more"] if left else []
+    )
 
 
 def _percent(values: dict[str, Any]) -> str:

@@ -35,6 +35,8 @@ class SeedStates:
     def __init__(self, programs: Programs, seeds: list[int]) -> None:
         self._programs = programs
         self.seeds = seeds
+        self.epoch = 0
+        """The planned epoch's number."""
         groups: list[Any] = [seeds] if programs.vectorized else seeds
         self._groups = [self._start(programs.replicate(np.asarray(group, np.uint32))) for group in groups]
 
@@ -57,6 +59,7 @@ class SeedStates:
                 there = getattr(group.state, name)
                 fresh = {entry: jax.tree.map(place, tree, there[entry]) for entry, tree in given.items()}
                 group.state = group.state.replace(**{name: {**there, **fresh}})  # type: ignore[attr-defined]
+            group.state = _averaging_anew(group.state)
             group.best = _variables(group.state, copy=True)
 
     def continue_from_best(self, other: "SeedStates") -> None:
@@ -65,10 +68,12 @@ class SeedStates:
             group.state = group.state.replace(  # type: ignore[attr-defined]
                 step=finished.state.step, **jax.tree.map(jnp.copy, finished.best)
             )
+            group.state = _averaging_anew(group.state)
             group.best = _variables(group.state, copy=True)
 
     def plan_epoch(self, order: Any, epoch: int, rates: np.ndarray) -> None:
         """Fix the order and the learning rates [K, S] of the coming epoch, counted from 0."""
+        self.epoch = epoch
         for index, group in enumerate(self._groups):
             indices = self._programs.replicate(order(group.seed, np.int32(epoch)))
             group_rates = rates if self._programs.vectorized else rates[index]
@@ -171,6 +176,7 @@ class SeedStates:
             "params": self._stack([state.params for state in states]),
             "batch_stats": self._stack([state.batch_stats for state in states]),
             "opt_state": self._stack([state.opt_state for state in states]),
+            "ema": self._stack([state.ema for state in states]),
             "best": self._stack([group.best for group in self._groups]),
         }
 
@@ -199,5 +205,11 @@ class SeedStates:
 
 
 def _variables(state: TrainState, *, copy: bool = False) -> dict[str, Any]:
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return jax.tree.map(jnp.copy, variables) if copy else variables
+    return jax.tree.map(jnp.copy, state.variables) if copy else state.variables
+
+
+def _averaging_anew(state: TrainState) -> TrainState:
+    """`state` with its moving averages begun at its parameters and running statistics, which were replaced."""
+    current = {"params": state.params, "batch_stats": state.batch_stats}
+    ema = {name: {entry: current[name][entry] for entry in tree} for name, tree in state.ema.items()}
+    return state.replace(ema=jax.tree.map(jnp.copy, ema))  # type: ignore[attr-defined]

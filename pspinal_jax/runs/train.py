@@ -17,9 +17,12 @@ from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
-from pspinal_jax.errors import UsageError
+from pspinal_jax.errors import UsageError, printable
 from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
+from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models.preprocessing import with_own_preprocessing
+from pspinal_jax.progress import say, warn
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.recipes.settings import check_settings, check_settings_for
@@ -27,9 +30,11 @@ from pspinal_jax.runs.build import Setup, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.features import cached_features, head_of, head_recipe
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
+from pspinal_jax.runs.opening import describe_opening, warn_of_random_backbone
 from pspinal_jax.runs.programs import run_mesh
 from pspinal_jax.runs.restore import keep_start, start_variables
 from pspinal_jax.runs.result import make_result
+from pspinal_jax.runs.seed_processes import can_use_processes, train_in_processes, wants_processes
 from pspinal_jax.runs.signals import StopRequest
 from pspinal_jax.runs.trainer import Trainer
 
@@ -54,15 +59,17 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """
     if options.tensorboard:
         check_installed()
+    asked, recipe = recipe, with_own_preprocessing(recipe)
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)
     resuming = broadcast_from_primary(directory.config_path.exists)
     if not resuming:  # a run of an earlier version goes on as it began
-        check_settings(recipe)
+        check_settings(asked)
     data = primary_first(lambda: load_data(recipe.data))
     if not resuming:
-        check_settings_for(recipe, data.source, data.example_shape)
+        check_settings_for(asked, data.source, data.example_shape)
+        _check_seed_mode(recipe, options)
     if not data.in_memory and recipe.protocol == "validation":
         data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     split_examples(recipe, data)  # what does not fit is refused before anything is written
@@ -74,6 +81,8 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if broadcast_from_primary(directory.result_path.exists):
         if is_primary() and not directory.curves_path.exists():  # a kill came between the two
             _plot(recipe, directory)
+        if is_primary():
+            say(printable(f"{directory.path} holds this run, finished: nothing is trained again; its result:"))
         return directory.result() or {}
     mesh = run_mesh(recipe, resuming=resuming)
     if resuming:
@@ -95,6 +104,8 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             setup = set_up(head_only, head, features, options.workers, mesh)
         else:
             setup = set_up(recipe, model, data, options.workers, mesh)
+        if is_primary():
+            _open(recipe, options, data, model, setup)
         return _train(setup, recipe, options, directory, start)
 
 
@@ -106,6 +117,8 @@ def _train(
             CheckpointStore(directory.checkpoints_path) as store,
             MetricsWriter(directory, options.tensorboard) as metrics,
         ):
+            if store.empty and wants_processes(recipe, setup, directory, options):
+                train_in_processes(recipe, setup, options, metrics, store, stop)
             trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
             trainer.run()
             result = make_result(trainer)
@@ -113,6 +126,23 @@ def _train(
             directory.write_result(result)
             _plot(recipe, directory)
     return result
+
+
+def _check_seed_mode(recipe: Recipe, options: RunOptions) -> None:
+    if recipe.seed_mode == "processes" and recipe.num_seeds > 1 and not can_use_processes(recipe, options):
+        raise UsageError(
+            "seed_mode is processes, expected auto, loop or vmap: processes train heads on arrays, on the CPU as one "
+            "device, without --init-from and --patience"
+        )
+
+
+def _open(recipe: Recipe, options: RunOptions, data: Dataset[Split], model: Classifier, setup: Setup) -> None:
+    """Say on standard error what is about to be trained."""
+    for line in describe_opening(recipe, options.init_from, data, model, setup.stages):
+        say(line)
+    problem = warn_of_random_backbone(recipe, options.init_from)
+    if problem is not None:
+        warn(problem)
 
 
 def _check_apart(workdir: Path, data: Path | None) -> None:

@@ -40,6 +40,7 @@ class Trainer:
       seed_states: the seeds' states.
       progress: how far the run has come.
       directory: where the run's files are.
+      longest: the epochs to retrain for, from the most that a seed of this run selected.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Trainer:
         self.setup = setup
         self.progress = TrainingProgress()
         self.directory = metrics.directory
+        self.longest: Callable[[int], int] | None = None
         self._metrics = metrics
         self._store = store
         self._stop = stop
@@ -118,6 +120,8 @@ class Trainer:
         if self.stage.name == "retrain":
             self.progress.selected_epoch = progress.best_epoch
             self.progress.selected_accuracy = progress.best_accuracy
+            if self.longest is not None:
+                self.progress.longest = self.longest(max(progress.best_epoch))
             self.seed_states = self._fresh_seed_states()
             self.seed_states.start_from(self._start())
         else:
@@ -128,9 +132,15 @@ class Trainer:
     def _run_stage(self) -> None:
         stage, progress, recipe = self.stage, self.progress, self.setup.recipe
         epochs = progress.stage_epochs(recipe)
-        if progress.epoch >= epochs:
+        if progress.stage_finished(recipe):
             return
-        order = make_order(stage.subset, self.setup.examples.count, self.setup.programs.vectorized, recipe.data.shuffle)
+        order = make_order(
+            stage.subset,
+            self.setup.examples.count,
+            self.setup.programs.vectorized,
+            recipe.data.shuffle,
+            self.setup.labels if recipe.sampler == "balanced" else None,
+        )
         self._plan_epoch(order)
         self._warm_up()
         done = progress.epoch * stage.steps_per_epoch + progress.step
@@ -138,7 +148,7 @@ class Trainer:
             while True:
                 self._run_epoch(bar)
                 self._finish_epoch(epochs, bar)
-                if progress.epoch >= epochs:
+                if progress.stage_finished(recipe):
                     return
                 if self._synchronize() or progress.epoch == 1:
                     self._save()
@@ -242,7 +252,8 @@ class Trainer:
         best_epoch = np.asarray(progress.best_epoch or [0] * count)
         if accuracy is not None:
             progress.last_accuracy = accuracy
-            improved = np.asarray(accuracy) > before
+            over = progress.out_of_patience(self.setup.recipe, progress.epoch - 1)
+            improved = (np.asarray(accuracy) > before) & ~np.asarray(over)
             self._steer(improved)
             progress.best_accuracy = np.where(improved, accuracy, before).tolist()
         elif progress.selected_epoch:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Seed = jax.Array | int
 
@@ -26,7 +27,36 @@ def augment_key(step_key: jax.Array) -> jax.Array:
     return jax.random.fold_in(step_key, 1 << 20)
 
 
+def mix_key(step_key: jax.Array) -> jax.Array:
+    """Key of what a step's examples are mixed with."""
+    return jax.random.fold_in(step_key, (1 << 20) + 1)
+
+
 def epoch_order(seed: Seed, epoch: jax.Array | int, num_examples: int) -> jax.Array:
     """Order int32 [num_examples] in which epoch `epoch` visits the training examples."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), epoch)
     return jax.random.permutation(key, num_examples)
+
+
+def balanced_order(seed: Seed, epoch: jax.Array | int, labels: np.ndarray) -> jax.Array:
+    """Order int32 [N] in which epoch `epoch` visits N examples of which it draws as many of every class.
+
+    Of N examples in K classes, floor(N / K) of every class are drawn, and one more of some, which the epoch chooses. A
+    class is gone through in an order of the epoch's own, and again from its beginning where it has fewer examples, so
+    no example is drawn twice before all of its class are.
+
+    Args:
+      seed: of the run.
+      epoch: from 0.
+      labels: integers [N], on the host: the examples' classes.
+    """
+    _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    starts = np.cumsum(sizes) - sizes
+    shuffled = epoch_order(seed, epoch, len(labels))
+    by_class = shuffled[jnp.argsort(jnp.asarray(classes)[shuffled], stable=True)]
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), epoch)
+    class_key, place_key = jax.random.split(key)
+    turn, place = np.divmod(np.arange(len(labels)), len(sizes))
+    drawn = jax.random.permutation(class_key, len(sizes))[place]
+    chosen = by_class[jnp.asarray(starts)[drawn] + turn % jnp.asarray(sizes)[drawn]]
+    return jax.random.permutation(place_key, chosen)

@@ -36,10 +36,15 @@ def convert_state(state: TrainState, layout: Layout, frozen: tuple[str, ...] = (
     def params(tree: Any) -> Any:
         return _convert_head(convert_params, tree, layout)
 
+    def batch_stats(tree: Any) -> Any:
+        return _convert_head(convert_batch_stats, tree, layout)
+
+    convert = {"params": params, "batch_stats": batch_stats}
     return TrainState(
         step=state.step,
         params=params(state.params),
-        batch_stats=_convert_head(convert_batch_stats, state.batch_stats, layout),
+        batch_stats=batch_stats(state.batch_stats),
+        ema={name: convert[name](tree) for name, tree in state.ema.items()},
         opt_state=_convert_copies(params, trainable(state.params, frozen), state.opt_state),
     )
 

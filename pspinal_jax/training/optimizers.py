@@ -5,6 +5,7 @@ another number of epochs needs no new compilation.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -22,12 +23,15 @@ class Schedule:
       peak: the largest learning rate.
       decay_epochs: epochs between two decays of 'step'.
       warmup_fraction: of the steps, for 'one_cycle'.
+      warmup_epochs: for the others: epochs of a linear warm-up from peak / 25, before the schedule, which then has the
+        remaining steps.
     """
 
     name: Literal["constant", "cosine", "one_cycle", "step"] = "constant"
     peak: float = 0.05
     decay_epochs: int = 7
     warmup_fraction: float = 0.3
+    warmup_epochs: float = 0.0
 
 
 def make_optimizer(
@@ -35,15 +39,39 @@ def make_optimizer(
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float | jax.Array = 0.0,
+    gradient_clip: float = 0.0,
+    backbone_rate: float = 1.0,
 ) -> optax.GradientTransformation:
     """The direction of descent, to be scaled by minus the learning rate.
 
-    The decay of adamw, a number or a scalar array, applies to kernels only.
+    Args:
+      name: of the optimiser.
+      momentum: of sgd; decay of the first moment of adam and adamw.
+      nesterov: whether momentum looks ahead.
+      weight_decay: of adamw, a number or a scalar array; applies to kernels only.
+      gradient_clip: largest global L2 norm of the gradient; 0 for no limit.
+      backbone_rate: factor of the learning rate of what stands under ``backbone``, its weight decay included.
     """
+    direction = _direction(name, momentum, nesterov, weight_decay)
+    before = [optax.clip_by_global_norm(gradient_clip)] if gradient_clip else []
+    after = [optax.stateless(partial(_scale_backbone, backbone_rate))] if backbone_rate != 1.0 else []
+    return optax.chain(*before, direction, *after) if before or after else direction
+
+
+def _direction(
+    name: str, momentum: float, nesterov: bool, weight_decay: float | jax.Array
+) -> optax.GradientTransformation:
     if name == "sgd":
         return optax.trace(momentum, nesterov) if momentum else optax.identity()
     adam = optax.scale_by_adam(b1=momentum, nesterov=nesterov)
     return adam if name == "adam" else optax.chain(adam, optax.add_decayed_weights(weight_decay, mask=_kernels))
+
+
+def _scale_backbone(rate: float, updates: Any, params: Any) -> Any:
+    del params
+    return {
+        name: jax.tree.map(lambda u: rate * u, tree) if name == "backbone" else tree for name, tree in updates.items()
+    }
 
 
 def learning_rates(schedule: Schedule, epoch: int, steps_per_epoch: int, epochs: int) -> np.ndarray:
@@ -54,6 +82,12 @@ def learning_rates(schedule: Schedule, epoch: int, steps_per_epoch: int, epochs:
 
 
 def _optax_schedule(schedule: Schedule, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if warmup and schedule.name != "one_cycle":
+        rest = dataclasses.replace(schedule, warmup_epochs=0.0)
+        rising = optax.linear_schedule(schedule.peak / 25, schedule.peak, warmup)
+        after = _optax_schedule(rest, total_steps - warmup, steps_per_epoch)
+        return optax.join_schedules([rising, after], [warmup])
     peak = schedule.peak
     if schedule.name == "constant":
         return optax.constant_schedule(peak)

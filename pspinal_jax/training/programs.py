@@ -41,8 +41,11 @@ class StepConfig:
       batch_size: examples per step over all devices; each computes them all unless they divide over the devices.
       eval_batch_size: examples per evaluation step; rounded up to a multiple of the devices that they divide over.
       label_smoothing: see `cross_entropy`.
+      class_weights: see `train_step`.
+      ema_decay: of moving averages that the state then has; 0 for none.
       vectorized: run all seeds as one program, over a leading axis.
       augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
+      mix: (key, inputs, labels) -> (inputs, targets), applied to every training batch after that; None for none.
       head_layout: the layout of the head's parameters inside a chunk; what goes in and out is the documented tree.
       frozen: entries at the top of the parameters that are not trained.
       micro_batches: see `train_step`; the last, smaller batch of an epoch is not split.
@@ -60,6 +63,9 @@ class StepConfig:
     label_smoothing: float = 0.0
     vectorized: bool = False
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]] | None = None
+    class_weights: tuple[float, ...] | None = None
+    ema_decay: float = 0.0
     head_layout: Layout = "tree"
     frozen: tuple[str, ...] = ()
     micro_batches: int = 1
@@ -135,7 +141,7 @@ def build_programs(model: Any, optimizer: optax.GradientTransformation, config: 
     def seeds(function: Callable[..., Any], axes: tuple[Any, ...] = (0,)) -> Callable[..., Any]:
         return jax.vmap(function, axes) if vectorized else function
 
-    start = seeds(partial(init_state, model, optimizer, inputs, config.frozen))
+    start = seeds(partial(init_state, model, optimizer, inputs, config.frozen, config.ema_decay > 0))
     states: Any = replicated
     variables: Any = replicated
     if shards_parameters(mesh):
@@ -182,6 +188,8 @@ def _make_steps(model: Any, optimizer: optax.GradientTransformation, config: Ste
         model.apply,
         optimizer,
         label_smoothing=config.label_smoothing,
+        class_weights=config.class_weights,
+        ema_decay=config.ema_decay,
         frozen=config.frozen,
         skip_nonfinite=config.skip_nonfinite,
     )
@@ -194,6 +202,8 @@ def _make_steps(model: Any, optimizer: optax.GradientTransformation, config: Ste
     ) -> tuple[TrainState, Totals]:
         if config.augment is not None:
             batch = (config.augment(keys.augment_key(key), batch[0]), batch[1])
+        if config.mix is not None:
+            batch = config.mix(keys.mix_key(key), *batch)
         state, totals = take(state, totals, batch, rate, key)
         if shards_parameters(config.mesh):  # or XLA may gather in one step what it has to shard again in the next
             state = jax.lax.with_sharding_constraint(state, shardings(config.mesh, state))
@@ -215,17 +225,22 @@ def _update_best(best: Any, candidate: Any, improved: jax.Array) -> Any:
     return jax.tree.map(partial(jnp.where, improved), candidate, best)
 
 
-def make_order(subset: np.ndarray, length: int, vectorized: bool, shuffle: bool = True) -> Callable[..., jax.Array]:
+def make_order(
+    subset: np.ndarray, length: int, vectorized: bool, shuffle: bool = True, balanced: np.ndarray | None = None
+) -> Callable[..., jax.Array]:
     """(seed, epoch) -> int32 [length]: the examples `subset` in the epoch's order, then zeros.
 
-    Without `shuffle` every epoch has the order of `subset`.
+    Without `shuffle` every epoch has the order of `subset`. With the labels [N] of all examples as `balanced`, the
+    epoch draws as many of `subset`, evenly from its classes; see `balanced_order`.
 
     The fixed length lets every stage of a run, with its own subset, use the same compiled chunk.
     """
 
     def order(seed: jax.Array, epoch: jax.Array) -> jax.Array:
         visited = jnp.asarray(subset, jnp.int32)
-        if shuffle:
+        if balanced is not None:
+            visited = visited[keys.balanced_order(seed, epoch, balanced[subset])]
+        elif shuffle:
             visited = visited[keys.epoch_order(seed, epoch, len(subset))]
         return jnp.pad(visited, (0, length - len(subset)))
 

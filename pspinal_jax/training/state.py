@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -19,12 +20,21 @@ class TrainState:
       params: parameters of the model.
       batch_stats: its running statistics, {} where it has none.
       opt_state: state of the optimiser.
+      ema: moving averages of params and batch_stats, {'params': .., 'batch_stats': ..}, what is frozen left out; {}
+        where none are kept.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = dataclasses.field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What is evaluated, selected and kept: params and batch_stats, their averages where there are any."""
+        current = {"params": self.params, "batch_stats": self.batch_stats}
+        return {name: {**tree, **self.ema.get(name, {})} for name, tree in current.items()}
 
 
 @flax.struct.dataclass
@@ -62,6 +72,26 @@ class Totals:
         )
 
 
+def averaged(ema: dict[str, Any], params: Any, batch_stats: Any, step: jax.Array, decay: float) -> dict[str, Any]:
+    """The moving averages after step `step`, counted from 0.
+
+    ema + (1 - d) (new - ema), where d = min(decay, (1 + t) / (10 + t)) after t = step + 1 steps: the first steps, close
+    to where the run began, are forgotten soon, as in TensorFlow's ExponentialMovingAverage with num_updates. Running
+    statistics are averaged alike, so that they belong to the averaged parameters.
+    """
+    steps = step.astype(jnp.float32) + 1
+    weight = 1 - jnp.minimum(decay, (1 + steps) / (10 + steps))
+    new = {"params": params, "batch_stats": batch_stats}
+    new = {name: {entry: new[name][entry] for entry in tree} for name, tree in ema.items()}
+    return jax.tree.map(lambda old, now: old + weight.astype(old.dtype) * (now - old), ema, new)
+
+
+def start_average(params: Any, batch_stats: Any, frozen: tuple[str, ...]) -> dict[str, Any]:
+    """The moving averages that a run starts from: copies."""
+    trees = {"params": trainable(params, frozen), "batch_stats": trainable(batch_stats, frozen)}
+    return jax.tree.map(jnp.copy, trees)
+
+
 def trainable(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
     """`params` without the entries at the top that are `frozen`."""
     return {name: entry for name, entry in params.items() if name not in frozen}
@@ -72,10 +102,13 @@ def init_state(
     optimizer: optax.GradientTransformation,
     inputs: jax.ShapeDtypeStruct,
     frozen: tuple[str, ...],
+    keeps_average: bool,
     seed: jax.Array,
 ) -> TrainState:
     """The state that a run with `seed` (uint32 scalar) starts from; `inputs` tells a batch's shape and dtype."""
     variables = model.init(keys.init_key(seed), jnp.zeros(inputs.shape, inputs.dtype), train=False)
     params = variables["params"]
     opt_state = optimizer.init(trainable(params, frozen))
-    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), opt_state)
+    batch_stats = variables.get("batch_stats", {})
+    ema = start_average(params, batch_stats, frozen) if keeps_average else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)

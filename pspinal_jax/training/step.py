@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pspinal_jax.training.state import Totals, TrainState, trainable
+from pspinal_jax.augment.mixing import Mixed
+from pspinal_jax.training.state import Totals, TrainState, averaged, trainable
 
 Apply = Callable[..., Any]
 """linen's ``model.apply``."""
@@ -52,16 +53,41 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float |
     return losses
 
 
+def target_losses(
+    logits: jax.Array,
+    targets: jax.Array | Mixed,
+    label_smoothing: float | jax.Array = 0.0,
+    class_weights: tuple[float, ...] | None = None,
+) -> jax.Array:
+    """The loss [N] of each example that is trained on; of `Mixed` labels, those of both by their shares.
+
+    Args:
+      logits: [N, C].
+      targets: labels, integers [N], or mixed ones.
+      label_smoothing: see `cross_entropy`.
+      class_weights: what the loss of an example is multiplied with, by its class, C numbers; None for 1.
+    """
+    if isinstance(targets, Mixed):
+        own, other = (
+            target_losses(logits, labels, label_smoothing, class_weights) for labels in (targets.labels, targets.others)
+        )
+        return targets.share * own + (1 - targets.share) * other
+    losses = cross_entropy(logits, targets, label_smoothing)
+    return losses if class_weights is None else losses * jnp.asarray(class_weights, losses.dtype)[targets]
+
+
 def train_step(
     apply: Apply,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     totals: Totals,
-    batch: tuple[jax.Array, jax.Array],
+    batch: tuple[jax.Array, jax.Array | Mixed],
     learning_rate: jax.Array,
     key: jax.Array,
     *,
     label_smoothing: float | jax.Array = 0.0,
+    class_weights: tuple[float, ...] | None = None,
+    ema_decay: float = 0.0,
     frozen: tuple[str, ...] = (),
     micro_batches: int = 1,
     skip_nonfinite: bool = False,
@@ -74,10 +100,12 @@ def train_step(
       optimizer: gives the direction of descent.
       state: state before the step.
       totals: the epoch's sums before the step.
-      batch: (inputs [B, ...], labels [B]).
+      batch: (inputs [B, ...], labels [B] or `Mixed` ones).
       learning_rate: float32 scalar.
       key: key of the step's random numbers.
       label_smoothing: see `cross_entropy`.
+      class_weights: see `target_losses`; the batch's loss is the mean over its examples, whatever their weights.
+      ema_decay: of the state's moving averages, see `averaged`; a state without stays without.
       frozen: entries at the top of `params` that stay as they are; they have no gradient and no optimiser state.
       micro_batches: K, into how many parts of B / K examples the batch is split, one after the other, to save memory.
         The gradient is their mean. Batch norm sees each part by itself.
@@ -90,19 +118,18 @@ def train_step(
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     if axes:
         key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-    loss_and_gradients = partial(_loss_and_gradients, apply, label_smoothing, frozen, axes)
+    losses = partial(target_losses, label_smoothing=label_smoothing, class_weights=class_weights)
+    loss_and_gradients = partial(_loss_and_gradients, apply, losses, frozen, axes)
     if micro_batches == 1:
         loss, correct, gradients, batch_stats = loss_and_gradients(variables, batch, key)
     else:
         loss, correct, gradients, batch_stats = _accumulate(loss_and_gradients, micro_batches, variables, batch, key)
-    new_state = _descend(optimizer, frozen, state, gradients, learning_rate).replace(  # type: ignore[attr-defined]
-        batch_stats=batch_stats
-    )
+    new_state = _descend(optimizer, frozen, ema_decay, state, gradients, batch_stats, learning_rate)
     finite = _all_finite(loss, gradients, None if skip_nonfinite else MOST_ENTRIES)
     totals = totals.replace(  # type: ignore[attr-defined]
         bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
     )
-    new_totals = totals.add(loss, correct, len(batch[1]) * (jax.lax.axis_size(axes) if axes else 1))
+    new_totals = totals.add(loss, correct, len(batch[0]) * (jax.lax.axis_size(axes) if axes else 1))
     if not skip_nonfinite:
         return new_state, new_totals
     same = state.replace(step=new_state.step)  # type: ignore[attr-defined]
@@ -113,15 +140,19 @@ def train_step(
 def _descend(
     optimizer: optax.GradientTransformation,
     frozen: tuple[str, ...],
+    ema_decay: float,
     state: TrainState,
     gradients: Any,
+    batch_stats: Any,
     learning_rate: jax.Array,
 ) -> TrainState:
-    """`state` one step on, its running statistics apart."""
+    """`state` one step on, with the new running statistics `batch_stats`."""
     moving = trainable(state.params, frozen)
     direction, opt_state = optimizer.update(gradients, state.opt_state, moving)
     moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
-    return TrainState(state.step + 1, {**state.params, **moved}, state.batch_stats, opt_state)
+    params = {**state.params, **moved}
+    ema = averaged(state.ema, params, batch_stats, state.step, ema_decay) if state.ema else state.ema
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
 
 
 def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> jax.Array:
@@ -136,28 +167,32 @@ def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> ja
 
 def _loss_and_gradients(
     apply: Apply,
-    label_smoothing: float | jax.Array,
+    losses: Callable[[jax.Array, Any], jax.Array],
     frozen: tuple[str, ...],
     axes: tuple[str, ...],
     variables: dict[str, Any],
-    batch: tuple[jax.Array, jax.Array],
+    batch: tuple[jax.Array, jax.Array | Mixed],
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """(mean loss, hits, gradients of what is not frozen, new running statistics) of one batch, over all `axes`."""
-    inputs, labels = batch
+    """(mean loss, hits, gradients of what is not frozen, new running statistics) of one batch, over all `axes`.
+
+    An example of mixed labels is a hit where the one of the larger share is given.
+    """
+    inputs, targets = batch
 
     def mean_loss(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         model = {"params": {**variables["params"], **moving}, "batch_stats": variables["batch_stats"]}
         if axes:  # from here on each device's own, so that the gradient is summed over devices on its way back
             model = jax.lax.pcast(model, axes, to="varying")
         logits, updated = apply(model, inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
-        loss, batch_stats = cross_entropy(logits, labels, label_smoothing).mean(), updated.get("batch_stats", {})
+        loss, batch_stats = losses(logits, targets).mean(), updated.get("batch_stats", {})
         if axes:  # the loss, not the gradients: those of parameters on all devices are summed already
             loss, batch_stats = jax.lax.pmean((loss, batch_stats), axes)
         return loss, (batch_stats, logits)
 
     moving = trainable(variables["params"], frozen)
     (loss, (batch_stats, logits)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(moving)
+    labels = targets.main if isinstance(targets, Mixed) else targets
     correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
     return loss, jax.lax.psum(correct, axes) if axes else correct, gradients, batch_stats
 

@@ -1,5 +1,7 @@
 """Parameters from PyTorch, and back: state dicts from files or the hub, and linen's variables; a file for those."""
 
+from pspinal_jax.weights.backbone import backbone_variables
+from pspinal_jax.weights.efficientnet import efficientnet_state_dict, efficientnet_variables, pretrained_efficientnet
 from pspinal_jax.weights.files import read_state_dict
 from pspinal_jax.weights.published import LAYOUTS, classifier_state_dict, classifier_variables
 from pspinal_jax.weights.resnet import PRETRAINED, resnet_state_dict, resnet_variables
@@ -8,8 +10,12 @@ from pspinal_jax.weights.variables import read_variables, save_variables
 __all__ = [
     "LAYOUTS",
     "PRETRAINED",
+    "backbone_variables",
     "classifier_state_dict",
     "classifier_variables",
+    "efficientnet_state_dict",
+    "efficientnet_variables",
+    "pretrained_efficientnet",
     "read_state_dict",
     "read_variables",
     "resnet_state_dict",

@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _TENSORS = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 """Of a kernel: OIHW to HWIO, [out, in] to [in, out]. Everything else is a vector."""
-_NAMES_TOLD = 10
+_NAMES_TOLD, _LONGEST_NAME = 10, 80
 
 
 class Layer(NamedTuple):
@@ -123,8 +123,13 @@ def _check(expected: Shapes, given: Mapping[str, Any], what: str) -> None:
 
 def listed(names: list[str]) -> str:
     """The first of `names`, and how many more there are."""
-    told = ", ".join(names[:_NAMES_TOLD])
-    return told if len(names) <= _NAMES_TOLD else f"{told} and {len(names) - _NAMES_TOLD} more"
+    first = ", ".join(map(told, names[:_NAMES_TOLD]))
+    return first if len(names) <= _NAMES_TOLD else f"{first} and {len(names) - _NAMES_TOLD} more"
+
+
+def told(name: str) -> str:
+    """`name`, which comes from a file, as one line of a message can hold it."""
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else repr(name[:_LONGEST_NAME])
 
 
 def _floating(array: np.ndarray) -> np.ndarray:

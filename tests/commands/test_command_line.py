@@ -52,7 +52,7 @@ def trained(npz_path, tmp_path_factory):
 
 def test_train_and_evaluate(trained, capsys):
     status, out, _ = run(capsys, "evaluate", trained)
-    assert status == 0 and "test accuracy" in out and "  0: " in out
+    assert status == 0 and "test accuracy" in out and "class, worst first" in out
     assert json.loads((trained / "evaluation.json").read_text())["examples"] == 50
 
 
@@ -61,6 +61,7 @@ def test_train_again_reports_the_finished_run(trained, npz_path, capsys):
         capsys, "train", "digits", "--data.path", npz_path, "--data.num-classes", 3, "--workdir", trained, *SMALL
     )
     assert again[0] == 0 and "test accuracy" in again[1]
+    assert f"{trained} holds this run, finished: nothing is trained again" in again[2]
 
 
 def test_recipes_are_listed_with_row_model_and_published_accuracy(capsys):

@@ -32,7 +32,14 @@ def export_page(place, npz_path):
     return {"images": np.zeros((5, 4, 4, 1), np.uint8)}
 
 
-BEFORE = {"export.md": export_page}
+def metrics_page(place, npz_path):
+    """A finished run for the page's program to follow."""
+    small = {"epochs": 2, "batch_size": 16, "model__layer_width": 6, "data__num_validation": 20, "data__num_classes": 3}
+    pspinal_jax.train("digits", data__path=npz_path, workdir=place / "runs" / "digits", **small)
+    return {}
+
+
+BEFORE = {"export.md": export_page, "metrics.md": metrics_page}
 """What has to be there before a page's first block: it makes that, and gives the names that the page has of it."""
 
 
@@ -102,7 +109,7 @@ def test_every_command_line_is_understood(words, tmp_path, monkeypatch):
     if words == ["prepare"]:
         return  # the command by its name
     try:
-        assert main(words) == 0 and words[0] in ("recipes", "--version")
+        assert main(words) == 0 and words[0] in ("recipes", "doctor", "--version")
     except Understood:
         pass
     except SystemExit as end:

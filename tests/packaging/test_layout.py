@@ -13,7 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 NAME = "pspinal_jax"
-MOST_FILES, MOST_LINES, LONGEST_FUNCTION = 175, 350, 60
+MOST_FILES, MOST_LINES, LONGEST_FUNCTION = 190, 350, 60
 OLD_WORDS = re.compile(
     r"\b(lanes|Lanes|batch_shares|read_share|verdicts?|Verdicts?|rehearse|in_form|running_form|from_primary)\b"
 )
@@ -181,7 +181,7 @@ def test_what_is_too_large_is_seen(house):
     package = house("")
     for index in range(MOST_FILES - 6 + 1):
         (package / "low" / f"file_{index}.py").write_text("")
-    assert too_large(package) == ["151 files"]
+    assert too_large(package) == [f"{MOST_FILES + 1} files"]
 
 
 def test_old_words_are_seen(house):

@@ -16,6 +16,7 @@ from pspinal_jax.errors import PSpinalError, UsageError
 from pspinal_jax.export.directory import read_export
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import (
+    AugmentConfig,
     Card,
     DataConfig,
     MeshConfig,
@@ -31,6 +32,7 @@ from pspinal_jax.runs import programs
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
+from pspinal_jax.runs.features import head_recipe
 from pspinal_jax.runs.predict import predict
 from pspinal_jax.runs.programs import build_run_programs, schedule_of
 from pspinal_jax.runs.progress import TrainingProgress, make_stages
@@ -96,8 +98,11 @@ def seen(recipe, monkeypatch):
     calls = []
     monkeypatch.setattr(programs, "build_programs", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(programs, "make_optimizer", lambda *arguments: arguments)
-    build_run_programs(recipe, model, shape, dtype)
-    order = make_order(stages[0].subset, 60, vectorized=False, shuffle=recipe.data.shuffle)
+    pool = data.train if data.validation is None else data.train.join(data.validation)
+    weights = programs.class_weights(recipe, pool.labels[train_indices], data.num_classes)
+    build_run_programs(recipe, model, shape, dtype, weights=weights)
+    balanced = pool.labels if recipe.sampler == "balanced" else None
+    order = make_order(stages[0].subset, 60, vectorized=False, shuffle=recipe.data.shuffle, balanced=balanced)
     return {
         "data": (data.fingerprint(), data.num_classes, recipe.data.train_side, recipe.data.strict),
         "stages": [(stage.name, stage.evaluates, stage.steps_per_epoch, stage.subset.tolist()) for stage in stages],
@@ -149,6 +154,7 @@ CHANGES = [
     ("grey", {}, ("data.augment", "perspective_rotation"), EFFECT),
     ("folder", {}, ("data.augment", "perspective_rotation"), EFFECT),
     ("folder", {}, ("data.augment", "rotation_crop_flip"), EFFECT),
+    ("folder", {}, ("data.augment", "resized_crop_flip"), EFFECT),
     ("grey", {}, ("data.augment", "rotation_crop_flip"), "used with --data.image-size"),
     ("features", {}, ("data.augment", "perspective_rotation"), OTHER_KIND),
     ("grey", {}, ("data.transposed", True), EFFECT),
@@ -156,9 +162,12 @@ CHANGES = [
     ("features", {}, ("data.transposed", True), "data.transposed takes square images only"),
     ("grey", {"batch_size": 8}, ("data.drop_remainder", False), EFFECT),
     ("grey", {}, ("data.shuffle", False), EFFECT),
+    ("folder", {}, ("data.fit", "crop"), EFFECT),
+    ("folder", {}, ("data.fit", "pad"), EFFECT),
+    ("grey", {}, ("data.fit", "crop"), "arrays have the size that they have"),
     ("folder", {"data.image_size": 32}, ("model.backbone", "resnet18"), EFFECT),
     ("features", {}, ("model.backbone", "resnet18"), "takes colour images"),
-    ("grey", {}, ("model.weights", "pretrained"), "used with a ResNet backbone"),
+    ("grey", {}, ("model.weights", "pretrained"), "used with a ResNet or EfficientNet backbone"),
     ("folder", RESNET, ("model.remat", True), EFFECT),
     ("folder", FROZEN, ("model.remat", True), "unless a ResNet backbone is trained"),
     ("grey", {}, ("model.remat", True), "unless a ResNet backbone is trained"),
@@ -195,6 +204,25 @@ CHANGES = [
     ("grey", {}, ("optimizer.decay_epochs", 1), "unless --optimizer.schedule step"),
     ("grey", {"optimizer.schedule": "one_cycle"}, ("optimizer.warmup_fraction", 0.5), EFFECT),
     ("grey", {}, ("optimizer.warmup_fraction", 0.5), "unless --optimizer.schedule one_cycle"),
+    ("grey", {}, ("optimizer.warmup_epochs", 0.5), EFFECT),
+    (
+        "grey",
+        {"optimizer.schedule": "one_cycle"},
+        ("optimizer.warmup_epochs", 0.5),
+        "whose --optimizer.warmup-fraction",
+    ),
+    ("folder", RESNET, ("optimizer.backbone_rate", 0.1), EFFECT),
+    ("folder", FROZEN, ("optimizer.backbone_rate", 0.1), "unless a backbone is trained"),
+    ("grey", {}, ("optimizer.backbone_rate", 0.1), "unless a backbone is trained"),
+    *((kind, {}, ("augment.mixup", 0.2), EFFECT) for kind in ("grey", "features", "folder")),
+    *((kind, {}, ("augment.cutmix", 1.0), EFFECT) for kind in ("grey", "folder")),
+    ("features", {}, ("augment.cutmix", 1.0), OTHER_KIND),
+    ("folder", CACHED, ("augment.cutmix", 1.0), "features have no boxes"),
+    *((kind, {}, ("augment.color_jitter", 0.3), EFFECT) for kind in ("grey", "folder")),
+    ("features", {}, ("augment.color_jitter", 0.3), OTHER_KIND),
+    ("folder", CACHED, ("augment.color_jitter", 0.3), "see feature_views"),
+    ("folder", {"data.augment": "resized_crop_flip"}, ("augment.min_area", 0.5), EFFECT),
+    ("folder", {}, ("augment.min_area", 0.5), "unless --data.augment resized_crop_flip"),
     ("grey", {}, ("optimizer.steering", "best_on_test"), "none unless --protocol paper"),
     ("grey", {}, ("epochs", 3), EFFECT),
     ("grey", {}, ("batch_size", 8), EFFECT),
@@ -208,6 +236,15 @@ CHANGES = [
     ("folder", CACHED, ("feature_views", 2), "all views would be the same"),
     ("folder", FROZEN, ("feature_views", 2), "used with cache_features"),
     ("grey", {}, ("label_smoothing", 0.1), EFFECT),
+    ("grey", {}, ("class_weights", "balanced"), EFFECT),
+    ("grey", {"sampler": "balanced"}, ("class_weights", "balanced"), "none with --sampler balanced"),
+    ("grey", {}, ("sampler", "balanced"), EFFECT),
+    ("grey", {"data.shuffle": False}, ("sampler", "balanced"), "none without --data.shuffle"),
+    ("grey", {}, ("gradient_clip", 1.0), EFFECT),
+    ("grey", {}, ("ema_decay", 0.9), EFFECT),
+    ("grey", PAPER, ("ema_decay", 0.9), "0 with --protocol paper"),
+    ("grey", PAPER, ("patience", 1), "0 with --protocol paper"),
+    ("grey", {"data.num_validation": 0}, ("patience", 1), "expected 0 where nothing is held out"),
     ("grey", {}, ("seed", 1), EFFECT),
     ("folder", {"num_seeds": 2}, ("seed_mode", "vmap"), "loop or auto for image files"),
     ("grey", {"num_seeds": 2}, ("seed_mode", "vmap"), EFFECT),
@@ -218,7 +255,9 @@ CHANGES = [
     ("grey", PAPER, ("rounds", 2), EFFECT),
     ("grey", {}, ("rounds", 2), "1 unless --protocol paper"),
     ("grey", {}, ("retrain", True), EFFECT),
-    ("grey", PAPER, ("retrain", True), "used with --protocol validation"),
+    ("grey", PAPER, ("retrain", True), "False with --protocol paper"),
+    ("grey", {"data.num_validation": 0}, ("retrain", True), "expected False where nothing is held out"),
+    ("folder", {"data.validation_fraction": 0.0}, ("retrain", True), "with --data.validation-fraction"),
     ("grey", {}, ("mesh", MeshConfig(model=64)), "mesh.model is 64|the number of devices"),
 ]
 
@@ -228,6 +267,7 @@ ELSEWHERE = {
     "optimizer.steering": "draws learning rates while it trains: tests/runs/test_train.py (also refused above)",
     "cache_features": "the head trains on features: tests/runs/test_photographs.py (also refused above)",
     "feature_views": "passes over the training data: tests/runs/test_photographs.py (also refused above)",
+    "patience": "ends a run early: tests/runs/test_training_recipes.py (also refused above)",
     "model.weights": "read before the first step: tests/weights (also refused above)",
     "mesh": "where numbers lie, not what they are: tests/training/test_devices.py (also refused above)",
 }
@@ -235,9 +275,10 @@ ELSEWHERE = {
 
 
 def fields():
-    for config, prefix in ((DataConfig, "data."), (ModelConfig, "model."), (OptimizerConfig, "optimizer.")):
-        yield from (prefix + field.name for field in dataclasses.fields(config))
-    yield from {field.name for field in dataclasses.fields(Recipe)} - {"card", "data", "model", "optimizer"}
+    parts = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "augment": AugmentConfig}
+    for prefix, config in parts.items():
+        yield from (f"{prefix}.{field.name}" for field in dataclasses.fields(config))
+    yield from {field.name for field in dataclasses.fields(Recipe)} - {"card", *parts}
 
 
 def test_every_field_is_tried():
@@ -322,6 +363,13 @@ def test_a_run_of_an_earlier_version_opens_as_it_was_trained(place):
     where = {key: str(settings["data"].pop(key)) for key in ("path", "data_dir")}
     recipe = load_recipe_of({"identity": settings, "data_location": where})
     assert not recipe.data.transposed and recipe.optimizer.nesterov
+
+
+def test_what_is_left_to_train_on_cached_features_is_a_recipe(place):
+    """Of images, which may have a validation split of their own: it was refused with --retrain."""
+    settings = {**CACHED, "retrain": True, "patience": 2, "data.fit": "crop", "augment.mixup": 0.2}
+    left = head_recipe(changed(recipe_for("folder", place), settings))
+    assert left.retrain and left.patience == 2 and left.augment.mixup == 0.2 and left.data.fit == "squash"
 
 
 def test_a_refused_setting_leaves_no_directory(place, tmp_path):

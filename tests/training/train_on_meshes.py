@@ -7,11 +7,13 @@ A mesh of fewer devices than there are takes the first ones, so that one process
 
 import argparse
 import re
+from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import AxisType
 
+from pspinal_jax.augment import mix
 from pspinal_jax.backbones import resnet, vgg5
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models.classifier import Classifier
@@ -44,9 +46,13 @@ def train(arguments, mesh):
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(EXAMPLES, *SHAPES[arguments.model])).astype(dtype)
     labels = rng.integers(0, arguments.classes, EXAMPLES).astype(np.int32)
+    options, clip = {}, 0.0
+    if arguments.every_option:
+        weights = tuple(np.linspace(0.5, 1.5, arguments.classes).tolist())
+        options, clip = {"mix": partial(mix, mixup=0.4), "class_weights": weights, "ema_decay": 0.7}, 0.5
     run = build_programs(
         make_model(arguments.model, arguments.classes, arguments.width, dtype),
-        make_optimizer(momentum=0.5),
+        make_optimizer(momentum=0.5, gradient_clip=clip),
         StepConfig(
             inputs.shape[1:],
             dtype,
@@ -55,6 +61,7 @@ def train(arguments, mesh):
             label_smoothing=0.1,
             micro_batches=arguments.micro_batches,
             mesh=mesh,
+            **options,
         ),
     )
     data, seed = run.replicate((inputs, labels)), run.replicate(np.uint32(0))
@@ -68,8 +75,8 @@ def train(arguments, mesh):
             state, totals, seed, plan, run.replicate(np.int32(step)), run.replicate(np.int32(1)), data
         )
         sums.append(float(totals.loss))
-    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
-    evaluation = run.evaluate({"params": state.params, "batch_stats": state.batch_stats}, data, np.int32(EXAMPLES - 1))
+    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state, state.ema))
+    evaluation = run.evaluate(state.variables, data, np.int32(EXAMPLES - 1))
     texts = chunk.as_text(), run.init.lower(seed).compile().as_text()
     return {
         "losses": np.diff(sums) / BATCH,
@@ -95,6 +102,7 @@ def main():
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--every-option", type=int, default=0)
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")

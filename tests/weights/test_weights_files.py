@@ -1,6 +1,5 @@
 """State dicts from files, without PyTorch."""
 
-import builtins
 import json
 
 import numpy as np
@@ -86,17 +85,3 @@ def test_precisions_without_a_numpy_type_are_named(tmp_path):
     assert "holds w as F8_E4M3, expected a dense tensor of one of float64, float32" in refusal(
         tmp_path / "x.safetensors"
     )
-
-
-def test_pytorch_files_say_what_they_need(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_torch(name, *args, **kwargs):
-        if name == "torch":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    (tmp_path / "x.pth").write_bytes(b"anything")
-    monkeypatch.setattr(builtins, "__import__", without_torch)
-    said = refusal(tmp_path / "x.pth")
-    assert "needs PyTorch (in the checkout: pip install '.[torch]'), or save it as .safetensors" in said

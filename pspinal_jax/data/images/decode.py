@@ -5,7 +5,7 @@ import io
 import re
 import warnings
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -46,8 +46,13 @@ differed by up to 15 (46 and 49 dB).
 """
 
 
-def decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The image in `data` as RGB, resized to `size` whatever its aspect.
+def decode(
+    data: bytes | Image.Image,
+    size: tuple[int, int],
+    fit: Literal["squash", "crop", "pad"] = "squash",
+    place: float = 0.5,
+) -> np.ndarray:
+    """The image in `data` as RGB, resized to `size`.
 
     JPEG, PNG, BMP, GIF, TIFF, WebP, PPM and JPEG 2000 in any mode: grey, 16-bit grey (its upper 8 bits), palette, CMYK.
     What is transparent is laid over white; EXIF's orientation is applied; of several frames the first is taken.
@@ -58,6 +63,9 @@ def decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
     Args:
       data: an encoded image, or one that Pillow has opened or made, which stays as it is.
       size: (H, W).
+      fit: what to do with another aspect than that of `size`. squash: nothing is kept of it; crop: the largest part
+        that has the aspect is taken; pad: the whole image stands in the middle between black bars.
+      place: where that part lies: 0 at the left or top, 0.5 in the middle, 1 at the right or bottom.
 
     Returns:
       uint8 [H, W, 3].
@@ -68,7 +76,7 @@ def decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
     try:
-        return _decode(data, size)
+        return _decode(data, size, fit, place)
     except UnidentifiedImageError as error:
         raise DataError("the image cannot be decoded: its format is not known") from error
     except Exception as error:  # Pillow raises many kinds on damaged files
@@ -76,7 +84,7 @@ def decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
         raise DataError(f"the image cannot be decoded: {reason}") from error
 
 
-def _decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
+def _decode(data: bytes | Image.Image, size: tuple[int, int], fit: str, place: float) -> np.ndarray:
     height, width = size
     opened = contextlib.nullcontext(_copy(data)) if isinstance(data, Image.Image) else _open(data)
     with opened as image:
@@ -91,7 +99,29 @@ def _decode(data: bytes | Image.Image, size: tuple[int, int]) -> np.ndarray:
         upright = _to_rgb(image)
         if orientation in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[orientation])
-        return np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR))
+        if fit == "squash":
+            return np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR))
+        return _crop(upright, width, height, place) if fit == "crop" else _pad(upright, width, height)
+
+
+def _crop(image: Image.Image, width: int, height: int, place: float) -> np.ndarray:
+    """The largest part that has the aspect, resized: as the whole image resized and then cropped."""
+    scale = min(image.width / width, image.height / height)
+    across, down = min(scale * width, image.width), min(scale * height, image.height)
+    left, top = place * (image.width - across), place * (image.height - down)
+    box = (left, top, min(left + across, float(image.width)), min(top + down, float(image.height)))
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+
+
+def _pad(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """The whole image, resized to fit, in the middle of black."""
+    scale = min(width / image.width, height / image.height)
+    sides = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    pixels = np.zeros((height, width, 3), np.uint8)
+    left, top = (width - sides[0]) // 2, (height - sides[1]) // 2
+    resized = np.asarray(image.resize(sides, Image.Resampling.BILINEAR))
+    pixels[top : top + sides[1], left : left + sides[0]] = resized
+    return pixels
 
 
 def _copy(image: Image.Image) -> Image.Image:

@@ -5,7 +5,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -50,10 +50,14 @@ class ImageSplit:
     Attributes:
       encoded: the images, N of them, of any sizes.
       labels: see `Split`.
+      fit: how `read` makes them fit a size, see `pspinal_jax.data.images.decode.decode`.
+      places: float32 [N], see there too; None for the middle.
     """
 
     encoded: Encoded
     labels: np.ndarray
+    fit: Literal["squash", "crop", "pad"] = "squash"
+    places: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,27 +75,36 @@ class ImageSplit:
         from pspinal_jax.data.images.decode import decode  # loads Pillow, and `prepare --help` has no need of it
 
         try:
-            return decode(self.encoded[index], size)
+            place = 0.5 if self.places is None else float(self.places[index])
+            return decode(self.encoded[index], size, self.fit, place)
         except (DataError, OSError) as error:
             raise DataError(f"{self.encoded.name(index)}: {error}") from None
 
     def take(self, indices: np.ndarray) -> "ImageSplit":
         """See `Split`."""
         indices, labels = np.asarray(indices), self.labels[indices]
+        places = None if self.places is None else self.places[indices]
         if isinstance(self.encoded, Selected):
-            return ImageSplit(Selected(self.encoded.encoded, self.encoded.indices[indices]), labels)
-        return ImageSplit(Selected(self.encoded, indices), labels)
+            return ImageSplit(Selected(self.encoded.encoded, self.encoded.indices[indices]), labels, self.fit, places)
+        return ImageSplit(Selected(self.encoded, indices), labels, self.fit, places)
+
+    def placed(self, *seeds: int) -> "ImageSplit":
+        """See `Split`: where `fit` is crop, each image's part lies elsewhere, as `seeds` decide."""
+        if self.fit != "crop":
+            return self
+        return dataclasses.replace(self, places=np.random.default_rng(seeds).random(len(self), np.float32))
 
     def join(self, other: "ImageSplit") -> "ImageSplit":
         """See `Split`."""
-        return ImageSplit(_Joined(self.encoded, other.encoded), np.concatenate([self.labels, other.labels]))
+        labels = np.concatenate([self.labels, other.labels])
+        return ImageSplit(_Joined(self.encoded, other.encoded), labels, self.fit)
 
     def checksum(self, validation: "ImageSplit | None", test: "ImageSplit", class_names: tuple[str, ...]) -> int:
-        """See `Split`: over images, labels and class names; see `fingerprint_of`."""
+        """See `Split`: over images, how they are made to fit, labels and class names; see `fingerprint_of`."""
         crc = zlib.crc32("\0".join(class_names).encode(errors="surrogateescape"))
         for split in (self, validation, test):
             crc = zlib.crc32(f"{split._checksum():08x}".encode() if split is not None else b"none", crc)
-        return crc
+        return crc if self.fit == "squash" else zlib.crc32(self.fit.encode(), crc)
 
     def _checksum(self) -> int:
         return zlib.crc32(np.ascontiguousarray(self.labels, np.int32).data, fingerprint_of(self.encoded))

@@ -131,8 +131,8 @@ def test_names_are_printed_on_every_terminal(run, monkeypatch, capsys, encoding,
         assert sorted(given) == sorted(path.name for path in (run / "images").iterdir())
     elif name == "evaluate":
         lines = [line for line in text.splitlines() if line.startswith("  ")]
-        assert len(lines) == 5 and (run / "run" / "confusion.png").exists()
-        assert encoding != "utf-8" or any(line.startswith("  café 猫: ") for line in lines)
+        assert len(lines) == 6 and (run / "run" / "confusion.png").exists()
+        assert encoding != "utf-8" or any(line.startswith("  café 猫  ") for line in lines)
 
 
 def test_a_plot_that_fails_says_so_on_one_line(tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from pspinal_jax import __main__ as entry
 from pspinal_jax.commands import parse
 from pspinal_jax.data import archives, idx
 from pspinal_jax.errors import DataError, printable
+from pspinal_jax.runs.classification_report import Scored, classification_report
 
 ESCAPES = "\x1b[31mred\x07\r\n\x1b]0;title\x07 \u202egnp.\udcff"
 
@@ -33,11 +34,12 @@ def test_names_of_files_and_classes_are_not_printed_raw(tmp_path, capsys, monkey
     assert entry.main(["predict", str(missing), "a.png"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}/a\\x1b[2Jb\\nerror: c is no run directory")
-    report = {"accuracy": 1.0, "correct": 1, "examples": 1, "class_accuracy": {ESCAPES: 1.0}, "trained_on_it": True}
-    report["files"] = []
-    monkeypatch.setattr("pspinal_jax.runs.run.load_run", lambda *_: type("Run", (), {"evaluate": lambda *_: report}))
+    scored = Scored.of(np.array([0, 1]), np.log([[0.4, 0.6], [0.2, 0.8]]))
+    report = classification_report(scored, (ESCAPES, "b")) | {"trained_on_it": True, "files": [ESCAPES]}
+    monkeypatch.setattr("pspinal_jax.runs.evaluate.evaluate", lambda *_, **__: report)
     assert entry.main(["evaluate", str(tmp_path)]) == 0
-    assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
+    said = capsys.readouterr().out
+    assert all(line.isprintable() for line in said.splitlines()) and said.count("\\x1b[31mred") == 3
 
 
 @pytest.mark.parametrize("columns", ["1", "3", "5", "1000000000"])

