@@ -204,3 +204,13 @@ def test_intervals_are_as_wide_as_the_spread_over_seeds_and_examples_asks_for():
     np.testing.assert_array_equal(same[:, 0], same[:, 1])
     certain = bootstrap_means(np.ones((1, 3, 2, 50), bool))
     np.testing.assert_allclose(certain, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 30), (1, 4, 1, 30)])
+def test_few_seeds_or_splits_spread_as_a_mean_of_so_many_does(shape):
+    """By the sample's standard deviation over the root of their number, which an ordinary bootstrap falls short of."""
+    each = np.array([1.0, 1.0, 0.0, 1.0, 0.0])[: max(shape[1:3])]
+    hits = np.broadcast_to(each.reshape(1, shape[1], shape[2], 1), shape)
+    found = bootstrap_means(hits, draws=20000)[:, 0]
+    assert found.std() == pytest.approx(each.std(ddof=1) / np.sqrt(len(each)), rel=0.03)
+    assert found.mean() == pytest.approx(each.mean(), abs=0.01)
