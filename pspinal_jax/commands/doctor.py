@@ -33,6 +33,7 @@ def main(args: Sequence[str]) -> int:
     """Print a line for each thing looked at; returns the exit status, which is 0 whatever is missing."""
     if args and args[0] in ("-h", "--help"):
         print("usage: pspinal-jax doctor\n\nTells versions, devices, caches, free space and extras, a line each.")
+        print("\nexample: pspinal-jax doctor")
         return 0
     if args:
         raise UsageError(f"doctor takes no arguments, got {' '.join(args)}")
