@@ -67,7 +67,7 @@ class CompareArguments:
     workers: int | None = None
     """loop: trainings at a time; by default the cores of this process."""
     backbone: str | None = None
-    """Folder of images: whose features; by default that of `train folder`."""
+    """Folder of images: whose features, efficientnet_lite0, 1 or 2; by default that of `train folder`."""
     weights: str | None = None
     """Its weights, as --model.weights of `train` (random: 'random'); by default those of `train folder`."""
 

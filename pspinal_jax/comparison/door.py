@@ -91,25 +91,29 @@ def compare(
       RunError: if `workdir` holds something else, or cannot be written.
     """
     config = make_config(settings)
-    train: tuple[Any, Any] = np.asarray(features), np.asarray(labels)
-    if (test_features is None) != (test_labels is None):
-        raise UsageError("test_features and test_labels are given together, or neither")
-    if test_features is None:
-        if not 0 < test_fraction < 1:
-            raise UsageError(f"test_fraction is {test_fraction}, expected 0 < test_fraction < 1")
-        if train[0].ndim < 1 or train[1].ndim != 1 or len(train[0]) != len(train[1]):
-            raise UsageError(f"features {train[0].shape} and labels {train[1].shape} must have one entry an example")
-        rest, drawn = split_by_class(train[1], test_fraction, config.seed)
-        if not len(drawn):
-            raise UsageError(f"no class has enough examples to hold out {test_fraction:g} of it; give test_features")
-        test = train[0][drawn], train[1][drawn]
-        train = train[0][rest], train[1][rest]
-    else:
-        test = np.asarray(test_features), np.asarray(test_labels)
+    tested = None if test_features is None and test_labels is None else (test_features, test_labels)
+    train, test = _split((features, labels), tested, test_fraction, config.seed)
     names = None if class_names is None else tuple(map(str, class_names))
     data = make_dataset({"train": train, "test": test}, "arrays", None, names)
     folder = None if workdir is None else expanded(workdir)
     return compare_data(data, config, folder, "pspinal_jax.compare(features, labels, ..)", progress)
+
+
+def _split(given: tuple[Any, Any], tested: tuple[Any, Any] | None, fraction: float, seed: int) -> tuple[Any, Any]:
+    """(train, test), each (inputs, labels); what is not given is cut by class; UsageError where that cannot be."""
+    inputs, labels = map(np.asarray, given)
+    if tested is not None:
+        if tested[0] is None or tested[1] is None:
+            raise UsageError("test_features and test_labels are given together, or neither")
+        return (inputs, labels), (np.asarray(tested[0]), np.asarray(tested[1]))
+    if not 0 < fraction < 1:
+        raise UsageError(f"test_fraction is {fraction}, expected 0 < test_fraction < 1")
+    if inputs.ndim < 1 or labels.ndim != 1 or len(inputs) != len(labels):
+        raise UsageError(f"features {inputs.shape} and labels {labels.shape} must have one entry an example")
+    rest, drawn = split_by_class(labels, fraction, seed)
+    if not len(drawn):
+        raise UsageError(f"no class has enough examples to hold out {fraction:g} of it; give test_features")
+    return (inputs[rest], labels[rest]), (inputs[drawn], labels[drawn])
 
 
 def make_config(settings: dict[str, Any]) -> CompareConfig:

@@ -70,7 +70,7 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
             "compilations": comparer.runner.compilations,
             "mode": comparer.runner.mode,
             "workers": comparer.runner.workers if comparer.runner.mode == "loop" else None,
-            "lanes": comparer.runner.lanes,
+            "slots": comparer.runner.slots,
             "device": device(),
             "versions": versions(),
         },

@@ -1,7 +1,7 @@
 """Trainings of a head by one compiled program: one after the other on every core of a CPU, or many as one on devices.
 
 On CPU a vectorised head gains nothing, but cores do: a thread for each calls the same single-threaded executable (as
-fast as a process for each, measured, and compiled once). Elsewhere the program is mapped over an axis of lanes, which
+fast as a process for each, measured, and compiled once). Elsewhere the program is mapped over an axis of slots, which
 is cut over the devices of the mesh; they exchange nothing.
 """
 
@@ -24,7 +24,7 @@ from pspinal_jax.models.build import abstract_variables, count_parameters
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 
 Mode = Literal["auto", "loop", "vmap"]
-_LANES = PartitionSpec("data")
+_SLOTS = PartitionSpec("data")
 
 
 class Task(NamedTuple):
@@ -51,18 +51,18 @@ class Runner:
     Attributes:
       mode: 'loop' or 'vmap'.
       compilations: how many programs were compiled, by head.
-      lanes: how many trainings are one program, by head; 1 with 'loop'.
+      slots: how many trainings are one program, by head; 1 with 'loop'.
     """
 
     def __init__(
-        self, heads: dict[str, nn.Module], plan: Plan, most_lanes: int, mode: Mode = "auto", workers: int | None = None
+        self, heads: dict[str, nn.Module], plan: Plan, most_slots: int, mode: Mode = "auto", workers: int | None = None
     ) -> None:
-        self._heads, self._plan, self._most_lanes = heads, plan, most_lanes
+        self._heads, self._plan, self._most_slots = heads, plan, most_slots
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
         self.mode = ("loop" if one_cpu else "vmap") if mode == "auto" else mode
         self.workers = workers or _cores()
         self.compilations: dict[str, int] = dict.fromkeys(heads, 0)
-        self.lanes: dict[str, int] = dict.fromkeys(heads, 1)
+        self.slots: dict[str, int] = dict.fromkeys(heads, 1)
         self._mesh = make_mesh()
         self._programs: dict[str, Callable[..., Outcome]] = {}
         self._locks = {name: threading.Lock() for name in heads}
@@ -102,17 +102,17 @@ class Runner:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _vectorised(self, tasks: list[Task], examples: Examples) -> Iterator[Any]:
-        lanes_sharding = NamedSharding(self._mesh, _LANES)
+        slots_sharding = NamedSharding(self._mesh, _SLOTS)
         for head in dict.fromkeys(task.head for task in tasks):
             waiting = [task for task in tasks if task.head == head]
             program = self._program(waiting[0], examples)
             while waiting:
-                group, waiting = waiting[: self.lanes[head]], waiting[self.lanes[head] :]
-                # What is left of the lanes does the last task again.
-                filled = group + group[-1:] * (self.lanes[head] - len(group))
+                group, waiting = waiting[: self.slots[head]], waiting[self.slots[head] :]
+                # What is left of the slots does the last task again.
+                filled = group + group[-1:] * (self.slots[head] - len(group))
                 start = time.perf_counter()
                 settings, seeds, rates, parts = _stack([self._operands(task) for task in filled])
-                settings, seeds, parts = put((settings, seeds, parts), lanes_sharding)
+                settings, seeds, parts = put((settings, seeds, parts), slots_sharding)
                 outcomes = jax.device_get(program(settings, seeds, rates, parts, filled[0].part.count, examples))
                 seconds = (time.perf_counter() - start) / len(group)
                 for index, task in enumerate(group):
@@ -127,7 +127,7 @@ class Runner:
     def _program(self, task: Task, examples: Examples) -> Callable[..., Outcome]:
         with self._locks[task.head]:
             if task.head not in self._programs:
-                compile_ = self._compile_one if self.mode == "loop" else self._compile_lanes
+                compile_ = self._compile_one if self.mode == "loop" else self._compile_slots
                 self._programs[task.head] = compile_(task, examples)
             return self._programs[task.head]
 
@@ -142,23 +142,23 @@ class Runner:
         self.compilations[task.head] += 1
         return jax.jit(train).lower(*self._operands(task), examples).compile(compiler_options=options)  # type: ignore
 
-    def _compile_lanes(self, task: Task, examples: Examples) -> Callable[..., Outcome]:
-        """The program over as many lanes as are asked for, or as the device's memory holds."""
+    def _compile_slots(self, task: Task, examples: Examples) -> Callable[..., Outcome]:
+        """The program over as many slots as are asked for, or as the device's memory holds."""
         devices = self._mesh.size
-        memory = _memory_for_lanes(examples)
+        memory = _memory_for_slots(examples)
         each = _estimated_bytes(self._heads[task.head], self._plan, task.part, examples)
-        lanes = -(-min(self._most_lanes, max(1, int(memory / each)) * devices) // devices) * devices
+        slots = -(-min(self._most_slots, max(1, int(memory / each)) * devices) // devices) * devices
         while True:
-            compiled = self._lower(task, lanes, examples).compile()
+            compiled = self._lower(task, slots, examples).compile()
             self.compilations[task.head] += 1
             analysis = compiled.memory_analysis()
             needed = 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-            if needed <= memory or lanes == devices:
-                self.lanes[task.head] = lanes
+            if needed <= memory or slots == devices:
+                self.slots[task.head] = slots
                 return compiled
-            lanes = max(devices, lanes // 2 // devices * devices)
+            slots = max(devices, slots // 2 // devices * devices)
 
-    def _lower(self, task: Task, lanes: int, examples: Examples) -> Any:
+    def _lower(self, task: Task, slots: int, examples: Examples) -> Any:
         head, plan = self._heads[task.head], self._plan
 
         def train(setting: Setting, seed: Any, rates: Any, part: Part, count: Any, examples: Examples) -> Outcome:
@@ -170,22 +170,22 @@ class Runner:
         sharded = jax.shard_map(
             mapped,
             mesh=self._mesh,
-            in_specs=(_LANES, _LANES, whole, _LANES, whole, whole),
-            out_specs=_LANES,
+            in_specs=(_SLOTS, _SLOTS, whole, _SLOTS, whole, whole),
+            out_specs=_SLOTS,
             check_vma=False,
         )
         setting, seed, rates, part = self._operands(task)
-        stacked = _stack([(setting, seed, rates, part)] * lanes)
-        lanes_sharding = NamedSharding(self._mesh, _LANES)
+        stacked = _stack([(setting, seed, rates, part)] * slots)
+        slots_sharding = NamedSharding(self._mesh, _SLOTS)
         settings, seeds, parts = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lanes_sharding),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=slots_sharding),
             (stacked[0], stacked[1], stacked[3]),
         )
         return jax.jit(sharded).lower(settings, seeds, rates, parts, task.part.count, examples)
 
 
 def _stack(operands: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """(settings, seeds, rates, parts) with a leading axis of lanes, but for the rates, which are everyone's."""
+    """(settings, seeds, rates, parts) with a leading axis of slots, but for the rates, which are everyone's."""
     settings, seeds, rates, parts = zip(*operands, strict=True)
     settings, parts = (jax.tree.map(lambda *leaves: np.stack(leaves), *trees) for trees in (settings, parts))
     return settings, np.stack(seeds), rates[0], parts
@@ -196,8 +196,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory_for_lanes(examples: Examples) -> float:
-    """Bytes on a device for lanes: nine tenths of what is there beside the examples.
+def _memory_for_slots(examples: Examples) -> float:
+    """Bytes on a device for slots: nine tenths of what is there beside the examples.
 
     A device tells its memory; where it does not (a CPU's), a quarter of the machine's is shared by all.
     """
@@ -210,7 +210,7 @@ def _memory_for_lanes(examples: Examples) -> float:
 
 
 def _estimated_bytes(head: Any, plan: Plan, part: Part, examples: Examples) -> float:
-    """About what a lane takes: parameters, gradients and two moments, now and in the next step; a batch; its rows."""
+    """About what a slot takes: parameters, gradients and two moments, now and in the next step; a batch; its rows."""
     num_features = examples.inputs.shape[1]
     parameters = count_parameters(abstract_variables(head, (num_features,))["params"])
     width = num_features + 4 * getattr(head, "layer_width", 0) * getattr(head, "num_layers", 1) + head.num_classes

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pspinal_jax.backbones.efficientnet import SCALES
 from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.dataset import ArraySplit, Dataset
@@ -14,6 +15,7 @@ from pspinal_jax.data.prepared import open_prepared, read_prepared
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import MOST_JSON_BYTES, expanded, read_bytes, write_json
 from pspinal_jax.models.build import build_model
+from pspinal_jax.models.preprocessing import with_own_preprocessing
 from pspinal_jax.recipes import Recipe, load_recipe
 from pspinal_jax.recipes.schema import DataConfig
 from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
@@ -94,13 +96,19 @@ def _features_of_images(folder: Path, workdir: Path, backbone: str | None, weigh
 def _recipe(folder: Path, backbone: str | None, weights: str | None) -> Recipe:
     recipe = load_recipe("folder")
     chosen: Any = recipe.model.backbone if backbone is None else backbone
+    if chosen not in SCALES:
+        raise UsageError(
+            f"--backbone is {chosen}, expected one of {', '.join(SCALES)}; compare takes another one's features as the "
+            ".npz file that extract-features writes"
+        )
     taken = recipe.model.weights if weights is None else None if weights == "random" else weights
     try:
-        return dataclasses.replace(
+        changed = dataclasses.replace(
             recipe,
             data=dataclasses.replace(recipe.data, path=folder, augment="none", validation_fraction=0.0),
             model=dataclasses.replace(recipe.model, backbone=chosen, weights=taken),
             freeze="backbone",
         )
+        return with_own_preprocessing(changed)
     except UsageError as error:
         raise UsageError(f"{error}; --backbone {chosen}, --weights {taken or 'random'}") from error

@@ -230,10 +230,10 @@ class Recipe:
     """Fraction of the target spread evenly over all classes."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: in training, the loss of an example of class c counts N / (K n_c) times: N training examples, n_c of
-    them of class c, K classes. Evaluation stays unweighted."""
+    them of class c, K classes. The evaluated loss stays unweighted; the epoch is selected by balanced accuracy."""
     sampler: Literal["none", "balanced"] = "none"
     """balanced: an epoch draws as many examples of every class, those of small classes several times and of large ones
-    not all; it has as many steps as before."""
+    not all; it has as many steps as before. The epoch is selected by balanced accuracy."""
     gradient_clip: float = 0.0
     """Largest L2 norm of the gradient of all parameters together; longer ones are scaled down to it. 0 for no limit."""
     ema_decay: float = 0.0

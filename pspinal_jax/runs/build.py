@@ -38,6 +38,7 @@ class Setup:
       splits: 'test', and 'validation' where examples were held out.
       stages: what the run does one after the other.
       labels: int32 [N] of all training examples, by index.
+      validation_labels: int32 [V] of the split 'validation', empty where there is none.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Setup:
     splits: Mapping[str, EvaluatedSplit]
     stages: list[TrainingStage]
     labels: np.ndarray
+    validation_labels: np.ndarray
 
 
 def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np.ndarray]:
@@ -114,6 +116,7 @@ def set_up(
         splits=splits,
         stages=make_stages(recipe, train, validation),
         labels=pool.labels,
+        validation_labels=pool.labels[validation],
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.training.sharding import divisible_size, make_mesh, replicated_on, shard_batch
 
 EXPORT_BATCH = 64
+Fit = Literal["squash", "crop", "pad"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Classifier:
       log_probabilities: inputs [B, ...] on the host to float64 [B, C], nats; RunError where they are not finite. A
         program is compiled for each B.
       transposed: it takes images with rows and columns swapped.
+      fit: how an image of another aspect becomes one of the input's, see `pspinal_jax.data.images.decode.decode`.
       recipe: what the run was trained by, its data included; None for an export.
       described: config.json of the run, export.json of the export.
     """
@@ -45,6 +47,7 @@ class Classifier:
     batch_size: int
     log_probabilities: Callable[[np.ndarray], np.ndarray]
     transposed: bool
+    fit: Fit
     recipe: Recipe | None
     described: dict[str, Any]
 
@@ -96,6 +99,7 @@ def _of_run(run: Path, seed_index: int | None) -> Classifier:
         batch_size=divisible_size(mesh, recipe.eval_batch_size),
         log_probabilities=log_probabilities,
         transposed=recipe.data.transposed,
+        fit=recipe.data.fit,
         recipe=recipe,
         described=config,
     )
@@ -103,6 +107,9 @@ def _of_run(run: Path, seed_index: int | None) -> Classifier:
 
 def _of_export(path: Path) -> Classifier:
     artifact = read_export(path)
+    fit = artifact.description["input"].get("fit", "squash")
+    if fit not in get_args(Fit):
+        raise RunError(f"{path / DESCRIPTION} has the fit {fit!r}, expected squash, crop or pad; export the run again")
     program = jax.jit(artifact.exported.call)
 
     def log_probabilities(inputs: np.ndarray) -> np.ndarray:
@@ -123,6 +130,7 @@ def _of_export(path: Path) -> Classifier:
         batch_size=EXPORT_BATCH,
         log_probabilities=log_probabilities,
         transposed=False,
+        fit=fit,
         recipe=None,
         described=artifact.description,
     )

@@ -140,8 +140,9 @@ def epoch_line(
 
     Returns:
       stage, epoch (from 1), step (within the stage), learning_rate (of the epoch's last step), train_loss (nats, with
-      label smoothing and dropout as trained), train_accuracy, loss and accuracy on what the stage evaluates, seconds of
-      training, examples_per_second over all seeds, compile_seconds (spent before this epoch, not part of seconds).
+      label smoothing, class weights, mixing and dropout as trained), train_accuracy; loss and accuracy on what the
+      stage evaluates, and balanced accuracy where the epoch is selected by it; seconds of training, examples_per_second
+      over all seeds, compile_seconds (spent before this epoch, not part of seconds).
     """
     count = np.maximum(np.asarray(totals["count"], float), 1.0)
     line = {
@@ -159,6 +160,20 @@ def epoch_line(
         "examples_per_second": round(count.sum() / progress.seconds, 1),
         "compile_seconds": round(compile_seconds, 3),
     }
+
+
+def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> list[float]:
+    """The mean over classes of the part of each that was predicted right.
+
+    Args:
+      predictions: classes, integers [K, N].
+      labels: integers [N]; classes without an example are left out.
+
+    Returns:
+      K numbers, 0 .. 1.
+    """
+    right = np.stack([(predictions == label)[:, labels == label].mean(1) for label in np.unique(labels)])
+    return np.asarray(right.mean(0)).tolist()
 
 
 def per_seed(values: list[Any]) -> Any:

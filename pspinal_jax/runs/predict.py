@@ -184,7 +184,8 @@ def _read(image: Path | Image.Image, classifier: Classifier) -> np.ndarray | str
     """The image as the model sees it, or why it cannot be read."""
     shape = classifier.input_shape
     try:
-        pixels = decode(read_bytes(image, MOST_BYTES) if isinstance(image, Path) else image, (shape[0], shape[1]))
+        content = read_bytes(image, MOST_BYTES) if isinstance(image, Path) else image
+        pixels = decode(content, (shape[0], shape[1]), classifier.fit)
     except OSError as error:
         return error.strerror or str(error)
     except DataError as error:

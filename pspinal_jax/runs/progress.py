@@ -49,6 +49,12 @@ def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> li
     return stages
 
 
+def selected_by(recipe: Recipe) -> str:
+    """What the epoch is selected by: where classes shall count alike in training, they do so here."""
+    balances = "balanced" in (recipe.class_weights, recipe.sampler)
+    return "balanced_accuracy" if balances and recipe.protocol == "validation" else "accuracy"
+
+
 @dataclasses.dataclass
 class TrainingProgress:
     """How far a run has come; stored with every checkpoint. Lists have an entry per seed.
@@ -63,8 +69,8 @@ class TrainingProgress:
       total_seconds: seconds spent on all finished epochs and evaluations.
       totals: the epoch's sums so far: loss, correct, count.
       best_epoch: the epoch whose parameters are kept, 0 for none yet.
-      best_accuracy: its accuracy on what the stage evaluates, 0 .. 1.
-      last_accuracy: accuracy after the newest epoch.
+      best_accuracy: its accuracy on what the stage evaluates, or balanced accuracy (see `selected_by`), 0 .. 1.
+      last_accuracy: that of the newest epoch.
       epochs_before: epochs of earlier rounds of the paper's chain: orders and random numbers go on counting.
       rate_scale: what the learning rate is multiplied with, where it is steered.
       selected_epoch: the first stage's selection, [] while it lasts.

@@ -14,6 +14,7 @@ from pspinal_jax.models.build import count_parameters
 from pspinal_jax.runs.build import Setup
 from pspinal_jax.runs.classification_report import averages, scores_by_class
 from pspinal_jax.runs.metrics import summary
+from pspinal_jax.runs.progress import selected_by
 from pspinal_jax.runs.trainer import Trainer
 
 _MOST_CLASSES = 6
@@ -48,7 +49,7 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         selected = progress.selected_epoch or progress.best_epoch
         validation = progress.selected_accuracy or progress.best_accuracy
         if validation:
-            result["validation_accuracy"] = summary(validation)
+            result[f"validation_{selected_by(recipe)}"] = summary(validation)
         result["selected_epoch"] = selected
     lines = trainer.directory.metrics()
     trees = trainer.seed_states.trees()
@@ -108,7 +109,8 @@ def describe_selection(trainer: Trainer) -> str:
         return "last epoch, trained on all training data"
     held = trainer.setup.splits["validation"].count
     again = ", then trained again on all training data for as many epochs" if recipe.retrain else ""
-    return f"best epoch on {held} held-out training examples{again}"
+    by = " by balanced accuracy" if selected_by(recipe) == "balanced_accuracy" else ""
+    return f"best epoch{by} on {held} held-out training examples{again}"
 
 
 def published_accuracy(setup: Setup) -> float | None:
@@ -165,9 +167,12 @@ def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metri
     if config["num_seeds"] == 1:
         return 0
     try:
-        if result is not None and "validation_accuracy" in result:
-            return int(np.argmax(result["validation_accuracy"]["each"]))
-        evaluated = [line["validation_accuracy"] for line in metrics if "validation_accuracy" in line]
+        for name in ("validation_balanced_accuracy", "validation_accuracy"):
+            if result is not None and name in result:
+                return int(np.argmax(result[name]["each"]))
+        balances = any("validation_balanced_accuracy" in line for line in metrics)
+        name = "validation_balanced_accuracy" if balances else "validation_accuracy"
+        evaluated = [line[name] for line in metrics if name in line]
         return int(np.argmax(np.max(np.asarray(evaluated), axis=0))) if evaluated else 0
     except (KeyError, TypeError, ValueError) as error:
         raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with --seed-index") from error

@@ -19,9 +19,9 @@ from pspinal_jax.progress import StepProgress
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
 from pspinal_jax.runs.directory import RunDirectory, write_json
-from pspinal_jax.runs.metrics import MetricsWriter, epoch_line, per_seed
+from pspinal_jax.runs.metrics import MetricsWriter, balanced_accuracy, epoch_line, per_seed
 from pspinal_jax.runs.programs import schedule_of
-from pspinal_jax.runs.progress import TrainingProgress, TrainingStage
+from pspinal_jax.runs.progress import TrainingProgress, TrainingStage, selected_by
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.signals import Stopped, StopRequest
 from pspinal_jax.training.optimizers import learning_rates
@@ -222,7 +222,7 @@ class Trainer:
 
     def _finish_epoch(self, epochs: int, bar: StepProgress) -> None:
         """Evaluate, select, and write the epoch's line."""
-        stage, progress = self.stage, self.progress
+        stage, progress, recipe = self.stage, self.progress, self.setup.recipe
         totals = self.seed_states.totals()
         start = time.perf_counter()
         evaluation: dict[str, list[float]] = {}
@@ -231,8 +231,10 @@ class Trainer:
             sums = split.evaluate(self.seed_states.evaluate, self.stop_if_asked)
             evaluation = {"accuracy": (sums["correct"] / split.count).tolist()}
             evaluation["loss"] = (sums["loss"] / split.count).tolist()
+            if selected_by(recipe) == "balanced_accuracy":
+                evaluation["balanced_accuracy"] = balanced_accuracy(sums["predictions"], self.setup.validation_labels)
         progress.epoch += 1
-        self._select(evaluation.get("accuracy"), epochs)
+        self._select(evaluation.get(selected_by(recipe)), epochs)
         line = epoch_line(
             stage, progress, totals, evaluation, learning_rates=self._last_rates, compile_seconds=self._compile_seconds
         )

@@ -61,19 +61,29 @@ def result_of(folder: Path, name: str) -> dict:
     return found
 
 
-def kill_again_and_again(folder: Path, kills: int, seconds: float, seed: int) -> list[dict]:
-    """One comparison, killed `kills` times at random moments and then left to end; a record of every kill."""
+def kill_again_and_again(folder: Path, kills: int, seed: int) -> list[dict]:
+    """One comparison, killed `kills` times and then left to end; a record of every kill.
+
+    Each comes at a random moment: up to a second after so many more lines as are drawn, none of them included, which is
+    while the program starts or compiles. So all kills come before the end, beside the last line at the latest.
+    """
     rng, records, trials = random.Random(seed), [], folder / "killed" / "trials.jsonl"
+    total = (folder / "alone" / "trials.jsonl").read_bytes().count(b"\n")
+
+    def lines() -> int:
+        return trials.read_bytes().count(b"\n") if trials.exists() else 0
+
     for number in range(kills):
-        process, after = start(folder, "killed"), rng.uniform(0.5, seconds)
-        began = time.perf_counter()
-        while time.perf_counter() - began < after and process.poll() is None:
-            time.sleep(0.02)
+        wanted = min(total - 1, lines() + rng.randint(0, 2 * total // (kills + 1)))
+        process, began = start(folder, "killed"), time.perf_counter()
+        while lines() < wanted and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 1.0) ** 3)
         ended = process.poll() is not None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        lines = trials.read_bytes().count(b"\n") if trials.exists() else 0
-        records.append({"kill": number + 1, "after_seconds": round(after, 2), "lines": lines, "had_ended": ended})
+        seconds = round(time.perf_counter() - began, 2)
+        records.append({"kill": number + 1, "after_seconds": seconds, "lines": lines(), "had_ended": ended})
     finish(start(folder, "killed"))
     return records
 
@@ -88,7 +98,7 @@ def main() -> None:
         folder = Path(temporary)
         write_data(folder)
         seconds = finish(start(folder, "alone"))
-        records = kill_again_and_again(folder, arguments.kills, 0.6 * seconds, seed=0)
+        records = kill_again_and_again(folder, arguments.kills, seed=0)
         alone, killed = result_of(folder, "alone"), result_of(folder, "killed")
         summary = {
             "command": f"python tests/comparison/kill_comparison.py {shlex.join(sys.argv[1:])}",

@@ -10,6 +10,7 @@ import pspinal_jax
 from pspinal_jax.comparison.ledger import Key, Ledger, packed, unpacked
 from pspinal_jax.comparison.parts import flattened, make_split
 from pspinal_jax.comparison.run import CompareConfig, Comparer
+from pspinal_jax.comparison.runner import Runner
 from pspinal_jax.errors import DataError, RunError, UsageError
 
 
@@ -42,12 +43,19 @@ def test_the_test_split_chooses_nothing(finished):
         }
 
 
-def test_trials_get_no_test_example():
-    split = make_split(flattened(small_data()), 0, 1, 0)
-    trials, seeds = split.examples(with_test=False), split.examples(with_test=True)
-    assert not trials.inputs[120:].any() and seeds.inputs[120:].any()
-    assert not trials.labels[120:].any() and not seeds.labels[120:].any()
-    np.testing.assert_array_equal(trials.inputs[:120], seeds.inputs[:120])
+def test_trials_get_no_test_example_and_nobody_its_label(monkeypatch):
+    seen = {}
+
+    def spy(self, tasks, examples, order):
+        seen[tasks[0].key.kind] = examples
+        return ran(self, tasks, examples, order)
+
+    ran = Runner.run
+    monkeypatch.setattr(Runner, "run", spy)
+    run(heads=("dense",), floors=False)
+    assert not seen["trial"].inputs[120:].any() and seen["seed"].inputs[120:].any()
+    assert not seen["trial"].labels[120:].any() and not seen["seed"].labels[120:].any()
+    np.testing.assert_array_equal(seen["trial"].inputs[:120], seen["seed"].inputs[:120])
 
 
 def test_what_is_finished_is_not_done_again_and_a_cut_line_is(finished, tmp_path):

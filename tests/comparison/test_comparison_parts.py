@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from comparison_support import make_features
 
+from pspinal_jax.comparison import runner as runner_module
 from pspinal_jax.comparison.floors import METRICS, NEIGHBOURS, _vote, floor_settings, predict_floor
 from pspinal_jax.comparison.heads import build_head
 from pspinal_jax.comparison.parts import standardisation
@@ -88,15 +89,15 @@ def test_a_trial_alone_is_what_it_is_among_sixteen(name):
     """Up to the tolerance that `--seed-mode vmap` has in tests/runs/test_train.py."""
     tasks, examples = make_tasks(name, 16)
     head, _ = build_head(name, 6, 3, 8, 3, "published")
-    together = Runner({name: head}, PLAN, most_lanes=16, mode="vmap")
+    together = Runner({name: head}, PLAN, most_slots=16, mode="vmap")
     batch = {task.key: outcome for task, outcome, _ in together.run(tasks, examples, [name])}
-    alone = Runner({name: head}, PLAN, most_lanes=16, mode="loop", workers=2)
+    alone = Runner({name: head}, PLAN, most_slots=16, mode="loop", workers=2)
     for number in (0, 7, 15):
         ((_, single, _),) = alone.run([tasks[number]], examples, [name])
         np.testing.assert_allclose(batch[number].loss, single.loss, rtol=1e-5)
         np.testing.assert_array_equal(batch[number].predictions, single.predictions)
         assert single.finite and (single.predictions[30:] == -1).all()
-    assert together.lanes[name] == 16
+    assert together.slots[name] == 16
     assert alone.compilations == together.compilations == {name: 1}
 
     rates, part = PLAN.rates(90), jax.tree.map(jnp.asarray, tasks[0].part)
@@ -112,6 +113,22 @@ def test_a_trial_alone_is_what_it_is_among_sixteen(name):
         np.testing.assert_allclose(ours[7], theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_as_many_slots_go_together_as_memory_holds(monkeypatch):
+    tasks, examples = make_tasks("dense", 5)
+    head, _ = build_head("dense", 6, 3, 4, 2, "published")
+    whole = Runner({"dense": head}, PLAN, 5, "vmap")
+    expected = {task.key: outcome for task, outcome, _ in whole.run(tasks, examples, ["dense"])}
+    each = runner_module._estimated_bytes(head, PLAN, tasks[0].part, examples)
+    monkeypatch.setattr(runner_module, "_memory_for_slots", lambda examples: 2.5 * each)
+    small = Runner({"dense": head}, PLAN, 5, "vmap")
+    found = {task.key: outcome for task, outcome, _ in small.run(tasks, examples, ["dense"])}
+    assert (whole.slots, small.slots["dense"] <= 2) == ({"dense": 5}, True)
+    assert sorted(found) == sorted(expected) == list(range(5))
+    for number, outcome in found.items():
+        np.testing.assert_array_equal(outcome.predictions, expected[number].predictions)
+        np.testing.assert_allclose(outcome.loss, expected[number].loss, rtol=1e-5)
+
+
 def test_all_trials_of_a_head_are_one_compilation():
     head, _ = build_head("spinal", 6, 3, 5, 2, "published")
     tasks, examples = make_tasks("spinal", 6)
@@ -119,7 +136,7 @@ def test_all_trials_of_a_head_are_one_compilation():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *args, **kwargs: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    runner = Runner({"spinal": head}, PLAN, most_lanes=2, mode="loop", workers=2)
+    runner = Runner({"spinal": head}, PLAN, most_slots=2, mode="loop", workers=2)
     assert len(list(runner.run(tasks[:3], examples, ["spinal"]))) == 3
     first = len(compiled)
     assert len(list(runner.run(tasks[3:], examples, ["spinal"]))) == 3

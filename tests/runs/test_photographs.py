@@ -15,7 +15,10 @@ from safetensors.numpy import save_file
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import ResNet
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.runs import trainer as trainer_module
+from pspinal_jax.runs.classifier import load_classifier
+from pspinal_jax.runs.predict import _read
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.weights import resnet_state_dict
@@ -278,3 +281,18 @@ def test_what_does_not_fit_is_refused_in_one_line(pictures, tmp_path, monkeypatc
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and said in error
     assert not (tmp_path / "runs" / "folder" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_predictions_see_images_as_training_and_evaluation_do(pictures, tmp_path, tiny_flags, fit):
+    """A run and its export classify long pictures as the test split's reader shows them to `evaluate`."""
+    run = tmp_path / "run"
+    flags = ["--data.path", str(pictures), "--data.fit", fit, "--epochs", "1", "--workdir", str(run)]
+    assert main(["train", "folder", *tiny_flags, *flags]) == 0
+    assert main(["export", str(run)]) == 0
+    long = Image.open(next(pictures.rglob("*.jpg"))).resize((120, 40))
+    seen = [_read(long, load_classifier(source)) for source in (run, run / "export")]
+    wanted = decode(long, (32, 32), fit)
+    np.testing.assert_array_equal(seen[0], wanted)
+    np.testing.assert_array_equal(seen[1], wanted)
+    assert (wanted != decode(long, (32, 32))).any()

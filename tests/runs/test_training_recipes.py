@@ -16,6 +16,7 @@ from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.input_pipeline import ResidentExamples
+from pspinal_jax.runs.metrics import balanced_accuracy
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.train import train
@@ -111,6 +112,20 @@ def test_what_is_reported_is_what_is_kept_and_the_settings_come_back(finished):
     assert dataclasses.replace(load_recipe_of(config), card=recipe.card, mesh=recipe.mesh) == recipe
 
 
+def test_balanced_training_is_selected_by_balanced_accuracy(finished):
+    predictions, labels = np.array([[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]]), np.array([0, 0, 0, 1, 2])
+    np.testing.assert_allclose(balanced_accuracy(predictions, labels), [1 / 3, (1 / 3 + 1 + 1) / 3])
+    for _, workdir, result in finished.values():
+        lines = metrics(workdir)
+        scores = np.array([line["validation_balanced_accuracy"] for line in lines])
+        assert result["selected_epoch"] == (scores.argmax(0) + 1).tolist()
+        assert result["validation_balanced_accuracy"]["each"] == scores.max(0).tolist()
+        assert "validation_accuracy" not in result and "balanced accuracy" in result["selection"]
+        assert (scores != np.array([line["validation_accuracy"] for line in lines])).any()
+        best = load_variables(workdir, int(scores.max(0).argmax()))[0]
+        chex.assert_trees_all_equal(load_variables(workdir)[0], best)
+
+
 @pytest.mark.parametrize("other", ["seed", "loop"])
 def test_seeds_together_are_the_single_runs(finished, tmp_path, other):
     recipe, workdir, result = finished["vmap"]
@@ -149,6 +164,8 @@ EVALUATE = SeedStates.evaluate
 
 def scripted(monkeypatch, accuracies):
     """Every evaluation of the validation split finds the next of `accuracies` [epochs, K], of 24 examples."""
+    monkeypatch.setattr("pspinal_jax.runs.trainer.selected_by", lambda recipe: "accuracy")
+    monkeypatch.setattr("pspinal_jax.runs.result.selected_by", lambda recipe: "accuracy")
     calls = []
 
     def evaluated(self, data, count, *, best=False):
