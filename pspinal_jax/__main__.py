@@ -76,7 +76,11 @@ def _dispatch(args: list[str]) -> int:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {summary}" for name, summary in COMMANDS.items()]
-    return "usage: pspinal-jax COMMAND ...\n\n" + "\n".join(lines) + "\n\nCOMMAND --help tells its arguments."
+    return (
+        "usage: pspinal-jax COMMAND ...\n\n"
+        + "\n".join(lines)
+        + "\n\nCOMMAND --help tells its arguments.\n\nexample: pspinal-jax train digits"
+    )
 
 
 @contextlib.contextmanager

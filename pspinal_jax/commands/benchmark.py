@@ -122,7 +122,11 @@ def main(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {name:8} {arguments.__doc__}" for name, (arguments, _) in _BENCHMARKS.items()]
         lines += [f"  {'all':8} {_all.__doc__}"]
-        print("\n".join(["usage: pspinal-jax benchmark WHAT [flags]", "", *lines]))
+        print(
+            "\n".join(
+                ["usage: pspinal-jax benchmark WHAT [flags]", "", *lines, "", "example: pspinal-jax benchmark step"]
+            )
+        )
         return 0 if args else UsageError.exit_status
     if args[0] == "all":
         return _all(args[1:])
@@ -137,6 +141,7 @@ def main(args: Sequence[str]) -> int:
         args[1:],
         prog=f"pspinal-jax benchmark {args[0]}",
         description=str(arguments.__doc__),
+        example=f"pspinal-jax benchmark {args[0]}",
         default=arguments(),
     )
     check_platform()
@@ -149,7 +154,9 @@ def _all(args: Sequence[str]) -> int:
     # argparse, since this one runs where nothing but JAX's own packages and PyTorch are installed.
     import argparse
 
-    parser = argparse.ArgumentParser(prog="pspinal-jax benchmark all", description=_all.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="pspinal-jax benchmark all", description=_all.__doc__, epilog="example: pspinal-jax benchmark all --tiny"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="about how long it may take (default: 8)")
     parser.add_argument("--workdir", type=expanded, default=Path("runs/benchmark-all"), help="where report.md goes")
     parser.add_argument("--sections", nargs="+", default=[], help="only these")

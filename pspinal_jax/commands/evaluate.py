@@ -35,6 +35,7 @@ def main(args: Sequence[str]) -> int:
         args,
         prog="pspinal-jax evaluate",
         description="Evaluate the selected parameters of a run, or an export, on the test split.",
+        example="pspinal-jax evaluate runs/digits --predictions predictions.csv",
     )
     from pspinal_jax.runs.classification_report import describe_report
     from pspinal_jax.runs.evaluate import evaluate

@@ -30,6 +30,7 @@ def main(args: Sequence[str]) -> int:
         args,
         prog="pspinal-jax export",
         description="Write a run's classifier, images or features to probabilities, as a file for CPU, CUDA and TPU.",
+        example="pspinal-jax export runs/digits",
     )
     from pspinal_jax.runs.run import load_run
 

@@ -32,6 +32,7 @@ def main(args: Sequence[str]) -> int:
         flags,
         prog=f"pspinal-jax extract-features {name}",
         description=f"Write the features that the backbone of {name} gives for its data, for `train features`.",
+        example="pspinal-jax extract-features folder --data.path my_pictures --output features.npz",
         default=_Arguments(recipe),
     )
     from pspinal_jax.data import load_data

@@ -61,6 +61,7 @@ def main(args: Sequence[str]) -> int:
         args,
         prog="pspinal-jax gradients",
         description=str(GradientsArguments.__doc__),
+        example="pspinal-jax gradients",
         default=GradientsArguments(),
     )
     from pspinal_jax.environment import enable_compilation_cache

@@ -6,13 +6,15 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
-from pspinal_jax.errors import UsageError
+from pspinal_jax.commands.flags import most_used
+from pspinal_jax.commands.slips import what_was_meant
+from pspinal_jax.errors import UsageError, printable
 from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import quiet_absl
 
@@ -21,29 +23,79 @@ LEAST_COLUMNS, MOST_COLUMNS = 40, 400
 _FRAME = re.compile(r"[╭╮╰╯│─]+|-{4,}")
 
 
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+
+
 def parse(
     arguments_class: type,
     args: Sequence[str],
     *,
     prog: str,
     description: str,
+    example: str,
     default: Any = tyro.MISSING_NONPROP,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
     """An instance of the dataclass `arguments_class` from `args`; `--help` prints the flags and exits with 0.
 
+    Args:
+      arguments_class: what the flags are made of.
+      args: the words after the command.
+      prog: the command, as the help names it.
+      description: what it does.
+      example: a whole command line, which ends the help.
+      default: an instance of `arguments_class`.
+      groups: heading -> the flags that `--help` shows under it, where there are too many; `--help-all` shows them all.
+
     Raises:
-      UsageError: on an unknown flag (with tyro's suggestion), a value of the wrong type or an unknown choice.
+      UsageError: on an unknown flag (with the one that was meant), a value of the wrong type or an unknown choice.
     """
+    if any(word in (*HELP, HELP_ALL) for word in args):
+        short = None if HELP_ALL in args else groups
+        _print_help(arguments_class, prog=prog, description=description, example=example, default=default, groups=short)
     errors = io.StringIO()
     try:
         with _room_for_help(), contextlib.redirect_stderr(errors):
-            arguments = tyro.cli(arguments_class, default=default, args=list(args), prog=prog, description=description)
+            arguments, unknown = tyro.cli(
+                arguments_class,
+                default=default,
+                args=list(args),
+                prog=prog,
+                description=description,
+                return_unknown_args=True,
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(_one_line(errors.getvalue())) from None
+    if unknown:
+        said = what_was_meant(arguments_class, unknown, args)
+        raise UsageError(
+            f"{printable(said)}{'' if said.endswith('?') else '.'} All flags: {prog} {HELP_ALL if groups else '--help'}"
+        )
     quiet_absl()  # the command is about to start
     return _at_home(arguments)
+
+
+def _print_help(
+    arguments_class: type,
+    *,
+    prog: str,
+    description: str,
+    example: str,
+    default: Any,
+    groups: Mapping[str, Sequence[str]] | None,
+) -> NoReturn:
+    footer = f"example: {example}"
+    if groups is not None:
+        arguments_class, default, others = most_used(arguments_class, groups, default)
+        footer = f"{others} more flags, and more about these: {prog} {HELP_ALL}\n{footer}"
+    try:
+        with _room_for_help():
+            tyro.cli(arguments_class, default=default, args=["--help"], prog=prog, description=description)
+    finally:
+        print(footer)
+    raise AssertionError("tyro printed no help")
 
 
 def _at_home(value: Any) -> Any:

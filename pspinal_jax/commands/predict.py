@@ -51,6 +51,7 @@ def main(args: Sequence[str]) -> int:
         args,
         prog="pspinal-jax predict",
         description="Classify images with the selected parameters of a run, or with an export.",
+        example="pspinal-jax predict runs/folder new_pictures --csv predictions.csv",
     )
     source, given = _source_and_images(parsed)
     if parsed.csv is not None and not parsed.csv.absolute().parent.is_dir():

@@ -41,6 +41,7 @@ def main(args: Sequence[str]) -> int:
         args,
         prog="pspinal-jax prepare",
         description="Prepare a data set as array_record, from a download, raw files or an .npz file.",
+        example="pspinal-jax prepare digits",
     )
     data_set = find_data_set(parsed.name)
     try:

@@ -10,6 +10,7 @@ def main(args: Sequence[str]) -> int:
     """Print a table of the recipes; returns the exit status."""
     if args and args[0] in ("-h", "--help"):
         print("usage: pspinal-jax recipes\n\nPrints name, row of the paper's table, model, and the paper's accuracy.")
+        print("\nexample: pspinal-jax recipes")
         return 0
     if args:
         raise UsageError(f"recipes takes no arguments, got {' '.join(args)}")

@@ -29,6 +29,7 @@ def main(args: Sequence[str]) -> int:
         args,
         prog="pspinal-jax report",
         description="Evaluate runs and write one HTML page about them, with pictures inside and nothing to load.",
+        example="pspinal-jax report runs/digits",
     )
     if not parsed.runs:
         raise UsageError("report takes at least one run directory")

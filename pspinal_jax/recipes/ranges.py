@@ -7,6 +7,8 @@ from pspinal_jax.errors import UsageError
 
 OWN: Final = "own"
 """As `DataConfig.image_size`: the backbone's."""
+_NO_WEIGHTS = ("none", "null", "random", "scratch", "imagenet", "default", "true", "false", "yes", "no", "")
+"""What people write as weights that is no file and no name on a hub; the command line reads None as no weights."""
 _LARGEST = 3.4e38  # of float32, in which all is computed
 
 
@@ -86,7 +88,9 @@ def _check_model(recipe: Any) -> None:
     for name in ("dropout_rate", "layer_dropout_rate"):
         _require(recipe, 0.0 <= getattr(model, name) < 1.0, f"model.{name}", "in [0, 1)")
     _require(recipe, recipe.freeze == "none" or model.backbone != "none", "freeze", "none where there is no backbone")
-    _require(recipe, (model.weights or "").lower() != "none", "model.weights", "None, written so, for random numbers")
+    no_file = model.weights is not None and model.weights.lower() in _NO_WEIGHTS
+    random = "None, written so, for random numbers, or pretrained for ImageNet weights"
+    _require(recipe, not no_file, "model.weights", random)
     published = model.backbone not in ("none", "vgg5")
     _require(recipe, model.weights is None or published, "model.weights", "used with a ResNet or EfficientNet backbone")
 

@@ -67,7 +67,7 @@ def test_digits_need_no_files(tmp_path, capsys):
     [
         ([], 2, ["prepare takes a data set: digits, mnist", "emnist_letters"]),
         (["mnits"], 2, ["unknown data set 'mnits'", "did you mean mnist?", "There are: digits"]),
-        (["mnist", "--rwa", "x"], 2, ["--rwa", "Perhaps you meant", "--raw"]),
+        (["mnist", "--rwa", "x"], 2, ["--rwa", "did you mean --raw x?"]),
         (["digits", "--raw", "."], 2, ["comes with scikit-learn"]),
         (["mnist", "--raw", ".", "--npz", "a.npz"], 2, ["not both"]),
         (["mnist", "--raw", "nowhere"], 1, ["nowhere does not exist", "train-images-idx3-ubyte.gz"]),

@@ -46,9 +46,9 @@ def test_names_of_files_and_classes_are_not_printed_raw(tmp_path, capsys, monkey
 def test_help_ends_however_narrow_the_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
     seen = []
-    monkeypatch.setattr(parse.tyro, "cli", lambda *_, **__: seen.append(os.environ["COLUMNS"]))
+    monkeypatch.setattr(parse.tyro, "cli", lambda *_, **__: (seen.append(os.environ["COLUMNS"]), []))
     monkeypatch.setattr(parse, "quiet_absl", lambda: None)
-    parse.parse(object, [], prog="p", description="d")
+    parse.parse(object, [], prog="p", description="d", example="p")
     assert parse.LEAST_COLUMNS <= int(seen[0]) <= parse.MOST_COLUMNS
     assert os.environ["COLUMNS"] == columns, "the caller's own is left as it was"
 
