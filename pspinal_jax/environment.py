@@ -9,7 +9,8 @@ import os
 import platform
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from contextvars import ContextVar
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ _ONEDNN: dict[str, bool | str] = {
     # XLA's YNNPACK fusion would take every convolution before oneDNN's rewriter sees it.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
 }
+
+
+_library_convolves = ContextVar("library_convolves", default=False)
 
 
 def convolution_options(platform: str) -> dict[str, bool | str]:
@@ -67,7 +71,21 @@ def jit_with(compiler_options: Mapping[str, bool | str], function: Callable[...,
     """
     if not compiler_options:
         return jax.jit(function, **options)
-    return _Uncached(jax.jit(function, compiler_options=dict(compiler_options), **options))
+
+    @wraps(function)
+    def traced(*args: Any) -> Any:
+        token = _library_convolves.set(True)
+        try:
+            return function(*args)
+        finally:
+            _library_convolves.reset(token)
+
+    return _Uncached(jax.jit(traced, compiler_options=dict(compiler_options), **options))
+
+
+def library_convolves() -> bool:
+    """Whether what is being traced will be compiled with oneDNN's convolutions on CPU: a layer may choose its form."""
+    return _library_convolves.get()
 
 
 class _Uncached:

@@ -1,8 +1,9 @@
 """Depthwise convolutions with TensorFlow's SAME padding, fast on CPU too.
 
 XLA's CPU compiler turns a convolution with one group a channel into a naive loop nest (jax-ml/jax#23713). As a sum of
-K x K' shifted, strided slices, each times one row of weights, it becomes one vectorised loop. Accelerators have kernels
-of their own for it, so there it stays a convolution: the branch is chosen where the program is lowered.
+K x K' shifted, strided slices, each times one row of weights, it becomes one vectorised loop. oneDNN, where it
+convolves (environment.py), is faster still, but not at kernels' gradients nor through a stride. Accelerators have
+kernels of their own for all of it, so there it stays a convolution: the branch is chosen where the program is lowered.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from pspinal_jax.environment import library_convolves
 
 
 def same_padding(sides: Sequence[int], kernel: Sequence[int], stride: int) -> list[tuple[int, int]]:
@@ -45,7 +48,8 @@ def depthwise_conv(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _depthwise(stride: int, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.platform_dependent(inputs, kernel, cpu=partial(_shifts, stride), default=partial(_grouped, stride))
+    on_cpu = _grouped if library_convolves() else _shifts
+    return lax.platform_dependent(inputs, kernel, cpu=partial(on_cpu, stride), default=partial(_grouped, stride))
 
 
 def _forward(stride: int, inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -57,8 +61,13 @@ def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Arr
         inputs_grad, kernel_grad = jax.vjp(partial(_grouped, stride), inputs, kernel)[1](grad)
         return inputs_grad, kernel_grad
 
+    by_library = library_convolves() and stride == 1
+
     def of_shifts(inputs: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _inputs_grad(stride, inputs.shape, kernel, grad), _kernel_grad(stride, inputs, kernel.shape, grad)
+        kernel_grad = _kernel_grad(stride, inputs, kernel.shape, grad)
+        if by_library:
+            return jax.vjp(lambda inputs: _grouped(stride, inputs, kernel), inputs)[1](grad)[0], kernel_grad
+        return _inputs_grad(stride, inputs.shape, kernel, grad), kernel_grad
 
     return lax.platform_dependent(*residuals, grad, cpu=of_shifts, default=of_grouped)
 

@@ -9,6 +9,7 @@ import pytest
 
 from pspinal_jax.backbones import EfficientNetLite
 from pspinal_jax.backbones.efficientnet import BlockConfig, InvertedBottleneck
+from pspinal_jax.environment import jit_with
 from pspinal_jax.layers import depthwise
 
 
@@ -33,7 +34,7 @@ def test_parameters_are_counted_as_published(variant, parameters):
 @pytest.mark.parametrize(
     ("side", "kernel", "stride"), [(8, 3, 1), (8, 3, 2), (7, 3, 2), (8, 5, 2), (9, 5, 2), (2, 5, 1)]
 )
-def test_shifted_sums_are_the_convolution_and_so_are_their_gradients(side, kernel, stride):
+def test_shifted_sums_are_the_convolution_and_so_are_their_gradients(side, kernel, stride, monkeypatch):
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, side, side + 1, 4)), rng.standard_normal((kernel, kernel, 1, 4))
     with jax.enable_x64(True):
@@ -42,8 +43,10 @@ def test_shifted_sums_are_the_convolution_and_so_are_their_gradients(side, kerne
         for function in (depthwise._grouped, depthwise._shifts):
             outputs, pullback = jax.vjp(partial(function, stride), x, w)
             both.append((outputs, *pullback(jnp.cos(outputs))))
-        public, pullback = jax.vjp(partial(depthwise.depthwise_conv, stride=stride), x, w)
-        both.append((public, *pullback(jnp.cos(public))))
+        for by_library in (False, True):
+            monkeypatch.setattr(depthwise, "library_convolves", lambda by_library=by_library: by_library)
+            public, pullback = jax.vjp(partial(depthwise.depthwise_conv, stride=stride), x, w)
+            both.append((public, *pullback(jnp.cos(public))))
         for other in both[1:]:
             for ours, theirs in zip(both[0], other, strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -54,6 +57,13 @@ def test_on_cpu_no_grouped_convolution_is_left_and_elsewhere_it_is():
     for platform, count in (("cpu", 0), ("cuda", 1), ("tpu", 1)):
         exported = jax.export.export(jax.jit(depthwise.depthwise_conv), platforms=[platform])(x, w)
         assert exported.mlir_module().count("stablehlo.convolution") == count, platform
+
+
+def test_where_onednn_convolves_the_convolution_is_left_to_it():
+    x, w = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 1, 4))
+    text = jit_with({"xla_cpu_enable_fast_min_max": False}, depthwise.depthwise_conv).lower(x, w).as_text()
+    assert text.count("stablehlo.convolution") == 1
+    assert jax.jit(depthwise.depthwise_conv).lower(x, w).as_text().count("stablehlo.convolution") == 0
 
 
 def test_wrong_input_is_refused():
