@@ -33,8 +33,8 @@ from pspinal_jax.runs.signals import Stopped, StopRequest
 from pspinal_jax.runs.trainer import Trainer
 
 _FOLDER = "seeds"
-_LEAST_STEPS = 10_000
-"""Of all seeds together: a process takes some seconds to start, which fewer steps do not bring in again."""
+_LEAST_STEPS = 50_000
+"""Of all seeds together: processes take some 4 s to start, which fewer steps do not bring in again."""
 POLL_SECONDS = 0.2
 _SECONDS_TO_SAVE = 60
 STOPPED = 75  # sysexits' EX_TEMPFAIL: try again
