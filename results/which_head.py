@@ -66,7 +66,9 @@ def run(names: list[str], shared: Path) -> None:
                 (path,) = [found.parent for found in (folder / source).rglob("train") if found.is_dir()]
             command = [sys.executable, "-m", "pspinal_jax", "compare", str(path), *flags]
             print(f"{name}: {shlex.join(command[2:])}", flush=True)
-            subprocess.run([*command, "--workdir", str(HERE / f"compare-{name}")], check=True)
+            # Named from the project's root, as the results tell the command.
+            workdir = str((HERE / f"compare-{name}").relative_to(HERE.parent))
+            subprocess.run([*command, "--workdir", workdir], check=True, cwd=HERE.parent)
 
 
 def outcome(difference: dict) -> str:
