@@ -9,12 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from pspinal_jax.layers import norm
+from pspinal_jax.layers.conv import pointwise
 from pspinal_jax.layers.depthwise import depthwise_conv, same_padding
 from pspinal_jax.layers.linear import NormVariables, check_choice
 
 EfficientNetName = Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
 EPSILON = 1e-3
 """Batch norm's, as in TensorFlow's EfficientNets."""
+CAP = 6
+"""Of ReLU6."""
 NUM_FEATURES = 1280
 LEAST_SIDE = 32
 """The sides are halved five times, the last to 1."""
@@ -100,22 +103,24 @@ class ConvNorm(nn.Module):
         kernel = self.param("kernel", kernel_init(fan_out), shape, self.param_dtype).astype(inputs.dtype)
         affine, running = NormVariables(width, self.param_dtype, name="norm")()
         outputs = self._convolve(inputs, kernel)
-        mean, variance = running["mean"].value, running["var"].value
-        if train and not self.is_initializing():
-            batch_mean, batch_variance = norm.batch_statistics(outputs)
-            norm.check_mutable(self)
-            count = outputs.size // width
-            new = norm.update_running(mean, variance, batch_mean, batch_variance, count)
-            running["mean"].value, running["var"].value = new
-            mean, variance = batch_mean, batch_variance
-        outputs = norm.normalize(outputs, mean, variance, affine["scale"], affine["bias"], EPSILON)
-        return jnp.clip(outputs, 0, 6) if self.relu else outputs
+        old = (running["mean"].value, running["var"].value)
+        if not train or self.is_initializing():
+            outputs = norm.normalize(outputs, *old, affine["scale"], affine["bias"], EPSILON)
+            return jnp.clip(outputs, 0, CAP) if self.relu else outputs
+        if self.relu:
+            outputs, mean, variance = norm.norm_relu(outputs, affine["scale"], affine["bias"], EPSILON, CAP)
+        else:
+            outputs, mean, variance = norm.batch_norm(outputs, affine["scale"], affine["bias"], EPSILON)
+        norm.check_mutable(self)
+        count = outputs.size // width
+        running["mean"].value, running["var"].value = norm.update_running(*old, mean, variance, count)
+        return outputs
 
     def _convolve(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         if self.channels is None:
             return depthwise_conv(inputs, kernel, self.stride)
-        if self.kernel == 1:  # a 1x1 convolution is a matrix product, which XLA runs faster on CPU
-            return jnp.tensordot(inputs, kernel[0, 0], 1)
+        if self.kernel == 1:
+            return pointwise(inputs, kernel[0, 0], self.stride)
         padding = same_padding(inputs.shape[1:3], kernel.shape[:2], self.stride)
         strides, layout = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(inputs, kernel, strides, padding, dimension_numbers=layout)

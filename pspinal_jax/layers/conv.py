@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pspinal_jax.layers.linear import product_of_rows
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _Padding = Sequence[tuple[int, int]]
 
@@ -39,15 +41,20 @@ def conv_same(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Arra
     if inputs.shape[-1] != kernel.shape[2]:
         raise ValueError(f"a kernel of shape {kernel.shape} does not fit the channels of inputs {inputs.shape}")
     if kernel.shape[:2] == (1, 1):
-        return _pointwise(inputs, kernel, stride)
+        return pointwise(inputs, kernel[0, 0], stride)
     if inputs.shape[1] < kernel.shape[0] or inputs.shape[2] < kernel.shape[1]:
         return _as_product(inputs, kernel, stride)
     return _conv(stride, inputs, kernel)
 
 
-def _pointwise(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A 1x1 convolution is a matrix product, whose gradients are such products too, fast in a loop as elsewhere."""
-    return jnp.tensordot(inputs[:, ::stride, ::stride], kernel[0, 0], 1)
+def pointwise(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """A 1x1 convolution is a matrix product, whose gradients are such products too, fast in a loop as elsewhere.
+
+    [N, H, W, I] and [I, O] -> [N, ceil(H / stride), ceil(W / stride), O]. Reverse-mode derivatives only.
+    """
+    inputs = inputs[:, ::stride, ::stride]
+    outputs = product_of_rows(inputs.reshape(-1, inputs.shape[-1]), kernel)
+    return outputs.reshape(*inputs.shape[:-1], kernel.shape[-1])
 
 
 def _as_product(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:

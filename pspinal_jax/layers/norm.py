@@ -5,6 +5,7 @@ the biased one; flax.linen.BatchNorm uses the biased one for both. The published
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -86,8 +87,9 @@ _AXES = (0, 1, 2)
 _Results = tuple[jax.Array, jax.Array, jax.Array]
 
 
-@jax.custom_vjp
-def norm_relu(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> _Results:
+def norm_relu(
+    inputs: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = EPSILON, cap: float = math.inf
+) -> _Results:
     """relu(batch_norm(inputs)) with the statistics of `inputs` themselves, torch's conventions.
 
     The backward pass is the textbook one: one sweep for the two sums per channel, one for the input's gradient, where
@@ -98,49 +100,47 @@ def norm_relu(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> _Results:
       inputs: floating-point [N, H, W, C].
       scale: [C].
       bias: [C].
+      epsilon: added to the variance.
+      cap: what outputs are cut at, 6 for ReLU6.
 
     Returns:
       (outputs [N, H, W, C] of `inputs`' dtype, mean [C], biased variance [C]), the statistics in float32 or wider; no
       gradient flows through the statistics.
     """
-    outputs, mean, variance = batch_norm(inputs, scale, bias)
-    return jax.nn.relu(outputs), mean, variance
+    return _normalized(epsilon, cap, inputs, scale, bias)
 
 
-@jax.custom_vjp
-def batch_norm(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> _Results:
+def batch_norm(inputs: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = EPSILON) -> _Results:
     """As `norm_relu`, without the ReLU."""
+    return _normalized(epsilon, None, inputs, scale, bias)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalized(epsilon: float, cap: float | None, inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> _Results:
     mean, variance = batch_statistics(inputs)
-    return normalize(inputs, mean, variance, scale, bias), mean, variance
+    outputs = normalize(inputs, mean, variance, scale, bias, epsilon)
+    if cap is not None:
+        outputs = jax.nn.relu(outputs) if math.isinf(cap) else jnp.clip(outputs, 0, cap)
+    return outputs, mean, variance
 
 
-def _norm_relu_fwd(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[_Results, tuple]:
-    outputs = norm_relu(inputs, scale, bias)
+def _normalized_fwd(
+    epsilon: float, cap: float | None, inputs: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[_Results, tuple]:
+    outputs = _normalized(epsilon, cap, inputs, scale, bias)
     return outputs, (inputs, scale, bias, *outputs[1:])
 
 
-def _norm_relu_bwd(residuals: tuple, cotangents: tuple) -> _Results:
+def _normalized_bwd(epsilon: float, cap: float | None, residuals: tuple, cotangents: tuple) -> _Results:
     inputs, scale, bias, mean, variance = residuals
-    # The very expression of the forward pass, so that an output of exactly 0 (ReLU's gradient: 0) is judged alike.
-    alive = normalize(inputs, mean, variance, scale, bias) > 0
-    return _gradients(residuals, jnp.where(alive, cotangents[0].astype(mean.dtype), 0))
-
-
-def _batch_norm_fwd(inputs: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[_Results, tuple]:
-    outputs = batch_norm(inputs, scale, bias)
-    return outputs, (inputs, scale, bias, *outputs[1:])
-
-
-def _batch_norm_bwd(residuals: tuple, cotangents: tuple) -> _Results:
-    return _gradients(residuals, cotangents[0].astype(residuals[3].dtype))
-
-
-def _gradients(residuals: tuple, grad: jax.Array) -> _Results:
-    """Of inputs, scale and bias, for the gradient of the normalised values in the statistics' dtype."""
-    inputs, scale, bias, mean, variance = residuals
-    dtype = mean.dtype
-    count = inputs.size // inputs.shape[-1]
-    inverse = lax.rsqrt(variance + EPSILON)
+    grad = cotangents[0].astype(mean.dtype)
+    if cap is not None:
+        # The very expression of the forward pass, so that an output of exactly 0 (ReLU's gradient: 0) is judged alike.
+        normalized = normalize(inputs, mean, variance, scale, bias, epsilon)
+        alive = normalized > 0 if math.isinf(cap) else (normalized > 0) & (normalized < cap)
+        grad = jnp.where(alive, grad, 0)
+    dtype, count = mean.dtype, inputs.size // inputs.shape[-1]
+    inverse = lax.rsqrt(variance + epsilon)
     centred = (inputs.astype(dtype) - mean) * inverse
     grad_bias = jnp.sum(grad, _AXES)
     grad_scale = jnp.sum(grad * centred, _AXES)
@@ -148,5 +148,4 @@ def _gradients(residuals: tuple, grad: jax.Array) -> _Results:
     return grad_inputs.astype(inputs.dtype), grad_scale.astype(scale.dtype), grad_bias.astype(bias.dtype)
 
 
-norm_relu.defvjp(_norm_relu_fwd, _norm_relu_bwd)
-batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
+_normalized.defvjp(_normalized_fwd, _normalized_bwd)
