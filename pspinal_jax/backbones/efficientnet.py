@@ -100,13 +100,16 @@ class ConvNorm(nn.Module):
         width = self.channels or inputs.shape[-1]
         shape = (self.kernel, self.kernel, 1 if self.channels is None else inputs.shape[-1], width)
         fan_out = self.kernel**2 * (1 if self.channels is None else width)
-        kernel = self.param("kernel", kernel_init(fan_out), shape, self.param_dtype).astype(inputs.dtype)
+        kernel = self.param("kernel", kernel_init(fan_out), shape, self.param_dtype)
         affine, running = NormVariables(width, self.param_dtype, name="norm")()
-        outputs = self._convolve(inputs, kernel)
         old = (running["mean"].value, running["var"].value)
         if not train or self.is_initializing():
-            outputs = norm.normalize(outputs, *old, affine["scale"], affine["bias"], EPSILON)
-            return jnp.clip(outputs, 0, CAP) if self.relu else outputs
+            # The norm's factor in the kernel leaves a bias and a cut, which oneDNN makes while it convolves.
+            factor = affine["scale"] * lax.rsqrt(old[1] + EPSILON)
+            shift = affine["bias"] - old[0] * factor
+            outputs = self._convolve(inputs, kernel * factor[None, None, None]) + shift[None, None, None]
+            return (jnp.clip(outputs, 0, CAP) if self.relu else outputs).astype(inputs.dtype)
+        outputs = self._convolve(inputs, kernel)
         if self.relu:
             outputs, mean, variance = norm.norm_relu(outputs, affine["scale"], affine["bias"], EPSILON, CAP)
         else:
@@ -117,6 +120,7 @@ class ConvNorm(nn.Module):
         return outputs
 
     def _convolve(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        kernel = kernel.astype(inputs.dtype)
         if self.channels is None:
             return depthwise_conv(inputs, kernel, self.stride)
         if self.kernel == 1:

@@ -191,30 +191,30 @@ def product_of_rows(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(kernel_dtype: Any, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _contract(1, 0, inputs, kernel.astype(inputs.dtype))
+    return contract(1, 0, inputs, kernel.astype(inputs.dtype))
 
 
 def _product_fwd(
     kernel_dtype: Any, inputs: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     kernel = kernel.astype(inputs.dtype)
-    return _contract(1, 0, inputs, kernel), (inputs, kernel)
+    return contract(1, 0, inputs, kernel), (inputs, kernel)
 
 
 def _product_bwd(
     kernel_dtype: Any, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     inputs, kernel = residuals
-    inputs_grad = _contract(1, 1, grad, kernel)
+    inputs_grad = contract(1, 1, grad, kernel)
     # Parameters of float32 get the sums as they are: rounded in between, they would cost two passes over memory.
-    kernel_grad = _contract(0, 0, inputs, grad, kernel_dtype, explicit_sharding(kernel))
+    kernel_grad = contract(0, 0, inputs, grad, kernel_dtype, explicit_sharding(kernel))
     return summed_as(inputs_grad, inputs), summed_as(kernel_grad, kernel)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def _contract(
+def contract(
     left_axis: int,
     right_axis: int,
     left: jax.Array,

@@ -141,9 +141,11 @@ def _normalized_bwd(epsilon: float, cap: float | None, residuals: tuple, cotange
         grad = jnp.where(alive, grad, 0)
     dtype, count = mean.dtype, inputs.size // inputs.shape[-1]
     inverse = lax.rsqrt(variance + epsilon)
-    centred = (inputs.astype(dtype) - mean) * inverse
+    values = inputs.astype(dtype)
     grad_bias = jnp.sum(grad, _AXES)
-    grad_scale = jnp.sum(grad * centred, _AXES)
+    # Of grad * (values - mean), XLA's CPU compiler would first write out the second factor.
+    grad_scale = (jnp.sum(grad * values, _AXES) - mean * grad_bias) * inverse
+    centred = (values - mean) * inverse
     grad_inputs = (grad - grad_bias / count - centred * (grad_scale / count)) * (inverse * scale.astype(dtype))
     return grad_inputs.astype(inputs.dtype), grad_scale.astype(scale.dtype), grad_bias.astype(bias.dtype)
 

@@ -7,7 +7,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from pspinal_jax.backbones.resnet import Conv, ConvNorm
-from pspinal_jax.layers import norm
+from pspinal_jax.layers import conv, norm
 from pspinal_jax.layers.conv import conv_same
 from pspinal_jax.layers.norm import batch_norm, norm_relu
 from pspinal_jax.layers.pooling import max_pool_3x3
@@ -44,6 +44,35 @@ def test_strided_convolution_and_gradients_equal_autodiff(shape, kernel):
         expected = compiled(jax.grad(lambda *a: (direct(*a) * weights).sum(), (0, 1)))(x, k)
         for got, want in zip(ours, expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("by_library", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pointwise_convolution_and_gradients_equal_autodiff(stride, by_library, monkeypatch):
+    monkeypatch.setattr(conv, "library_convolves", lambda: by_library)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(6)
+        x, k = jnp.asarray(rng.normal(size=(3, 7, 6, 4))), jnp.asarray(rng.normal(size=(4, 5)))
+
+        def direct(x, k):
+            return jnp.einsum("nhwi,io->nhwo", x[:, ::stride, ::stride], k)
+
+        weights = rng.normal(size=direct(x, k).shape)
+        np.testing.assert_allclose(conv.pointwise(x, k, stride), direct(x, k), rtol=0, atol=1e-12)
+        ours = compiled(jax.grad(lambda *a: (conv.pointwise(*a, stride) * weights).sum(), (0, 1)))(x, k)
+        expected = compiled(jax.grad(lambda *a: (direct(*a) * weights).sum(), (0, 1)))(x, k)
+        for got, want in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+
+
+def test_no_transpose_is_copied_for_a_pointwise_gradient():
+    """On CPU the copy took three times as long as the product (docs/performance.md)."""
+    shapes = (jax.ShapeDtypeStruct((2, 56, 56, 24), jnp.float32), jax.ShapeDtypeStruct((24, 64), jnp.float32))
+    gradient = jax.grad(lambda *a: jnp.sum(jnp.square(conv.pointwise(*a))), 1)
+    text = jax.jit(gradient).lower(*shapes).compile().as_text()
+    assert "dot(" in text
+    for form in ("f32[64,6272]", "f32[24,6272]"):
+        assert form not in text
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 7, 9, 3), (1, 6, 5, 2), (2, 1, 2, 1)])

@@ -1,5 +1,7 @@
 """VGG-5 and its parts, without PyTorch."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -158,20 +160,21 @@ def test_pooling_equals_reduce_window(shape):
         np.testing.assert_array_equal(ours, expected)
 
 
-def test_norm_relu_equals_autodiff():
+@pytest.mark.parametrize(("epsilon", "cap"), [(norm.EPSILON, math.inf), (1e-3, 0.9)])
+def test_norm_relu_equals_autodiff(epsilon, cap):
     def reference(x, scale, bias):
-        return jax.nn.relu(norm.normalize(x, *norm.batch_statistics(x), scale, bias))
+        return jnp.clip(norm.normalize(x, *norm.batch_statistics(x), scale, bias, epsilon), 0, cap)
 
     with jax.enable_x64(True):
         rng = np.random.default_rng(3)
         x = jnp.asarray(rng.normal(0.7, 1.3, size=(5, 4, 3, 6)))
         scale, bias = jnp.asarray(rng.normal(1, 1, size=6)), jnp.asarray(rng.normal(size=6))
         weights = jnp.asarray(rng.normal(size=x.shape))
-        outputs, mean, variance = norm_relu(x, scale, bias)
+        outputs, mean, variance = norm_relu(x, scale, bias, epsilon, cap)
         np.testing.assert_allclose(outputs, reference(x, scale, bias), atol=1e-12)
         np.testing.assert_allclose(mean, np.mean(x, (0, 1, 2)), atol=1e-12)
         np.testing.assert_allclose(variance, np.var(x, (0, 1, 2)), atol=1e-12)
-        ours = jax.grad(lambda *a: (norm_relu(*a)[0] * weights).sum(), (0, 1, 2))(x, scale, bias)
+        ours = jax.grad(lambda *a: (norm_relu(*a, epsilon, cap)[0] * weights).sum(), (0, 1, 2))(x, scale, bias)
         expected = jax.grad(lambda *a: (reference(*a) * weights).sum(), (0, 1, 2))(x, scale, bias)
         for got, want in zip(ours, expected, strict=True):
             np.testing.assert_allclose(got, want, atol=1e-12)
