@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pspinal_jax.environment import library_convolves
-from pspinal_jax.layers.linear import contract, explicit_sharding, product_of_rows, summed_as
+from pspinal_jax.layers.linear import product, summed_as
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _Padding = Sequence[tuple[int, int]]
@@ -51,15 +51,18 @@ def conv_same(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Arra
 def pointwise(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """A 1x1 convolution: a product of matrices, whose gradients are such products too, fast in a loop as elsewhere.
 
-    [N, H, W, I] and [I, O] -> [N, ceil(H / stride), ceil(W / stride), O]. Reverse-mode derivatives only (a custom VJP).
+    [N, H, W, I] and [I, O] -> [N, ceil(H / stride), ceil(W / stride), O].
     """
     inputs = inputs[:, ::stride, ::stride]
     if library_convolves():
         return _convolved(inputs, kernel)
-    return product_of_rows(_rows(inputs), kernel).reshape(*inputs.shape[:-1], kernel.shape[-1])
+    return product(_rows(inputs), kernel).reshape(*inputs.shape[:-1], kernel.shape[-1])
 
 
 def _rows(maps: jax.Array) -> jax.Array:
+    """[N H W, C]: for a product over more axes XLA's CPU code first copies a gradient turned around, for as long as
+    three products.
+    """
     return maps.reshape(-1, maps.shape[-1])
 
 
@@ -75,7 +78,8 @@ def _convolved_fwd(inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tup
 
 def _convolved_bwd(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     inputs, kernel = residuals
-    kernel_grad = contract(0, 0, _rows(inputs), _rows(grad), kernel.dtype, explicit_sharding(kernel))
+    _, pullback = jax.vjp(partial(product, _rows(inputs)), kernel)
+    (kernel_grad,) = pullback(_rows(grad))
     return summed_as(_convolved(grad, kernel.T), inputs), summed_as(kernel_grad, kernel)
 
 

@@ -177,44 +177,35 @@ def product(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if inputs.dtype not in (jnp.bfloat16, jnp.float16):
         return inputs @ kernel.astype(inputs.dtype)
-    return product_of_rows(inputs, kernel)
-
-
-def product_of_rows(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    """As `product`, for more rows than columns: on CPU its gradients are made without copying a transpose.
-
-    Autodiff's gradient of the kernel turns a matrix of all rows around, which takes up to four times as long as the
-    product itself. Reverse-mode derivatives only (a custom VJP).
-    """
-    return _product(kernel.dtype, inputs, kernel)
+    return _half_product(kernel.dtype, inputs, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(kernel_dtype: Any, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    return contract(1, 0, inputs, kernel.astype(inputs.dtype))
+def _half_product(kernel_dtype: Any, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _contract(1, 0, inputs, kernel.astype(inputs.dtype))
 
 
-def _product_fwd(
+def _half_product_fwd(
     kernel_dtype: Any, inputs: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     kernel = kernel.astype(inputs.dtype)
-    return contract(1, 0, inputs, kernel), (inputs, kernel)
+    return _contract(1, 0, inputs, kernel), (inputs, kernel)
 
 
-def _product_bwd(
+def _half_product_bwd(
     kernel_dtype: Any, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     inputs, kernel = residuals
-    inputs_grad = contract(1, 1, grad, kernel)
+    inputs_grad = _contract(1, 1, grad, kernel)
     # Parameters of float32 get the sums as they are: rounded in between, they would cost two passes over memory.
-    kernel_grad = contract(0, 0, inputs, grad, kernel_dtype, explicit_sharding(kernel))
+    kernel_grad = _contract(0, 0, inputs, grad, kernel_dtype, explicit_sharding(kernel))
     return summed_as(inputs_grad, inputs), summed_as(kernel_grad, kernel)
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+_half_product.defvjp(_half_product_fwd, _half_product_bwd)
 
 
-def contract(
+def _contract(
     left_axis: int,
     right_axis: int,
     left: jax.Array,
@@ -232,7 +223,7 @@ def contract(
 
     def wide(left: jax.Array, right: jax.Array) -> jax.Array:
         # Of a constant operand XLA 0.12 makes products that its CPU then has no code for.
-        return multiply(*lax.optimization_barrier((left, right)), result=jnp.promote_types(left.dtype, jnp.float32))
+        return multiply(*lax.optimization_barrier((left, right)), result=jnp.float32)
 
     return lax.platform_dependent(left, right, cpu=wide, default=partial(multiply, result=left.dtype))
 
