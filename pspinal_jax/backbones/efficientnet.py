@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pspinal_jax.environment import library_convolves
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.conv import pointwise
 from pspinal_jax.layers.depthwise import depthwise_conv, same_padding
@@ -104,11 +105,13 @@ class ConvNorm(nn.Module):
         affine, running = NormVariables(width, self.param_dtype, name="norm")()
         old = (running["mean"].value, running["var"].value)
         if not train or self.is_initializing():
-            # The norm's factor in the kernel leaves a bias and a cut, which oneDNN makes while it convolves.
-            factor = affine["scale"] * lax.rsqrt(old[1] + EPSILON)
-            shift = affine["bias"] - old[0] * factor
-            outputs = self._convolve(inputs, kernel * factor[None, None, None]) + shift[None, None, None]
-            return (jnp.clip(outputs, 0, CAP) if self.relu else outputs).astype(inputs.dtype)
+            if library_convolves():
+                folded, shift = norm.fold(kernel, *old, affine["scale"], affine["bias"], EPSILON)
+                outputs = (self._convolve(inputs, folded) + shift).astype(inputs.dtype)
+            else:
+                outputs = self._convolve(inputs, kernel)
+                outputs = norm.normalize(outputs, *old, affine["scale"], affine["bias"], EPSILON)
+            return jnp.clip(outputs, 0, CAP) if self.relu else outputs
         outputs = self._convolve(inputs, kernel)
         if self.relu:
             outputs, mean, variance = norm.norm_relu(outputs, affine["scale"], affine["bias"], EPSILON, CAP)

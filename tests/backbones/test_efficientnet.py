@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspinal_jax.backbones import EfficientNetLite
-from pspinal_jax.backbones.efficientnet import BlockConfig, InvertedBottleneck
+from pspinal_jax.backbones import EfficientNetLite, efficientnet
+from pspinal_jax.backbones.efficientnet import BlockConfig, ConvNorm, InvertedBottleneck
 from pspinal_jax.environment import jit_with
-from pspinal_jax.layers import depthwise
+from pspinal_jax.layers import conv, depthwise
 
 
 def images(batch=2, side=64):
@@ -64,6 +64,22 @@ def test_where_onednn_convolves_the_convolution_is_left_to_it():
     text = jit_with({"xla_cpu_enable_fast_min_max": False}, depthwise.depthwise_conv).lower(x, w).as_text()
     assert text.count("stablehlo.convolution") == 1
     assert jax.jit(depthwise.depthwise_conv).lower(x, w).as_text().count("stablehlo.convolution") == 0
+
+
+@pytest.mark.parametrize(("channels", "kernel", "relu"), [(5, 1, False), (5, 3, True), (None, 5, True)])
+def test_evaluation_is_the_same_with_the_norm_in_the_kernel(channels, kernel, relu, monkeypatch):
+    layer = ConvNorm(channels, kernel, relu=relu, param_dtype=jnp.float64)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(2)
+        x = jnp.asarray(rng.normal(size=(2, 9, 8, 4)))
+        shapes = jax.eval_shape(layer.init, jax.random.key(0), x, False)
+        variables = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 3, leaf.shape)), shapes)
+        plain = layer.apply(variables, x, False)
+        for module in (efficientnet, conv, depthwise):
+            monkeypatch.setattr(module, "library_convolves", lambda: True)
+        np.testing.assert_allclose(layer.apply(variables, x, False), plain, rtol=1e-12, atol=1e-12)
+        for dtype in (jnp.bfloat16, jnp.float32):
+            assert layer.apply(variables, x.astype(dtype), False).dtype == dtype
 
 
 def test_wrong_input_is_refused():
