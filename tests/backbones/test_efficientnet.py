@@ -72,7 +72,7 @@ def test_evaluation_is_the_same_with_the_norm_in_the_kernel(channels, kernel, re
     with jax.enable_x64(True):
         rng = np.random.default_rng(2)
         x = jnp.asarray(rng.normal(size=(2, 9, 8, 4)))
-        shapes = jax.eval_shape(layer.init, jax.random.key(0), x, False)
+        shapes = jax.eval_shape(partial(layer.init, train=False), jax.random.key(0), x)
         variables = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 3, leaf.shape)), shapes)
         plain = layer.apply(variables, x, False)
         for module in (efficientnet, conv, depthwise):
