@@ -1,7 +1,7 @@
 # Caltech-101 as published: the whole network fine-tuned by SGD, times 0.1 every 7 epochs; test evaluated every
 # epoch.
 #   command   pspinal-jax train caltech101-paper --data.path DIR
-#   expected  not run: data not available offline (the paper reports 97.76 %)
+#   expected  not run: Wide-ResNet-101-2 wants a GPU (the paper reports 97.76 %)
 #   time      not measured
 from pspinal_jax.recipes import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 

@@ -1,7 +1,7 @@
 # Fruits-360 as published: the whole network fine-tuned by SGD, times 0.1 every 7 epochs; test evaluated every
 # epoch.
 #   command   pspinal-jax train fruits360-paper --data.path DIR
-#   expected  not run: data not available offline (the paper reports 99.97 %)
+#   expected  not run: Wide-ResNet-101-2 wants a GPU (the paper reports 99.97 %)
 #   time      not measured
 from pspinal_jax.recipes import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 

@@ -1,6 +1,6 @@
 # KMNIST as published: VGG-5, Adam, the learning rate steered by the test accuracy; test evaluated every epoch.
 #   command   pspinal-jax train kmnist-paper
-#   expected  not run: data not available offline (the paper reports 98.98 %)
+#   expected  not run, for want of a GPU (the paper reports 98.98 %)
 #   time      not measured
 from pspinal_jax.recipes import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 
