@@ -15,6 +15,7 @@ Ours is mean ± standard deviation over seeds, in percent of the test split; sec
 seeds together, without imports and compilation. Where seeds were runs of their own, each has its `result_seed_K.json`.
 `runs/fruits/features.npz` is what the command of fruits360-119-frozen leaves behind; that data is 119 of 120 classes,
 40 pictures of each to train and 20 to test, and caltech101-frozen tests on a fifth of each class: not the paper's.
+`caltech101/1.0.0` is what `pspinal-jax prepare caltech101 --raw DIR` makes: 30 photographs of each class to train.
 Not a run but a table of its own: [kills](kills/README.md), 50 moments at which runs were killed.
 """
 

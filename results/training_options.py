@@ -16,7 +16,7 @@
   five_folder  these photographs themselves, with the recipe `folder` and that backbone, a fifth of each class to test
                and a tenth of the rest to select the epoch by
   lookalikes   photographs of twelve classes that are easily taken for one another, half of each class to test: the
-               recipe `folder` as it is, the whole pretrained EfficientNet-Lite0 fine-tuned, at 96 pixels
+               recipe `folder` without its colour jitter, the whole pretrained EfficientNet-Lite0, at 96 pixels
 
 `run` trains the recipe `features`, but for the last two, with one option after the other, and `table` prints what came
 out as Markdown. Where nothing is held out, a run takes the last epoch; nothing is selected on test data. `cost` takes
@@ -47,6 +47,7 @@ FINE_TUNE = {
     "data.image_size": 96,
     "data.test_fraction": 0.5,
     "data.validation_fraction": 0.0,
+    "augment.color_jitter": 0.0,
     "epochs": 10,
 }
 FIVE = ("airplanes", "beaver", "crocodile", "pigeon", "stapler")
@@ -59,6 +60,8 @@ OF_PHOTOGRAPHS = {
     "augment_none": {"data.augment": "none"},
     "resized_crop": {"data.augment": "resized_crop_flip"},
     "color_jitter_0.3": {"augment.color_jitter": 0.3},
+    "none_seeds_3_to_5": {"seed": 3},
+    "color_jitter_0.3_seeds_3_to_5": {"augment.color_jitter": 0.3, "seed": 3},
     "mixup_0.2": {"augment.mixup": 0.2},
     "cutmix_1": {"augment.cutmix": 1.0},
     "fit_crop": {"data.fit": "crop"},
