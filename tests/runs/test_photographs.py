@@ -187,6 +187,8 @@ def test_cached_features_train_the_same_head(pictures, tmp_path, weights, monkey
         str(path),
         "--data.augment",
         "none",
+        "--augment.color-jitter",
+        "0",
         "--model.dropout-rate",
         "0",
     ]
