@@ -69,7 +69,8 @@ class DataConfig:
     split_seed: int = 0
     """Seed of the choice of those examples, the same for every training seed."""
     augment: Literal["none", "perspective_rotation", "rotation_crop_flip", "resized_crop_flip"] = "none"
-    """perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees).
+    """none: pictures as they are, but for augment.color_jitter, which is a setting of its own.
+    perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees).
     rotation_crop_flip: image files; rotation (up to 15 degrees), random crop to image_size, flip (p 0.5).
     resized_crop_flip: image files; a crop of random area (from augment.min_area) and aspect, resized; flip (p 0.5)."""
     transposed: bool = False
