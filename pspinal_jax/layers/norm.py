@@ -137,7 +137,7 @@ def _normalized(epsilon: float, cap: float | None, inputs: jax.Array, scale: jax
     mean, variance = batch_statistics(inputs)
     outputs = normalize(inputs, mean, variance, scale, bias, epsilon)
     if cap is not None:
-        outputs = jax.nn.relu(outputs) if math.isinf(cap) else jnp.clip(outputs, 0, cap)
+        outputs = jnp.clip(outputs, 0, cap)
     return outputs, mean, variance
 
 
@@ -154,8 +154,7 @@ def _normalized_bwd(epsilon: float, cap: float | None, residuals: tuple, cotange
     if cap is not None:
         # The very expression of the forward pass, so that an output of exactly 0 (ReLU's gradient: 0) is judged alike.
         normalized = normalize(inputs, mean, variance, scale, bias, epsilon)
-        alive = normalized > 0 if math.isinf(cap) else (normalized > 0) & (normalized < cap)
-        grad = jnp.where(alive, grad, 0)
+        grad = jnp.where((normalized > 0) & (normalized < cap), grad, 0)
     dtype, count = mean.dtype, inputs.size // inputs.shape[-1]
     inverse = lax.rsqrt(variance + epsilon)
     values = inputs.astype(dtype)
