@@ -60,8 +60,8 @@ def pointwise(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Arra
 
 
 def _rows(maps: jax.Array) -> jax.Array:
-    """[N H W, C]: for a product over more axes XLA's CPU code first copies a gradient turned around, for as long as
-    three products.
+    """[N H W, C]: for a product over more axes XLA's CPU code first copies a gradient turned around, which takes
+    longer than the product.
     """
     return maps.reshape(-1, maps.shape[-1])
 
