@@ -2,7 +2,7 @@
 # whole network is fine-tuned; --freeze backbone --cache-features trains the head alone, on features computed once.
 #   command   pspinal-jax train folder --data.path DIR
 #   expected  depends on the pictures; Caltech-101, head alone: 94.59 +- 0.20 % (5 seeds)
-#   time      depends on their number and size; head alone: 113 pictures a second on 2 cores of an AMD EPYC
+#   time      depends on their number and size; head alone: 110 pictures a second on 2 cores of an AMD EPYC
 from pspinal_jax.recipes import AugmentConfig, Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 
 recipe = Recipe(
