@@ -1,6 +1,7 @@
 """The seeds of a run side by side on CPU: a process a core, each with its share of the seeds.
 
-Between the small products of a head two threads wait for each other; a process that keeps to one core does not. Each
+Between the small products of a head two threads wait for each other; a process that keeps to one core does not. It
+has one thread, if its sums then round as the loop's do, which its first steps show, or else as many as the loop. Each
 process trains its seeds in a loop, with checkpoints of its own in the run directory (seeds/FIRST-LAST). At the end they
 become one checkpoint, as the loop over all seeds would have saved it.
 """
@@ -29,17 +30,26 @@ from pspinal_jax.runs.build import Setup, abstract_trees
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter
 from pspinal_jax.runs.progress import TrainingProgress
+from pspinal_jax.runs.seed_rounding import first_steps_checksum
 from pspinal_jax.runs.signals import Stopped, StopRequest
 from pspinal_jax.runs.trainer import Trainer
 
 _FOLDER = "seeds"
-_LEAST_STEPS = 50_000
-"""Of all seeds together: processes take some 4 s to start, which fewer steps do not bring in again."""
+_LEAST_EXAMPLES = 2_000_000
+"""Seen in training, by all seeds together: processes take some 3 s to start, which fewer do not bring in again."""
 POLL_SECONDS = 0.2
 _SECONDS_TO_SAVE = 60
+_THREADS = "PJRT_NPROC"
+"""XLA's environment variable for the number of its threads on CPU."""
 STOPPED = 75  # sysexits' EX_TEMPFAIL: try again
+ROUNDS_OTHERWISE = 76
+"""Status of a process whose one thread rounds otherwise than the loop."""
 _PART_FIELDS = ("seconds", "compile_seconds", "input_seconds")
 """Of an epoch's line: the slowest process's; examples_per_second adds up, lists by seed are joined."""
+
+
+class _RoundsOtherwiseError(Exception):
+    """A process ended with ROUNDS_OTHERWISE."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +108,8 @@ def wants_processes(recipe: Recipe, setup: Setup, run: RunDirectory, options: Ru
         return False
     if recipe.seed_mode == "processes" or find_parts(run):
         return True
-    steps = recipe.num_seeds * recipe.epochs * sum(stage.steps_per_epoch for stage in setup.stages)
-    return recipe.seed_mode == "auto" and len(cores()) > 1 and steps >= _LEAST_STEPS
+    seen = recipe.num_seeds * recipe.epochs * sum(len(stage.subset) for stage in setup.stages)
+    return recipe.seed_mode == "auto" and len(cores()) > 1 and seen >= _LEAST_EXAMPLES
 
 
 def can_use_processes(recipe: Recipe, options: RunOptions) -> bool:
@@ -131,17 +141,10 @@ def train_in_processes(
     run = metrics.directory
     parts = find_parts(run) or make_parts(run, recipe.num_seeds, max(1, min(len(cores()), recipe.num_seeds)))
     metrics.rewind([])
-    written = 0
-    with _processes(run, parts, options) as processes:
-        while True:
-            running = [process.poll() is None for process in processes]
-            written += _append_lines(parts, metrics, written)
-            if stop.received:
-                raise Stopped(stop.received.name)
-            _raise_failure(parts, processes)
-            if not any(running):
-                break
-            time.sleep(POLL_SECONDS)
+    try:
+        _run_parts(parts, options, metrics, stop, first_steps_checksum(setup))
+    except _RoundsOtherwiseError:  # nothing has been trained yet
+        _run_parts(parts, options, metrics, stop, None)
     trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds)
     trees, progress = _join(parts, setup, jax.eval_shape(trainer.seed_states.trees))
     store.save(progress.serial, trees, dataclasses.asdict(progress))
@@ -149,18 +152,46 @@ def train_in_processes(
     shutil.rmtree(run.path / _FOLDER)
 
 
+def _run_parts(
+    parts: Sequence[Part], options: RunOptions, metrics: MetricsWriter, stop: StopRequest, first_steps: str | None
+) -> None:
+    """Run the parts' processes to their end; raises as `train_in_processes`.
+
+    Args:
+      parts: what is trained.
+      options: the run's.
+      metrics: the run's.
+      stop: whether the user asks to stop.
+      first_steps: `first_steps_checksum` of this process, for processes of one thread; None for as many threads.
+    """
+    written = 0
+    with _processes(metrics.directory, parts, options, first_steps) as processes:
+        while True:
+            running = [process.poll() is None for process in processes]
+            written += _append_lines(parts, metrics, written)
+            if stop.received:
+                raise Stopped(stop.received.name)
+            _raise_failure(parts, processes)
+            if not any(running):
+                return
+            time.sleep(POLL_SECONDS)
+
+
 @contextlib.contextmanager
 def _processes(
-    run: RunDirectory, parts: Sequence[Part], options: RunOptions
+    run: RunDirectory, parts: Sequence[Part], options: RunOptions, first_steps: str | None
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """A process a part, which ends with the `with`: it saves and stops, or dies with this process."""
     places, started = cores(), list[subprocess.Popen[bytes]]()
     ours = [str(Path(pspinal_jax.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, ours))}
+    if first_steps is not None:
+        environment[_THREADS] = "1"
     try:
         for index, part in enumerate(parts):
             part.error_path.unlink(missing_ok=True)
             core = places[index % len(places)] if places else -1
-            numbers = (part.first, part.count, core, options.checkpoint_seconds)
+            numbers = (part.first, part.count, core, options.checkpoint_seconds, first_steps or "-")
             command = [
                 sys.executable,
                 "-P",
@@ -179,7 +210,7 @@ def _processes(
                     stderr=None if index == 0 else subprocess.DEVNULL,
                     # The terminal's Ctrl-C is for this process, which passes it on once.
                     start_new_session=True,
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, ours))},
+                    env=environment,
                 )
             )
         yield started
@@ -202,6 +233,8 @@ def _raise_failure(parts: Sequence[Part], processes: Sequence[subprocess.Popen[b
             continue
         if process.returncode == STOPPED:  # somebody asked it and not us
             raise Stopped(f"the process of seeds {part.directory.path.name}, which was asked to stop")
+        if process.returncode == ROUNDS_OTHERWISE:
+            raise _RoundsOtherwiseError
         with contextlib.suppress(OSError):
             raise RunError(part.error_path.read_text().strip())
         raise RunError(

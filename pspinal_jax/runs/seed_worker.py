@@ -24,21 +24,28 @@ from pspinal_jax.runs.build import set_up
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter
 from pspinal_jax.runs.restore import load_recipe_of
-from pspinal_jax.runs.seed_processes import POLL_SECONDS, STOPPED, Part, find_parts
+from pspinal_jax.runs.seed_processes import POLL_SECONDS, ROUNDS_OTHERWISE, STOPPED, Part, find_parts
+from pspinal_jax.runs.seed_rounding import first_steps_checksum
 from pspinal_jax.runs.signals import Stopped, StopRequest
 from pspinal_jax.runs.trainer import Trainer
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train a part's seeds; the exit status. Arguments: run directory, first seed, number of seeds, core, seconds."""
-    path, first, count, core, seconds = arguments
+    """Train a part's seeds; the exit status.
+
+    Arguments: run directory, first seed, number of seeds, core, seconds between checkpoints, and the first steps'
+    checksum that is asked for, or '-' for none.
+    """
+    path, first, count, core, seconds, first_steps = arguments
     run = RunDirectory(Path(path))
     part = next(part for part in find_parts(run) if (part.first, part.count) == (int(first), int(count)))
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
     try:
-        _train_part(run, part, int(core), float(seconds))
+        _train_part(run, part, int(core), float(seconds), first_steps)
     except Stopped:
         return STOPPED
+    except _RoundsOtherwiseError:
+        return ROUNDS_OTHERWISE
     except (PSpinalError, OSError, MemoryError) as error:
         with contextlib.suppress(OSError):
             part.error_path.write_text(printable(error) or type(error).__name__)
@@ -46,12 +53,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _train_part(run: RunDirectory, part: Part, core: int, checkpoint_seconds: float) -> None:
+class _RoundsOtherwiseError(Exception):
+    """The first steps are not, bit for bit, those that are asked for."""
+
+
+def _train_part(run: RunDirectory, part: Part, core: int, checkpoint_seconds: float, first_steps: str) -> None:
     config = run.config()
     for name, value in config["identity"]["jax"].items():
         jax.config.update(f"jax_{name}", value)
     with StopRequest() as stop:
-        enable_compilation_cache()  # which makes JAX's threads, as many as this machine's cores ask for
+        enable_compilation_cache()  # which makes JAX's threads, as many as it was started for
         _keep_to(core)
         whole = load_recipe_of(config)
         recipe = dataclasses.replace(
@@ -60,6 +71,8 @@ def _train_part(run: RunDirectory, part: Part, core: int, checkpoint_seconds: fl
         data = load_data(recipe.data)
         model = build_model(recipe, data.example_shape, data.num_classes)
         setup = set_up(recipe, model, data)
+        if first_steps not in ("-", first_steps_checksum(setup)):
+            raise _RoundsOtherwiseError
         with (
             part.directory.held(),
             CheckpointStore(part.directory.checkpoints_path) as store,
@@ -71,8 +84,8 @@ def _train_part(run: RunDirectory, part: Part, core: int, checkpoint_seconds: fl
 
 
 def _keep_to(core: int) -> None:
-    """Keep JAX's threads to `core`. There stay as many as this machine's cores ask for, and the compiler goes on seeing
-    all cores, which it asks the thread that calls it for: sums are cut into the loop's pieces and round as they do.
+    """Keep JAX's threads to `core`. The compiler goes on seeing all cores, which it asks the thread that calls it for:
+    what it cuts into pieces for them is cut as in the loop, and its programs can lie in one cache.
     """
     for thread in Path("/proc/self/task").iterdir() if core >= 0 else ():
         if int(thread.name) != threading.get_native_id():

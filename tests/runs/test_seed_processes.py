@@ -14,11 +14,15 @@ import chex
 import jax
 import pytest
 
+from pspinal_jax.data import load_data
 from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.runs import seed_processes, trainer
+from pspinal_jax.runs.build import set_up
 from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.seed_rounding import first_steps_checksum
 from pspinal_jax.runs.train import train
 
 TIMES = ("seconds", "examples_per_second", "compile_seconds")
@@ -77,6 +81,43 @@ def test_they_give_what_the_loop_gives(recipe, looped, tmp_path):
     assert len(set(result["selected_epoch"])) > 1  # or retraining would be as long everywhere
     assert_same(tmp_path / "run", result, looped)
     assert not (tmp_path / "run" / "seeds").exists()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The threads that each process was started for, None for as many as there are cores."""
+    threads = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, env=None, **options):
+            threads.append(env.get("PJRT_NPROC"))
+            super().__init__(*args, env=env, **options)
+
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    monkeypatch.setattr(seed_processes.subprocess, "Popen", Popen)
+    return threads
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_process_has_one_thread_where_that_rounds_as_the_loop_does(
+    recipe, looped, tmp_path, monkeypatch, started, alike
+):
+    if not alike:
+        monkeypatch.setattr(seed_processes, "first_steps_checksum", lambda setup: "00000000")
+    assert_same(tmp_path / "run", in_processes(recipe, tmp_path / "run"), looped)
+    assert started == (["1", "1"] if alike else ["1", "1", None, None])
+
+
+def test_the_first_steps_tell_programs_apart(recipe, npz_path):
+    def checksum(**changes):
+        changed = dataclasses.replace(recipe, num_seeds=1, **changes)
+        data = load_data(changed.data)
+        return first_steps_checksum(set_up(changed, build_model(changed, data.example_shape, data.num_classes), data))
+
+    alike = checksum()
+    assert checksum() == alike
+    changes = ({"batch_size": 15}, {"eval_batch_size": 8}, {"label_smoothing": 0.3})
+    assert len({alike, *(checksum(**change) for change in changes)}) == 4
 
 
 def command(path, out):
@@ -152,6 +193,6 @@ def test_auto_takes_them_for_long_trainings_only(recipe, looped, tmp_path, monke
     monkeypatch.setattr(trainer, "CHUNK_SECONDS", 2.0)
     train(dataclasses.replace(recipe, epochs=1), RunOptions(workdir=tmp_path / "short"))
     assert not asked
-    monkeypatch.setattr(seed_processes, "_LEAST_STEPS", 10)
+    monkeypatch.setattr(seed_processes, "_LEAST_EXAMPLES", 1000)
     with pytest.raises(pytest.skip.Exception, match="asked for"):
         train(recipe, RunOptions(workdir=tmp_path / "long"))
