@@ -8,6 +8,7 @@ kernels of their own for all of it, so there it stays a convolution: the branch 
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +65,8 @@ def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Arr
     by_library = library_convolves() and stride == 1
 
     def of_shifts(inputs: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kernel_grad = _kernel_grad(stride, inputs, kernel.shape, grad)
-        if by_library:
-            return jax.vjp(lambda inputs: _grouped(stride, inputs, kernel), inputs)[1](grad)[0], kernel_grad
-        return _inputs_grad(stride, inputs.shape, kernel, grad), kernel_grad
+        inputs_grad = _inputs_grad(stride, inputs.shape, kernel, grad, by_library)
+        return inputs_grad, _kernel_grad(stride, inputs, kernel.shape, grad)
 
     return lax.platform_dependent(*residuals, grad, cpu=of_shifts, default=of_grouped)
 
@@ -90,9 +89,9 @@ def _parts(
         yield (row, column), padded[..., row : last[0] : stride, column : last[1] : stride, :]
 
 
-def _inputs_grad(stride: int, shape: Sequence[int], kernel: jax.Array, grad: jax.Array) -> jax.Array:
-    """The sum of shifts again, of the gradient spread by the stride, with the kernel turned around: autodiff's sum of
-    padded maps passes over memory once more for each entry of the kernel.
+def _inputs_grad(stride: int, shape: Sequence[int], kernel: jax.Array, grad: jax.Array, by_library: bool) -> jax.Array:
+    """The convolution again, of the gradient spread by the stride, with the kernel turned around: as a sum of shifts,
+    where autodiff's sum of padded maps passes over memory once more for each entry of the kernel, or by oneDNN.
     """
     sides, size = shape[1:3], kernel.shape[:2]
     around = []
@@ -102,6 +101,10 @@ def _inputs_grad(stride: int, shape: Sequence[int], kernel: jax.Array, grad: jax
         low = k - 1 - before
         around.append((low, side + k - 1 - low - ((count - 1) * stride + 1), stride - 1))
     spread = lax.pad(grad, jnp.zeros((), grad.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+    if by_library:
+        # Without the barrier XLA makes the turn a property of the convolution, which oneDNN does not have.
+        turned = lax.optimization_barrier(jnp.flip(kernel, (0, 1)))
+        return _grouped(1, spread, turned, "VALID")
     total = jnp.zeros((), grad.dtype)
     for (row, column), part in _parts(spread, size, 1, sides):
         total = total + part * kernel[-1 - row, -1 - column, 0]
@@ -121,12 +124,14 @@ def _kernel_grad(stride: int, inputs: jax.Array, kernel: Sequence[int], grad: ja
     return total.reshape(kernel)
 
 
-def _grouped(stride: int, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+def _grouped(
+    stride: int, inputs: jax.Array, kernel: jax.Array, padding: Literal["VALID", "SAME"] = "SAME"
+) -> jax.Array:
     return lax.conv_general_dilated(
         inputs,
         kernel,
         (stride, stride),
-        same_padding(inputs.shape[1:3], kernel.shape[:2], stride),
+        padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=inputs.shape[-1],
     )

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import chex
+import numpy as np
 import pytest
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.checkpoints.store import CheckpointStore
+from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError
 from pspinal_jax.runs import train as train_module
 from pspinal_jax.runs.directory import RunDirectory
@@ -109,6 +111,30 @@ def test_a_stop_in_any_part_is_saved_and_the_run_goes_on(run, undisturbed, tmp_p
         assert not (tmp_path / "run" / "result.json").exists()
     assert run() == (0, [])
     assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_convolutions_too_go_on_bit_for_bit(tmp_path, dtype):
+    """With oneDNN's, from JAX 0.12 on, each start compiles them anew: such programs are not cached."""
+    rng, data = np.random.default_rng(0), tmp_path / "data.npz"
+    counts = {"train": 80, "test": 24}
+    images = {f"{part}_images": rng.integers(0, 256, (count, 28, 28), np.uint8) for part, count in counts.items()}
+    np.savez(data, **images, **{f"{part}_labels": rng.integers(0, 10, count) for part, count in counts.items()})
+    flags = f"--data.num-validation 16 --epochs 3 --batch-size 16 --checkpoint-seconds 0 --dtype {dtype}"
+
+    def train(run):
+        return main(["train", "kmnist", "--data.path", str(data), "--workdir", str(tmp_path / run), *flags.split()])
+
+    assert train("undisturbed") == 0
+    for call in (1, 2):
+        with before(CheckpointStore, "save", lambda: signal.raise_signal(signal.SIGTERM), call):
+            assert train("run") == 0
+        assert not (tmp_path / "run" / "result.json").exists()
+    assert train("run") == 0
+    assert_same(tmp_path / "run", tmp_path / "undisturbed")
+    options = json.loads((tmp_path / "run" / "config.json").read_text())["compiler_options"]
+    assert options == convolution_options("cpu")
 
 
 def test_a_stop_while_the_result_is_written_lets_the_run_end(run, undisturbed, tmp_path):
