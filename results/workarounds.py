@@ -66,8 +66,8 @@ CASES: dict[str, tuple[Function, Function, tuple[tuple[int, ...], ...]]] = {
     "conv 3x3, 3x3x256": (conv_same, plain_conv, ((64, 3, 3, 256), (3, 3, 256, 256))),
     "conv 3x3 on 1x1x512": (conv_same, plain_conv, ((16, 1, 1, 512), (3, 3, 512, 512))),
     "conv 1x1, 28x28x128 to 512": (conv_same, plain_conv, ((8, 28, 28, 128), (1, 1, 128, 512))),
-    "depthwise 3x3, 56x56x144": (depthwise_conv, plain_depthwise, ((8, 56, 56, 144), (3, 3, 1, 144))),
-    "depthwise 5x5, 14x14x480": (depthwise_conv, plain_depthwise, ((8, 14, 14, 480), (5, 5, 1, 480))),
+    "depthwise 3x3, 28x28x144": (depthwise_conv, plain_depthwise, ((2, 28, 28, 144), (3, 3, 1, 144))),
+    "depthwise 5x5, 14x14x480": (depthwise_conv, plain_depthwise, ((2, 14, 14, 480), (5, 5, 1, 480))),
     "max pool 2x2, 28x28x64": (max_pool_2x2, lambda x: nn.max_pool(x, (2, 2), (2, 2)), ((64, 28, 28, 64),)),
     "max pool 3x3, 112x112x64": (
         max_pool_3x3,
