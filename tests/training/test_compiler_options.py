@@ -4,12 +4,14 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pspinal_jax import environment
 from pspinal_jax.environment import CONVOLUTIONS_SWITCH, convolution_options, jit_with
 from pspinal_jax.layers.conv import conv_same
+from pspinal_jax.layers.depthwise import depthwise_conv
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.runs import programs
@@ -82,3 +84,22 @@ def test_they_compute_the_same(stride, optimised, fresh):
     assert isinstance(ours, environment._Uncached)  # JAX warns, which is an error here, where it cannot store a program
     compare = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3)
     jax.tree.map(compare, ours(images, kernel), plain(images, kernel))
+
+
+@pytest.mark.skipif(not NEW, reason="oneDNN's convolutions came with jax 0.12")
+def test_a_depthwise_gradient_is_theirs_inside_a_loop(optimised, fresh):
+    """Where XLA takes the turned kernel for a property of the convolution, it is a loop nest, 30 times as slow."""
+
+    def step(_, carry):
+        images, kernel = carry
+        gradient = jax.grad(lambda images: (depthwise_conv(images, kernel) * 2.0).sum())(images)
+        return images - gradient, kernel * 0.5
+
+    def train(images, kernel):
+        return jax.lax.fori_loop(0, 3, step, (images, kernel))
+
+    program = jit_with(convolution_options("cpu"), train)
+    lowered = program.lower(jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 1, 16)))
+    with environment._kept_out_of_the_cache():
+        text = lowered.compile().as_text()
+    assert text.count("__onednn$convolution") == 1 and " convolution(" not in text
