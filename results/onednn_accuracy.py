@@ -31,7 +31,7 @@ def accuracies(data: Path, given: argparse.Namespace, dtype: str, switch: str) -
         used = json.loads((run / "config.json").read_text())["compiler_options"]
         if bool(used) != (switch == "on"):
             raise SystemExit(f"PSPINAL_JAX_ONEDNN={switch}, but the programs were compiled with {used}")
-        return 100 * np.asarray(json.loads((run / "result.json").read_text())["test_accuracy"])
+        return 100 * np.asarray(json.loads((run / "result.json").read_text())["test_accuracy"]["each"])
 
 
 def main() -> None:
