@@ -48,8 +48,8 @@ _PART_FIELDS = ("seconds", "compile_seconds", "input_seconds")
 """Of an epoch's line: the slowest process's; examples_per_second adds up, lists by seed are joined."""
 
 
-class _RoundsOtherwiseError(Exception):
-    """A process ended with ROUNDS_OTHERWISE."""
+class RoundsOtherwiseError(Exception):
+    """The first steps of a process of one thread are not, bit for bit, the loop's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def train_in_processes(
     metrics.rewind([])
     try:
         _run_parts(parts, options, metrics, stop, first_steps_checksum(setup))
-    except _RoundsOtherwiseError:  # nothing has been trained yet
+    except RoundsOtherwiseError:  # nothing has been trained yet
         _run_parts(parts, options, metrics, stop, None)
     trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds)
     trees, progress = _join(parts, setup, jax.eval_shape(trainer.seed_states.trees))
@@ -234,7 +234,7 @@ def _raise_failure(parts: Sequence[Part], processes: Sequence[subprocess.Popen[b
         if process.returncode == STOPPED:  # somebody asked it and not us
             raise Stopped(f"the process of seeds {part.directory.path.name}, which was asked to stop")
         if process.returncode == ROUNDS_OTHERWISE:
-            raise _RoundsOtherwiseError
+            raise RoundsOtherwiseError
         with contextlib.suppress(OSError):
             raise RunError(part.error_path.read_text().strip())
         raise RunError(

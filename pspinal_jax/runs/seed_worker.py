@@ -24,7 +24,14 @@ from pspinal_jax.runs.build import set_up
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter
 from pspinal_jax.runs.restore import load_recipe_of
-from pspinal_jax.runs.seed_processes import POLL_SECONDS, ROUNDS_OTHERWISE, STOPPED, Part, find_parts
+from pspinal_jax.runs.seed_processes import (
+    POLL_SECONDS,
+    ROUNDS_OTHERWISE,
+    STOPPED,
+    Part,
+    RoundsOtherwiseError,
+    find_parts,
+)
 from pspinal_jax.runs.seed_rounding import first_steps_checksum
 from pspinal_jax.runs.signals import Stopped, StopRequest
 from pspinal_jax.runs.trainer import Trainer
@@ -44,17 +51,13 @@ def main(arguments: Sequence[str]) -> int:
         _train_part(run, part, int(core), float(seconds), first_steps)
     except Stopped:
         return STOPPED
-    except _RoundsOtherwiseError:
+    except RoundsOtherwiseError:
         return ROUNDS_OTHERWISE
     except (PSpinalError, OSError, MemoryError) as error:
         with contextlib.suppress(OSError):
             part.error_path.write_text(printable(error) or type(error).__name__)
         return 1
     return 0
-
-
-class _RoundsOtherwiseError(Exception):
-    """The first steps are not, bit for bit, those that are asked for."""
 
 
 def _train_part(run: RunDirectory, part: Part, core: int, checkpoint_seconds: float, first_steps: str) -> None:
@@ -72,7 +75,7 @@ def _train_part(run: RunDirectory, part: Part, core: int, checkpoint_seconds: fl
         model = build_model(recipe, data.example_shape, data.num_classes)
         setup = set_up(recipe, model, data)
         if first_steps not in ("-", first_steps_checksum(setup)):
-            raise _RoundsOtherwiseError
+            raise RoundsOtherwiseError
         with (
             part.directory.held(),
             CheckpointStore(part.directory.checkpoints_path) as store,
