@@ -1,5 +1,6 @@
 """Fixtures that several folders share: a small data set that can be learnt, and a run of it."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compile fast where the programs are small: optimising them takes longer than they run. Jax is imported later."""
     if "not slow" in (config.option.markexpr or ""):
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage seldom: each collection walks through all that jax and the tests loaded, a fifth of the time."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture
