@@ -7,7 +7,6 @@ set-up ends.
 import contextlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -44,32 +43,16 @@ NUMBERS = st.one_of(
     st.integers(-(2**70), 2**70).map(str),
     st.floats().map(str),
 )
+NUMERIC = [
+    "--epochs", "--batch-size", "--eval-batch-size", "--seed", "--num-seeds", "--label-smoothing", "--rounds",
+    "--micro-batches", "--feature-views", "--checkpoint-seconds", "--workers", "--data.num-classes", "--data.mean",
+    "--data.std", "--data.num-validation", "--data.split-seed", "--data.image-size", "--data.resize",
+    "--data.validation-fraction", "--data.test-fraction", "--model.layer-width", "--model.num-layers",
+    "--model.dropout-rate", "--model.layer-dropout-rate", "--optimizer.learning-rate", "--optimizer.momentum",
+    "--optimizer.weight-decay", "--optimizer.warmup-fraction", "--optimizer.decay-epochs",
+]  # fmt: skip
 FLAGS = {
-    **dict.fromkeys(
-        [
-            *(
-                "--epochs",
-                "--batch-size",
-                "--eval-batch-size",
-                "--seed",
-                "--num-seeds",
-                "--label-smoothing",
-                "--rounds",
-            ),
-            *("--micro-batches", "--feature-views", "--data.num-classes", "--data.mean", "--data.std"),
-            *("--data.num-validation", "--data.split-seed", "--data.image-size", "--data.resize"),
-            *("--data.validation-fraction", "--data.test-fraction", "--model.layer-width", "--model.num-layers"),
-            *(
-                "--model.dropout-rate",
-                "--model.layer-dropout-rate",
-                "--optimizer.learning-rate",
-                "--optimizer.momentum",
-            ),
-            *("--optimizer.weight-decay", "--optimizer.warmup-fraction", "--optimizer.decay-epochs"),
-            *("--checkpoint-seconds", "--workers"),
-        ],
-        NUMBERS,
-    ),
+    **dict.fromkeys(NUMERIC, NUMBERS),
     "--model.backbone": st.sampled_from(["none", "vgg5", "resnet18", "wide_resnet101_2", "resnet19", ""]),
     "--model.head": st.sampled_from(["progressive", "spinal", "mlp", "dense", "Dense"]),
     "--model.norm": st.sampled_from(["none", "batch", "layer"]),
@@ -253,20 +236,15 @@ def test_folders_of_anything(place, files, strict, fraction):
             assert decode(data.train.encoded[index], (8, 8)).shape == (8, 8, 3)
 
 
+def small_flags(folder):
+    flags = ["--epochs", "1", "--batch-size", "8", "--model.layer-width", "4", "--data.num-validation", "0"]
+    return ["--data.path", str(folder / "features.npz"), *flags]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = write_inputs(tmp_path_factory.mktemp("finished"))
-    flags = [
-        "--data.path",
-        str(folder / "features.npz"),
-        "--epochs",
-        "1",
-        "--batch-size",
-        "8",
-        "--model.layer-width",
-        "4",
-    ]
-    assert main(["train", "features", *flags, "--data.num-validation", "0", "--workdir", str(folder / "run")]) == 0
+    assert main(["train", "features", *small_flags(folder), "--workdir", str(folder / "run")]) == 0
     return folder / "run"
 
 
@@ -280,10 +258,8 @@ def answer(command, run):
     """(status, errors, what it says of the run): test accuracies and, of an export, its parameters."""
     output = run.parent / "exported"
     shutil.rmtree(output, ignore_errors=True)
-    data = ["--data.path", str(run.parent / "features.npz")]
-    flags = [*data, "--epochs", "1", "--batch-size", "8", "--model.layer-width", "4", "--data.num-validation", "0"]
     args = {
-        "train": ["train", "features", *flags, "--workdir", str(run)],
+        "train": ["train", "features", *small_flags(run.parent), "--workdir", str(run)],
         "evaluate": ["evaluate", str(run)],
         "export": ["export", str(run), "--output", str(output)],
     }[command]
@@ -320,7 +296,7 @@ def test_damaged_run_directories(finished, answers, tmp_path, command, which, ho
         content[at] ^= 0x55
         path.write_bytes(content)
     elif how == "garbage":
-        path.write_bytes(os.urandom(50))
+        path.write_bytes(np.random.default_rng(which).bytes(50))
     else:
         path.unlink()
         if how == "directory":

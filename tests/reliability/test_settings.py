@@ -1,6 +1,6 @@
 """Every field of a recipe changes what its help says, on every path that it concerns, or is refused with one line.
 
-`CHANGES` has an entry or more for every field; a field without one fails `test_every_field_is_tried`.
+`CHANGES` of setting_changes.py has an entry or more for every field; a field without one fails.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from setting_changes import CACHED, CHANGES, EFFECT, ELSEWHERE
 
 from pspinal_jax.data import load_data
 from pspinal_jax.errors import PSpinalError, UsageError
@@ -19,7 +20,6 @@ from pspinal_jax.recipes import (
     AugmentConfig,
     Card,
     DataConfig,
-    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     Recipe,
@@ -113,165 +113,6 @@ def seen(recipe, monkeypatch):
         "rates": [learning_rates(schedule_of(recipe), epoch, 10, recipe.epochs).tolist() for epoch in range(2)],
         "order": [np.asarray(order(np.uint32(recipe.seed), np.int32(epoch))).tolist() for epoch in range(2)],
     }
-
-
-EFFECT = None
-RESNET = {"model.backbone": "resnet18", "data.image_size": 32}
-FROZEN = {**RESNET, "freeze": "backbone"}
-CACHED = {**FROZEN, "cache_features": True}
-PAPER = {"protocol": "paper"}
-OTHER_KIND = "expected .* for features, which are taken as they are"
-
-# (kind of data, settings that go with it, the changed field and its value, EFFECT or what its refusal says)
-CHANGES = [
-    ("grey", {}, ("data.path", "other.npz"), EFFECT),
-    ("grey", {}, ("data.data_dir", "."), "data.data_dir is .*, expected None without --data.path"),
-    ("grey", {}, ("data.num_classes", 3), EFFECT),
-    ("folder", {}, ("data.num_classes", 3), "has 2 classes, but data.num_classes is 3"),
-    ("grey", {}, ("data.mean", 0.3), EFFECT),
-    ("folder", {}, ("data.mean", (0.1, 0.2, 0.3)), EFFECT),
-    ("grey", {}, ("data.mean", (0.1, 0.2, 0.3)), "one for each of the 1 channels"),
-    ("features", {}, ("data.mean", 0.3), OTHER_KIND),
-    ("grey", {}, ("data.std", 0.3), EFFECT),
-    ("grey", {}, ("data.std", (0.1, 0.2, 0.3)), "one for each of the 1 channels"),
-    ("features", {}, ("data.std", 0.3), OTHER_KIND),
-    ("grey", {}, ("data.num_validation", 5), EFFECT),
-    ("folder", {}, ("data.num_validation", 5), "image files, which take --data.validation-fraction"),
-    ("folder", {}, ("data.image_size", 12), EFFECT),
-    ("grey", {"data.num_validation": 0}, ("data.image_size", 12), "is no folder"),
-    ("folder", {"data.augment": "rotation_crop_flip"}, ("data.resize", 20), EFFECT),
-    ("folder", {}, ("data.resize", 20), "used with --data.augment rotation_crop_flip"),
-    ("grey", {}, ("data.resize", 20), "data.resize is 20"),
-    ("folder", {}, ("data.validation_fraction", 0.4), EFFECT),
-    ("grey", {}, ("data.validation_fraction", 0.4), "arrays take --data.num-validation"),
-    ("folder", {}, ("data.test_fraction", 0.4), EFFECT),
-    ("grey", {}, ("data.test_fraction", 0.4), "without --data.image-size"),
-    ("folder", {}, ("data.strict", True), EFFECT),
-    ("grey", {}, ("data.strict", True), "without --data.image-size"),
-    ("grey", {}, ("data.split_seed", 1), EFFECT),
-    ("folder", {}, ("data.split_seed", 1), EFFECT),
-    ("grey", {"data.num_validation": 0}, ("data.split_seed", 1), "nothing is held out"),
-    ("grey", {}, ("data.augment", "perspective_rotation"), EFFECT),
-    ("folder", {}, ("data.augment", "perspective_rotation"), EFFECT),
-    ("folder", {}, ("data.augment", "rotation_crop_flip"), EFFECT),
-    ("folder", {}, ("data.augment", "resized_crop_flip"), EFFECT),
-    ("grey", {}, ("data.augment", "rotation_crop_flip"), "used with --data.image-size"),
-    ("features", {}, ("data.augment", "perspective_rotation"), OTHER_KIND),
-    ("grey", {}, ("data.transposed", True), EFFECT),
-    ("folder", {}, ("data.transposed", True), "for image files, which are taken as they are"),
-    ("features", {}, ("data.transposed", True), "data.transposed takes square images only"),
-    ("grey", {"batch_size": 8}, ("data.drop_remainder", False), EFFECT),
-    ("grey", {}, ("data.shuffle", False), EFFECT),
-    ("folder", {}, ("data.fit", "crop"), EFFECT),
-    ("folder", {}, ("data.fit", "pad"), EFFECT),
-    ("grey", {}, ("data.fit", "crop"), "arrays have the size that they have"),
-    ("folder", {"data.image_size": 32}, ("model.backbone", "resnet18"), EFFECT),
-    ("features", {}, ("model.backbone", "resnet18"), "takes colour images"),
-    ("grey", {}, ("model.weights", "pretrained"), "used with a ResNet or EfficientNet backbone"),
-    ("folder", RESNET, ("model.remat", True), EFFECT),
-    ("folder", FROZEN, ("model.remat", True), "unless a ResNet backbone is trained"),
-    ("grey", {}, ("model.remat", True), "unless a ResNet backbone is trained"),
-    *(("grey", {}, ("model.head", head), EFFECT) for head in ("spinal", "mlp", "dense")),
-    ("grey", {}, ("model.layer_width", 6), EFFECT),
-    ("grey", {}, ("model.num_layers", 3), EFFECT),
-    ("grey", {}, ("model.dropout_rate", 0.3), EFFECT),
-    ("grey", {}, ("model.layer_dropout_rate", 0.3), EFFECT),
-    ("grey", {"model.head": "spinal"}, ("model.layer_dropout_rate", 0.3), "unless --model.head progressive"),
-    ("grey", {}, ("model.norm", "none"), EFFECT),
-    ("grey", {}, ("model.implementation", "scan"), EFFECT),
-    ("grey", {"model.head": "mlp"}, ("model.implementation", "scan"), "unless --model.head progressive"),
-    ("grey", {}, ("optimizer.name", "adam"), EFFECT),
-    ("grey", {}, ("optimizer.learning_rate", 0.02), EFFECT),
-    ("grey", {}, ("optimizer.momentum", 0.5), EFFECT),
-    ("grey", {"optimizer.name": "sgd"}, ("optimizer.nesterov", True), EFFECT),
-    *(
-        ("grey", {"optimizer.name": name, "optimizer.momentum": momentum}, ("optimizer.nesterov", True), "unless sgd")
-        for name, momentum in (("sgd", 0.0), ("adam", 0.9), ("adamw", 0.9))
-    ),
-    ("grey", {}, ("optimizer.weight_decay", 0.1), EFFECT),
-    *(
-        ("grey", {"optimizer.name": name}, ("optimizer.weight_decay", 0.1), "unless --optimizer.name adamw")
-        for name in ("sgd", "adam")
-    ),
-    *(("grey", {}, ("optimizer.schedule", name), EFFECT) for name in ("cosine", "one_cycle")),
-    (
-        "grey",
-        {"optimizer.schedule": "step", "optimizer.decay_epochs": 1},
-        ("optimizer.schedule", "constant"),
-        "decay_epochs is 1.*unless",
-    ),
-    ("grey", {"optimizer.schedule": "step"}, ("optimizer.decay_epochs", 1), EFFECT),
-    ("grey", {}, ("optimizer.decay_epochs", 1), "unless --optimizer.schedule step"),
-    ("grey", {"optimizer.schedule": "one_cycle"}, ("optimizer.warmup_fraction", 0.5), EFFECT),
-    ("grey", {}, ("optimizer.warmup_fraction", 0.5), "unless --optimizer.schedule one_cycle"),
-    ("grey", {}, ("optimizer.warmup_epochs", 0.5), EFFECT),
-    (
-        "grey",
-        {"optimizer.schedule": "one_cycle"},
-        ("optimizer.warmup_epochs", 0.5),
-        "whose --optimizer.warmup-fraction",
-    ),
-    ("folder", RESNET, ("optimizer.backbone_rate", 0.1), EFFECT),
-    ("folder", FROZEN, ("optimizer.backbone_rate", 0.1), "unless a backbone is trained"),
-    ("grey", {}, ("optimizer.backbone_rate", 0.1), "unless a backbone is trained"),
-    *((kind, {}, ("augment.mixup", 0.2), EFFECT) for kind in ("grey", "features", "folder")),
-    *((kind, {}, ("augment.cutmix", 1.0), EFFECT) for kind in ("grey", "folder")),
-    ("features", {}, ("augment.cutmix", 1.0), OTHER_KIND),
-    ("folder", CACHED, ("augment.cutmix", 1.0), "features have no boxes"),
-    *((kind, {}, ("augment.color_jitter", 0.3), EFFECT) for kind in ("grey", "folder")),
-    ("features", {}, ("augment.color_jitter", 0.3), OTHER_KIND),
-    ("folder", CACHED, ("augment.color_jitter", 0.3), "see feature_views"),
-    ("folder", {"data.augment": "resized_crop_flip"}, ("augment.min_area", 0.5), EFFECT),
-    ("folder", {}, ("augment.min_area", 0.5), "unless --data.augment resized_crop_flip"),
-    ("grey", {}, ("optimizer.steering", "best_on_test"), "none unless --protocol paper"),
-    ("grey", {}, ("epochs", 3), EFFECT),
-    ("grey", {}, ("batch_size", 8), EFFECT),
-    ("grey", {}, ("eval_batch_size", 8), EFFECT),
-    ("grey", {}, ("micro_batches", 2), EFFECT),
-    ("grey", {}, ("on_nonfinite", "skip"), EFFECT),
-    ("folder", RESNET, ("freeze", "backbone"), EFFECT),
-    ("grey", {}, ("freeze", "backbone"), "none where there is no backbone"),
-    ("grey", {}, ("cache_features", True), "used with --freeze backbone"),
-    ("folder", RESNET, ("cache_features", True), "used with --freeze backbone"),
-    ("folder", CACHED, ("feature_views", 2), "all views would be the same"),
-    ("folder", FROZEN, ("feature_views", 2), "used with cache_features"),
-    ("grey", {}, ("label_smoothing", 0.1), EFFECT),
-    ("grey", {}, ("class_weights", "balanced"), EFFECT),
-    ("grey", {"sampler": "balanced"}, ("class_weights", "balanced"), "none with --sampler balanced"),
-    ("grey", {}, ("sampler", "balanced"), EFFECT),
-    ("grey", {"data.shuffle": False}, ("sampler", "balanced"), "none without --data.shuffle"),
-    ("grey", {}, ("gradient_clip", 1.0), EFFECT),
-    ("grey", {}, ("ema_decay", 0.9), EFFECT),
-    ("grey", PAPER, ("ema_decay", 0.9), "0 with --protocol paper"),
-    ("grey", PAPER, ("patience", 1), "0 with --protocol paper"),
-    ("grey", {"data.num_validation": 0}, ("patience", 1), "expected 0 where nothing is held out"),
-    ("grey", {}, ("seed", 1), EFFECT),
-    ("folder", {"num_seeds": 2}, ("seed_mode", "vmap"), "loop or auto for image files"),
-    ("grey", {"num_seeds": 2}, ("seed_mode", "vmap"), EFFECT),
-    ("grey", {}, ("batch_norm", "per_device"), EFFECT),
-    ("grey", {"model.norm": "none"}, ("batch_norm", "per_device"), "where the model has no batch norm"),
-    ("grey", {}, ("dtype", "bfloat16"), EFFECT),
-    ("grey", {}, ("protocol", "paper"), EFFECT),
-    ("grey", PAPER, ("rounds", 2), EFFECT),
-    ("grey", {}, ("rounds", 2), "1 unless --protocol paper"),
-    ("grey", {}, ("retrain", True), EFFECT),
-    ("grey", PAPER, ("retrain", True), "False with --protocol paper"),
-    ("grey", {"data.num_validation": 0}, ("retrain", True), "expected False where nothing is held out"),
-    ("folder", {"data.validation_fraction": 0.0}, ("retrain", True), "with --data.validation-fraction"),
-    ("grey", {}, ("mesh", MeshConfig(model=64)), "mesh.model is 64|the number of devices"),
-]
-
-ELSEWHERE = {
-    "data.name": "which data set is read where no path is given: tests/data/test_prepare_sets.py",
-    "num_seeds": "trained one after the other or together: tests/runs/test_train.py",
-    "optimizer.steering": "draws learning rates while it trains: tests/runs/test_train.py (also refused above)",
-    "cache_features": "the head trains on features: tests/runs/test_photographs.py (also refused above)",
-    "feature_views": "passes over the training data: tests/runs/test_photographs.py (also refused above)",
-    "patience": "ends a run early: tests/runs/test_training_recipes.py (also refused above)",
-    "model.weights": "read before the first step: tests/weights (also refused above)",
-    "mesh": "where numbers lie, not what they are: tests/training/test_devices.py (also refused above)",
-}
-"""Fields whose effect is shown by whole runs in other tests."""
 
 
 def fields():

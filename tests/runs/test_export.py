@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from small_runs import Killed
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.errors import RunError
@@ -261,10 +262,6 @@ def test_nothing_but_an_export_is_replaced(trained, tmp_path, capsys):
     assert main(["export", str(trained), "--output", str(output)]) == 0, "an empty directory is filled"
     (output / "export.json").write_text('{"format": "of another program"}')
     refused(capsys, 1, "does not describe an export", "export", trained, "--output", output)
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
 
 
 def test_a_kill_while_exporting_leaves_the_older_export_whole(trained, tmp_path, monkeypatch):

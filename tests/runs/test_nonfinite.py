@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_runs import options
 
 from pspinal_jax.data.dataset import ArraySplit, array_dataset
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
-from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
@@ -43,10 +43,6 @@ def recipe(monkeypatch):
         eval_batch_size=16,
         label_smoothing=0.0,
     )
-
-
-def options(workdir):
-    return RunOptions(workdir=workdir, checkpoint_seconds=0.0)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])

@@ -12,6 +12,7 @@ import pytest
 from drawn_pictures import TINY
 from PIL import Image
 from safetensors.numpy import save_file
+from small_runs import Killed
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import ResNet
@@ -91,10 +92,6 @@ def test_a_folder_of_pictures_becomes_predictions_and_other_classes_are_refused(
     assert main(["evaluate", str(workdir), "--data.path", str(other)]) == 2
     refusal = "has the classes circle, square, triangle, but the run was trained on circle, cross"
     assert refusal in capsys.readouterr().err
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
 
 
 EVERY_OPTION = (

@@ -1,7 +1,6 @@
 """`--seed-mode processes`: what the loop would have given, bit for bit, whatever happens on the way."""
 
 import dataclasses
-import json
 import os
 import pickle
 import random
@@ -13,11 +12,12 @@ import time
 import chex
 import jax
 import pytest
+from small_runs import metrics, small_recipe
 
 from pspinal_jax.data import load_data
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.models.build import build_model
-from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
+from pspinal_jax.recipes import OptimizerConfig, load_recipe
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.runs import seed_processes, trainer
 from pspinal_jax.runs.build import set_up
@@ -25,23 +25,12 @@ from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.seed_rounding import first_steps_checksum
 from pspinal_jax.runs.train import train
 
-TIMES = ("seconds", "examples_per_second", "compile_seconds")
-
 
 @pytest.fixture(scope="module")
 def recipe(npz_path):
     """Three seeds that select different epochs, and train again for as many as the slowest of them."""
-    return dataclasses.replace(
-        load_recipe("digits"),
-        data=DataConfig("small", path=npz_path, mean=0.3, std=0.2, num_validation=24),
-        model=ModelConfig(layer_width=6, num_layers=3, norm="batch"),
-        optimizer=OptimizerConfig("sgd", learning_rate=0.01),
-        epochs=6,
-        batch_size=16,
-        eval_batch_size=16,
-        num_seeds=3,
-        retrain=True,
-    )
+    sgd = OptimizerConfig("sgd", learning_rate=0.01)
+    return small_recipe(npz_path, optimizer=sgd, epochs=6, num_seeds=3, retrain=True)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +55,7 @@ def in_processes(recipe, path, **changes):
 def assert_same(path, result, looped):
     for index in range(3):
         chex.assert_trees_all_equal(load_variables(path, index)[0], load_variables(looped[0], index)[0])
-    lines = [
-        [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text.splitlines()]
-        for text in ((run / "metrics.jsonl").read_text() for run in (path, looped[0]))
-    ]
-    assert lines[0] == lines[1]
+    assert metrics(path) == metrics(looped[0])
     differ = {name for name in result if result[name] != looped[1][name]}
     assert differ <= {"seconds", "compile_seconds", "seeds_as"}
 

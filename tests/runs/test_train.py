@@ -8,11 +8,10 @@ import chex
 import jax
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from small_runs import Killed, metrics, options, small_recipe
 
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
-from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.recipes import ModelConfig, OptimizerConfig
 from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.input_pipeline import ResidentExamples
@@ -22,15 +21,7 @@ from pspinal_jax.runs.train import train
 
 @pytest.fixture(scope="module")
 def recipe(npz_path):
-    """The shipped default recipe, made small."""
-    return dataclasses.replace(
-        load_recipe("digits"),
-        data=DataConfig("small", path=npz_path, mean=0.3, std=0.2, num_validation=24),
-        model=ModelConfig(layer_width=6, num_layers=3, norm="batch"),
-        epochs=4,
-        batch_size=16,
-        eval_batch_size=16,
-    )
+    return small_recipe(npz_path)
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +32,8 @@ def finished(recipe, tmp_path_factory):
     return workdir, result
 
 
-def options(workdir, **fields):
-    return RunOptions(workdir=workdir, checkpoint_seconds=0.0, **fields)
-
-
 def read(path):
     return json.loads(path.read_text())
-
-
-def metrics(workdir, *without):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "examples_per_second", "compile_seconds", *without)
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
 def assert_same_run(one, other):
@@ -111,10 +92,6 @@ def test_test_labels_do_not_influence_training_or_selection(finished, recipe, ar
     assert metrics(tmp_path / "run") == metrics(workdir)
     chex.assert_trees_all_equal(load_variables(tmp_path / "run")[0], load_variables(workdir)[0])
     assert other["test_accuracy"] != result["test_accuracy"]
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 6, 7])
@@ -319,41 +296,3 @@ def test_baseline_heads_train(recipe, tmp_path, head):
     model = dataclasses.replace(recipe.model, head=head)
     result = train(dataclasses.replace(recipe, model=model, epochs=1), options(tmp_path / "run"))
     assert result["head"] == head and evaluate(tmp_path / "run")["examples"] == 50
-
-
-def events(workdir):
-    """{step: {name: value}} of the run's one file of TensorBoard events, without times."""
-    (path,) = (workdir / "tensorboard" / "train").iterdir()
-    content, at, found = path.read_bytes(), 0, {}
-    while at < len(content):  # a record is its length, a checksum, the event, and another checksum
-        size = int.from_bytes(content[at : at + 8], "little")
-        event = Event.FromString(content[at + 12 : at + 12 + size])
-        at += size + 16
-        for value in event.summary.value:
-            found.setdefault(event.step, {})[value.tag] = value.simple_value
-    timed = ("seconds", "examples_per_second", "compile_seconds", "input_seconds")
-    return {step: {key: kept for key, kept in each.items() if key not in timed} for step, each in found.items()}
-
-
-def test_tensorboard_events_are_the_lines_of_metrics_and_come_as_epochs_end(recipe, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    original, calls = trainer_module.Trainer._select, []
-
-    def killed_in_the_third_epoch(self, *args):
-        calls.append(None)
-        if len(calls) == 3:
-            assert list(events(run)) == [4, 8]  # the first two are there while the third lasts
-            raise Killed
-        return original(self, *args)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_select", killed_in_the_third_epoch)
-    with pytest.raises(Killed):
-        train(recipe, dataclasses.replace(options(run, tensorboard=True), checkpoint_seconds=1000.0))
-    monkeypatch.undo()
-    train(recipe, options(run, tensorboard=True))  # goes on after the first epoch: the second one's events come again
-    lines = metrics(run)
-    assert [line["step"] for line in lines] == [4, 8, 12, 16] == list(events(run))
-    for line in lines:
-        for name, value in events(run)[line["step"]].items():
-            assert value == pytest.approx(line[name], rel=1e-6)
-    assert {"train_loss", "validation_accuracy"} <= set(events(run)[4])

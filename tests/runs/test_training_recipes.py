@@ -6,13 +6,13 @@ import json
 import chex
 import numpy as np
 import pytest
+from small_runs import Killed, metrics, options, small_recipe
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.checkpoints.store import CheckpointStore
 from pspinal_jax.errors import UsageError
-from pspinal_jax.recipes import AugmentConfig, DataConfig, ModelConfig, OptimizerConfig, load_recipe
-from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.recipes import AugmentConfig, ModelConfig, OptimizerConfig, load_recipe
 from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.input_pipeline import ResidentExamples
@@ -25,15 +25,11 @@ from pspinal_jax.runs.train import train
 @pytest.fixture(scope="module")
 def recipe(npz_path):
     """Every option that goes with images in memory, of two seeds; `class_weights` excludes the sampler."""
-    return dataclasses.replace(
-        load_recipe("digits"),
-        data=DataConfig("small", path=npz_path, mean=0.3, std=0.2, num_validation=24),
+    return small_recipe(
+        npz_path,
         model=ModelConfig(layer_width=6, num_layers=2, norm="batch", dropout_rate=0.1),
         optimizer=OptimizerConfig("sgd", learning_rate=0.05, schedule="cosine", warmup_epochs=0.75),
         augment=AugmentConfig(mixup=0.2, cutmix=1.0, color_jitter=0.3),
-        epochs=4,
-        batch_size=16,
-        eval_batch_size=16,
         micro_batches=2,
         num_seeds=2,
         sampler="balanced",
@@ -47,26 +43,12 @@ def recipe(npz_path):
 WEIGHTED = {"sampler": "none", "class_weights": "balanced", "seed_mode": "loop"}
 
 
-def options(workdir):
-    return RunOptions(workdir=workdir, checkpoint_seconds=0.0)
-
-
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory):
     """Of each mode a run that was never interrupted; treat as read-only."""
     place = tmp_path_factory.mktemp("finished")
     recipes = {"vmap": recipe, "loop": dataclasses.replace(recipe, **WEIGHTED)}
     return {name: (each, place / name, train(each, options(place / name))) for name, each in recipes.items()}
-
-
-def metrics(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "examples_per_second", "compile_seconds")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
 
 
 def kill_after(monkeypatch, chunks):
