@@ -1,11 +1,12 @@
 """What oneDNN's convolutions do to trained accuracy: the recipe kmnist (VGG-5) with them and without, same seeds.
 
 python results/onednn_accuracy.py mnist.npz kmnist.npz [--train 600 --test 1000 --epochs 4 --seeds 3 --first-seed 0]
+    [--dtypes float32 bfloat16]
 
 Each run trains on the first images of the file, in batches of 16 so that few images make enough steps, and is tested on
 its first test images; nothing is selected. First come errors against float64, of a convolution, its inputs' and its
-kernel's gradient; then a line a data set and dtype: mean and standard deviation over the seeds, and the seeds'
-differences (oneDNN less default).
+kernel's gradient; then a line a data set and dtype: mean and standard deviation over the seeds, the seeds'
+differences (oneDNN less default), and the 95 % interval of their mean by Student's t.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from pspinal_jax.environment import convolution_options, jit_with, processor
 from pspinal_jax.layers.conv import conv_same
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="+")
     for name, value in (("train", 600), ("test", 1000), ("epochs", 4), ("seeds", 3), ("first-seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     given = parser.parse_args()
     if not convolution_options(jax.default_backend()):
         raise SystemExit(f"jax {jax.__version__} has no convolutions of oneDNN here, expected JAX 0.12 or newer on CPU")
@@ -77,11 +80,14 @@ def main() -> None:
             part = Path(folder) / path.name
             counts = {name: given.test if "test" in name else given.train for name in arrays}
             np.savez(part, **{name: arrays[name][:count] for name, count in counts.items()})
-            for dtype in ("float32", "bfloat16"):
+            for dtype in given.dtypes:
                 found = {switch: accuracies(part, given, dtype, switch) for switch in ("on", "off")}
                 said = [f"{values.mean():.2f} ± {values.std(ddof=1):.2f}" for values in found.values()]
-                differences = ", ".join(f"{value:+.2f}" for value in found["on"] - found["off"])
-                print(f"{path.stem:8} {dtype:9} oneDNN {said[0]}, default {said[1]}; {differences}", flush=True)
+                differences = found["on"] - found["off"]
+                low, high = stats.t.interval(0.95, given.seeds - 1, differences.mean(), stats.sem(differences))
+                each = ", ".join(f"{value:+.2f}" for value in differences)
+                mean = f"{differences.mean():+.2f} ({low:+.2f} .. {high:+.2f})"
+                print(f"{path.stem:8} {dtype:9} oneDNN {said[0]}, default {said[1]}; {each}; mean {mean}", flush=True)
 
 
 if __name__ == "__main__":
