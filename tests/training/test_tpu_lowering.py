@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax import export
 
+from pspinal_jax.environment import CONVOLUTIONS_SWITCH
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.preprocessing import with_own_preprocessing
 from pspinal_jax.recipes import list_recipes, load_recipe
@@ -51,7 +52,8 @@ def lowered(recipe):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in list_recipes()]
 )
-def test_the_training_step_lowers_for_tpu(name):
+def test_the_training_step_lowers_for_tpu(name, monkeypatch):
+    monkeypatch.setenv(CONVOLUTIONS_SWITCH, "off")  # a TPU's programs have no options of this CPU's
     recipe = with_own_preprocessing(load_recipe(name))
     state, exported = lowered(recipe)
     assert exported.platforms == ("tpu",) and not exported.disabled_safety_checks
