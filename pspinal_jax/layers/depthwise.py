@@ -2,13 +2,14 @@
 
 XLA's CPU compiler turns a convolution with one group a channel into a naive loop nest (jax-ml/jax#23713). As a sum of
 K x K' shifted, strided slices, each times one row of weights, it becomes one vectorised loop. oneDNN, where it
-convolves (environment.py), is faster still, but not at kernels' gradients nor through a stride. Accelerators have
-kernels of their own for all of it, so there it stays a convolution: the branch is chosen where the program is lowered.
+convolves (environment.py), is faster still, but not at kernels' gradients nor through a stride, and not in bfloat16,
+which it leaves to the loop nest. Accelerators have kernels of their own for all of it, so there it stays a convolution:
+the branch is chosen where the program is lowered. Sums of shifts are summed in float32 or wider, and rounded once.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,16 @@ def depthwise_conv(inputs: jax.Array, kernel: jax.Array, stride: int = 1) -> jax
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _depthwise(stride: int, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    on_cpu = _grouped if library_convolves() else _shifts
+    on_cpu = _grouped if _by_library(inputs) else _shifts
     return lax.platform_dependent(inputs, kernel, cpu=partial(on_cpu, stride), default=partial(_grouped, stride))
+
+
+def _by_library(inputs: jax.Array) -> bool:
+    return library_convolves() and jnp.finfo(inputs.dtype).bits >= 32
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _forward(stride: int, inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -62,7 +71,7 @@ def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Arr
         inputs_grad, kernel_grad = jax.vjp(partial(_grouped, stride), inputs, kernel)[1](grad)
         return inputs_grad, kernel_grad
 
-    by_library = library_convolves() and stride == 1
+    by_library = _by_library(residuals[0]) and stride == 1
 
     def of_shifts(inputs: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs_grad = _inputs_grad(stride, inputs.shape, kernel, grad, by_library)
@@ -74,10 +83,11 @@ def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Arr
 def _shifts(stride: int, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
     padded = jnp.pad(inputs, [(0, 0), *same_padding(inputs.shape[1:3], kernel.shape[:2], stride), (0, 0)])
     sides = tuple(-(-side // stride) for side in inputs.shape[1:3])
-    total = jnp.zeros((), inputs.dtype)
+    wide = _wide(inputs.dtype)
+    kernel, total = kernel.astype(wide), jnp.zeros((), wide)
     for (row, column), part in _parts(padded, kernel.shape[:2], stride, sides):
-        total = total + part * kernel[row, column, 0]
-    return total
+        total = total + part.astype(wide) * kernel[row, column, 0]
+    return total.astype(inputs.dtype)
 
 
 def _parts(
@@ -105,23 +115,25 @@ def _inputs_grad(stride: int, shape: Sequence[int], kernel: jax.Array, grad: jax
         # Without the barrier XLA makes the turn a property of the convolution, which oneDNN does not have.
         turned = lax.optimization_barrier(jnp.flip(kernel, (0, 1)))
         return _grouped(1, spread, turned, "VALID")
-    total = jnp.zeros((), grad.dtype)
+    wide = _wide(grad.dtype)
+    kernel, total = kernel.astype(wide), jnp.zeros((), wide)
     for (row, column), part in _parts(spread, size, 1, sides):
-        total = total + part * kernel[-1 - row, -1 - column, 0]
-    return total
+        total = total + part.astype(wide) * kernel[-1 - row, -1 - column, 0]
+    return total.astype(grad.dtype)
 
 
 def _kernel_grad(stride: int, inputs: jax.Array, kernel: Sequence[int], grad: jax.Array) -> jax.Array:
     """Image by image, whose maps stay in the cache while each entry of the kernel sums over them."""
     padded = jnp.pad(inputs, [(0, 0), *same_padding(inputs.shape[1:3], kernel[:2], stride), (0, 0)])
+    wide = _wide(grad.dtype)
 
     def add(total: jax.Array, image: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        image_inputs, image_grad = image
+        image_inputs, image_grad = image[0], image[1].astype(wide)
         parts = _parts(image_inputs, kernel[:2], stride, image_grad.shape[:2])
-        return total + jnp.stack([jnp.sum(part * image_grad, (0, 1)) for _, part in parts]), None
+        return total + jnp.stack([jnp.sum(part.astype(wide) * image_grad, (0, 1)) for _, part in parts]), None
 
-    total, _ = lax.scan(add, jnp.zeros((kernel[0] * kernel[1], kernel[3]), grad.dtype), (padded, grad))
-    return total.reshape(kernel)
+    total, _ = lax.scan(add, jnp.zeros((kernel[0] * kernel[1], kernel[3]), wide), (padded, grad))
+    return total.reshape(kernel).astype(grad.dtype)
 
 
 def _grouped(

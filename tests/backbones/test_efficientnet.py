@@ -59,11 +59,31 @@ def test_on_cpu_no_grouped_convolution_is_left_and_elsewhere_it_is():
         assert exported.mlir_module().count("stablehlo.convolution") == count, platform
 
 
-def test_where_onednn_convolves_the_convolution_is_left_to_it():
-    x, w = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 1, 4))
+@pytest.mark.parametrize(("dtype", "count"), [(jnp.float32, 1), (jnp.bfloat16, 0)])
+def test_where_onednn_convolves_the_convolution_is_left_to_it(dtype, count):
+    """In bfloat16 it would not take it, and a loop nest is 10 to 200 times as slow."""
+    x, w = jnp.ones((1, 8, 8, 4), dtype), jnp.ones((3, 3, 1, 4), dtype)
     text = jit_with({"xla_cpu_enable_fast_min_max": False}, depthwise.depthwise_conv).lower(x, w).as_text()
-    assert text.count("stablehlo.convolution") == 1
+    assert text.count("stablehlo.convolution") == count
     assert jax.jit(depthwise.depthwise_conv).lower(x, w).as_text().count("stablehlo.convolution") == 0
+
+
+@pytest.mark.parametrize("by_library", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_in_bfloat16_it_is_rounded_once(stride, by_library, monkeypatch):
+    monkeypatch.setattr(depthwise, "library_convolves", lambda: by_library)
+    rng = np.random.default_rng(3)
+    x, w = (rng.uniform(0.5, 1, shape) for shape in ((8, 12, 12, 4), (5, 5, 1, 4)))
+    results = []
+    with jax.enable_x64(True):
+        x, w = (jnp.asarray(values).astype(jnp.bfloat16) for values in (x, w))
+        for dtype in (jnp.bfloat16, jnp.float64):
+            public = partial(depthwise.depthwise_conv, stride=stride)
+            outputs, pullback = jax.vjp(public, x.astype(dtype), w.astype(dtype))
+            results.append((outputs, *pullback(jnp.ones_like(outputs))))
+    for ours, exact in zip(*results, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8)
 
 
 @pytest.mark.parametrize(("channels", "kernel", "relu"), [(5, 1, False), (5, 3, True), (None, 5, True)])
