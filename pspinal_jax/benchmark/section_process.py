@@ -3,8 +3,10 @@
 A section that fails, runs out of memory or out of time costs itself only. Its file is written anew after every case.
 """
 
+import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -71,8 +73,16 @@ def run_in_process(
     tiny: bool,
 ) -> None:
     """What the process of section `name` runs; what it prints goes to the log beside `output`."""
+    threading.Thread(target=_die_with_the_parent, daemon=True).start()
     log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     peaks.update(known_peaks)
     run_section(name, seconds, output, sizes_here(tiny, precisions))
+
+
+def _die_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -36,6 +36,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 """One process loads the libraries, before any of them has threads or a device, and each section's is its copy."""
 _LOADED = ("torch", "pspinal_jax.benchmark.section_process", "pspinal_jax.benchmark.image_step")
 _LEAST_SECONDS = 15.0
+_GRACE_SECONDS = 30.0
+"""After the time is over, for the case that has begun."""
+_DONE, _NO_TIME = "done", "no time left"
 
 
 def run_suite(
@@ -59,7 +62,7 @@ def run_suite(
       overwrite: write over results that are there.
 
     Returns:
-      How many sections failed.
+      How many sections failed, or hung and were stopped; those for which no time was left do not count.
 
     Raises:
       UsageError: on an unknown section, too little time, or results that would be written over.
@@ -78,8 +81,8 @@ def run_suite(
             seconds = max(_LEAST_SECONDS, left * WEIGHTS[name] / sum(WEIGHTS[other] for other in names[number:]))
             busy = busy_share()
             print(f"[{number + 1}/{len(names)}] {name}: up to {seconds:.0f} s", file=sys.stderr, flush=True)
-            status = _run(workdir, name, seconds, end + 30, precisions, tiny)
-            failed += status != "done"
+            status = _run(workdir, name, seconds, end + _GRACE_SECONDS, precisions, tiny)
+            failed += status not in (_DONE, _NO_TIME)
             _amend(workdir / f"{name}.json", name, status, busy)
             write_suite_report(workdir, about, list(WEIGHTS))
     print(f"{workdir / 'report.md'}", flush=True)
@@ -98,6 +101,8 @@ def _check(workdir: Path, minutes: float, sections: Sequence[str], overwrite: bo
 
 def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Sequence[str], tiny: bool) -> str:
     """Run a section; 'done', or in a few words why not."""
+    if latest - time.monotonic() < _LEAST_SECONDS:
+        return _NO_TIME
     peaks = {
         entry["precision"]: entry["flops_per_second"]
         for entry in _read(workdir / "machine.json").get("entries", [])
@@ -116,7 +121,7 @@ def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Se
     finally:
         process.kill()
         process.join()
-    return "done" if process.exitcode == 0 else f"failed with exit status {process.exitcode}, see {name}.log"
+    return _DONE if process.exitcode == 0 else f"failed with exit status {process.exitcode}, see {name}.log"
 
 
 def _call(module: str, *arguments: Any) -> None:

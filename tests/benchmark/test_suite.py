@@ -1,11 +1,13 @@
 """`benchmark all`: what it refuses, its report from given figures, and (slow) whole rehearsals and a kill."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,16 @@ def test_a_section_that_failed_is_in_the_report(tmp_path):
     assert "failed with exit status 1, see step.log" in report
 
 
+def test_where_no_time_is_left_a_section_is_not_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pspinal_jax.benchmark.suite._GRACE_SECONDS", 0.0)
+    words = ["benchmark", "all", "--workdir", str(tmp_path), "--minutes", "0.2", "--sections", "depth", "epoch"]
+    assert main(words) == 0
+    for name in ("depth", "epoch"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["status"] == "no time left"
+        assert not (tmp_path / f"{name}.log").exists()
+    assert "no time left" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
@@ -114,6 +126,15 @@ def test_a_rehearsal_of_all_sections_fails_nowhere(tmp_path):
     assert "| alternative |" in (tmp_path / "all" / "report.md").read_text()
 
 
+def writers(folder):
+    """Open files in `folder`, of all processes that the system lets us look into."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            found += [link] if os.readlink(link).startswith(str(folder)) else []
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_what_was_measured_stays_when_it_is_killed(tmp_path, number):
@@ -129,3 +150,19 @@ def test_what_was_measured_stays_when_it_is_killed(tmp_path, number):
     report = (tmp_path / "report.md").read_text()
     assert "## A training step of the MNIST row" in report
     assert np.isfinite(json.loads((tmp_path / "step.json").read_text())["seconds"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not tell who has a file open")
+def test_a_section_ends_with_the_suite(tmp_path):
+    flags = ["--minutes", "5", "--sections", "epoch", "--workdir", str(tmp_path)]  # a minute, were it left alone
+    process = subprocess.Popen([sys.executable, "-m", "pspinal_jax", "benchmark", "all", *flags])
+    end = time.monotonic() + 60
+    while not writers(tmp_path) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.kill()
+    process.wait(60)
+    end = time.monotonic() + 5
+    while writers(tmp_path) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not writers(tmp_path)
