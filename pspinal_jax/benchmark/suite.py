@@ -62,7 +62,7 @@ def run_suite(
       overwrite: write over results that are there.
 
     Returns:
-      How many sections failed, or hung and were stopped; those for which no time was left do not count.
+      How many sections failed, or hung and were stopped; those for which no time was left are none.
 
     Raises:
       UsageError: on an unknown section, too little time, or results that would be written over.
@@ -82,7 +82,7 @@ def run_suite(
             busy = busy_share()
             print(f"[{number + 1}/{len(names)}] {name}: up to {seconds:.0f} s", file=sys.stderr, flush=True)
             status = _run(workdir, name, seconds, end + _GRACE_SECONDS, precisions, tiny)
-            failed += status not in (_DONE, _NO_TIME)
+            failed += not status.startswith((_DONE, _NO_TIME))
             _amend(workdir / f"{name}.json", name, status, busy)
             write_suite_report(workdir, about, list(WEIGHTS))
     print(f"{workdir / 'report.md'}", flush=True)
@@ -101,7 +101,8 @@ def _check(workdir: Path, minutes: float, sections: Sequence[str], overwrite: bo
 
 def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Sequence[str], tiny: bool) -> str:
     """Run a section; 'done', or in a few words why not."""
-    if latest - time.monotonic() < _LEAST_SECONDS:
+    left = latest - time.monotonic()
+    if left < _LEAST_SECONDS:
         return _NO_TIME
     peaks = {
         entry["precision"]: entry["flops_per_second"]
@@ -113,11 +114,11 @@ def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Se
     process = _CONTEXT.Process(target=_call, args=arguments, daemon=True)
     process.start()
     # A case that has begun may end; what hangs may not take the others' time.
-    patience = max(1.0, min(1.5 * seconds + 45.0, latest - time.monotonic()))
+    patience = min(1.5 * seconds + 45.0, left)
     try:
         process.join(patience)
         if process.exitcode is None:
-            return f"stopped after {patience:.0f} s"
+            return f"{_NO_TIME + ': ' if patience == left else ''}stopped after {patience:.0f} s"
     finally:
         process.kill()
         process.join()

@@ -67,6 +67,20 @@ def test_a_section_that_failed_is_in_the_report(tmp_path):
     assert "failed with exit status 1, see step.log" in report
 
 
+class Hanging:
+    """A section's process that never ends; nobody waits for it here."""
+
+    exitcode = None
+
+    def __init__(self, **arguments):
+        pass
+
+    def join(self, seconds=None):
+        pass
+
+    start = kill = join
+
+
 def test_where_no_time_is_left_a_section_is_not_begun(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pspinal_jax.benchmark.suite._GRACE_SECONDS", 0.0)
     words = ["benchmark", "all", "--workdir", str(tmp_path), "--minutes", "0.2", "--sections", "depth", "epoch"]
@@ -75,6 +89,16 @@ def test_where_no_time_is_left_a_section_is_not_begun(tmp_path, monkeypatch, cap
         assert json.loads((tmp_path / f"{name}.json").read_text())["status"] == "no time left"
         assert not (tmp_path / f"{name}.log").exists()
     assert "no time left" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("grace", "status"), [(20.0, 0), (900.0, 1)])
+def test_a_section_that_is_stopped_failed_unless_all_time_was_over(tmp_path, monkeypatch, grace, status):
+    monkeypatch.setattr("pspinal_jax.benchmark.suite._GRACE_SECONDS", grace)
+    monkeypatch.setattr("pspinal_jax.benchmark.suite._CONTEXT.Process", Hanging)
+    words = ["benchmark", "all", "--workdir", str(tmp_path), "--minutes", "0.01", "--sections", "depth"]
+    assert main(words) == status
+    said = json.loads((tmp_path / "depth.json").read_text())["status"]
+    assert "stopped after" in said and said.startswith("no time left") == (status == 0)
 
 
 @pytest.mark.parametrize(
