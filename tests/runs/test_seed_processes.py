@@ -127,7 +127,7 @@ def stop_when(condition, number, process):
     process.wait(90)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(recipe, looped, tmp_path, number):
     path = tmp_path / "run"
     path.with_name("recipe").write_bytes(pickle.dumps(dataclasses.replace(recipe, seed_mode="processes")))
