@@ -1,6 +1,11 @@
 # Two commands for users: `make train` and `make test`. Both need Python >= 3.11 and make, nothing else.
-# The newest Python that constraints.txt has versions for; a name that pyenv knows and does not run is passed over.
-PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do $$name -c "" 2>/dev/null && echo $$name && break; done || true)
+# The newest Python that constraints.txt has versions for, on PATH or among pyenv's: newer Pythons get a newer, faster jax.
+# A name that pyenv knows and does not run is passed over.
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
+PYTHONS := $(foreach name,3.13 3.12 3.11,python$(name) $(wildcard $(PYENV)/$(name).*/bin/python3)) python3
+first_of = $(shell for python in $(1); do $$python -c "import venv" 2>/dev/null && echo $$python && break; done || true)
+PYTHON ?= $(call first_of,$(PYTHONS))
+OLDEST ?= $(call first_of,python3.11 $(wildcard $(PYENV)/3.11.*/bin/python3))
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= digits
@@ -8,13 +13,18 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 WORKERS ?= 2
 DIST ?= dist
 
-.PHONY: train test test-torch test-notebooks test-slow test-clean lint notebooks docs wheel clean
+.PHONY: train test test-oldest test-torch test-notebooks test-slow test-clean lint notebooks docs wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/pspinal-jax train $(RECIPE) $(ARGS)
 
-test: $(VENV)/.installed-test lint
+test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not torch" $(ARGS)
+
+# What differs between Pythons and versions of JAX first: heads, their interop, files of earlier versions, the command line.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PYTHON=$(OLDEST) \
+	  ARGS="tests/heads tests/interop tests/compatibility tests/commands $(ARGS)"
 
 test-torch: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m torch $(ARGS)

@@ -138,9 +138,9 @@ class Runner:
             return train_head(head, plan, setting, seed, rates, part, examples)[1]
 
         # The other threads have the other cores.
-        options = {"xla_cpu_multi_thread_eigen": False} if jax.default_backend() == "cpu" else {}
+        options: dict[str, Any] = {"xla_cpu_multi_thread_eigen": False} if jax.default_backend() == "cpu" else {}
         self.compilations[task.head] += 1
-        return jax.jit(train).lower(*self._operands(task), examples).compile(compiler_options=options)  # type: ignore
+        return jax.jit(train).lower(*self._operands(task), examples).compile(compiler_options=options)
 
     def _compile_slots(self, task: Task, examples: Examples) -> Callable[..., Outcome]:
         """The program over as many slots as are asked for, or as the device's memory holds."""
