@@ -89,7 +89,7 @@ def progress_bar(
 class StepProgress:
     """The bar of a training: steps, rate, time left, loss and accuracy. Use in a `with`."""
 
-    def __init__(self, total: int, done: int, description: str, shown: bool) -> None:
+    def __init__(self, total: int | None, done: int, description: str, shown: bool) -> None:
         self._bar = progress_bar(total, description, "step", shown, initial=done, unit_scale=False)
 
     def __enter__(self) -> "StepProgress":

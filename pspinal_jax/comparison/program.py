@@ -23,7 +23,7 @@ from pspinal_jax.training.chunk import EpochPlan, run_chunk
 from pspinal_jax.training.layouts import convert_state
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
 from pspinal_jax.training.state import Totals, init_state
-from pspinal_jax.training.step import train_step
+from pspinal_jax.training.step import TrainStep, target_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def train_head(
         rows = (rows.astype(jnp.float32) - part.shift) * part.scale
         return model.apply(variables, rows, **options)
 
-    step = partial(train_step, apply, optimizer, label_smoothing=setting.label_smoothing)
+    step = TrainStep(apply, optimizer, partial(target_losses, label_smoothing=setting.label_smoothing))
     inputs = jax.ShapeDtypeStruct((2, *examples.inputs.shape[1:]), jnp.float32)
     state = init_state(model, optimizer, inputs, (), False, seed)
     if isinstance(head, ProgressiveSpinalHead):

@@ -20,19 +20,19 @@ from pspinal_jax.runs.input_pipeline import (
     StreamedExamples,
     StreamedSplit,
 )
-from pspinal_jax.runs.programs import build_run_programs, check_classes, class_weights
-from pspinal_jax.runs.progress import TrainingStage, make_stages
+from pspinal_jax.runs.programs import build_run_programs, check_classes, class_weights, schedule_of
+from pspinal_jax.runs.progress import LoopConfig, TrainingStage, make_stages, selected_by
+from pspinal_jax.training.optimizers import learning_rates
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.sharding import shardings
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run works with.
+    """What the loop works with.
 
     Attributes:
-      recipe: the recipe.
-      model: the linen module.
+      config: what is trained, and for how long.
       programs: the compiled pieces.
       examples: all training examples, validation included; stages pick theirs by index.
       splits: 'test', and 'validation' where examples were held out.
@@ -41,14 +41,44 @@ class Setup:
       validation_labels: int32 [V] of the split 'validation', empty where there is none.
     """
 
-    recipe: Recipe
-    model: Classifier
+    config: LoopConfig
     programs: Programs
     examples: Examples
     splits: Mapping[str, EvaluatedSplit]
     stages: list[TrainingStage]
     labels: np.ndarray
     validation_labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSetup(Setup):
+    """What a run of a recipe works with.
+
+    Attributes:
+      recipe: the recipe.
+      model: the linen module.
+    """
+
+    recipe: Recipe
+    model: Classifier
+
+
+def loop_config(recipe: Recipe) -> LoopConfig:
+    """What the loop has to know of `recipe`."""
+    schedule = schedule_of(recipe)
+    return LoopConfig(
+        seed=recipe.seed,
+        num_seeds=recipe.num_seeds,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        learning_rates=lambda epoch, steps: learning_rates(schedule, epoch, steps, recipe.epochs),
+        shuffle=recipe.data.shuffle,
+        balanced=recipe.sampler == "balanced",
+        selected_by=selected_by(recipe),
+        patience=recipe.patience,
+        restarts_rate=recipe.optimizer.steering != "none",
+        stop_on_nonfinite=recipe.on_nonfinite == "stop",
+    )
 
 
 def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +113,7 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
 
 def set_up(
     recipe: Recipe, model: Classifier, data: Dataset[Split], workers: int = 0, mesh: Mesh | None = None
-) -> Setup:
+) -> RunSetup:
     """Build the programs of `model` and split the data; raises as `split_examples`.
 
     Args:
@@ -108,9 +138,10 @@ def set_up(
         )
     else:
         examples = ResidentExamples(programs, (pool.inputs, pool.labels))
-    return Setup(
+    return RunSetup(
         recipe=recipe,
         model=model,
+        config=loop_config(recipe),
         programs=programs,
         examples=examples,
         splits=splits,
@@ -127,18 +158,18 @@ def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int =
     return ResidentSplit.place(programs, (split.inputs, split.labels), programs.eval_batch_size)
 
 
-def abstract_trees(trees: Any, recipe: Recipe, programs: Programs) -> Any:
+def abstract_trees(trees: Any, num_seeds: int, programs: Programs) -> Any:
     """Shapes and dtypes of a checkpoint's `trees`, with their shardings on this run's mesh, for restoring them.
 
     With them it does not matter on which mesh they were saved: each device reads its part of whatever was written.
     """
-    places = shardings(programs.mesh, trees, stacked=recipe.num_seeds > 1)
+    places = shardings(programs.mesh, trees, stacked=num_seeds > 1)
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), trees, places)
 
 
 def longest_epoch(stages: list[TrainingStage]) -> int:
     """Steps of the longest epoch of all stages."""
-    return max(stage.steps_per_epoch for stage in stages)
+    return max(stage.steps_per_epoch or 1 for stage in stages)
 
 
 def padded_rates(rates: np.ndarray, length: int) -> np.ndarray:

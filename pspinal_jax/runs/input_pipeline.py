@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -16,15 +15,15 @@ from jax.sharding import Mesh
 from pspinal_jax.data.dataset import Split
 from pspinal_jax.data.images.stream import stream
 from pspinal_jax.runs.progress import TrainingStage
-from pspinal_jax.runs.seed_states import SeedStates
+from pspinal_jax.runs.seed_states import Chunk, SeedStates
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs, padded_split
 from pspinal_jax.training.sharding import process_local_rows, shard_process_local
 
 Evaluate = Callable[[Batch, int], dict[str, np.ndarray]]
-"""(padded batch or split, how many are real) -> sums loss and correct [K] and predictions [K, M], of K seeds."""
-Advance = Callable[[int, int], None]
-"""(first, steps): take so many steps of the epoch, from step `first` on, for every seed; returns when they are done."""
+"""(padded batch or split, how many are real) -> sums of loss and metrics [K] and predictions [K, M], of K seeds."""
+ChunkSteps = Callable[[int], int]
+"""(remaining whole steps of the epoch) -> how many of them the next chunk may have."""
 
 
 class Examples(Protocol):
@@ -43,8 +42,10 @@ class Examples(Protocol):
     def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
         """Compile what an epoch of `stage` calls; the states stay as they are."""
 
-    def epoch(self, seed_states: SeedStates, stage: TrainingStage, first: int) -> AbstractContextManager[Advance]:
-        """The epoch that `seed_states` have planned, from step `first` on."""
+    def chunks(
+        self, seed_states: SeedStates, stage: TrainingStage, first: int, steps: ChunkSteps
+    ) -> Generator[Chunk, None, None]:
+        """The epoch that `seed_states` have planned, from step `first` on; to be closed."""
 
 
 class EvaluatedSplit(Protocol):
@@ -59,7 +60,7 @@ class EvaluatedSplit(Protocol):
         """int32 [count]."""
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
-        """Sums loss and correct [K] and predictions [K, count] over the split.
+        """Sums of loss and metrics [K], and predictions [K, count], over the split.
 
         `before_call` is called before each call of `evaluate`, and may raise to give up.
         """
@@ -80,19 +81,16 @@ class ResidentExamples:
 
     def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
         """See `Examples`: calls the programs for no steps."""
-        seed_states.run_chunk(0, 0, self._data)
+        seed_states.run(Chunk(0, 0, self._data))
         if stage.tail_size:
-            seed_states.run_chunk(0, 0, self._data, tail_size=stage.tail_size)
+            seed_states.run(Chunk(0, 0, self._data, stage.tail_size))
 
-    @contextlib.contextmanager
-    def epoch(self, seed_states: SeedStates, stage: TrainingStage, first: int) -> Iterator[Advance]:
+    def chunks(
+        self, seed_states: SeedStates, stage: TrainingStage, first: int, steps: ChunkSteps
+    ) -> Generator[Chunk, None, None]:
         """See `Examples`."""
-
-        def advance(first: int, steps: int) -> None:
-            tail = stage.tail_size if first >= stage.whole_steps else 0
-            seed_states.run_chunk(first, steps, self._data, tail_size=tail)
-
-        yield advance
+        for start, count in _cut(stage, first, steps):
+            yield Chunk(start, count, self._data, stage.tail_size if start >= stage.whole_steps else 0)
 
 
 class StreamedExamples:
@@ -116,8 +114,9 @@ class StreamedExamples:
             batch = np.zeros((size, *self._shape, 3), np.uint8), np.zeros(size, np.int32)
             seed_states.compile_step(self._programs.shard_batch(batch))
 
-    @contextlib.contextmanager
-    def epoch(self, seed_states: SeedStates, stage: TrainingStage, first: int) -> Iterator[Advance]:
+    def chunks(
+        self, seed_states: SeedStates, stage: TrainingStage, first: int, steps: ChunkSteps
+    ) -> Generator[Chunk, None, None]:
         """See `Examples`. Each seed reads its own order."""
         self.waited = 0.0
         used = stage.whole_steps * self._batch_size + stage.tail_size
@@ -139,13 +138,11 @@ class StreamedExamples:
                 for seed, order in zip(seed_states.seeds, seed_states.orders(), strict=True)
             ]
 
-            def advance(first: int, steps: int) -> None:
-                for step in range(first, first + steps):
-                    for index, batches in enumerate(streams):
-                        seed_states.run_batch(index, step, self._next(batches, seed_states, index))
-                seed_states.block()
+            def next_step() -> Iterator[Batch]:
+                return (self._next(batches, seed_states, index) for index, batches in enumerate(streams))
 
-            yield advance
+            for start, count in _cut(stage, first, steps):
+                yield Chunk(start, count, batches=(next_step() for _ in range(count)))
 
     def _next(self, batches: Iterator[tuple[Batch, int]], seed_states: SeedStates, index: int) -> Batch:
         start = time.perf_counter()
@@ -153,6 +150,15 @@ class StreamedExamples:
         if seed_states.idle(index):
             self.waited += time.perf_counter() - start
         return shard_process_local(self._programs.mesh, batch, size)
+
+
+def _cut(stage: TrainingStage, first: int, steps: ChunkSteps) -> Iterator[tuple[int, int]]:
+    """(first step, steps) of the chunks of an epoch from step `first` on; the tail is a chunk of its own."""
+    assert stage.steps_per_epoch is not None
+    while first < stage.steps_per_epoch:
+        count = steps(stage.whole_steps - first) or 1
+        yield first, count
+        first += count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,11 +220,8 @@ class StreamedSplit:
                 before_call()
                 sums = evaluate(shard_process_local(mesh, batch, self.batch_size), size)
                 parts.append(sums | {"predictions": sums["predictions"][:, :size]})
-        return {
-            "loss": np.sum([part["loss"] for part in parts], axis=0),
-            "correct": np.sum([part["correct"] for part in parts], axis=0),
-            "predictions": np.concatenate([part["predictions"] for part in parts], axis=1),
-        }
+        sums = {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0] if name != "predictions"}
+        return sums | {"predictions": np.concatenate([part["predictions"] for part in parts], axis=1)}
 
     def warm_up(self, evaluate: Evaluate) -> None:
         """See `EvaluatedSplit`."""

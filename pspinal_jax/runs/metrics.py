@@ -145,13 +145,13 @@ def epoch_line(
       over all seeds, compile_seconds (spent before this epoch, not part of seconds).
     """
     count = np.maximum(np.asarray(totals["count"], float), 1.0)
+    step = progress.serial if stage.steps_per_epoch is None else progress.epoch * stage.steps_per_epoch
     line = {
         "stage": stage.name,
         "epoch": progress.epoch,
-        "step": progress.epoch * stage.steps_per_epoch,
+        "step": step,
         "learning_rate": per_seed(learning_rates),
-        "train_loss": per_seed((np.asarray(totals["loss"]) / count).tolist()),
-        "train_accuracy": per_seed((np.asarray(totals["correct"]) / count).tolist()),
+        **training_means(totals),
     }
     for name, values in evaluation.items():
         line[f"{stage.evaluates}_{name}"] = per_seed(values)
@@ -160,6 +160,19 @@ def epoch_line(
         "examples_per_second": round(count.sum() / progress.seconds, 1),
         "compile_seconds": round(compile_seconds, 3),
     }
+
+
+def training_means(totals: dict[str, list[Any]]) -> dict[str, Any]:
+    """Loss and metrics as means over the examples trained on, by name: train_loss, train_accuracy, .."""
+    count = np.maximum(np.asarray(totals["count"], float), 1.0)
+    sums = {name: values for name, values in totals.items() if name not in ("count", "bad_step", "skipped")}
+    ordered = ["loss", *(name for name in sums if name != "loss")]
+    return {f"train_{metric_name(name)}": per_seed((np.asarray(sums[name]) / count).tolist()) for name in ordered}
+
+
+def metric_name(name: str) -> str:
+    """What the mean of a sum is called."""
+    return "accuracy" if name == "correct" else name
 
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> list[float]:

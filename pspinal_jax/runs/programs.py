@@ -18,8 +18,9 @@ from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.training.optimizers import Schedule, make_optimizer
-from pspinal_jax.training.programs import Programs, StepConfig, build_programs
+from pspinal_jax.training.programs import Execution, Programs, build_programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
+from pspinal_jax.training.step import EvalStep, TrainStep, target_losses
 
 
 def build_run_programs(
@@ -36,25 +37,6 @@ def build_run_programs(
     """
     mesh = mesh or run_mesh(recipe)
     optimizer = recipe.optimizer
-    config = StepConfig(
-        input_shape=input_shape,
-        input_dtype=input_dtype,
-        batch_size=recipe.batch_size,
-        eval_batch_size=recipe.eval_batch_size,
-        label_smoothing=recipe.label_smoothing,
-        vectorized=runs_vectorized(recipe),
-        augment=augmentation(recipe),
-        mix=mixing(recipe),
-        class_weights=weights,
-        ema_decay=recipe.ema_decay,
-        head_layout="tree" if shards_parameters(mesh) else _head_layout(recipe, num_batch_shards(mesh)),
-        frozen=("backbone",) if recipe.freeze == "backbone" else (),
-        micro_batches=recipe.micro_batches,
-        skip_nonfinite=recipe.on_nonfinite == "skip",
-        mesh=mesh,
-        compiler_options=convolution_options(mesh.devices.flat[0].platform) if recipe.model.backbone != "none" else {},
-        batch_norm_per_device=recipe.batch_norm == "per_device",
-    )
     direction = make_optimizer(
         optimizer.name,
         optimizer.momentum,
@@ -63,7 +45,28 @@ def build_run_programs(
         recipe.gradient_clip,
         optimizer.backbone_rate,
     )
-    return build_programs(model, direction, config)
+    step = TrainStep(
+        model.apply,
+        direction,
+        partial(target_losses, label_smoothing=recipe.label_smoothing, class_weights=weights),
+        augment=augmentation(recipe),
+        mix=mixing(recipe),
+        ema_decay=recipe.ema_decay,
+        frozen=("backbone",) if recipe.freeze == "backbone" else (),
+        micro_batches=recipe.micro_batches,
+        skip_nonfinite=recipe.on_nonfinite == "skip",
+    )
+    execution = Execution(
+        inputs=jax.ShapeDtypeStruct(input_shape, input_dtype),
+        batch_size=recipe.batch_size,
+        eval_batch_size=recipe.eval_batch_size,
+        vectorized=runs_vectorized(recipe),
+        head_layout="tree" if shards_parameters(mesh) else _head_layout(recipe, num_batch_shards(mesh)),
+        mesh=mesh,
+        compiler_options=convolution_options(mesh.devices.flat[0].platform) if recipe.model.backbone != "none" else {},
+        batch_norm_per_device=recipe.batch_norm == "per_device",
+    )
+    return build_programs(model, step, EvalStep(model.apply), execution)
 
 
 def schedule_of(recipe: Recipe) -> Schedule:

@@ -1,6 +1,7 @@
 """What a run does one after the other, and how far it has come."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ class TrainingStage:
       name: 'train', 'retrain' for the second one on train + validation, or 'round_1' .. of the paper's chain.
       subset: indices of the training examples that it uses.
       evaluates: 'validation', 'test' (the paper's protocol) or None: what is evaluated after every epoch.
-      steps_per_epoch: steps of whole batches, and one for the tail if it is kept.
+      steps_per_epoch: steps of whole batches, and one for the tail if it is kept; None where only the end tells.
       whole_steps: steps of whole batches.
       tail_size: examples in the tail, 0 for none.
     """
@@ -24,18 +25,57 @@ class TrainingStage:
     name: str
     subset: np.ndarray
     evaluates: str | None
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     whole_steps: int
     tail_size: int
+
+
+def make_stage(
+    name: str, subset: np.ndarray, evaluates: str | None, batch_size: int, drop_remainder: bool
+) -> TrainingStage:
+    """A stage on these examples, in batches of so many; see `TrainingStage`."""
+    whole, tail = divmod(len(subset), batch_size)
+    tail = 0 if drop_remainder else tail
+    return TrainingStage(name, subset, evaluates, whole + (tail > 0), whole, tail)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """What the loop has to know beside its data and its compiled steps.
+
+    Attributes:
+      seed: the first seed.
+      num_seeds: K; the seeds are seed .. seed + K - 1.
+      epochs: passes of every stage but one that trains again.
+      batch_size: examples per step.
+      learning_rates: (epoch from 0, steps) -> float32 [steps].
+      shuffle: whether every epoch has an order of its own.
+      balanced: whether an epoch draws evenly from all classes.
+      selected_by: what the best epoch is the best in: accuracy, balanced_accuracy, the name of a metric, or loss; None
+        to keep the last epoch.
+      patience: epochs without a better one after which a seed stops; 0 for no limit.
+      restarts_rate: whether an epoch that is no better draws the learning rate anew, see `OptimizerConfig.steering`.
+      stop_on_nonfinite: whether a loss or gradient that is not finite ends the run.
+    """
+
+    seed: int
+    num_seeds: int
+    epochs: int
+    batch_size: int
+    learning_rates: Callable[[int, int], np.ndarray]
+    shuffle: bool = True
+    balanced: bool = False
+    selected_by: str | None = "accuracy"
+    patience: int = 0
+    restarts_rate: bool = False
+    stop_on_nonfinite: bool = True
 
 
 def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[TrainingStage]:
     """The stages of a run, from the indices of its training and validation examples."""
 
     def stage(name: str, subset: np.ndarray, evaluates: str | None) -> TrainingStage:
-        whole, tail = divmod(len(subset), recipe.batch_size)
-        tail = 0 if recipe.data.drop_remainder else tail
-        return TrainingStage(name, subset, evaluates, whole + (tail > 0), whole, tail)
+        return make_stage(name, subset, evaluates, recipe.batch_size, recipe.data.drop_remainder)
 
     everything = np.sort(np.concatenate([train, validation]))
     if recipe.protocol == "paper":
@@ -99,29 +139,36 @@ class TrainingProgress:
 
     def steps_taken(self, stage: TrainingStage) -> int:
         """Steps since the parameters were initialised, rounds before included."""
-        return (self.epochs_before + self.epoch) * stage.steps_per_epoch + self.step
+        if self.stage == 0 or self.epochs_before:
+            return self.serial
+        assert stage.steps_per_epoch is not None
+        return self.epoch * stage.steps_per_epoch + self.step
 
-    def finished(self, recipe: Recipe, stages: list[TrainingStage]) -> list[tuple[str, int]]:
+    def steps_in(self, stage: TrainingStage) -> int:
+        """Steps of the stage under way."""
+        return self.serial if stage.steps_per_epoch is None else self.epoch * stage.steps_per_epoch + self.step
+
+    def finished(self, stages: list[TrainingStage]) -> list[tuple[str, int]]:
         """(stage, epoch) of every finished epoch, in order."""
         # Early stopping may end a stage before recipe.epochs.
         before = (self.lines - self.epoch) // self.stage if self.stage else 0
         counts = [before] * self.stage + [self.epoch]
         return [(stage.name, epoch + 1) for stage, count in zip(stages, counts, strict=False) for epoch in range(count)]
 
-    def out_of_patience(self, recipe: Recipe, epochs: int) -> list[bool]:
-        """Of every seed, whether `epochs` epochs of the stage leave its best one too far behind; see `Recipe.patience`.
+    def out_of_patience(self, config: LoopConfig, epochs: int) -> list[bool]:
+        """Of every seed, whether `epochs` epochs of the stage leave its best one too far behind; see `LoopConfig`.
 
         From then on it selects nothing more, so that its result does not depend on the seeds that it runs with.
         """
-        if not recipe.patience or self.selected_epoch:
-            return [False] * recipe.num_seeds
-        best = self.best_epoch or [0] * recipe.num_seeds
-        return [epochs - epoch >= recipe.patience for epoch in best]
+        if not config.patience or self.selected_epoch:
+            return [False] * config.num_seeds
+        best = self.best_epoch or [0] * config.num_seeds
+        return [epochs - epoch >= config.patience for epoch in best]
 
-    def stage_finished(self, recipe: Recipe) -> bool:
+    def stage_finished(self, config: LoopConfig) -> bool:
         """Whether the stage under way has no epoch left."""
-        return self.epoch >= self.stage_epochs(recipe) or all(self.out_of_patience(recipe, self.epoch))
+        return self.epoch >= self.stage_epochs(config) or all(self.out_of_patience(config, self.epoch))
 
-    def stage_epochs(self, recipe: Recipe) -> int:
-        """Epochs of the stage under way: as many as the recipe says or, to retrain, as any seed selected."""
-        return self.longest or max(self.selected_epoch, default=recipe.epochs)
+    def stage_epochs(self, config: LoopConfig) -> int:
+        """Epochs of the stage under way: as many as the configuration says or, to retrain, as any seed selected."""
+        return self.longest or max(self.selected_epoch, default=config.epochs)

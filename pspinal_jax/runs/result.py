@@ -11,7 +11,7 @@ from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, printable
 from pspinal_jax.models.build import count_parameters
-from pspinal_jax.runs.build import Setup
+from pspinal_jax.runs.build import RunSetup
 from pspinal_jax.runs.classification_report import averages, scores_by_class
 from pspinal_jax.runs.metrics import summary
 from pspinal_jax.runs.progress import selected_by
@@ -20,19 +20,19 @@ from pspinal_jax.runs.trainer import Trainer
 _MOST_CLASSES = 6
 
 
-def make_result(trainer: Trainer) -> dict[str, Any]:
+def make_result(trainer: Trainer, setup: RunSetup) -> dict[str, Any]:
     """What result.json holds. Under the validation protocol this is where the test split is evaluated, once.
 
     Raises:
       Stopped: after SIGINT or SIGTERM; the run is saved.
     """
-    setup, progress, recipe = trainer.setup, trainer.progress, trainer.setup.recipe
+    progress, recipe = trainer.progress, setup.recipe
     params = trainer.seed_states.trees()["params"]
     result: dict[str, Any] = {
         "recipe": recipe.card.name,
         "row": recipe.card.row,
         "protocol": recipe.protocol,
-        "selection": describe_selection(trainer),
+        "selection": describe_selection(setup),
         "head": recipe.model.head,
         "seeds": trainer.seed_states.seeds,
     }
@@ -97,23 +97,23 @@ def _by_class(labels: np.ndarray, predictions: np.ndarray, class_names: list[str
     }
 
 
-def describe_selection(trainer: Trainer) -> str:
+def describe_selection(setup: RunSetup) -> str:
     """In words: how the parameters were chosen whose test accuracy is reported."""
-    recipe = trainer.setup.recipe
+    recipe = setup.recipe
     if recipe.protocol == "paper":
         return (
             "the paper's protocol: trained on all training data, test accuracy of the last epoch; best_on_test is "
             "selected on the test split"
         )
-    if "validation" not in trainer.setup.splits:
+    if "validation" not in setup.splits:
         return "last epoch, trained on all training data"
-    held = trainer.setup.splits["validation"].count
+    held = setup.splits["validation"].count
     again = ", then trained again on all training data for as many epochs" if recipe.retrain else ""
     by = " by balanced accuracy" if selected_by(recipe) == "balanced_accuracy" else ""
     return f"best epoch{by} on {held} held-out training examples{again}"
 
 
-def published_accuracy(setup: Setup) -> float | None:
+def published_accuracy(setup: RunSetup) -> float | None:
     """The paper's figure, where the run is on the data set that it was measured on; None for other data."""
     card, data = setup.recipe.card, setup.recipe.data
     known = CATALOGUE.get(data.name.split(":")[0])

@@ -26,7 +26,7 @@ from pspinal_jax.checkpoints import CheckpointStore, read_newest
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import Setup, abstract_trees
+from pspinal_jax.runs.build import RunSetup, abstract_trees
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter
 from pspinal_jax.runs.progress import TrainingProgress
@@ -102,7 +102,7 @@ def make_parts(run: RunDirectory, num_seeds: int, num_processes: int) -> list[Pa
     return find_parts(run)
 
 
-def wants_processes(recipe: Recipe, setup: Setup, run: RunDirectory, options: RunOptions) -> bool:
+def wants_processes(recipe: Recipe, setup: RunSetup, run: RunDirectory, options: RunOptions) -> bool:
     """Whether the seeds of a run that has no checkpoint yet are to be trained by a process a core."""
     if not can_use_processes(recipe, options):
         return False
@@ -122,7 +122,12 @@ def can_use_processes(recipe: Recipe, options: RunOptions) -> bool:
 
 
 def train_in_processes(
-    recipe: Recipe, setup: Setup, options: RunOptions, metrics: MetricsWriter, store: CheckpointStore, stop: StopRequest
+    recipe: Recipe,
+    setup: RunSetup,
+    options: RunOptions,
+    metrics: MetricsWriter,
+    store: CheckpointStore,
+    stop: StopRequest,
 ) -> None:
     """Train all seeds, or what is left of that, and leave one finished checkpoint of all in `store`.
 
@@ -273,7 +278,7 @@ def _listed(value: Any, count: int) -> list[Any]:
     return value if isinstance(value, list) else [value] * count
 
 
-def _join(parts: Sequence[Part], setup: Setup, shapes: Any) -> tuple[dict[str, Any], TrainingProgress]:
+def _join(parts: Sequence[Part], setup: RunSetup, shapes: Any) -> tuple[dict[str, Any], TrainingProgress]:
     """The trees and the progress of all seeds, from the parts' newest checkpoints.
 
     Args:
@@ -299,8 +304,8 @@ def _join(parts: Sequence[Part], setup: Setup, shapes: Any) -> tuple[dict[str, A
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees), whole
 
 
-def _shapes(part: Part, setup: Setup, shapes: Any) -> Any:
+def _shapes(part: Part, setup: RunSetup, shapes: Any) -> Any:
     """What to restore of `part`, from the `shapes` of all seeds."""
     lead = (part.count,) if part.count > 1 else ()
     cut = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape[1:]), leaf.dtype), shapes)
-    return abstract_trees(cut, dataclasses.replace(setup.recipe, num_seeds=part.count), setup.programs)
+    return abstract_trees(cut, part.count, setup.programs)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
-from pspinal_jax.runs.build import Setup, longest_epoch
+from pspinal_jax.runs.build import RunSetup, longest_epoch
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import make_order
@@ -14,7 +14,7 @@ _STEPS = 4
 """Enough that every array, momenta included, has passed through every sum."""
 
 
-def first_steps_checksum(setup: Setup) -> str:
+def first_steps_checksum(setup: RunSetup) -> str:
     """Checksum of all that seed 0 gives in the first steps, the last, smaller batch and an evaluation of each stage.
 
     On CPU, a product's sums may be cut into as many pieces as there are threads. Where they are cut is a matter of
@@ -29,17 +29,15 @@ def first_steps_checksum(setup: Setup) -> str:
     for stage in setup.stages:
         states = SeedStates(setup.programs, [0])
         states.plan_epoch(make_order(stage.subset, setup.examples.count, False, shuffle=False), 0, rates)
-        with setup.examples.epoch(states, stage, 0) as advance:
-            advance(0, min(_STEPS, stage.whole_steps))
-            if stage.tail_size:
-                advance(stage.whole_steps, 1)
+        for first in (0, stage.whole_steps) if stage.tail_size else (0,):
+            states.run(next(setup.examples.chunks(states, stage, first, lambda remaining: min(_STEPS, remaining))))
         given += [tree_checksums(states.trees()), states.totals()]
         if stage.evaluates:
             given.append(tree_checksums(_evaluate_a_batch(setup, stage.evaluates, states)))
     return json_checksum(given)
 
 
-def _evaluate_a_batch(setup: Setup, split: str, states: SeedStates) -> dict[str, np.ndarray]:
+def _evaluate_a_batch(setup: RunSetup, split: str, states: SeedStates) -> dict[str, np.ndarray]:
     def evaluate(data: Batch, count: int) -> dict[str, np.ndarray]:
         return states.evaluate(data, min(count, setup.programs.eval_batch_size))
 

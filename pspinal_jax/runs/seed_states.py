@@ -1,6 +1,7 @@
 """The training states of all seeds of a run, whether they run one after the other or as one program."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,6 +12,25 @@ from pspinal_jax.distributed.arrays import put
 from pspinal_jax.training.chunk import Batch, EpochPlan
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.state import Totals, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Steps of an epoch, and the data that they take.
+
+    Attributes:
+      first: number of the first step in the epoch.
+      steps: how many.
+      data: all examples, on the devices; the steps gather their batches there. None where batches are brought.
+      tail_size: examples of the last, smaller batch, if this is the one; else 0.
+      batches: a step's batches, one for each seed, until they are used up; there may be fewer than `steps`.
+    """
+
+    first: int
+    steps: int
+    data: Batch | None = None
+    tail_size: int = 0
+    batches: Iterable[Iterable[Batch]] = ()
 
 
 @dataclasses.dataclass
@@ -95,6 +115,13 @@ class SeedStates:
         assert group.rates is not None
         return float(group.rates[index, step] if self._programs.vectorized else group.rates[step])
 
+    @property
+    def state(self) -> TrainState:
+        """The state of one seed, or of K with a leading axis: a view that the next step may overwrite."""
+        states = [group.state for group in self._groups]
+        stacked: TrainState = self._stack(states)
+        return stacked
+
     def warm_up(self) -> None:
         """Compile `update_best`, by updating none."""
         for group in self._groups:
@@ -108,59 +135,64 @@ class SeedStates:
         state, totals = jax.tree.map(jnp.copy, (group.state, group.totals))
         jax.block_until_ready(self._programs.batch_step(state, totals, group.seed, np.float32(0), batch))
 
-    def run_batch(self, index: int, step: int, batch: Batch) -> None:
-        """Step `step` of the epoch on `batch` for the seed at `index`; does not wait for it."""
-        group = self._groups[index]
-        assert group.rates is not None
-        group.state, group.totals = self._programs.batch_step(
-            group.state, group.totals, group.seed, group.rates[step], batch
-        )
+    def run(self, chunk: Chunk) -> int:
+        """Take the steps of `chunk` for every seed; returns how many when they are done."""
+        if chunk.data is not None:
+            self._run_resident(chunk)
+            taken = chunk.steps
+        else:
+            taken = 0
+            for batches in chunk.batches:
+                for group, batch in zip(self._groups, batches, strict=True):
+                    assert group.rates is not None
+                    rate = group.rates[min(chunk.first + taken, len(group.rates) - 1)]
+                    group.state, group.totals = self._programs.batch_step(
+                        group.state, group.totals, group.seed, rate, batch
+                    )
+                taken += 1
+        jax.block_until_ready([group.totals for group in self._groups])
+        return taken
+
+    def _run_resident(self, chunk: Chunk) -> None:
+        program = self._programs.tail(chunk.tail_size) if chunk.tail_size else self._programs.chunk
+        for group in self._groups:
+            group.state, group.totals = program(
+                group.state,
+                group.totals,
+                group.seed,
+                group.plan,
+                np.int32(chunk.first),
+                np.int32(chunk.steps),
+                chunk.data,
+            )
 
     def idle(self, index: int) -> bool:
         """Whether the devices have done all that the seed at `index` asked of them."""
         return bool(self._groups[index].totals.count.is_ready())
 
-    def block(self) -> None:
-        """Return when all that was asked of the devices is done."""
-        jax.block_until_ready([group.totals for group in self._groups])
-
-    def run_chunk(self, first: int, num_steps: int, data: Batch, *, tail_size: int = 0) -> None:
-        """`num_steps` steps of the epoch, from step `first` on, for every seed; returns when they are done."""
-        program = self._programs.tail(tail_size) if tail_size else self._programs.chunk
-        for group in self._groups:
-            group.state, group.totals = program(
-                group.state, group.totals, group.seed, group.plan, np.int32(first), np.int32(num_steps), data
-            )
-        self.block()
-
     def totals(self) -> dict[str, list[Any]]:
         """The epoch's sums so far, by the fields of `Totals`, each with an entry per seed."""
-        fields = [field.name for field in dataclasses.fields(Totals)]
-        return {name: self._gather([getattr(group.totals, name) for group in self._groups]).tolist() for name in fields}
+        groups = [group.totals.sums for group in self._groups]
+        return {name: self._gather([sums[name] for sums in groups]).tolist() for name in groups[0]}
 
     def set_totals(self, totals: dict[str, list[Any]] | None) -> None:
         """Set the epoch's sums, to zero for None."""
         for index, group in enumerate(self._groups):
-            if totals is None:
-                group.totals = self._programs.zero_totals(group.seed)
-                continue
-            pick = slice(None) if self._programs.vectorized else index
-            group.totals = self._programs.replicate(
-                Totals(
-                    **{
-                        name: np.asarray(values, np.float32 if name == "loss" else np.int32)[pick]
-                        for name, values in totals.items()
-                    }
-                )
-            )
+            group.totals = zero = self._programs.zero_totals(group.seed)
+            if totals is not None:
+                pick = slice(None) if self._programs.vectorized else index
+                sums = {name: np.asarray(totals[name], leaf.dtype)[pick] for name, leaf in zero.sums.items()}
+                metrics = {name: sums.pop(name) for name in zero.metrics}
+                group.totals = self._programs.replicate(Totals(metrics=metrics, **sums))
 
     def evaluate(self, data: Batch, count: int, *, best: bool = False) -> dict[str, np.ndarray]:
-        """Loss and correct [K], predictions [K, M], of the current or the best parameters on a padded split."""
+        """Sums of loss and metrics [K], predictions [K, M], of the current or the best parameters on a padded split."""
         results = [
             self._programs.evaluate(group.best if best else _variables(group.state), data, np.int32(count))
             for group in self._groups
         ]
-        return {name: self._gather([getattr(result, name) for result in results]) for name in results[0]._fields}
+        sums = [{**result.metrics, "loss": result.loss, "predictions": result.predictions} for result in results]
+        return {name: self._gather([each[name] for each in sums]) for name in sums[0]}
 
     def update_best(self, improved: np.ndarray) -> None:
         """Make the current parameters the best of every seed where `improved` bool [K] says so."""

@@ -26,7 +26,7 @@ from pspinal_jax.progress import say, warn
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.recipes.settings import check_settings, check_settings_for
-from pspinal_jax.runs.build import Setup, set_up, split_examples
+from pspinal_jax.runs.build import RunSetup, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.features import cached_features, head_of, head_recipe
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
@@ -110,7 +110,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
 
 
 def _train(
-    setup: Setup, recipe: Recipe, options: RunOptions, directory: RunDirectory, start: Callable[[], dict[str, Any]]
+    setup: RunSetup, recipe: Recipe, options: RunOptions, directory: RunDirectory, start: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     with StopRequest() as stop:
         with (
@@ -121,7 +121,7 @@ def _train(
                 train_in_processes(recipe, setup, options, metrics, store, stop)
             trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
             trainer.run()
-            result = make_result(trainer)
+            result = make_result(trainer, setup)
         if is_primary():
             directory.write_result(result)
             _plot(recipe, directory)
@@ -136,7 +136,7 @@ def _check_seed_mode(recipe: Recipe, options: RunOptions) -> None:
         )
 
 
-def _open(recipe: Recipe, options: RunOptions, data: Dataset[Split], model: Classifier, setup: Setup) -> None:
+def _open(recipe: Recipe, options: RunOptions, data: Dataset[Split], model: Classifier, setup: RunSetup) -> None:
     """Say on standard error what is about to be trained."""
     for line in describe_opening(recipe, options.init_from, data, model, setup.stages):
         say(line)

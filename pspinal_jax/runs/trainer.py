@@ -3,10 +3,11 @@
 A loss or gradient that is not finite stops it, and what is needed to see that step again is written down.
 """
 
+import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,17 +17,23 @@ from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import StepProgress
-from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
 from pspinal_jax.runs.directory import RunDirectory, write_json
-from pspinal_jax.runs.metrics import MetricsWriter, balanced_accuracy, epoch_line, per_seed
-from pspinal_jax.runs.programs import schedule_of
-from pspinal_jax.runs.progress import TrainingProgress, TrainingStage, selected_by
+from pspinal_jax.runs.metrics import (
+    MetricsWriter,
+    balanced_accuracy,
+    epoch_line,
+    metric_name,
+    per_seed,
+    training_means,
+)
+from pspinal_jax.runs.progress import LoopConfig, TrainingProgress, TrainingStage
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.signals import Stopped, StopRequest
-from pspinal_jax.training.optimizers import learning_rates
 from pspinal_jax.training.programs import make_order
 
+Callback = Callable[[int, Any, dict[str, Any]], object]
+"""(finished epochs of the stage, the state of all seeds, metrics by name) -> whether to end the training there."""
 REPORT = "nonfinite.json"
 CHUNK_SECONDS = 2.0
 """Longest time between two looks at the clock and at signals."""
@@ -51,8 +58,10 @@ class Trainer:
         stop: StopRequest,
         checkpoint_seconds: float,
         start: Callable[[], dict[str, Any]] = dict,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.setup = setup
+        self.config = setup.config
         self.progress = TrainingProgress()
         self.directory = metrics.directory
         self.longest: Callable[[int], int] | None = None
@@ -61,6 +70,8 @@ class Trainer:
         self._stop = stop
         self._checkpoint_seconds = checkpoint_seconds
         self._start = start
+        self._callbacks = callbacks
+        self._asked_to_end = False
         self._steps_per_second = 0.0
         self._compile_seconds = 0.0
         self._received = 0
@@ -87,12 +98,12 @@ class Trainer:
         self._save()
 
     def _fresh_seed_states(self) -> SeedStates:
-        recipe = self.setup.recipe
-        return SeedStates(self.setup.programs, [recipe.seed + index for index in range(recipe.num_seeds)])
+        config = self.config
+        return SeedStates(self.setup.programs, [config.seed + index for index in range(config.num_seeds)])
 
     def _restore(self) -> None:
         def wanted(progress: dict[str, Any]) -> dict[str, Any]:
-            return abstract_trees(jax.eval_shape(self.seed_states.trees), self.setup.recipe, self.setup.programs)
+            return abstract_trees(jax.eval_shape(self.seed_states.trees), self.config.num_seeds, self.setup.programs)
 
         found = self._store.restore(wanted)
         if found is None:
@@ -103,7 +114,7 @@ class Trainer:
         self.progress = TrainingProgress(**progress)
         self.seed_states.set_trees(trees, self.progress.steps_taken(self.stage))
         self.seed_states.set_totals(self.progress.totals or None)
-        self._metrics.rewind(self.progress.finished(self.setup.recipe, self.setup.stages))
+        self._metrics.rewind(self.progress.finished(self.setup.stages))
 
     def _save(self) -> None:
         self.progress.totals = self.seed_states.totals() if self.progress.step else {}
@@ -130,25 +141,25 @@ class Trainer:
             self.seed_states.continue_from_best(best)
 
     def _run_stage(self) -> None:
-        stage, progress, recipe = self.stage, self.progress, self.setup.recipe
-        epochs = progress.stage_epochs(recipe)
-        if progress.stage_finished(recipe):
+        stage, progress, config = self.stage, self.progress, self.config
+        epochs = progress.stage_epochs(config)
+        if progress.stage_finished(config):
             return
         order = make_order(
             stage.subset,
             self.setup.examples.count,
             self.setup.programs.vectorized,
-            recipe.data.shuffle,
-            self.setup.labels if recipe.sampler == "balanced" else None,
+            config.shuffle,
+            self.setup.labels if config.balanced else None,
         )
         self._plan_epoch(order)
         self._warm_up()
-        done = progress.epoch * stage.steps_per_epoch + progress.step
-        with StepProgress(epochs * stage.steps_per_epoch, done, stage.name, is_primary()) as bar:
+        total = None if stage.steps_per_epoch is None else epochs * stage.steps_per_epoch
+        with StepProgress(total, progress.steps_in(stage), stage.name, is_primary()) as bar:
             while True:
                 self._run_epoch(bar)
                 self._finish_epoch(epochs, bar)
-                if progress.stage_finished(recipe):
+                if progress.stage_finished(config) or self._asked_to_end:
                     return
                 if self._synchronize() or progress.epoch == 1:
                     self._save()
@@ -156,9 +167,9 @@ class Trainer:
                 self._plan_epoch(order)
 
     def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
-        stage, recipe, epoch = self.stage, self.setup.recipe, self.progress.epoch
-        rates = learning_rates(schedule_of(recipe), epoch, stage.steps_per_epoch, recipe.epochs)
-        scale = np.asarray(self.progress.rate_scale or [1.0] * recipe.num_seeds, np.float32)
+        stage, config, epoch = self.stage, self.config, self.progress.epoch
+        rates = config.learning_rates(epoch, stage.steps_per_epoch or 1)
+        scale = np.asarray(self.progress.rate_scale or [1.0] * config.num_seeds, np.float32)
         self._last_rates = (scale * rates[-1]).tolist()
         padded = padded_rates(rates, longest_epoch(self.setup.stages))
         self.seed_states.plan_epoch(order, self.progress.epochs_before + epoch, scale[:, None] * padded)
@@ -177,12 +188,11 @@ class Trainer:
         stage, progress = self.stage, self.progress
         if progress.step == 0:
             self.seed_states.set_totals(None)
-        with self.setup.examples.epoch(self.seed_states, stage, progress.step) as advance:
-            while progress.step < stage.steps_per_epoch:
-                start = time.perf_counter()
-                # The tail, a smaller batch, is a chunk of its own.
-                steps = self._chunk_steps(stage.whole_steps - progress.step) or 1
-                advance(progress.step, steps)
+        chunks = self.setup.examples.chunks(self.seed_states, stage, progress.step, self._chunk_steps)
+        with contextlib.closing(chunks):
+            start = time.perf_counter()
+            for chunk in chunks:
+                steps = self.seed_states.run(chunk)
                 seconds = time.perf_counter() - start
                 if progress.step < stage.whole_steps:
                     self._steps_per_second = steps / seconds
@@ -191,17 +201,18 @@ class Trainer:
                 progress.serial += steps
                 self._check_finite()
                 bar.advance(steps, **self._shown())
-                if progress.step < stage.steps_per_epoch:
+                if stage.steps_per_epoch is None or progress.step < stage.steps_per_epoch:
+                    self._call_back(self._running())
                     if self._synchronize():
                         self._save()
                     self.stop_if_asked()
+                start = time.perf_counter()
 
     def _check_finite(self) -> None:
-        recipe = self.setup.recipe
-        if recipe.on_nonfinite == "stop":
+        if self.config.stop_on_nonfinite:
             try:
                 check_finite(
-                    recipe, self.seed_states, self.seed_states.totals(), self.stage, self.progress, self.directory
+                    self.config, self.seed_states, self.seed_states.totals(), self.stage, self.progress, self.directory
                 )
             except RunError:
                 self._store.finish()
@@ -212,29 +223,35 @@ class Trainer:
         rate = self._steps_per_second
         return min(remaining, max(1, int(CHUNK_SECONDS * rate)) if rate else self.setup.examples.first_chunk)
 
+    def _running(self) -> dict[str, Any]:
+        """Means over the epoch's examples so far."""
+        return training_means(self.seed_states.totals())
+
+    def _call_back(self, metrics: dict[str, Any]) -> None:
+        for callback in self._callbacks:
+            self._asked_to_end |= bool(callback(self.progress.epoch, self.seed_states.state, metrics))
+
     def _shown(self) -> dict[str, str]:
-        totals = self.seed_states.totals()
-        losses = np.divide(totals["loss"], np.maximum(totals["count"], 1))
-        shown = {"loss": f"{losses.mean():.4f}"}
+        shown = {"loss": f"{np.mean(self._running()['train_loss']):.4f}"}
         if self.progress.last_accuracy:
             shown[str(self.stage.evaluates)] = f"{np.mean(self.progress.last_accuracy):.4f}"
         return shown
 
     def _finish_epoch(self, epochs: int, bar: StepProgress) -> None:
         """Evaluate, select, and write the epoch's line."""
-        stage, progress, recipe = self.stage, self.progress, self.setup.recipe
+        stage, progress = self.stage, self.progress
         totals = self.seed_states.totals()
         start = time.perf_counter()
         evaluation: dict[str, list[float]] = {}
         if stage.evaluates:
             split = self.setup.splits[stage.evaluates]
             sums = split.evaluate(self.seed_states.evaluate, self.stop_if_asked)
-            evaluation = {"accuracy": (sums["correct"] / split.count).tolist()}
-            evaluation["loss"] = (sums["loss"] / split.count).tolist()
-            if selected_by(recipe) == "balanced_accuracy":
-                evaluation["balanced_accuracy"] = balanced_accuracy(sums["predictions"], self.setup.validation_labels)
+            predictions = sums.pop("predictions")
+            evaluation = {metric_name(name): (sums[name] / split.count).tolist() for name in sums}
+            if self.config.selected_by == "balanced_accuracy":
+                evaluation["balanced_accuracy"] = balanced_accuracy(predictions, self.setup.validation_labels)
         progress.epoch += 1
-        self._select(evaluation.get(selected_by(recipe)), epochs)
+        self._select(evaluation, epochs)
         line = epoch_line(
             stage, progress, totals, evaluation, learning_rates=self._last_rates, compile_seconds=self._compile_seconds
         )
@@ -244,17 +261,19 @@ class Trainer:
             line["input_seconds"] = round(self.setup.examples.waited, 4)
         self._metrics.append(line)
         bar.advance(0, **self._shown())
+        self._call_back(line)
         progress.total_seconds += progress.seconds + time.perf_counter() - start
         progress.lines += 1
         progress.step, progress.seconds, self._compile_seconds = 0, 0.0, 0.0
 
-    def _select(self, accuracy: list[float] | None, epochs: int) -> None:
-        progress, count = self.progress, self.setup.recipe.num_seeds
+    def _select(self, evaluation: dict[str, list[float]], epochs: int) -> None:
+        progress, count = self.progress, self.config.num_seeds
+        accuracy = evaluation.get(self.config.selected_by or "")
         before = np.asarray(progress.best_accuracy or [-1.0] * count)
         best_epoch = np.asarray(progress.best_epoch or [0] * count)
         if accuracy is not None:
             progress.last_accuracy = accuracy
-            over = progress.out_of_patience(self.setup.recipe, progress.epoch - 1)
+            over = progress.out_of_patience(self.config, progress.epoch - 1)
             improved = (np.asarray(accuracy) > before) & ~np.asarray(over)
             self._steer(improved)
             progress.best_accuracy = np.where(improved, accuracy, before).tolist()
@@ -267,10 +286,10 @@ class Trainer:
 
     def _steer(self, improved: np.ndarray) -> None:
         """The published VGG-5 scripts' way with the learning rate; see `OptimizerConfig.steering`."""
-        recipe, progress = self.setup.recipe, self.progress
-        if recipe.optimizer.steering == "none":
+        progress = self.progress
+        if not self.config.restarts_rate:
             return
-        scales = progress.rate_scale or [1.0] * recipe.num_seeds
+        scales = progress.rate_scale or [1.0] * self.config.num_seeds
         draws = [
             np.random.default_rng((seed, progress.stage, progress.epoch)).uniform() ** 3
             for seed in self.seed_states.seeds
@@ -297,7 +316,7 @@ class Trainer:
 
 
 def check_finite(
-    recipe: Recipe,
+    config: LoopConfig,
     seed_states: SeedStates,
     totals: dict[str, list[Any]],
     stage: TrainingStage,
@@ -312,7 +331,7 @@ def check_finite(
     for index, bad in enumerate(totals["bad_step"]):
         if bad < 0:
             continue
-        step = bad - (progress.epochs_before + progress.epoch) * stage.steps_per_epoch
+        step = bad - (progress.steps_taken(stage) - progress.step)
         report = {
             "seed": seed_states.seeds[index],
             "stage": stage.name,
@@ -320,7 +339,7 @@ def check_finite(
             "step_of_epoch": step + 1,
             "step_of_stage": bad + 1,
             "learning_rate": seed_states.learning_rate(index, step),
-            "examples": seed_states.examples(index, step, recipe.batch_size).tolist(),
+            "examples": seed_states.examples(index, step, config.batch_size).tolist(),
         }
         if is_primary():
             write_json(directory.path / REPORT, report)

@@ -9,7 +9,7 @@ from jax import lax
 
 from pspinal_jax.training import keys
 from pspinal_jax.training.state import Totals, TrainState
-from pspinal_jax.training.step import Evaluation
+from pspinal_jax.training.step import Evaluation, count_rows
 
 Batch = tuple[Any, Any]
 """(inputs, labels), on the host or on devices."""
@@ -61,14 +61,13 @@ def run_chunk(
     Returns:
       (state, totals) after the chunk.
     """
-    inputs, labels = data
     # All keys of the epoch at once: on CPU the few dozen tiny kernels of a key cost as much as a layer's product.
     step_keys = keys.step_keys(seed, state.step - first, len(plan.learning_rates))
 
     def body(index: jax.Array, carry: tuple[TrainState, Totals]) -> tuple[TrainState, Totals]:
         state, totals = carry
         rows = lax.dynamic_slice(plan.order, (index * stride,), (batch_size,))
-        batch = (inputs.at[rows].get(mode="promise_in_bounds"), labels.at[rows].get(mode="promise_in_bounds"))
+        batch = jax.tree.map(lambda array: array.at[rows].get(mode="promise_in_bounds"), data)
         return step(state, totals, batch, plan.learning_rates[index], step_keys[index])
 
     return lax.fori_loop(first, first + num_steps, body, (state, totals))
@@ -88,17 +87,20 @@ def evaluate_split(
     Returns:
       Sums over the real examples, and the predictions [M].
     """
-    inputs, labels = data
+    length = count_rows(data)
 
     def body(index: jax.Array, sums: Evaluation) -> Evaluation:
         start = index * batch_size
-        batch = tuple(lax.dynamic_slice_in_dim(array, start, batch_size) for array in (inputs, labels))
-        result = step(batch, start + jnp.arange(batch_size) < count)  # type: ignore[arg-type]
+        batch = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, start, batch_size), data)
+        result = step(batch, start + jnp.arange(batch_size) < count)
         return Evaluation(
             loss=sums.loss + result.loss.astype(sums.loss.dtype),
-            correct=sums.correct + result.correct,
+            metrics=jax.tree.map(jnp.add, sums.metrics, result.metrics),
             predictions=lax.dynamic_update_slice_in_dim(sums.predictions, result.predictions, start, 0),
         )
 
-    nothing = Evaluation(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros(len(labels), jnp.int32))
+    first = jax.tree.map(lambda array: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype), data)
+    sums = jax.eval_shape(step, first, jax.ShapeDtypeStruct((batch_size,), bool))
+    metrics = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), sums.metrics)
+    nothing = Evaluation(jnp.zeros((), jnp.float32), metrics, jnp.zeros(length, jnp.int32))
     return lax.fori_loop(0, (count + batch_size - 1) // batch_size, body, nothing)

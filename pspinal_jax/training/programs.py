@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 from pspinal_jax.distributed.arrays import put
@@ -28,48 +27,32 @@ from pspinal_jax.training.sharding import (
     shards_parameters,
 )
 from pspinal_jax.training.state import Totals, TrainState, init_state
-from pspinal_jax.training.step import Evaluation, eval_step, train_step
+from pspinal_jax.training.step import EvalStep, Evaluation, TrainStep, count_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """What the programs of a run compute, beside its model and its optimiser.
+class Execution:
+    """How the steps of a run are executed, beside what they compute.
 
     Attributes:
-      input_shape: one example's shape.
-      input_dtype: its dtype.
+      inputs: shape and dtype of one example's inputs, without the batch axis: `jax.ShapeDtypeStruct` or a tree of them.
       batch_size: examples per step over all devices; each computes them all unless they divide over the devices.
       eval_batch_size: examples per evaluation step; rounded up to a multiple of the devices that they divide over.
-      label_smoothing: see `cross_entropy`.
-      class_weights: see `train_step`.
-      ema_decay: of moving averages that the state then has; 0 for none.
+      labels: shape and dtype of one example's labels, likewise.
       vectorized: run all seeds as one program, over a leading axis.
-      augment: (key, inputs) -> inputs, applied to every training batch on the device; None for none.
-      mix: (key, inputs, labels) -> (inputs, targets), applied to every training batch after that; None for none.
       head_layout: the layout of the head's parameters inside a chunk; what goes in and out is the documented tree.
-      frozen: entries at the top of the parameters that are not trained.
-      micro_batches: see `train_step`; the last, smaller batch of an epoch is not split.
-      skip_nonfinite: see `train_step`.
       mesh: the devices; by default all of them on the axis data.
       compiler_options: XLA's, for the programs that train and evaluate.
       batch_norm_per_device: normalise each device's part of a training batch by itself; the last, smaller batch of an
         epoch is normalised whole. Parameters must not be sharded.
     """
 
-    input_shape: tuple[int, ...]
-    input_dtype: Any
+    inputs: Any
     batch_size: int
     eval_batch_size: int
-    label_smoothing: float = 0.0
+    labels: Any = dataclasses.field(default_factory=lambda: jax.ShapeDtypeStruct((), np.int32))
     vectorized: bool = False
-    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]] | None = None
-    class_weights: tuple[float, ...] | None = None
-    ema_decay: float = 0.0
     head_layout: Layout = "tree"
-    frozen: tuple[str, ...] = ()
-    micro_batches: int = 1
-    skip_nonfinite: bool = False
     mesh: Mesh = dataclasses.field(default_factory=make_mesh)
     compiler_options: Mapping[str, bool | str] = dataclasses.field(default_factory=dict)
     batch_norm_per_device: bool = False
@@ -122,26 +105,28 @@ class Programs:
         return shard_batch(self.mesh, batch)
 
 
-def build_programs(model: Any, optimizer: optax.GradientTransformation, config: StepConfig) -> Programs:
+def build_programs(model: Any, train_step: TrainStep, eval_step: EvalStep, execution: Execution) -> Programs:
     """Everything that a run calls, jitted for a mesh of devices.
 
     The data lies on every device whole; batches and parameters are sharded as sharding.py says. XLA inserts the
     exchanges, so that the programs compute what one device would, batch norm over the whole batch included.
 
     Args:
-      model: called as ``model.apply(variables, inputs, train=...)``.
-      optimizer: gives the direction of descent.
-      config: everything else.
+      model: initialised as ``model.init(key, inputs, train=False)``; the steps apply it.
+      train_step: the training step. The last, smaller batch of an epoch is not split into micro-batches.
+      eval_step: the evaluation step.
+      execution: how and where.
     """
-    mesh, vectorized = config.mesh, config.vectorized
-    eval_batch_size = divisible_size(mesh, config.eval_batch_size)
+    mesh, vectorized = execution.mesh, execution.vectorized
+    eval_batch_size = divisible_size(mesh, execution.eval_batch_size)
     replicated = replicated_on(mesh)
-    inputs = jax.ShapeDtypeStruct((2, *config.input_shape), config.input_dtype)
+    inputs, labels = (_batch_of_two(tree) for tree in (execution.inputs, execution.labels))
 
     def seeds(function: Callable[..., Any], axes: tuple[Any, ...] = (0,)) -> Callable[..., Any]:
         return jax.vmap(function, axes) if vectorized else function
 
-    start = seeds(partial(init_state, model, optimizer, inputs, config.frozen, config.ema_decay > 0))
+    initial = partial(init_state, model, train_step.optimizer, inputs, train_step.frozen, train_step.ema_decay > 0)
+    start = seeds(initial)
     states: Any = replicated
     variables: Any = replicated
     if shards_parameters(mesh):
@@ -149,29 +134,34 @@ def build_programs(model: Any, optimizer: optax.GradientTransformation, config: 
         states = shardings(mesh, shapes, stacked=vectorized)
         variables = {"params": states.params, "batch_stats": states.batch_stats}
     jit = partial(jax.jit, out_shardings=replicated)
-    jit_with_options = partial(jit_with, config.compiler_options)
+    jit_with_options = partial(jit_with, execution.compiler_options)
     jit_steps = partial(jit_with_options, donate_argnums=(0, 1), out_shardings=(states, replicated))
-    step, tail_step = _make_steps(model, optimizer, config)
+    whole_step, tail_step = _place_steps(train_step, execution)
 
     def chunk(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
-        run = in_layout(config.head_layout, config.frozen, partial(run_chunk, step, size, config.batch_size))
+        run = in_layout(execution.head_layout, train_step.frozen, partial(run_chunk, step, size, execution.batch_size))
         return jit_steps(seeds(run, (0, 0, 0, EpochPlan(0, 0), None, None, None)))
 
     def batch_step(state: TrainState, totals: Totals, seed: jax.Array, rate: jax.Array, batch: Batch) -> Any:
-        take = step if len(batch[1]) == config.batch_size else tail_step
+        take = whole_step if count_rows(batch) == execution.batch_size else tail_step
         return take(state, totals, batch, rate, keys.step_key(seed, state.step))
 
     def evaluate(variables: Any, data: Batch, count: jax.Array) -> Evaluation:
         def one(batch: Batch, mask: jax.Array) -> Evaluation:
-            return eval_step(model.apply, variables, _sharded(mesh, batch), mask)
+            return eval_step(variables, _sharded(mesh, batch), mask)
 
         return evaluate_split(one, eval_batch_size, data, count)
+
+    def zero_totals(seed: jax.Array) -> Totals:
+        state = jax.eval_shape(initial, jax.ShapeDtypeStruct((), np.uint32))
+        sums = jax.eval_shape(eval_step, state.variables, (inputs, labels), jax.ShapeDtypeStruct((2,), bool))
+        return Totals.zero({name: sums.metrics[name].dtype for name in train_step.metrics})
 
     return Programs(
         mesh=mesh,
         init=jit(start, out_shardings=states),
-        zero_totals=jit(seeds(lambda seed: Totals.zero())),
-        chunk=chunk(step, config.batch_size),
+        zero_totals=jit(seeds(zero_totals)),
+        chunk=chunk(whole_step, execution.batch_size),
         tail=cache(partial(chunk, tail_step)),
         batch_step=jit_steps(batch_step),
         evaluate=jit_with_options(seeds(evaluate, (0, None, None)), out_shardings=replicated),
@@ -181,44 +171,34 @@ def build_programs(model: Any, optimizer: optax.GradientTransformation, config: 
     )
 
 
-def _make_steps(model: Any, optimizer: optax.GradientTransformation, config: StepConfig) -> tuple[Step, Step]:
-    """The training step on a whole batch, and the one on the last, smaller batch of an epoch."""
-    plain_step = partial(
-        train_step,
-        model.apply,
-        optimizer,
-        label_smoothing=config.label_smoothing,
-        class_weights=config.class_weights,
-        ema_decay=config.ema_decay,
-        frozen=config.frozen,
-        skip_nonfinite=config.skip_nonfinite,
-    )
-    whole_step: Step = partial(plain_step, micro_batches=config.micro_batches)
-    if config.batch_norm_per_device:
-        whole_step = per_device(config.mesh, whole_step)
+def _batch_of_two(example: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), example)
+
+
+def _place_steps(step: TrainStep, execution: Execution) -> tuple[Step, Step]:
+    """`step` over the devices: on a whole batch, and on the last, smaller batch of an epoch."""
+    mesh = execution.mesh
+    last_step = dataclasses.replace(step, micro_batches=1)
+    descend = per_device(mesh, step.descend) if execution.batch_norm_per_device else step.descend
 
     def advance(
         take: Step, state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Totals]:
-        if config.augment is not None:
-            batch = (config.augment(keys.augment_key(key), batch[0]), batch[1])
-        if config.mix is not None:
-            batch = config.mix(keys.mix_key(key), *batch)
-        state, totals = take(state, totals, batch, rate, key)
-        if shards_parameters(config.mesh):  # or XLA may gather in one step what it has to shard again in the next
-            state = jax.lax.with_sharding_constraint(state, shardings(config.mesh, state))
+        state, totals = take(state, totals, step.prepare(batch, key), rate, key)
+        if shards_parameters(mesh):  # or XLA may gather in one step what it has to shard again in the next
+            state = jax.lax.with_sharding_constraint(state, shardings(mesh, state))
         return state, totals
 
-    def step(
+    def whole_step(
         state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, Totals]:
-        return advance(whole_step, state, totals, _sharded(config.mesh, batch), rate, key)
+        return advance(descend, state, totals, _sharded(mesh, batch), rate, key)
 
-    return step, partial(advance, plain_step)
+    return whole_step, partial(advance, last_step.descend)
 
 
 def _sharded(mesh: Mesh, batch: Batch) -> Batch:
-    return jax.lax.with_sharding_constraint(batch, batch_sharding(mesh, len(batch[1])))
+    return jax.lax.with_sharding_constraint(batch, batch_sharding(mesh, count_rows(batch)))
 
 
 def _update_best(best: Any, candidate: Any, improved: jax.Array) -> Any:
@@ -249,6 +229,5 @@ def make_order(
 
 def padded_split(split: Batch, batch_size: int) -> Batch:
     """Host arrays (inputs, labels) of a split, padded with zeros to a multiple of `batch_size`."""
-    inputs, labels = split
-    extra = -len(labels) % batch_size
-    return np.pad(inputs, [(0, extra)] + [(0, 0)] * (inputs.ndim - 1)), np.pad(labels, (0, extra))
+    extra = -count_rows(split) % batch_size
+    return jax.tree.map(lambda array: np.pad(array, [(0, extra)] + [(0, 0)] * (array.ndim - 1)), split)

@@ -1,6 +1,8 @@
 """What training carries from step to step."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.struct
@@ -43,7 +45,7 @@ class Totals:
 
     Attributes:
       loss: float32, sum of the examples' losses.
-      correct: int32, examples classified correctly while training.
+      metrics: sums of the examples' metrics, by name.
       count: int32, examples seen.
       bad_step: int32, the first step of the run (from 0) in this epoch whose loss or gradients were not finite; -1
         for none.
@@ -51,25 +53,32 @@ class Totals:
     """
 
     loss: Any
-    correct: Any
+    metrics: dict[str, Any]
     count: Any
     bad_step: Any
     skipped: Any
 
     @classmethod
-    def zero(cls) -> "Totals":
-        """Sums over nothing."""
+    def zero(cls, metrics: Mapping[str, Any] = MappingProxyType({"correct": jnp.int32})) -> "Totals":
+        """Sums over nothing; `metrics` tells the dtypes of theirs."""
         # An array each: totals are donated, and no buffer may be donated twice.
-        correct, count, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return cls(jnp.zeros((), jnp.float32), correct, count, jnp.full((), -1, jnp.int32), skipped)
+        count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
+        sums = {name: jnp.zeros((), dtype) for name, dtype in metrics.items()}
+        return cls(jnp.zeros((), jnp.float32), sums, count, jnp.full((), -1, jnp.int32), skipped)
 
-    def add(self, loss: jax.Array, correct: jax.Array, count: int) -> "Totals":
-        """These sums and a batch's: its mean loss, its hits, its number of examples."""
+    def add(self, loss: jax.Array, metrics: dict[str, jax.Array], count: int) -> "Totals":
+        """These sums and a batch's: its mean loss, the sums of its metrics, its number of examples."""
         return self.replace(  # type: ignore[attr-defined]
             loss=self.loss + loss.astype(self.loss.dtype) * count,
-            correct=self.correct + correct,
+            metrics={name: value + metrics[name] for name, value in self.metrics.items()},
             count=self.count + count,
         )
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """All of them by name, the metrics among them: as they are recorded."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**named.pop("metrics"), **named}
 
 
 def averaged(ema: dict[str, Any], params: Any, batch_stats: Any, step: jax.Array, decay: float) -> dict[str, Any]:
@@ -100,13 +109,14 @@ def trainable(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]
 def init_state(
     model: Any,
     optimizer: optax.GradientTransformation,
-    inputs: jax.ShapeDtypeStruct,
+    inputs: Any,
     frozen: tuple[str, ...],
     keeps_average: bool,
     seed: jax.Array,
 ) -> TrainState:
-    """The state that a run with `seed` (uint32 scalar) starts from; `inputs` tells a batch's shape and dtype."""
-    variables = model.init(keys.init_key(seed), jnp.zeros(inputs.shape, inputs.dtype), train=False)
+    """The state that a run with `seed` (uint32 scalar) starts from; `inputs` tells a batch's shapes and dtypes."""
+    batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
+    variables = model.init(keys.init_key(seed), batch, train=False)
     params = variables["params"]
     opt_state = optimizer.init(trainable(params, frozen))
     batch_stats = variables.get("batch_stats", {})

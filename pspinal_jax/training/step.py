@@ -1,6 +1,7 @@
 """One training step and one evaluation step: pure functions of arrays."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from pspinal_jax.augment.mixing import Mixed
+from pspinal_jax.training import keys
 from pspinal_jax.training.state import Totals, TrainState, averaged, trainable
 
 Apply = Callable[..., Any]
@@ -20,18 +22,32 @@ MOST_ENTRIES = 8192
 is not finite, its layer's bias or norm is hardly ever, and the loss of the next step is not."""
 
 
+Loss = Callable[[jax.Array, Any], jax.Array]
+"""(logits, targets) -> the loss of each example [N], or their mean, a scalar."""
+Metrics = Mapping[str, Callable[[jax.Array, Any], jax.Array]]
+"""By name, (logits, labels) -> a value of each example [N], or their mean, a scalar."""
+
+
 class Evaluation(NamedTuple):
     """Result of evaluating a batch or a split.
 
     Attributes:
       loss: float32, sum of the examples' losses.
-      correct: int32, examples classified correctly.
+      metrics: sums of their metrics, by name.
       predictions: int32 [N], the most probable class of each example, padding included.
     """
 
     loss: jax.Array
-    correct: jax.Array
+    metrics: dict[str, jax.Array]
     predictions: jax.Array
+
+
+def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether the largest of the logits [N, C] is the label's: bool [N]."""
+    return jnp.argmax(logits, -1) == labels
+
+
+CLASSIFICATION: Metrics = {"correct": correct}
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float | jax.Array = 0.0) -> jax.Array:
@@ -76,83 +92,149 @@ def target_losses(
     return losses if class_weights is None else losses * jnp.asarray(class_weights, losses.dtype)[targets]
 
 
-def train_step(
-    apply: Apply,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    totals: Totals,
-    batch: tuple[jax.Array, jax.Array | Mixed],
-    learning_rate: jax.Array,
-    key: jax.Array,
-    *,
-    label_smoothing: float | jax.Array = 0.0,
-    class_weights: tuple[float, ...] | None = None,
-    ema_decay: float = 0.0,
-    frozen: tuple[str, ...] = (),
-    micro_batches: int = 1,
-    skip_nonfinite: bool = False,
-    axes: tuple[str, ...] = (),
-) -> tuple[TrainState, Totals]:
-    """The state and the epoch's sums after one gradient step.
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """One gradient step: (state, totals, batch, learning_rate, key) -> (state, totals).
 
-    Args:
-      apply: the model.
+    Attributes:
+      apply: the model, linen's ``model.apply``.
       optimizer: gives the direction of descent.
-      state: state before the step.
-      totals: the epoch's sums before the step.
-      batch: (inputs [B, ...], labels [B] or `Mixed` ones).
-      learning_rate: float32 scalar.
-      key: key of the step's random numbers.
-      label_smoothing: see `cross_entropy`.
-      class_weights: see `target_losses`; the batch's loss is the mean over its examples, whatever their weights.
+      loss: of (logits, targets); the targets are labels, or `Mixed` ones where `mix` makes them. The step descends on
+        the mean over the batch.
+      metrics: summed over the epoch as it is trained; of `Mixed` labels they see the one of the larger share.
+      augment: (key, inputs) -> inputs, applied to the batch on the device; None for none.
+      mix: (key, inputs, labels) -> (inputs, targets), applied after that; None for none.
       ema_decay: of the state's moving averages, see `averaged`; a state without stays without.
       frozen: entries at the top of `params` that stay as they are; they have no gradient and no optimiser state.
       micro_batches: K, into how many parts of B / K examples the batch is split, one after the other, to save memory.
         The gradient is their mean. Batch norm sees each part by itself.
       skip_nonfinite: leave the state as it was, but for its step, where the loss or a gradient is not finite.
         Otherwise the totals tell of it, and the state is lost.
-      axes: names of mapped axes, inside of `jax.shard_map`: `batch` is then this device's part of a batch, and batch
-        norm sees that part alone. The step is the whole batch's: loss and gradients are means over the devices, and
-        so are the running statistics. Every device draws dropout masks of its own.
     """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    if axes:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-    losses = partial(target_losses, label_smoothing=label_smoothing, class_weights=class_weights)
-    loss_and_gradients = partial(_loss_and_gradients, apply, losses, frozen, axes)
-    if micro_batches == 1:
-        loss, correct, gradients, batch_stats = loss_and_gradients(variables, batch, key)
-    else:
-        loss, correct, gradients, batch_stats = _accumulate(loss_and_gradients, micro_batches, variables, batch, key)
-    new_state = _descend(optimizer, frozen, ema_decay, state, gradients, batch_stats, learning_rate)
-    finite = _all_finite(loss, gradients, None if skip_nonfinite else MOST_ENTRIES)
-    totals = totals.replace(  # type: ignore[attr-defined]
-        bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
-    )
-    new_totals = totals.add(loss, correct, len(batch[0]) * (jax.lax.axis_size(axes) if axes else 1))
-    if not skip_nonfinite:
-        return new_state, new_totals
-    same = state.replace(step=new_state.step)  # type: ignore[attr-defined]
-    left_out = totals.replace(skipped=totals.skipped + 1)  # type: ignore[attr-defined]
-    return jax.tree.map(partial(jnp.where, finite), (new_state, new_totals), (same, left_out))
+
+    apply: Apply
+    optimizer: optax.GradientTransformation
+    loss: Loss = cross_entropy
+    metrics: Metrics = dataclasses.field(default_factory=lambda: CLASSIFICATION)
+    augment: Callable[[jax.Array, Any], Any] | None = None
+    mix: Callable[[jax.Array, Any, Any], tuple[Any, Any]] | None = None
+    ema_decay: float = 0.0
+    frozen: tuple[str, ...] = ()
+    micro_batches: int = 1
+    skip_nonfinite: bool = False
+
+    def __call__(
+        self, state: TrainState, totals: Totals, batch: tuple[Any, Any], learning_rate: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, Totals]:
+        """The state and the epoch's sums after one step.
+
+        Args:
+          state: state before the step.
+          totals: the epoch's sums before the step.
+          batch: (inputs [B, ...], labels [B, ...]).
+          learning_rate: float32 scalar.
+          key: key of the step's random numbers.
+        """
+        return self.descend(state, totals, self.prepare(batch, key), learning_rate, key)
+
+    def prepare(self, batch: tuple[Any, Any], key: jax.Array) -> tuple[Any, Any]:
+        """The batch, augmented and mixed."""
+        if self.augment is not None:
+            batch = (self.augment(keys.augment_key(key), batch[0]), batch[1])
+        return batch if self.mix is None else self.mix(keys.mix_key(key), *batch)
+
+    def descend(
+        self,
+        state: TrainState,
+        totals: Totals,
+        batch: tuple[Any, Any],
+        learning_rate: jax.Array,
+        key: jax.Array,
+        *,
+        axes: tuple[str, ...] = (),
+    ) -> tuple[TrainState, Totals]:
+        """A step on a batch that is prepared.
+
+        With `axes`, names of mapped axes inside of `jax.shard_map`, `batch` is this device's part of a batch, and batch
+        norm sees that part alone. The step is the whole batch's: loss and gradients are means over the devices, and so
+        are the running statistics. Every device draws dropout masks of its own.
+        """
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        if axes:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+        gradients_of = partial(self._loss_and_gradients, axes)
+        if self.micro_batches == 1:
+            loss, metrics, gradients, batch_stats = gradients_of(variables, batch, key)
+        else:
+            loss, metrics, gradients, batch_stats = _accumulate(gradients_of, self.micro_batches, variables, batch, key)
+        new_state = self._moved(state, gradients, batch_stats, learning_rate)
+        finite = _all_finite(loss, gradients, None if self.skip_nonfinite else MOST_ENTRIES)
+        totals = totals.replace(  # type: ignore[attr-defined]
+            bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
+        )
+        new_totals = totals.add(loss, metrics, count_rows(batch) * (jax.lax.axis_size(axes) if axes else 1))
+        if not self.skip_nonfinite:
+            return new_state, new_totals
+        same = state.replace(step=new_state.step)  # type: ignore[attr-defined]
+        left_out = totals.replace(skipped=totals.skipped + 1)  # type: ignore[attr-defined]
+        return jax.tree.map(partial(jnp.where, finite), (new_state, new_totals), (same, left_out))
+
+    def _moved(self, state: TrainState, gradients: Any, batch_stats: Any, learning_rate: jax.Array) -> TrainState:
+        """`state` one step on, with the new running statistics `batch_stats`."""
+        moving = trainable(state.params, self.frozen)
+        direction, opt_state = self.optimizer.update(gradients, state.opt_state, moving)
+        moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
+        params = {**state.params, **moved}
+        ema = averaged(state.ema, params, batch_stats, state.step, self.ema_decay) if state.ema else state.ema
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+
+    def _loss_and_gradients(
+        self, axes: tuple[str, ...], variables: dict[str, Any], batch: tuple[Any, Any], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
+        """(mean loss, sums of metrics, gradients of what moves, new running statistics) of a batch, over all `axes`."""
+        inputs, targets = batch
+
+        def mean_loss(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+            model = {"params": {**variables["params"], **moving}, "batch_stats": variables["batch_stats"]}
+            if axes:  # from here on each device's own, so that the gradient is summed over devices on its way back
+                model = jax.lax.pcast(model, axes, to="varying")
+            logits, updated = self.apply(model, inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+            loss, batch_stats = self.loss(logits, targets).mean(), updated.get("batch_stats", {})
+            if axes:  # the loss, not the gradients: those of parameters on all devices are summed already
+                loss, batch_stats = jax.lax.pmean((loss, batch_stats), axes)
+            return loss, (batch_stats, logits)
+
+        moving = trainable(variables["params"], self.frozen)
+        (loss, (batch_stats, logits)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(moving)
+        labels = targets.main if isinstance(targets, Mixed) else targets
+        sums = {name: _total(each_example(metric, logits, labels)) for name, metric in self.metrics.items()}
+        return loss, jax.lax.psum(sums, axes) if axes else sums, gradients, batch_stats
 
 
-def _descend(
-    optimizer: optax.GradientTransformation,
-    frozen: tuple[str, ...],
-    ema_decay: float,
-    state: TrainState,
-    gradients: Any,
-    batch_stats: Any,
-    learning_rate: jax.Array,
-) -> TrainState:
-    """`state` one step on, with the new running statistics `batch_stats`."""
-    moving = trainable(state.params, frozen)
-    direction, opt_state = optimizer.update(gradients, state.opt_state, moving)
-    moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
-    params = {**state.params, **moved}
-    ema = averaged(state.ema, params, batch_stats, state.step, ema_decay) if state.ema else state.ema
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+def count_rows(batch: tuple[Any, Any]) -> int:
+    """How many examples a batch holds."""
+    return len(jax.tree.leaves(batch[0])[0])
+
+
+def each_example(function: Callable[[jax.Array, Any], jax.Array], logits: jax.Array, labels: Any) -> jax.Array:
+    """The value [N] of a loss or a metric for each example.
+
+    Values of more axes are averaged over all but the first. A scalar is taken for the mean over the batch, and the
+    function is called for each example alone.
+    """
+    values = function(logits, labels)
+    if values.ndim > 1:
+        return values.reshape(len(values), -1).mean(1)
+    if values.ndim == 1:
+        return values
+    alone = jax.tree.map(lambda array: array[:, None], (logits, labels))
+    return jax.vmap(function)(*alone)
+
+
+def _total(values: jax.Array) -> jax.Array:
+    """The sum, of counts as int32, of anything else as float32."""
+    counts = jnp.issubdtype(values.dtype, jnp.integer) or values.dtype == jnp.bool_
+    return jnp.sum(values, dtype=jnp.int32 if counts else jnp.float32)
 
 
 def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> jax.Array:
@@ -165,67 +247,53 @@ def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> ja
     return jnp.all(jnp.isfinite(jnp.stack([total.astype(jnp.float32) for total in sums])))
 
 
-def _loss_and_gradients(
-    apply: Apply,
-    losses: Callable[[jax.Array, Any], jax.Array],
-    frozen: tuple[str, ...],
-    axes: tuple[str, ...],
-    variables: dict[str, Any],
-    batch: tuple[jax.Array, jax.Array | Mixed],
-    key: jax.Array,
-) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """(mean loss, hits, gradients of what is not frozen, new running statistics) of one batch, over all `axes`.
-
-    An example of mixed labels is a hit where the one of the larger share is given.
-    """
-    inputs, targets = batch
-
-    def mean_loss(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        model = {"params": {**variables["params"], **moving}, "batch_stats": variables["batch_stats"]}
-        if axes:  # from here on each device's own, so that the gradient is summed over devices on its way back
-            model = jax.lax.pcast(model, axes, to="varying")
-        logits, updated = apply(model, inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
-        loss, batch_stats = losses(logits, targets).mean(), updated.get("batch_stats", {})
-        if axes:  # the loss, not the gradients: those of parameters on all devices are summed already
-            loss, batch_stats = jax.lax.pmean((loss, batch_stats), axes)
-        return loss, (batch_stats, logits)
-
-    moving = trainable(variables["params"], frozen)
-    (loss, (batch_stats, logits)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(moving)
-    labels = targets.main if isinstance(targets, Mixed) else targets
-    correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
-    return loss, jax.lax.psum(correct, axes) if axes else correct, gradients, batch_stats
-
-
 def _accumulate(
     loss_and_gradients: Callable[..., Any], parts: int, variables: Any, batch: Any, key: jax.Array
-) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """What `loss_and_gradients` gives, as means (hits: as the sum) over `parts` micro-batches."""
+) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
+    """What `loss_and_gradients` gives, as means (metrics: as sums) over `parts` micro-batches."""
     # Every K-th example, so that each device splits its own part of a sharded batch.
     split = jax.tree.map(lambda a: a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def body(carry: Any, part: Any) -> Any:
-        (loss, correct, gradients), batch_stats = carry
+        (loss, metrics, gradients), batch_stats = carry
         index, micro_batch = part
         model = {"params": variables["params"], "batch_stats": batch_stats}
         *sums, batch_stats = loss_and_gradients(model, micro_batch, jax.random.fold_in(key, index))
-        return (jax.tree.map(jnp.add, (loss, correct, gradients), tuple(sums)), batch_stats), None
+        return (jax.tree.map(jnp.add, (loss, metrics, gradients), tuple(sums)), batch_stats), None
 
     shapes = jax.eval_shape(loss_and_gradients, variables, jax.tree.map(lambda a: a[0], split), key)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[:3])
     start = (nothing, variables["batch_stats"])
-    ((loss, correct, gradients), batch_stats), _ = jax.lax.scan(body, start, (jnp.arange(parts), split))
-    return loss / parts, correct, jax.tree.map(lambda g: g / parts, gradients), batch_stats
+    ((loss, metrics, gradients), batch_stats), _ = jax.lax.scan(body, start, (jnp.arange(parts), split))
+    return loss / parts, metrics, jax.tree.map(lambda g: g / parts, gradients), batch_stats
 
 
-def eval_step(apply: Apply, variables: Any, batch: tuple[jax.Array, jax.Array], mask: jax.Array) -> Evaluation:
-    """Loss and hits over the examples of `batch` (inputs [B, ...], labels [B]) where `mask` bool [B] is True."""
-    inputs, labels = batch
-    logits = apply(variables, inputs, train=False)
-    predictions = jnp.argmax(logits, -1).astype(jnp.int32)
-    losses = cross_entropy(logits, labels)
-    return Evaluation(
-        loss=jnp.sum(jnp.where(mask, losses, 0)),
-        correct=jnp.sum((predictions == labels) & mask, dtype=jnp.int32),
-        predictions=predictions,
-    )
+@dataclasses.dataclass(frozen=True)
+class EvalStep:
+    """Sums over a batch.
+
+    Attributes:
+      apply: the model, linen's ``model.apply``.
+      loss: of (logits, labels).
+      metrics: of (logits, labels).
+      classifies: whether the logits are [N, C], of C classes, so that there are predictions.
+    """
+
+    apply: Apply
+    loss: Loss = cross_entropy
+    metrics: Metrics = dataclasses.field(default_factory=lambda: CLASSIFICATION)
+    classifies: bool = True
+
+    def __call__(self, variables: Any, batch: tuple[Any, Any], mask: jax.Array) -> Evaluation:
+        """The sums over the examples of `batch` (inputs [B, ...], labels [B, ...]) where `mask` bool [B] is True."""
+        inputs, labels = batch
+        logits = self.apply(variables, inputs, train=False)
+        nothing = jnp.zeros(len(mask), jnp.int32)
+        return Evaluation(
+            loss=jnp.sum(jnp.where(mask, each_example(self.loss, logits, labels), 0)),
+            metrics={
+                name: _total(jnp.where(mask, each_example(metric, logits, labels), 0))
+                for name, metric in self.metrics.items()
+            },
+            predictions=jnp.argmax(logits, -1).astype(jnp.int32) if self.classifies else nothing,
+        )

@@ -17,7 +17,7 @@ from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training.state import Totals, TrainState
-from pspinal_jax.training.step import train_step
+from pspinal_jax.training.step import TrainStep
 
 POISONED = 37
 
@@ -81,7 +81,7 @@ def step(params, skip, factor=1.0):
     state = TrainState(jnp.int32(4), params, {}, optax.identity().init(params))
     batch = (jnp.ones((2, 3)), jnp.array([0, 0]))
     arguments = (state, Totals.zero(), batch, jnp.float32(0.1), jax.random.key(0))
-    return train_step(apply, optax.identity(), *arguments, skip_nonfinite=skip)
+    return TrainStep(apply, optax.identity(), skip_nonfinite=skip)(*arguments)
 
 
 @pytest.mark.parametrize("skip", [False, True])

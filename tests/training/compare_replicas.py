@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from steps_support import make_programs
 
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.layers import norm
@@ -17,7 +18,6 @@ from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import StepConfig, build_programs
 from pspinal_jax.training.state import Totals
 from pspinal_jax.training.step import cross_entropy
 
@@ -49,11 +49,8 @@ def flat(*trees):
 
 def chunked(model, inputs, labels, **options):
     """Through the programs of a run."""
-    run = build_programs(
-        model,
-        make_optimizer(momentum=0.0),
-        StepConfig(inputs.shape[1:], inputs.dtype, batch_size=BATCH, eval_batch_size=BATCH, **options),
-    )
+    optimizer = make_optimizer(momentum=0.0)
+    run = make_programs(model, optimizer, inputs.shape[1:], inputs.dtype, BATCH, BATCH, **options)
     seed = run.replicate(np.uint32(0))
     plan = run.replicate(EpochPlan(np.arange(len(labels), dtype=np.int32), np.full(STEPS, RATE)))
     start, totals = run.init(seed), run.replicate(Totals.zero().replace(loss=np.zeros(())))
@@ -94,7 +91,7 @@ def pmapped(model, initial, inputs, labels):
         params, stats, value, correct = run(params, stats, *parts, key)
         losses, hits = losses + float(value[0]) * BATCH, hits + int(correct[0])
     first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (params, stats))
-    return flat(*first, Totals.zero().replace(loss=losses, correct=hits, count=STEPS * BATCH))
+    return flat(*first, Totals.zero().replace(loss=losses, metrics={"correct": hits}, count=STEPS * BATCH))
 
 
 def main():

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from steps_support import make_programs
 
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import StepConfig, build_programs, make_order
+from pspinal_jax.training.programs import make_order
 
 RNG = np.random.default_rng(0)
 INPUTS = RNG.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
@@ -37,11 +38,8 @@ def programs(frozen=(), norm=True, dropout_rate=0.2, optimizer="adamw", **option
         3, 4, num_layers=2, dropout_rate=dropout_rate, norm="batch" if norm else None, implementation="auto"
     )
     model = Classifier(head=head, backbone=Backbone(norm), mean=0.4, std=0.3, freeze_backbone=bool(frozen))
-    return build_programs(
-        model,
-        make_optimizer(optimizer, weight_decay=0.01),
-        StepConfig((4, 4, 1), np.uint8, 8, 8, label_smoothing=0.1, frozen=frozen, **options),
-    )
+    direction = make_optimizer(optimizer, weight_decay=0.01)
+    return make_programs(model, direction, (4, 4, 1), np.uint8, 8, 8, label_smoothing=0.1, frozen=frozen, **options)
 
 
 def plan(steps=5):
@@ -90,10 +88,8 @@ def test_a_frozen_backbone_is_the_head_trained_on_its_features():
     model = Classifier(head=nn.Dense(1), backbone=Backbone(), mean=0.4, std=0.3)
     features = np.asarray(model.apply(variables, jnp.asarray(INPUTS), False, method="features"))
     head = ProgressiveSpinalHead(3, 4, num_layers=2, dropout_rate=0.2, norm="batch")
-    on_features = build_programs(
-        Classifier(head=head),
-        make_optimizer("sgd"),
-        StepConfig((6,), np.float32, batch_size=8, eval_batch_size=8, label_smoothing=0.1),
+    on_features = make_programs(
+        Classifier(head=head), make_optimizer("sgd"), (6,), np.float32, 8, 8, label_smoothing=0.1
     )
     start = on_features.init(SEED)
     start = start.replace(params={"head": state.params["head"]}, batch_stats={"head": state.batch_stats["head"]})
@@ -118,7 +114,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
     split, split_totals = train(programs(**options, micro_batches=4))
     chex.assert_trees_all_close(whole.params, split.params, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(totals.loss, split_totals.loss, rtol=1e-5)
-    assert int(totals.correct) == int(split_totals.correct) and int(split_totals.count) == 40
+    assert int(totals.metrics["correct"]) == int(split_totals.metrics["correct"]) and int(split_totals.count) == 40
 
 
 def test_each_micro_batch_updates_the_running_statistics_in_turn():

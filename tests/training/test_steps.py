@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from steps_support import make_programs
 
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
-from pspinal_jax.training.programs import StepConfig, build_programs, make_order, padded_split
+from pspinal_jax.training.programs import make_order, padded_split
 from pspinal_jax.training.step import cross_entropy
 
 NUM_EXAMPLES = 50
@@ -27,10 +28,15 @@ def model() -> Classifier:
 
 
 def programs(batch_size=8, vectorized=False, optimizer=None, label_smoothing=0.0, eval_batch_size=16):
-    return build_programs(
+    return make_programs(
         model(),
         optimizer or make_optimizer(),
-        StepConfig((3, 3, 1), np.uint8, batch_size, eval_batch_size, label_smoothing, vectorized),
+        (3, 3, 1),
+        np.uint8,
+        batch_size,
+        eval_batch_size,
+        label_smoothing,
+        vectorized=vectorized,
     )
 
 
@@ -130,7 +136,7 @@ def test_evaluation_counts_every_example_once(batch_size):
     split = padded_split(DATA, batch_size)
     result = run.evaluate(variables, split, np.int32(NUM_EXAMPLES))
     logits = model().apply(variables, jnp.asarray(INPUTS), train=False)
-    assert int(result.correct) == int((logits.argmax(-1) == LABELS).sum())
+    assert int(result.metrics["correct"]) == int((logits.argmax(-1) == LABELS).sum())
     np.testing.assert_array_equal(result.predictions[:NUM_EXAMPLES], logits.argmax(-1))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
     np.testing.assert_allclose(result.loss, losses.sum(), rtol=1e-5)
@@ -141,7 +147,7 @@ def test_evaluation_of_nothing_is_nothing():
     state = run.init(SEED)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     result = run.evaluate(variables, padded_split(DATA, 16), np.int32(0))
-    assert float(result.loss) == 0 and int(result.correct) == 0
+    assert float(result.loss) == 0 and int(result.metrics["correct"]) == 0
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])

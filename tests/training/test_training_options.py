@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from steps_support import make_programs
 
 from pspinal_jax.augment import mix
 from pspinal_jax.augment.mixing import Mixed
@@ -15,7 +16,7 @@ from pspinal_jax.runs.programs import balanced_weights
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
-from pspinal_jax.training.programs import StepConfig, build_programs, make_order
+from pspinal_jax.training.programs import make_order
 from pspinal_jax.training.step import target_losses
 
 RNG = np.random.default_rng(0)
@@ -111,7 +112,7 @@ def test_clipping_and_the_backbones_rate_are_optaxs():
 def programs(**options):
     head = ProgressiveSpinalHead(num_classes=3, layer_width=5, num_layers=2, norm="batch", dropout_rate=0.1)
     optimizer = make_optimizer("sgd", momentum=0.9, gradient_clip=options.pop("gradient_clip", 0.0))
-    return build_programs(Classifier(head=head), optimizer, StepConfig((6,), np.float32, 8, 16, **options))
+    return make_programs(Classifier(head=head), optimizer, (6,), np.float32, 8, 16, **options)
 
 
 def states(run, steps=5):
@@ -157,10 +158,9 @@ def test_a_step_with_all_of_it_is_the_plain_one_written_out(micro_batches):
     """Mixed batch, weighted loss, clipped gradient, momentum; without dropout and batch norm of its own."""
     head = ProgressiveSpinalHead(num_classes=3, layer_width=5, num_layers=2, dropout_rate=0.0)
     options = {"mix": lambda key, x, y: mix(key, x, y, mixup=0.5), "class_weights": WEIGHTS, "label_smoothing": 0.1}
-    run = build_programs(
-        Classifier(head=head),
-        make_optimizer("sgd", momentum=0.9, gradient_clip=0.05),
-        StepConfig((6,), np.float32, 8, 16, micro_batches=micro_batches, **options),
+    optimizer = make_optimizer("sgd", momentum=0.9, gradient_clip=0.05)
+    run = make_programs(
+        Classifier(head=head), optimizer, (6,), np.float32, 8, 16, micro_batches=micro_batches, **options
     )
     found, order, totals = states(run, steps=3)
     tx = optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.1, momentum=0.9))
@@ -185,4 +185,4 @@ def test_a_step_with_all_of_it_is_the_plain_one_written_out(micro_batches):
         updates, opt_state = tx.update(gradients, opt_state, params)
         params = optax.apply_updates(params, updates)
         chex.assert_trees_all_close(found[step + 1].params, params, rtol=1e-4, atol=1e-6)
-    assert int(totals.count) == 24 and 0 <= int(totals.correct) <= 24
+    assert int(totals.count) == 24 and 0 <= int(totals.metrics["correct"]) <= 24

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import numpy as np
 from jax.sharding import AxisType
+from steps_support import make_programs
 
 from pspinal_jax.augment import mix
 from pspinal_jax.backbones import resnet, vgg5
@@ -20,7 +21,6 @@ from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.training import sharding
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import StepConfig, build_programs
 from pspinal_jax.training.sharding import AXES
 from pspinal_jax.training.state import Totals
 
@@ -50,19 +50,17 @@ def train(arguments, mesh):
     if arguments.every_option:
         weights = tuple(np.linspace(0.5, 1.5, arguments.classes).tolist())
         options, clip = {"mix": partial(mix, mixup=0.4), "class_weights": weights, "ema_decay": 0.7}, 0.5
-    run = build_programs(
+    run = make_programs(
         make_model(arguments.model, arguments.classes, arguments.width, dtype),
         make_optimizer(momentum=0.5, gradient_clip=clip),
-        StepConfig(
-            inputs.shape[1:],
-            dtype,
-            batch_size=BATCH,
-            eval_batch_size=BATCH,
-            label_smoothing=0.1,
-            micro_batches=arguments.micro_batches,
-            mesh=mesh,
-            **options,
-        ),
+        inputs.shape[1:],
+        dtype,
+        BATCH,
+        BATCH,
+        label_smoothing=0.1,
+        micro_batches=arguments.micro_batches,
+        mesh=mesh,
+        **options,
     )
     data, seed = run.replicate((inputs, labels)), run.replicate(np.uint32(0))
     order = np.concatenate([rng.permutation(EXAMPLES) for _ in range(-(-STEPS * BATCH // EXAMPLES))]).astype(np.int32)

@@ -1,0 +1,693 @@
+"""`fit`: train anyone's model with the compiled, sharded loop that the recipes use."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from pspinal_jax.checkpoints import CheckpointStore
+from pspinal_jax.data.dataset import hold_out
+from pspinal_jax.distributed.arrays import put, whole
+from pspinal_jax.distributed.coordination import barrier, is_primary
+from pspinal_jax.environment import convolution_options, jit_with
+from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.files import differences, expanded, held, write_json, write_text
+from pspinal_jax.training.arrays import checksum, count_examples, to_numpy
+from pspinal_jax.training.examples import ChunkSteps, EvaluatedSplit, Evaluate, Examples, ResidentExamples, ResidentSplit
+from pspinal_jax.training.loop import Callback, LoopConfig, Setup, Store, Trainer
+from pspinal_jax.training.models import Model, as_model
+from pspinal_jax.training.programs import Execution, Programs, build_programs, padded_split
+from pspinal_jax.training.seed_states import Chunk, SeedStates
+from pspinal_jax.training.sharding import AXES, batch_sharding, fit_mesh, replicated_on, shard_batch
+from pspinal_jax.training.signals import Stopped, StopRequest
+from pspinal_jax.training.stages import TrainingStage, make_stage
+from pspinal_jax.training.step import CLASSIFICATION, EvalStep, Loss, Metrics, TrainStep, count_rows, cross_entropy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_RESERVED = ("loss", "count", "bad_step", "skipped", "predictions", "correct")
+_IDENTITY, _METRICS = "fit.json", "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+    """How `fit` trains, beside what it trains; each is a keyword of `fit`.
+
+    Attributes:
+      micro_batches: K: a batch goes through the model in K parts, to save memory; the gradient is their mean.
+      gradient_clip: largest global L2 norm of the gradient; 0 for no limit.
+      ema_decay: of moving averages of parameters and statistics, which then are evaluated and returned; 0 for none.
+      frozen: entries at the top of the parameters that stay as they are.
+      drop_remainder: leave out the last, smaller batch of an epoch.
+      eval_batch_size: examples evaluated at a time; by default `batch_size`. Every example counts once, whatever it is.
+      select: what the epoch to keep is the best in on the validation examples: ``"loss"`` or a metric's name (a larger
+        one is better). By default the last epoch is kept.
+      patience: stop after so many epochs that are no better; needs `select`. 0 for no limit.
+      on_nonfinite: ``"stop"`` with an error that names the step, or ``"skip"`` such steps.
+      seed_mode: several seeds as one program (``"vmap"``) or one after the other (``"loop"``); ``"auto"`` chooses vmap on
+        accelerators.
+      on_device: whether arrays lie on the devices whole, and an epoch is one compiled loop over them. By default they do,
+        but on CPU for models that convolve, whose gradients XLA compiles badly inside loops there.
+      checkpoint_seconds: time between checkpoints; the end of the first epoch saves one too.
+    """
+
+    micro_batches: int = 1
+    gradient_clip: float = 0.0
+    ema_decay: float = 0.0
+    frozen: tuple[str, ...] = ()
+    drop_remainder: bool = False
+    eval_batch_size: int | None = None
+    select: str | None = None
+    patience: int = 0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    seed_mode: Literal["auto", "loop", "vmap"] = "auto"
+    on_device: bool | None = None
+    checkpoint_seconds: float = 600.0
+
+
+def fit(
+    model: Any,
+    data: Any,
+    *,
+    validation: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
+    epochs: int = 10,
+    batch_size: int = 64,
+    loss: Literal["cross_entropy"] | Loss = "cross_entropy",
+    metrics: Metrics | None = None,
+    seed: int = 0,
+    num_seeds: int = 1,
+    mesh: Mesh | None = None,
+    augment: Callable[[jax.Array, Any], Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    workdir: Path | str | None = None,
+    **options: Any,
+) -> "Fit":
+    """Train a model of yours, compiled and over all devices.
+
+    The whole epoch is one compiled loop over arrays on the device; batches from an iterable are spread over the devices as
+    they come, the next one while the last one computes. Random numbers and the order of examples are functions of
+    (seed, epoch, step).
+
+    Example::
+
+        >>> import flax.linen as nn, numpy as np, optax, pspinal_jax
+        >>> class Net(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train):
+        ...         x = nn.Dropout(0.2, deterministic=not train)(nn.relu(nn.Dense(32)(x)))
+        ...         return pspinal_jax.ProgressiveSpinalHead(num_classes=3, layer_width=8)(x, train=train)
+        >>> x = np.random.default_rng(0).normal(size=(256, 8)).astype('float32')
+        >>> y = x[:, :3].argmax(1)
+        >>> result = pspinal_jax.fit(Net(), (x, y), validation=0.2, optimizer=optax.adamw(1e-2), epochs=5)
+        >>> result.predict(x[:5]).shape
+        (5, 3)
+
+    Args:
+      model: a linen module called as ``model(x)`` or ``model(x, train=..)``, an nnx module, or a pair of functions
+        (init(key, x) -> params, apply(params, x) -> logits). Batch statistics and dropout are found.
+      data: ``(x, y)``, arrays [N, ...] of NumPy, JAX or PyTorch, pandas or polars frames, or tuples and dicts of them. Or
+        batches: an iterable of ``(x, y)`` that can be gone through once an epoch, or a function that returns one.
+      validation: ``(x, y)``, or the fraction of the arrays to hold out, chosen by `seed`; None for none.
+      optimizer: any optax transformation, with its schedule inside; by default ``optax.adamw(1e-3)``.
+      epochs: passes over the data. In a `workdir` more of them go on from the end.
+      batch_size: examples per step over all devices. An iterable's batches are as it gives them.
+      loss: ``"cross_entropy"`` of logits [N, C] and integer labels [N], or a function of (logits, labels) that gives the
+        loss of each example [N], or their mean. It is traced into the step.
+      metrics: by name, functions of (logits, labels) of the same kind; by default accuracy for the cross-entropy.
+      seed: the first seed.
+      num_seeds: K models, trained with seeds seed .. seed + K - 1; results then have a leading axis K.
+      mesh: a `jax.sharding.Mesh` with axes data, fsdp and model; by default all devices that the batch divides over.
+      augment: (key, x) -> x, traced into the step and applied to every training batch.
+      callbacks: functions of (finished epochs, state, metrics), called between chunks of an epoch with means over the
+        examples so far, and after an epoch with its line of the history. One that returns True ends the training. The
+        state's arrays (`TrainState`) are overwritten by the next step: copy what you keep.
+      workdir: folder for checkpoints and metrics.jsonl. The same call then goes on where it was stopped or killed, and
+        ends bit for bit where it would have ended.
+      **options: the fields of `FitOptions`.
+
+    Returns:
+      A `Fit`: variables, history, predict, evaluate, plot, save.
+
+    Raises:
+      UsageError: if an argument is not as described.
+      DataError: if arrays do not hold numbers, or do not fit together.
+      RunError: if the loss or a gradient is not finite, or the workdir cannot be written or read.
+    """
+    unknown = set(options) - {field.name for field in dataclasses.fields(FitOptions)}
+    if unknown:
+        known = ", ".join(field.name for field in dataclasses.fields(FitOptions))
+        raise TypeError(f"fit() has no argument {sorted(unknown)[0]!r}; further ones are {known}")
+    chosen = FitOptions(**options)
+    goal = _goal(loss, metrics)
+    source = _Source.of(data, validation, batch_size, seed)
+    adapted = as_model(model)
+    _check(chosen, goal, source, epochs, num_seeds)
+    mesh = _mesh(mesh, source.batch_size // chosen.micro_batches)
+    optimizer = optax.adamw(1e-3) if optimizer is None else optimizer
+    programs = _programs(adapted, optimizer, goal, source, augment, mesh, chosen, num_seeds)
+    config = LoopConfig(
+        seed=seed,
+        num_seeds=num_seeds,
+        epochs=epochs,
+        batch_size=source.batch_size,
+        selected_by=chosen.select,
+        patience=chosen.patience,
+        stop_on_nonfinite=chosen.on_nonfinite == "stop",
+        advice="lower the learning rate, or pass on_nonfinite='skip'",
+    )
+    setup = source.set_up(config, programs, chosen.drop_remainder)
+    identity = {"seed": seed, "num_seeds": num_seeds, "batch_size": source.batch_size, "data": source.checksum()}
+    with contextlib.ExitStack() as opened:
+        store, log = opened.enter_context(_place(workdir, identity))
+        stop = opened.enter_context(StopRequest()) if workdir is not None else StopRequest()
+        trainer = Trainer(setup, log, store, stop, chosen.checkpoint_seconds, callbacks=callbacks)
+        try:
+            trainer.run()
+        except Stopped as stopped:
+            if stop.received == signal.SIGINT:
+                raise KeyboardInterrupt(f"saved in {workdir}: the same call goes on") from stopped
+            raise SystemExit(128 + signal.SIGTERM) from stopped
+        history = History(log.lines())
+    kept = chosen.select is not None
+    return Fit(adapted, programs, trainer.seed_states, history, goal.loss_names, source.example, kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Goal:
+    """What is minimised, and what is measured beside it."""
+
+    loss: Loss
+    metrics: Metrics
+    classifies: bool
+
+    @property
+    def loss_names(self) -> list[str]:
+        return ["loss", *self.metrics]
+
+
+def _goal(loss: Any, metrics: Metrics | None) -> _Goal:
+    classifies = loss == "cross_entropy"
+    if not classifies and not callable(loss):
+        raise UsageError(f"loss is {loss!r}, expected 'cross_entropy' or a function of (logits, labels)")
+    if metrics is None:
+        metrics = {"accuracy": CLASSIFICATION["correct"]} if classifies else {}
+    for name, function in metrics.items():
+        if name in _RESERVED or not callable(function):
+            raise UsageError(
+                f"metrics has {name!r}: {function!r}, expected functions of (logits, labels) by names other than "
+                f"{', '.join(_RESERVED)}"
+            )
+    return _Goal(cross_entropy if classifies else loss, dict(metrics), classifies)
+
+
+def _check(options: FitOptions, goal: _Goal, source: "_Source", epochs: int, num_seeds: int) -> None:
+    for name, value, least in (
+        ("epochs", epochs, 1),
+        ("num_seeds", num_seeds, 1),
+        ("micro_batches", options.micro_batches, 1),
+        ("patience", options.patience, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise UsageError(f"{name} is {value!r}, expected an integer of at least {least}")
+    if source.batch_size % options.micro_batches:
+        raise UsageError(
+            f"micro_batches is {options.micro_batches}, expected a divisor of batch_size, {source.batch_size}"
+        )
+    names = ", ".join(goal.loss_names)
+    if options.select is not None and (options.select not in goal.loss_names or source.validation is None):
+        raise UsageError(f"select is {options.select!r}, expected one of {names}, and examples as validation")
+    if options.patience and options.select is None:
+        raise UsageError(f"patience is {options.patience}, which needs select: one of {names}")
+    if options.on_nonfinite not in ("stop", "skip") or options.seed_mode not in ("auto", "loop", "vmap"):
+        raise UsageError(
+            f"on_nonfinite is {options.on_nonfinite!r} and seed_mode {options.seed_mode!r}, expected stop or skip, and "
+            "auto, loop or vmap"
+        )
+    if goal.classifies:
+        labels = source.example[1]
+        if not isinstance(labels, jax.ShapeDtypeStruct) or labels.shape or labels.dtype.kind not in "iu":
+            raise UsageError(
+                f"labels are {labels}, expected integers [N] for the cross-entropy; pass a loss of your own for others"
+            )
+
+
+def _mesh(mesh: Mesh | None, rows: int) -> Mesh:
+    if mesh is None:
+        return fit_mesh(-1, 1, 1, rows=rows)
+    if not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
+        raise UsageError(f"mesh is {mesh!r}, expected a jax.sharding.Mesh with the axes {', '.join(AXES)}")
+    return mesh
+
+
+def _programs(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    goal: _Goal,
+    source: "_Source",
+    augment: Any,
+    mesh: Mesh,
+    options: FitOptions,
+    num_seeds: int,
+) -> Programs:
+    inputs, labels = source.example
+    params = _shapes(model, inputs)["params"]
+    convolves = any(leaf.ndim > 3 for leaf in jax.tree.leaves(params))
+    platform = mesh.devices.flat[0].platform
+    if options.on_device is None:
+        source.on_device = not (convolves and platform == "cpu")
+    else:
+        source.on_device = options.on_device
+    if missing := set(options.frozen) - set(params):
+        raise UsageError(f"frozen names {sorted(missing)[0]!r}, expected entries of the parameters: {', '.join(params)}")
+    if goal.classifies:
+        source.check_labels(_logits(model, inputs).shape)
+    clip = [optax.clip_by_global_norm(options.gradient_clip)] if options.gradient_clip else []
+    step = TrainStep(
+        model.apply,
+        # The step descends along a direction; an optax transformation ends with the update.
+        optax.chain(*clip, optimizer, optax.scale(-1.0)),
+        goal.loss,
+        goal.metrics,
+        augment=augment,
+        ema_decay=options.ema_decay,
+        frozen=tuple(options.frozen),
+        micro_batches=options.micro_batches,
+        skip_nonfinite=options.on_nonfinite == "skip",
+    )
+    vectorized = options.seed_mode == "vmap" or (options.seed_mode == "auto" and platform != "cpu")
+    execution = Execution(
+        inputs=inputs,
+        labels=labels,
+        batch_size=source.batch_size,
+        eval_batch_size=options.eval_batch_size or source.batch_size,
+        vectorized=num_seeds > 1 and vectorized and source.is_resident,
+        mesh=mesh,
+        compiler_options=convolution_options(platform) if convolves else {},
+    )
+    return build_programs(model, step, EvalStep(model.apply, goal.loss, goal.metrics, goal.classifies), execution)
+
+
+def _shapes(model: Model, inputs: Any) -> Any:
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x), batch)
+
+
+def _logits(model: Model, inputs: Any) -> jax.ShapeDtypeStruct:
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
+    logits: jax.ShapeDtypeStruct = jax.eval_shape(
+        lambda x: model.apply(model.init(jax.random.key(0), x), x, train=False), batch
+    )
+    return logits
+
+
+class _Source:
+    """Where the batches come from: arrays, or an iterable of batches."""
+
+    def __init__(self, arrays: Any, batches: Callable[[], Iterable[Any]] | None, batch_size: int) -> None:
+        self.arrays, self._batches, self.batch_size = arrays, batches, batch_size
+        self.subset, self.validation = np.arange(0), None
+        self.on_device = True
+        first = jax.tree.map(lambda leaf: leaf[:1], arrays)
+        self._length: int | None = None
+        if batches is not None:
+            epoch = batches()
+            self._length = len(epoch) if hasattr(epoch, "__len__") else None
+            first = next(iter(epoch), None)
+            if first is None:
+                raise UsageError("data is an iterable without a batch")
+            if iter(epoch) is epoch and not callable(batches):
+                raise UsageError("data can be gone through only once")
+            first = _batch(first)
+            self.batch_size = count_rows(first)
+        self.example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), first)
+
+    @classmethod
+    def of(cls, data: Any, validation: Any, batch_size: int, seed: int) -> "_Source":
+        """The source that `data` and `validation` make; raises as `fit`."""
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size!r}, expected an integer of at least 1")
+        if isinstance(data, tuple):
+            arrays = _batch(data)
+            source = cls(arrays, None, batch_size)
+            count = count_rows(arrays)
+            source.subset = np.arange(count)
+            if isinstance(validation, float):
+                if not 0 < validation < 1:
+                    raise UsageError(f"validation is {validation}, expected a fraction between 0 and 1, or (x, y)")
+                source.subset, held_out = hold_out(count, max(1, round(validation * count)), seed)
+                source.validation = jax.tree.map(lambda leaf: leaf[held_out], arrays)
+            if batch_size > len(source.subset):
+                raise UsageError(f"batch_size is {batch_size}, but only {len(source.subset)} examples are trained on")
+        else:
+            source = cls(None, _each_epoch(data), batch_size)
+        if isinstance(validation, tuple):
+            source.validation = _batch(validation)
+        elif validation is not None and source.validation is None:
+            raise UsageError(
+                f"validation is {validation!r}, expected (x, y)" + (" or a fraction" if source.arrays is not None else "")
+            )
+        return source
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all examples lie on the devices."""
+        return self.arrays is not None and self.on_device
+
+    def check_labels(self, shape: tuple[int, ...]) -> None:
+        """Raise UsageError if the labels do not fit logits of `shape` [N, C]."""
+        if len(shape) != 2:
+            raise UsageError(f"the model gives logits of shape {list(shape)}, expected [N, C] for the cross-entropy")
+        for arrays in (self.arrays, self.validation):
+            labels = arrays[1] if arrays is not None else np.zeros(0)
+            if len(labels) and not 0 <= labels.min() <= labels.max() < shape[1]:
+                raise UsageError(
+                    f"labels reach from {labels.min()} to {labels.max()}, expected 0 .. {shape[1] - 1}, as the model gives "
+                    f"{shape[1]} logits"
+                )
+
+    def checksum(self) -> str | None:
+        """Of the arrays; None for an iterable."""
+        return None if self.arrays is None else checksum((self.arrays, self.subset, self.validation))
+
+    def set_up(self, config: LoopConfig, programs: Programs, drop_remainder: bool) -> Setup:
+        """What the loop works with."""
+        stage = make_stage(
+            "train", self.subset, None if self.validation is None else "validation", self.batch_size, drop_remainder
+        )
+        examples: Examples
+        if self._batches is not None:
+            stage = dataclasses.replace(stage, steps_per_epoch=self._length, whole_steps=self._length or 2**30)
+            examples = BatchedExamples(programs, self._batches)
+        elif self.on_device:
+            examples = ResidentExamples(programs, self.arrays)
+        else:
+            examples = BatchedExamples(programs, self.arrays)
+        splits: dict[str, EvaluatedSplit] = {}
+        if self.validation is not None:
+            splits["validation"] = ResidentSplit.place(programs, self.validation, programs.eval_batch_size)
+        nothing = np.zeros(0, np.int32)
+        return Setup(config, programs, examples, splits, [stage], nothing, nothing)
+
+
+def _batch(data: Any) -> Any:
+    """(x, y) as NumPy arrays whose first axes agree."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise UsageError(f"data is of type {type(data).__name__}, expected (x, y) or batches of (x, y)")
+    batch = to_numpy(data[0], "x"), to_numpy(data[1], "y")
+    count_examples(batch, "(x, y)")
+    return batch
+
+
+def _each_epoch(data: Any) -> Callable[[], Iterable[Any]]:
+    """Gives the batches of an epoch."""
+    if callable(data):
+        return data  # type: ignore[no-any-return]
+    if not isinstance(data, Iterable):
+        raise UsageError(f"data is of type {type(data).__name__}, expected (x, y), an iterable of batches or a function")
+    if isinstance(data, Iterator):
+        raise UsageError(
+            "data is an iterator, which can be gone through only once; pass a function that makes it, such as "
+            "lambda: batches()"
+        )
+    return lambda: data
+
+
+class BatchedExamples:
+    """Batches that the host brings, step by step; `Examples` for arrays that stay there, and for iterables."""
+
+    first_chunk = 1
+
+    def __init__(self, programs: Programs, source: Any) -> None:
+        """`source` is arrays (x, y), or a function that gives an epoch's batches."""
+        self._programs, self._source = programs, source
+        self.count = 0 if callable(source) else count_rows(source)
+        self.waited = 0.0
+
+    def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
+        """See `Examples`; the first step compiles."""
+
+    def chunks(
+        self, seed_states: SeedStates, stage: TrainingStage, first: int, steps: ChunkSteps
+    ) -> Generator[Chunk, None, None]:
+        """See `Examples`. Batches of an iterable are the same for all seeds."""
+        remaining = itertools.islice(self._epoch(seed_states, stage), first, None)
+        while (batches := next(remaining, None)) is not None:
+            count = steps(stage.whole_steps - first) or 1
+            placed = map(self._place, itertools.chain([batches], itertools.islice(remaining, count - 1)))
+            yield Chunk(first, count, batches=placed)
+            first += count
+
+    def _epoch(self, seed_states: SeedStates, stage: TrainingStage) -> Iterator[list[Any]]:
+        """A step's batches, one for each seed."""
+        if callable(self._source):
+            for batch in self._source():
+                yield [_batch(batch)] * len(seed_states.seeds)
+            return
+        orders = seed_states.orders()
+        size = -(-len(stage.subset) // (stage.steps_per_epoch or 1)) if not stage.whole_steps else 0
+        size = size or (len(stage.subset) - stage.tail_size) // stage.whole_steps
+        used = stage.whole_steps * size + stage.tail_size
+        for start in range(0, used, size):
+            rows = [order[start : min(start + size, used)] for order in orders]
+            yield [jax.tree.map(lambda leaf, each=each: leaf[each], self._source) for each in rows]
+
+    def _place(self, batches: list[Any]) -> list[Any]:
+        if all(batch is batches[0] for batch in batches):
+            return [self._programs.shard_batch(batches[0])] * len(batches)
+        return [self._programs.shard_batch(batch) for batch in batches]
+
+
+class _Log:
+    """The history of a fit in memory and, in a workdir, as lines of metrics.jsonl."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._lines: list[dict[str, Any]] = []
+        self._folder = folder
+        self._path = None if folder is None else folder / _METRICS
+
+    def rewind(self, finished: Sequence[tuple[str, int]]) -> None:
+        """Keep the lines of these epochs."""
+        if self._path is not None and self._path.exists():
+            lines = [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
+            self._lines = lines[: len(finished)]
+        self._write()
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add one line."""
+        self._lines.append(line)
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is not None and is_primary():
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+
+    def report(self, found: dict[str, Any]) -> Path | None:
+        """Write down what was found where a step was not finite; where that lies."""
+        if self._folder is None:
+            return None
+        path = self._folder / "nonfinite.json"
+        if is_primary():
+            write_json(path, found)
+        return path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What has been written."""
+        return list(self._lines)
+
+
+class _NoStore:
+    """In place of checkpoints, where there is no workdir."""
+
+    empty = True
+
+    def due(self, seconds: float) -> bool:
+        return False
+
+    def save(self, step: int, trees: Any, progress: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def restore(self, abstract: Any) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def _place(workdir: Path | str | None, identity: dict[str, Any]) -> Iterator[tuple[Store, _Log]]:
+    """Where checkpoints and the history go; raises UsageError if the folder holds another training."""
+    if workdir is None:
+        yield _NoStore(), _Log(None)
+        return
+    folder = expanded(Path(workdir))
+    path = folder / _IDENTITY
+    with contextlib.ExitStack() as opened:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            other = opened.enter_context(held(folder / ".lock")) if is_primary() else None
+            if other is not None:
+                raise RunError(f"{folder} is in use: {other} trains there")
+            if path.exists():
+                found = json.loads(path.read_text())
+                told = differences(found, identity, lambda name, old, new: f"{name} was {old} and is {new}")
+                if told:
+                    raise UsageError(f"workdir {folder} holds another training: {', '.join(told)}; choose another one")
+            elif is_primary():
+                write_json(path, identity)
+        except (OSError, ValueError) as error:
+            raise RunError(f"workdir {folder} cannot be used: {error}") from error
+        barrier()
+        yield opened.enter_context(CheckpointStore(folder / "checkpoints")), _Log(folder)
+
+
+class History(list[dict[str, Any]]):
+    """A dict for each epoch: epoch, step, train_loss, validation_loss, metrics, seconds; a list by seed for K seeds."""
+
+    def to_pandas(self) -> Any:
+        """As a pandas.DataFrame with a row for each epoch."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self))
+
+
+class Fit:
+    """A trained model.
+
+    Attributes:
+      history: an entry for each epoch, see `History`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        programs: Programs,
+        seed_states: SeedStates,
+        history: History,
+        names: list[str],
+        example: Any,
+        best: bool,
+    ) -> None:
+        self.history = history
+        self._model, self._programs, self._seed_states = model, programs, seed_states
+        self._names, self._example, self._best = names, example, best
+        self._trees = seed_states.variables(best=best)
+        self._apply: Any = None
+
+    @property
+    def variables(self) -> Any:
+        """What was trained: linen's collections, the nnx module in evaluation mode, or params as ``init`` made them.
+
+        Of K seeds a list of K.
+        """
+        count = len(self._seed_states.seeds)
+        each = [self._trees] if count == 1 else [jax.tree.map(lambda leaf, i=i: leaf[i], self._trees) for i in range(count)]
+        restored = [self._model.restore(trees) for trees in each]
+        return restored[0] if count == 1 else restored
+
+    def predict(self, x: Any) -> np.ndarray:
+        """The logits [N, ...] of `x` in evaluation mode, float32 or as the model computes; of K seeds [K, N, ...].
+
+        Raises:
+          DataError: if `x` does not hold numbers, or other shapes than the training's.
+        """
+        inputs = to_numpy(x, "x")
+        count = count_examples(inputs, "x")
+        self._check(inputs, self._example[0], "x")
+        size, mesh = self._programs.eval_batch_size, self._programs.mesh
+        if self._apply is None:
+            apply = partial(self._model.apply, train=False)
+            seeds = apply if len(self._seed_states.seeds) == 1 else jax.vmap(apply, (0, None))
+            self._apply = jit_with(self._programs.compiler_options, seeds, out_shardings=replicated_on(mesh))
+        axis = 0 if len(self._seed_states.seeds) == 1 else 1
+        parts = []
+        for start in range(0, count, size):
+            rows = jax.tree.map(lambda leaf, start=start: leaf[start : start + size], inputs)
+            (padded,) = jax.tree.map(lambda leaf: leaf, (padded_split(rows, size),))
+            parts.append(whole(self._apply(self._trees, shard_batch(mesh, padded))))
+        logits = np.concatenate(parts, axis) if parts else np.zeros(0, np.float32)
+        return logits[:count] if axis == 0 else logits[:, :count]
+
+    def evaluate(self, x: Any, y: Any) -> dict[str, Any]:
+        """Mean loss and metrics over all examples, each counted once; of K seeds a list of K for each.
+
+        Raises:
+          DataError: as `predict`.
+        """
+        arrays = _batch((x, y))
+        self._check(arrays, self._example, "(x, y)")
+        split = ResidentSplit.place(self._programs, arrays, self._programs.eval_batch_size)
+        sums = split.evaluate(partial(self._seed_states.evaluate, best=self._best))
+        means = {name: (sums[name] / count_rows(arrays)).tolist() for name in self._names}
+        return {name: values[0] if len(values) == 1 else values for name, values in means.items()}
+
+    def plot(self) -> "Figure":
+        """Loss and metrics by epoch, of training and validation, as a matplotlib Figure; of K seeds their mean and range."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5 * len(self._names), 4), layout="constrained")
+        for axis, name in zip(np.ravel(figure.subplots(1, len(self._names))), self._names, strict=True):
+            for split in ("train", "validation"):
+                values = np.array([np.atleast_1d(line[f"{split}_{name}"]) for line in self.history if f"{split}_{name}" in line])
+                if not len(values):
+                    continue
+                epochs = np.arange(1, len(values) + 1)
+                axis.plot(epochs, values.mean(1), marker=".", label=split)
+                if values.shape[1] > 1:
+                    axis.fill_between(epochs, values.min(1), values.max(1), alpha=0.2)
+            axis.set_xlabel("epoch")
+            axis.set_ylabel(name)
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend()
+        return figure
+
+    def save(self, path: Path | str) -> None:
+        """Write the variables as one .safetensors file, which `pspinal_jax.weights.read_variables` reads.
+
+        Names are those of `variables`, levels joined by "/"; of nnx and functions below ``params``.
+        """
+        from pspinal_jax.weights.variables import save_variables
+
+        trees = self._trees
+        named = {"params": trees["params"], **(trees["batch_stats"] if isinstance(trees["batch_stats"], dict) else {})}
+        if is_primary():
+            save_variables(expanded(Path(path)), jax.tree.map(whole, named))
+
+    def _check(self, arrays: Any, example: Any, name: str) -> None:
+        found = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays)
+        if jax.tree.map(lambda leaf: leaf.shape, found) != jax.tree.map(lambda leaf: leaf.shape, example):
+            raise UsageError(f"{name} holds examples of shapes {found}, but the model was trained on {example}")
+
+    def _repr_html_(self) -> str:
+        columns = [name for name in (self.history[-1] if self.history else {}) if name.startswith(("epoch", "train_", "validation_"))]
+        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{_shown(line.get(name))}</td>" for name in columns) + "</tr>" for line in self.history
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def __repr__(self) -> str:
+        last = self.history[-1] if self.history else {}
+        shown = ", ".join(f"{name} {_shown(value)}" for name, value in last.items() if name.startswith(("train_", "validation_")))
+        return f"Fit({len(self.history)} epochs: {shown})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{np.mean(value):.4f} ± {np.std(value, ddof=1):.4f}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,188 @@
+"""Models of any of JAX's libraries as the training step needs them: `init` and `apply`, called as linen's are."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pspinal_jax.errors import UsageError
+
+_TRAIN = ("train", "training", "is_training")
+_OPPOSITE = "deterministic"
+_RANDOM = ("key", "rng")
+
+
+class Model(Protocol):
+    """What is trained.
+
+    Its variables are ``{"params": .., "batch_stats": ..}``: what the optimiser moves, and all else that training changes.
+    """
+
+    def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
+        """The variables that training starts from, for inputs of these shapes [N, ...]."""
+
+    def apply(self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+        """The logits [N, ...]; where `mutable` is given, (logits, {'batch_stats': new ones})."""
+
+    def restore(self, variables: dict[str, Any]) -> Any:
+        """The variables as the model's own library has them."""
+
+
+def as_model(model: Any) -> Model:
+    """`model` as the training step needs it.
+
+    Args:
+      model: a linen module, an nnx module, or a pair of functions (init, apply).
+
+    Raises:
+      UsageError: if it is none of these.
+    """
+    if isinstance(model, nn.Module):
+        return LinenModel(model)
+    if isinstance(model, nnx.Module):
+        return NnxModel(model)
+    if isinstance(model, tuple) and len(model) == 2 and all(map(callable, model)):
+        return FunctionModel(*model)
+    raise UsageError(
+        f"the model is of type {type(model).__name__}, expected a flax.linen or flax.nnx module or a pair of functions "
+        "(init(key, x) -> params, apply(params, x) -> logits)"
+    )
+
+
+def _flags(function: Callable[..., Any]) -> Callable[[bool], dict[str, bool]]:
+    """train -> the keyword by which `function` is told; nothing where it does not ask."""
+    names = inspect.signature(function).parameters
+    for name in _TRAIN:
+        if name in names:
+            return lambda train: {name: train}
+    return (lambda train: {_OPPOSITE: not train}) if _OPPOSITE in names else lambda train: {}
+
+
+class LinenModel:
+    """A linen module called as ``model(x)`` or ``model(x, train=..)``; `training` and `deterministic` are known too.
+
+    All collections but params, batch statistics or others, are kept and updated in training. Every stream of random
+    numbers that the module asks for is there.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._flags = _flags(type(module).__call__)
+
+    def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
+        """See `Model`."""
+        variables = dict(self._module.init(key, inputs, **self._flags(train)))
+        return {"params": variables.pop("params", {}), "batch_stats": variables}
+
+    def apply(self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+        """See `Model`."""
+        given = {"params": variables["params"], **variables["batch_stats"]}
+        flags = self._flags(train)
+        if not train:
+            return self._module.apply(given, inputs, **flags)
+        streams = {**rngs, "params": jax.random.fold_in(rngs["dropout"], 1)}
+        changing = list(variables["batch_stats"])
+        logits, updated = self._module.apply(given, inputs, rngs=streams, mutable=changing, **flags)
+        return logits, {"batch_stats": {**variables["batch_stats"], **updated}}
+
+    def restore(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """The module's collections, for its ``apply``."""
+        return {"params": variables["params"], **variables["batch_stats"]}
+
+
+class NnxModel:
+    """An nnx module, which stays as it is: its parameters are where every seed starts.
+
+    Other state than parameters and random numbers, such as batch statistics, is kept and updated in training. The streams
+    of random numbers are seeded anew for each step.
+    """
+
+    def __init__(self, module: nnx.Module) -> None:
+        self._kinds = (nnx.Param, nnx.RngState, ...)
+        self._graphs, parts = {}, []
+        for train in (False, True):
+            copy = nnx.clone(module)
+            (copy.train if train else copy.eval)()
+            self._graphs[train], *parts = nnx.split(copy, *self._kinds)
+        self._params, self._random, self._rest = parts
+        self._flags = _flags(type(module).__call__)
+
+    def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
+        """See `Model`; the parameters are the module's, whatever the key."""
+        return {"params": _plain(self._params), "batch_stats": _plain(self._rest)}
+
+    def apply(self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+        """See `Model`."""
+        key = jax.random.key(0) if rngs is None else rngs["dropout"]
+        module = self._merge(variables, train, _seeded(self._random, key))
+        logits = module(inputs, **self._flags(train))
+        if not train:
+            return logits
+        *_, rest = nnx.split(module, *self._kinds)
+        return logits, {"batch_stats": _plain(rest)}
+
+    def restore(self, variables: dict[str, Any]) -> nnx.Module:
+        """The module in evaluation mode, with these variables."""
+        return self._merge(variables, False, self._random)
+
+    def _merge(self, variables: Mapping[str, Any], train: bool, random: nnx.State) -> Any:
+        params, rest = _filled(self._params, variables["params"]), _filled(self._rest, variables["batch_stats"])
+        return nnx.merge(self._graphs[train], params, random, rest)
+
+
+def _plain(state: nnx.State) -> dict[str, Any]:
+    """A state as nested dicts with text for keys."""
+    flat = flatten_dict(nnx.to_pure_dict(state))
+    return unflatten_dict({tuple(map(str, path)): leaf for path, leaf in flat.items()})
+
+
+def _filled(state: nnx.State, plain: Mapping[str, Any]) -> nnx.State:
+    """A copy of `state` with the leaves of `plain`, see `_plain`."""
+    leaves = flatten_dict(plain)
+    pure = {path: leaves[tuple(map(str, path))] for path in flatten_dict(nnx.to_pure_dict(state))}
+    copy = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(copy, unflatten_dict(pure))
+    return copy
+
+
+def _seeded(random: nnx.State, key: jax.Array) -> nnx.State:
+    """The streams of `random` begun anew, each with a key of its own."""
+    leaves, structure = jax.tree.flatten(random)
+    new = [
+        jax.random.fold_in(key, index) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
+        for index, leaf in enumerate(leaves)
+    ]
+    seeded: nnx.State = jax.tree.unflatten(structure, new)
+    return seeded
+
+
+class FunctionModel:
+    """A pair of functions: init(key, x) -> params, any pytree of arrays, and apply(params, x) -> logits.
+
+    `apply` may take `train`, and `key` or `rng` for random numbers in training; in evaluation these are None.
+    """
+
+    def __init__(self, init: Callable[..., Any], apply: Callable[..., Any]) -> None:
+        self._init, self._apply = init, apply
+        self._flags = _flags(apply)
+        names = inspect.signature(apply).parameters
+        self._random = next((name for name in _RANDOM if name in names), None)
+
+    def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
+        """See `Model`."""
+        return {"params": {"model": self._init(key, inputs)}, "batch_stats": {}}
+
+    def apply(self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+        """See `Model`."""
+        random = {} if self._random is None else {self._random: rngs["dropout"] if train else None}
+        logits = self._apply(variables["params"]["model"], inputs, **self._flags(train), **random)
+        return (logits, {"batch_stats": {}}) if train else logits
+
+    def restore(self, variables: dict[str, Any]) -> Any:
+        """The parameters, as `init` made them."""
+        return variables["params"]["model"]
