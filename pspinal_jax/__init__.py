@@ -25,18 +25,23 @@ if TYPE_CHECKING:
         unpack_params,
     )
     from pspinal_jax.runs.run import Run, load_run, train
+    from pspinal_jax.training.fit import Fit, fit
 
 _ROOMS = dict.fromkeys(("Run", "load_run", "train"), "pspinal_jax.runs.run") | {
-    "compare": "pspinal_jax.comparison.door"
+    "compare": "pspinal_jax.comparison.door",
+    "Fit": "pspinal_jax.training.fit",
+    "fit": "pspinal_jax.training.fit",
 }
 
 __all__ = [
     "DenseHead",
+    "Fit",
     "MLPHead",
     "ProgressiveSpinalHead",
     "Run",
     "SpinalHead",
     "compare",
+    "fit",
     "fuse_params",
     "load_run",
     "pack_batch_stats",

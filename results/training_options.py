@@ -185,8 +185,8 @@ def cost(folder, data):
     from pspinal_jax.models import build_model
     from pspinal_jax.recipes import AugmentConfig, load_recipe
     from pspinal_jax.runs.build import set_up
-    from pspinal_jax.runs.seed_states import SeedStates
     from pspinal_jax.training.programs import make_order
+    from pspinal_jax.training.seed_states import SeedStates
 
     plain = load_recipe("features")
     plain = dataclasses.replace(plain, data=dataclasses.replace(plain.data, path=folder / f"{data}.npz"))

@@ -10,7 +10,7 @@ import tyro
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import UsageError, printable
-from pspinal_jax.runs.signals import leave_at_once
+from pspinal_jax.training.signals import leave_at_once
 
 
 @dataclasses.dataclass(frozen=True)

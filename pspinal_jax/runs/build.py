@@ -1,10 +1,7 @@
 """From a recipe, its model and its data to everything that the loop works with."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -12,7 +9,8 @@ from pspinal_jax.data.dataset import Dataset, Split, hold_out
 from pspinal_jax.errors import UsageError
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.input_pipeline import (
+from pspinal_jax.runs.programs import build_run_programs, check_classes, class_weights, schedule_of
+from pspinal_jax.training.examples import (
     EvaluatedSplit,
     Examples,
     ResidentExamples,
@@ -20,34 +18,10 @@ from pspinal_jax.runs.input_pipeline import (
     StreamedExamples,
     StreamedSplit,
 )
-from pspinal_jax.runs.programs import build_run_programs, check_classes, class_weights, schedule_of
-from pspinal_jax.runs.progress import LoopConfig, TrainingStage, make_stages, selected_by
+from pspinal_jax.training.loop import Setup
 from pspinal_jax.training.optimizers import learning_rates
 from pspinal_jax.training.programs import Programs
-from pspinal_jax.training.sharding import shardings
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What the loop works with.
-
-    Attributes:
-      config: what is trained, and for how long.
-      programs: the compiled pieces.
-      examples: all training examples, validation included; stages pick theirs by index.
-      splits: 'test', and 'validation' where examples were held out.
-      stages: what the run does one after the other.
-      labels: int32 [N] of all training examples, by index.
-      validation_labels: int32 [V] of the split 'validation', empty where there is none.
-    """
-
-    config: LoopConfig
-    programs: Programs
-    examples: Examples
-    splits: Mapping[str, EvaluatedSplit]
-    stages: list[TrainingStage]
-    labels: np.ndarray
-    validation_labels: np.ndarray
+from pspinal_jax.training.stages import LoopConfig, make_stages, selected_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +52,8 @@ def loop_config(recipe: Recipe) -> LoopConfig:
         patience=recipe.patience,
         restarts_rate=recipe.optimizer.steering != "none",
         stop_on_nonfinite=recipe.on_nonfinite == "stop",
+        advice="lower --optimizer.learning-rate, or leave such steps out with --on-nonfinite skip (in another "
+        "--workdir)",
     )
 
 
@@ -156,22 +132,3 @@ def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int =
     if split.inputs is None:
         return StreamedSplit(programs, split, recipe.data.side, programs.eval_batch_size, workers)
     return ResidentSplit.place(programs, (split.inputs, split.labels), programs.eval_batch_size)
-
-
-def abstract_trees(trees: Any, num_seeds: int, programs: Programs) -> Any:
-    """Shapes and dtypes of a checkpoint's `trees`, with their shardings on this run's mesh, for restoring them.
-
-    With them it does not matter on which mesh they were saved: each device reads its part of whatever was written.
-    """
-    places = shardings(programs.mesh, trees, stacked=num_seeds > 1)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), trees, places)
-
-
-def longest_epoch(stages: list[TrainingStage]) -> int:
-    """Steps of the longest epoch of all stages."""
-    return max(stage.steps_per_epoch or 1 for stage in stages)
-
-
-def padded_rates(rates: np.ndarray, length: int) -> np.ndarray:
-    """`rates` followed by zeros up to `length`, so that every stage calls the same program."""
-    return np.pad(rates, (0, length - len(rates)))

@@ -11,7 +11,7 @@ from pspinal_jax.models.build import abstract_variables, count_parameters
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import split_examples
-from pspinal_jax.runs.progress import TrainingStage
+from pspinal_jax.training.stages import TrainingStage
 from pspinal_jax.training.state import trainable
 
 MOST_LISTED_CLASSES = 12

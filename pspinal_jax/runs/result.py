@@ -13,14 +13,15 @@ from pspinal_jax.errors import RunError, printable
 from pspinal_jax.models.build import count_parameters
 from pspinal_jax.runs.build import RunSetup
 from pspinal_jax.runs.classification_report import averages, scores_by_class
+from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import summary
-from pspinal_jax.runs.progress import selected_by
-from pspinal_jax.runs.trainer import Trainer
+from pspinal_jax.training.loop import Trainer
+from pspinal_jax.training.stages import selected_by
 
 _MOST_CLASSES = 6
 
 
-def make_result(trainer: Trainer, setup: RunSetup) -> dict[str, Any]:
+def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> dict[str, Any]:
     """What result.json holds. Under the validation protocol this is where the test split is evaluated, once.
 
     Raises:
@@ -51,14 +52,14 @@ def make_result(trainer: Trainer, setup: RunSetup) -> dict[str, Any]:
         if validation:
             result[f"validation_{selected_by(recipe)}"] = summary(validation)
         result["selected_epoch"] = selected
-    lines = trainer.directory.metrics()
+    lines = directory.metrics()
     trees = trainer.seed_states.trees()
     if recipe.patience:
         stopped = progress.lines - progress.epoch if progress.selected_epoch else progress.epoch
         result["early_stopping"] = {"patience": recipe.patience, "epochs": stopped}
     return result | {
         "test_loss": summary((sums["loss"] / test.count).tolist()),
-        **_by_class(test.labels, sums["predictions"], trainer.directory.config()["class_names"]),
+        **_by_class(test.labels, sums["predictions"], directory.config()["class_names"]),
         "selected_checksum": selected_checksum(trees if paper else trees["best"]),
         "published_accuracy_percent": published_accuracy(setup),
         "parameters": count_parameters(params) // recipe.num_seeds,

@@ -135,7 +135,8 @@ def train(recipe: Recipe | str | Path, **changes: Any) -> Run:
     Raises:
       UsageError: if there is no such recipe, field or choice, or a value is of the wrong type or out of range.
       PSpinalError: if the data or the run directory cannot be used, or training fails.
-      pspinal_jax.runs.signals.Stopped: after SIGINT (Ctrl-C) or SIGTERM, once the run is saved; call again to go on.
+      pspinal_jax.training.signals.Stopped: after SIGINT (Ctrl-C) or SIGTERM, once the run is saved; call again to go
+        on.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     given = {name.replace("__", ".").replace("-", "_"): value for name, value in changes.items()}

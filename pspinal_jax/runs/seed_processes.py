@@ -26,13 +26,13 @@ from pspinal_jax.checkpoints import CheckpointStore, read_newest
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.build import RunSetup, abstract_trees
+from pspinal_jax.runs.build import RunSetup
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter
-from pspinal_jax.runs.progress import TrainingProgress
 from pspinal_jax.runs.seed_rounding import first_steps_checksum
-from pspinal_jax.runs.signals import Stopped, StopRequest
-from pspinal_jax.runs.trainer import Trainer
+from pspinal_jax.training.loop import Trainer, abstract_trees
+from pspinal_jax.training.signals import Stopped, StopRequest
+from pspinal_jax.training.stages import TrainingProgress
 
 _FOLDER = "seeds"
 _LEAST_EXAMPLES = 2_000_000

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
-from pspinal_jax.runs.build import RunSetup, longest_epoch
-from pspinal_jax.runs.seed_states import SeedStates
+from pspinal_jax.runs.build import RunSetup
 from pspinal_jax.training.chunk import Batch
+from pspinal_jax.training.loop import longest_epoch
 from pspinal_jax.training.programs import make_order
+from pspinal_jax.training.seed_states import SeedStates
 
 _STEPS = 4
 """Enough that every array, momenta included, has passed through every sum."""

@@ -33,8 +33,8 @@ from pspinal_jax.runs.seed_processes import (
     find_parts,
 )
 from pspinal_jax.runs.seed_rounding import first_steps_checksum
-from pspinal_jax.runs.signals import Stopped, StopRequest
-from pspinal_jax.runs.trainer import Trainer
+from pspinal_jax.training.loop import Trainer
+from pspinal_jax.training.signals import Stopped, StopRequest
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -35,8 +35,8 @@ from pspinal_jax.runs.programs import run_mesh
 from pspinal_jax.runs.restore import keep_start, start_variables
 from pspinal_jax.runs.result import make_result
 from pspinal_jax.runs.seed_processes import can_use_processes, train_in_processes, wants_processes
-from pspinal_jax.runs.signals import StopRequest
-from pspinal_jax.runs.trainer import Trainer
+from pspinal_jax.training.loop import Trainer
+from pspinal_jax.training.signals import StopRequest
 
 _DECIDING = (
     "default_prng_impl",
@@ -121,7 +121,7 @@ def _train(
                 train_in_processes(recipe, setup, options, metrics, store, stop)
             trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
             trainer.run()
-            result = make_result(trainer, setup)
+            result = make_result(trainer, setup, directory)
         if is_primary():
             directory.write_result(result)
             _plot(recipe, directory)

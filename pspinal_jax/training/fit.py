@@ -4,9 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -15,23 +14,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data.dataset import hold_out
-from pspinal_jax.distributed.arrays import put, whole
+from pspinal_jax.distributed.arrays import whole
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences, expanded, held, write_json, write_text
 from pspinal_jax.training.arrays import checksum, count_examples, to_numpy
-from pspinal_jax.training.examples import ChunkSteps, EvaluatedSplit, Evaluate, Examples, ResidentExamples, ResidentSplit
+from pspinal_jax.training.examples import (
+    ChunkSteps,
+    EvaluatedSplit,
+    Examples,
+    ResidentExamples,
+    ResidentSplit,
+)
 from pspinal_jax.training.loop import Callback, LoopConfig, Setup, Store, Trainer
 from pspinal_jax.training.models import Model, as_model
 from pspinal_jax.training.programs import Execution, Programs, build_programs, padded_split
 from pspinal_jax.training.seed_states import Chunk, SeedStates
-from pspinal_jax.training.sharding import AXES, batch_sharding, fit_mesh, replicated_on, shard_batch
+from pspinal_jax.training.sharding import AXES, fit_mesh, replicated_on, shard_batch
 from pspinal_jax.training.signals import Stopped, StopRequest
 from pspinal_jax.training.stages import TrainingStage, make_stage
 from pspinal_jax.training.step import CLASSIFICATION, EvalStep, Loss, Metrics, TrainStep, count_rows, cross_entropy
@@ -58,10 +62,10 @@ class FitOptions:
         one is better). By default the last epoch is kept.
       patience: stop after so many epochs that are no better; needs `select`. 0 for no limit.
       on_nonfinite: ``"stop"`` with an error that names the step, or ``"skip"`` such steps.
-      seed_mode: several seeds as one program (``"vmap"``) or one after the other (``"loop"``); ``"auto"`` chooses vmap on
-        accelerators.
-      on_device: whether arrays lie on the devices whole, and an epoch is one compiled loop over them. By default they do,
-        but on CPU for models that convolve, whose gradients XLA compiles badly inside loops there.
+      seed_mode: several seeds as one program (``"vmap"``) or one after the other (``"loop"``); ``"auto"`` chooses vmap
+        on accelerators.
+      on_device: whether arrays lie on the devices whole, and an epoch is one compiled loop over them. By default they
+        do, except for models that convolve on CPU: XLA compiles the gradients of convolutions badly inside loops there.
       checkpoint_seconds: time between checkpoints; the end of the first epoch saves one too.
     """
 
@@ -99,8 +103,8 @@ def fit(
 ) -> "Fit":
     """Train a model of yours, compiled and over all devices.
 
-    The whole epoch is one compiled loop over arrays on the device; batches from an iterable are spread over the devices as
-    they come, the next one while the last one computes. Random numbers and the order of examples are functions of
+    An epoch over arrays is one compiled loop on the device. Batches of an iterable are sharded as they
+    come, the next one while the last one computes. Random numbers and the order of examples are functions of
     (seed, epoch, step).
 
     Example::
@@ -120,14 +124,14 @@ def fit(
     Args:
       model: a linen module called as ``model(x)`` or ``model(x, train=..)``, an nnx module, or a pair of functions
         (init(key, x) -> params, apply(params, x) -> logits). Batch statistics and dropout are found.
-      data: ``(x, y)``, arrays [N, ...] of NumPy, JAX or PyTorch, pandas or polars frames, or tuples and dicts of them. Or
-        batches: an iterable of ``(x, y)`` that can be gone through once an epoch, or a function that returns one.
+      data: ``(x, y)``, arrays [N, ...] of NumPy, JAX or PyTorch, pandas or polars frames, or tuples and dicts of them.
+        Or batches: an iterable of ``(x, y)`` that can be gone through once an epoch, or a function that returns one.
       validation: ``(x, y)``, or the fraction of the arrays to hold out, chosen by `seed`; None for none.
       optimizer: any optax transformation, with its schedule inside; by default ``optax.adamw(1e-3)``.
       epochs: passes over the data. In a `workdir` more of them go on from the end.
       batch_size: examples per step over all devices. An iterable's batches are as it gives them.
-      loss: ``"cross_entropy"`` of logits [N, C] and integer labels [N], or a function of (logits, labels) that gives the
-        loss of each example [N], or their mean. It is traced into the step.
+      loss: ``"cross_entropy"`` of logits [N, C] and integer labels [N], or a function of (logits, labels) that gives
+        the loss of each example [N], or their mean. It is traced into the step.
       metrics: by name, functions of (logits, labels) of the same kind; by default accuracy for the cross-entropy.
       seed: the first seed.
       num_seeds: K models, trained with seeds seed .. seed + K - 1; results then have a leading axis K.
@@ -273,7 +277,9 @@ def _programs(
     else:
         source.on_device = options.on_device
     if missing := set(options.frozen) - set(params):
-        raise UsageError(f"frozen names {sorted(missing)[0]!r}, expected entries of the parameters: {', '.join(params)}")
+        raise UsageError(
+            f"frozen names {sorted(missing)[0]!r}, expected entries of the parameters: {', '.join(params)}"
+        )
     if goal.classifies:
         source.check_labels(_logits(model, inputs).shape)
     clip = [optax.clip_by_global_norm(options.gradient_clip)] if options.gradient_clip else []
@@ -326,12 +332,10 @@ class _Source:
         self._length: int | None = None
         if batches is not None:
             epoch = batches()
-            self._length = len(epoch) if hasattr(epoch, "__len__") else None
+            self._length = len(epoch) if isinstance(epoch, Sized) else None
             first = next(iter(epoch), None)
             if first is None:
                 raise UsageError("data is an iterable without a batch")
-            if iter(epoch) is epoch and not callable(batches):
-                raise UsageError("data can be gone through only once")
             first = _batch(first)
             self.batch_size = count_rows(first)
         self.example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), first)
@@ -359,7 +363,8 @@ class _Source:
             source.validation = _batch(validation)
         elif validation is not None and source.validation is None:
             raise UsageError(
-                f"validation is {validation!r}, expected (x, y)" + (" or a fraction" if source.arrays is not None else "")
+                f"validation is {validation!r}, expected (x, y)"
+                + (" or a fraction" if source.arrays is not None else "")
             )
         return source
 
@@ -376,8 +381,8 @@ class _Source:
             labels = arrays[1] if arrays is not None else np.zeros(0)
             if len(labels) and not 0 <= labels.min() <= labels.max() < shape[1]:
                 raise UsageError(
-                    f"labels reach from {labels.min()} to {labels.max()}, expected 0 .. {shape[1] - 1}, as the model gives "
-                    f"{shape[1]} logits"
+                    f"labels reach from {labels.min()} to {labels.max()}, expected 0 .. {shape[1] - 1}: the model "
+                    f"gives {shape[1]} logits"
                 )
 
     def checksum(self) -> str | None:
@@ -416,9 +421,11 @@ def _batch(data: Any) -> Any:
 def _each_epoch(data: Any) -> Callable[[], Iterable[Any]]:
     """Gives the batches of an epoch."""
     if callable(data):
-        return data  # type: ignore[no-any-return]
+        return data
     if not isinstance(data, Iterable):
-        raise UsageError(f"data is of type {type(data).__name__}, expected (x, y), an iterable of batches or a function")
+        raise UsageError(
+            f"data is of type {type(data).__name__}, expected (x, y), an iterable of batches or a function"
+        )
     if isinstance(data, Iterator):
         raise UsageError(
             "data is an iterator, which can be gone through only once; pass a function that makes it, such as "
@@ -544,9 +551,11 @@ def _place(workdir: Path | str | None, identity: dict[str, Any]) -> Iterator[tup
                 raise RunError(f"{folder} is in use: {other} trains there")
             if path.exists():
                 found = json.loads(path.read_text())
-                told = differences(found, identity, lambda name, old, new: f"{name} was {old} and is {new}")
-                if told:
-                    raise UsageError(f"workdir {folder} holds another training: {', '.join(told)}; choose another one")
+                changed = differences(found, identity, lambda name, old, new: f"{name} was {old} and is {new}")
+                if changed:
+                    raise UsageError(
+                        f"workdir {folder} holds another training: {', '.join(changed)}; choose another one"
+                    )
             elif is_primary():
                 write_json(path, identity)
         except (OSError, ValueError) as error:
@@ -560,9 +569,9 @@ class History(list[dict[str, Any]]):
 
     def to_pandas(self) -> Any:
         """As a pandas.DataFrame with a row for each epoch."""
-        import pandas as pd
+        from pandas import DataFrame
 
-        return pd.DataFrame(list(self))
+        return DataFrame(list(self))
 
 
 class Fit:
@@ -595,9 +604,9 @@ class Fit:
         Of K seeds a list of K.
         """
         count = len(self._seed_states.seeds)
-        each = [self._trees] if count == 1 else [jax.tree.map(lambda leaf, i=i: leaf[i], self._trees) for i in range(count)]
-        restored = [self._model.restore(trees) for trees in each]
-        return restored[0] if count == 1 else restored
+        if count == 1:
+            return self._model.restore(self._trees)
+        return [self._model.restore(jax.tree.map(lambda leaf, i=i: leaf[i], self._trees)) for i in range(count)]
 
     def predict(self, x: Any) -> np.ndarray:
         """The logits [N, ...] of `x` in evaluation mode, float32 or as the model computes; of K seeds [K, N, ...].
@@ -617,8 +626,7 @@ class Fit:
         parts = []
         for start in range(0, count, size):
             rows = jax.tree.map(lambda leaf, start=start: leaf[start : start + size], inputs)
-            (padded,) = jax.tree.map(lambda leaf: leaf, (padded_split(rows, size),))
-            parts.append(whole(self._apply(self._trees, shard_batch(mesh, padded))))
+            parts.append(whole(self._apply(self._trees, shard_batch(mesh, padded_split((rows, ()), size)[0]))))
         logits = np.concatenate(parts, axis) if parts else np.zeros(0, np.float32)
         return logits[:count] if axis == 0 else logits[:, :count]
 
@@ -636,13 +644,14 @@ class Fit:
         return {name: values[0] if len(values) == 1 else values for name, values in means.items()}
 
     def plot(self) -> "Figure":
-        """Loss and metrics by epoch, of training and validation, as a matplotlib Figure; of K seeds their mean and range."""
+        """Loss and metrics by epoch as a matplotlib Figure; of K seeds their mean and range."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(5 * len(self._names), 4), layout="constrained")
         for axis, name in zip(np.ravel(figure.subplots(1, len(self._names))), self._names, strict=True):
             for split in ("train", "validation"):
-                values = np.array([np.atleast_1d(line[f"{split}_{name}"]) for line in self.history if f"{split}_{name}" in line])
+                key = f"{split}_{name}"
+                values = np.array([np.atleast_1d(line[key]) for line in self.history if key in line])
                 if not len(values):
                     continue
                 epochs = np.arange(1, len(values) + 1)
@@ -674,17 +683,19 @@ class Fit:
             raise UsageError(f"{name} holds examples of shapes {found}, but the model was trained on {example}")
 
     def _repr_html_(self) -> str:
-        columns = [name for name in (self.history[-1] if self.history else {}) if name.startswith(("epoch", "train_", "validation_"))]
-        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{_shown(line.get(name))}</td>" for name in columns) + "</tr>" for line in self.history
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        names = ["epoch", *_shown_names(self.history)]
+        rows = [[f"<td>{_shown(line.get(name))}</td>" for name in names] for line in self.history]
+        head = "".join(f"<th>{escape(name)}</th>" for name in names)
+        body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def __repr__(self) -> str:
-        last = self.history[-1] if self.history else {}
-        shown = ", ".join(f"{name} {_shown(value)}" for name, value in last.items() if name.startswith(("train_", "validation_")))
+        shown = ", ".join(f"{name} {_shown(self.history[-1][name])}" for name in _shown_names(self.history))
         return f"Fit({len(self.history)} epochs: {shown})"
+
+
+def _shown_names(history: History) -> list[str]:
+    return [name for name in (history[-1] if history else {}) if name.startswith(("train_", "validation_"))]
 
 
 def _shown(value: Any) -> str:

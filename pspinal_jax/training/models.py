@@ -20,13 +20,15 @@ _RANDOM = ("key", "rng")
 class Model(Protocol):
     """What is trained.
 
-    Its variables are ``{"params": .., "batch_stats": ..}``: what the optimiser moves, and all else that training changes.
+    Its variables are ``{"params": .., "batch_stats": ..}``: what the optimiser moves, and what else training changes.
     """
 
     def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
         """The variables that training starts from, for inputs of these shapes [N, ...]."""
 
-    def apply(self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+    def apply(
+        self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()
+    ) -> Any:
         """The logits [N, ...]; where `mutable` is given, (logits, {'batch_stats': new ones})."""
 
     def restore(self, variables: dict[str, Any]) -> Any:
@@ -54,8 +56,8 @@ def as_model(model: Any) -> Model:
     )
 
 
-def _flags(function: Callable[..., Any]) -> Callable[[bool], dict[str, bool]]:
-    """train -> the keyword by which `function` is told; nothing where it does not ask."""
+def _flags(function: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
+    """Train -> the keyword by which `function` is told; nothing where it does not ask."""
     names = inspect.signature(function).parameters
     for name in _TRAIN:
         if name in names:
@@ -79,7 +81,9 @@ class LinenModel:
         variables = dict(self._module.init(key, inputs, **self._flags(train)))
         return {"params": variables.pop("params", {}), "batch_stats": variables}
 
-    def apply(self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+    def apply(
+        self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()
+    ) -> Any:
         """See `Model`."""
         given = {"params": variables["params"], **variables["batch_stats"]}
         flags = self._flags(train)
@@ -98,37 +102,40 @@ class LinenModel:
 class NnxModel:
     """An nnx module, which stays as it is: its parameters are where every seed starts.
 
-    Other state than parameters and random numbers, such as batch statistics, is kept and updated in training. The streams
-    of random numbers are seeded anew for each step.
+    Other state than parameters and random numbers, such as batch statistics, is kept and updated in training. The
+    streams of random numbers are seeded anew for each step.
     """
 
     def __init__(self, module: nnx.Module) -> None:
-        self._kinds = (nnx.Param, nnx.RngState, ...)
-        self._graphs, parts = {}, []
+        self._graphs: dict[bool, Any] = {}
         for train in (False, True):
             copy = nnx.clone(module)
             (copy.train if train else copy.eval)()
-            self._graphs[train], *parts = nnx.split(copy, *self._kinds)
-        self._params, self._random, self._rest = parts
+            self._graphs[train], self._params, self._random, self._rest = self._split(copy)
         self._flags = _flags(type(module).__call__)
 
     def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
         """See `Model`; the parameters are the module's, whatever the key."""
         return {"params": _plain(self._params), "batch_stats": _plain(self._rest)}
 
-    def apply(self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+    def apply(
+        self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()
+    ) -> Any:
         """See `Model`."""
         key = jax.random.key(0) if rngs is None else rngs["dropout"]
         module = self._merge(variables, train, _seeded(self._random, key))
         logits = module(inputs, **self._flags(train))
         if not train:
             return logits
-        *_, rest = nnx.split(module, *self._kinds)
+        *_, rest = self._split(module)
         return logits, {"batch_stats": _plain(rest)}
 
     def restore(self, variables: dict[str, Any]) -> nnx.Module:
         """The module in evaluation mode, with these variables."""
         return self._merge(variables, False, self._random)
+
+    def _split(self, module: nnx.Module) -> tuple[Any, ...]:
+        return nnx.split(module, nnx.Param, nnx.RngState, ...)
 
     def _merge(self, variables: Mapping[str, Any], train: bool, random: nnx.State) -> Any:
         params, rest = _filled(self._params, variables["params"]), _filled(self._rest, variables["batch_stats"])
@@ -177,7 +184,9 @@ class FunctionModel:
         """See `Model`."""
         return {"params": {"model": self._init(key, inputs)}, "batch_stats": {}}
 
-    def apply(self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+    def apply(
+        self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()
+    ) -> Any:
         """See `Model`."""
         random = {} if self._random is None else {self._random: rngs["dropout"] if train else None}
         logits = self._apply(variables["params"]["model"], inputs, **self._flags(train), **random)

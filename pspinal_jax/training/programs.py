@@ -74,6 +74,7 @@ class Programs:
       eval_batch_size: examples per evaluation step.
       update_best: (best, candidate, improved) -> best; the older best is donated.
       vectorized: whether all seeds run as one program.
+      compiler_options: XLA's, of what trains and evaluates.
     """
 
     mesh: Mesh
@@ -86,6 +87,7 @@ class Programs:
     eval_batch_size: int
     update_best: Callable[..., Any]
     vectorized: bool
+    compiler_options: Mapping[str, bool | str]
 
     @property
     def replicated(self) -> NamedSharding:
@@ -168,6 +170,7 @@ def build_programs(model: Any, train_step: TrainStep, eval_step: EvalStep, execu
         eval_batch_size=eval_batch_size,
         update_best=jit(seeds(_update_best, (0, 0, 0)), donate_argnums=0, out_shardings=variables),
         vectorized=vectorized,
+        compiler_options=execution.compiler_options,
     )
 
 

@@ -24,8 +24,8 @@ from pspinal_jax.data.images import decode as decoding  # noqa: E402
 from pspinal_jax.data.prepared import find_prepared  # noqa: E402
 from pspinal_jax.distributed.coordination import index  # noqa: E402
 from pspinal_jax.runs import train  # noqa: E402
-from pspinal_jax.runs.input_pipeline import ResidentExamples  # noqa: E402
-from pspinal_jax.runs.trainer import Trainer  # noqa: E402
+from pspinal_jax.training.examples import ResidentExamples  # noqa: E402
+from pspinal_jax.training.loop import Trainer  # noqa: E402
 
 seen = {"decoded": 0, "prepared": [], "from": None}
 

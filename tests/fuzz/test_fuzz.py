@@ -26,7 +26,7 @@ from pspinal_jax.data.npz import read_npz
 from pspinal_jax.errors import DataError, PSpinalError, RunError, UsageError
 from pspinal_jax.recipes import list_recipes
 from pspinal_jax.runs import train as train_module
-from pspinal_jax.runs.trainer import Stopped
+from pspinal_jax.training.loop import Stopped
 
 pytestmark = pytest.mark.slow
 

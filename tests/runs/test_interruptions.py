@@ -21,10 +21,10 @@ from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError
 from pspinal_jax.runs import train as train_module
 from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.input_pipeline import ResidentSplit
 from pspinal_jax.runs.metrics import MetricsWriter
 from pspinal_jax.runs.restore import load_variables
-from pspinal_jax.runs.trainer import Trainer
+from pspinal_jax.training.examples import ResidentSplit
+from pspinal_jax.training.loop import Trainer
 
 
 def command(npz_path, workdir):
@@ -246,7 +246,7 @@ def run_python(code):
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_command_with_a_line():
     done = run_python(
-        "import signal\nfrom pspinal_jax.runs.signals import leave_at_once\n"
+        "import signal\nfrom pspinal_jax.training.signals import leave_at_once\n"
         "with leave_at_once('nothing is lost. Go on'):\n signal.raise_signal(signal.SIGTERM)\nprint('went on')"
     )
     assert (done.returncode, done.stdout) == (0, "")
@@ -256,7 +256,7 @@ def test_before_there_is_anything_to_save_a_signal_ends_the_command_with_a_line(
 def test_a_second_signal_ends_even_a_call_that_does_not_return():
     """As a compiler's: Python calls no handler during it."""
     done = run_python(
-        "import hashlib, os, signal, threading, time\nfrom pspinal_jax.runs.signals import StopRequest\n"
+        "import hashlib, os, signal, threading, time\nfrom pspinal_jax.training.signals import StopRequest\n"
         "def send():\n for _ in range(2):\n  time.sleep(0.2); os.kill(os.getpid(), signal.SIGTERM)\n"
         "with StopRequest():\n threading.Thread(target=send).start()\n"
         " hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"

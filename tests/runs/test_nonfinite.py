@@ -13,9 +13,9 @@ from small_runs import options
 from pspinal_jax.data.dataset import ArraySplit, array_dataset
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
-from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
+from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.state import Totals, TrainState
 from pspinal_jax.training.step import TrainStep
 

@@ -10,8 +10,8 @@ from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import DataConfig, ModelConfig, load_recipe
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.opening import class_counts, describe_opening, warn_of_random_backbone
-from pspinal_jax.runs.progress import make_stages
 from pspinal_jax.runs.result import describe_result
+from pspinal_jax.training.stages import make_stages
 
 
 def opening(recipe, init_from=None):

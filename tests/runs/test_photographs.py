@@ -17,11 +17,11 @@ from small_runs import Killed
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import ResNet
 from pspinal_jax.data.images.decode import decode
-from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.classifier import load_classifier
 from pspinal_jax.runs.predict import _read
 from pspinal_jax.runs.restore import load_variables
-from pspinal_jax.runs.seed_states import SeedStates
+from pspinal_jax.training import loop as trainer_module
+from pspinal_jax.training.seed_states import SeedStates
 from pspinal_jax.weights import resnet_state_dict
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")

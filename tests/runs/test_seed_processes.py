@@ -19,11 +19,12 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import OptimizerConfig, load_recipe
 from pspinal_jax.recipes.options import RunOptions
-from pspinal_jax.runs import seed_processes, trainer
+from pspinal_jax.runs import seed_processes
 from pspinal_jax.runs.build import set_up
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.seed_rounding import first_steps_checksum
 from pspinal_jax.runs.train import train
+from pspinal_jax.training import loop as trainer
 
 
 @pytest.fixture(scope="module")

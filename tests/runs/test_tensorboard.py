@@ -6,8 +6,8 @@ import pytest
 from small_runs import Killed, metrics, options, small_recipe
 from tensorboardX.proto.event_pb2 import Event
 
-from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.train import train
+from pspinal_jax.training import loop as trainer_module
 
 
 def events(workdir):

@@ -12,11 +12,11 @@ from small_runs import Killed, metrics, options, small_recipe
 
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes import ModelConfig, OptimizerConfig
-from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.evaluate import evaluate
-from pspinal_jax.runs.input_pipeline import ResidentExamples
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
+from pspinal_jax.training import loop as trainer_module
+from pspinal_jax.training.examples import ResidentExamples
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.checkpoints.store import CheckpointStore
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes import AugmentConfig, ModelConfig, OptimizerConfig, load_recipe
-from pspinal_jax.runs import trainer as trainer_module
 from pspinal_jax.runs.evaluate import evaluate
-from pspinal_jax.runs.input_pipeline import ResidentExamples
-from pspinal_jax.runs.metrics import balanced_accuracy
 from pspinal_jax.runs.restore import load_recipe_of, load_variables
-from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.train import train
+from pspinal_jax.training import loop as trainer_module
+from pspinal_jax.training.epoch_metrics import balanced_accuracy
+from pspinal_jax.training.examples import ResidentExamples
+from pspinal_jax.training.seed_states import SeedStates
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ EVALUATE = SeedStates.evaluate
 
 def scripted(monkeypatch, accuracies):
     """Every evaluation of the validation split finds the next of `accuracies` [epochs, K], of 24 examples."""
-    monkeypatch.setattr("pspinal_jax.runs.trainer.selected_by", lambda recipe: "accuracy")
+    monkeypatch.setattr("pspinal_jax.training.loop.selected_by", lambda recipe: "accuracy")
     monkeypatch.setattr("pspinal_jax.runs.result.selected_by", lambda recipe: "accuracy")
     calls = []
 

@@ -10,9 +10,9 @@ import jax
 
 from pspinal_jax.recipes import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, load_recipe
 from pspinal_jax.recipes.options import RunOptions
-from pspinal_jax.runs.input_pipeline import ResidentExamples
 from pspinal_jax.runs.train import train
-from pspinal_jax.runs.trainer import Stopped, Trainer
+from pspinal_jax.training.examples import ResidentExamples
+from pspinal_jax.training.loop import Stopped, Trainer
 
 
 def main():

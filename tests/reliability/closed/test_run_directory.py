@@ -16,7 +16,7 @@ import pspinal_jax
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import held
 from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.trainer import Trainer
+from pspinal_jax.training.loop import Trainer
 
 SMALL = {"epochs": 4, "batch_size": 16, "eval_batch_size": 16, "data__num_validation": 24, "data__num_classes": 3}
 SMALL |= {"model__layer_width": 6, "checkpoint_seconds": 0}

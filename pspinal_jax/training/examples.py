@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 
 from pspinal_jax.data.dataset import Split
 from pspinal_jax.data.images.stream import stream
-from pspinal_jax.runs.progress import TrainingStage
-from pspinal_jax.runs.seed_states import Chunk, SeedStates
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs, padded_split
+from pspinal_jax.training.seed_states import Chunk, SeedStates
 from pspinal_jax.training.sharding import process_local_rows, shard_process_local
+from pspinal_jax.training.stages import TrainingStage
 
 Evaluate = Callable[[Batch, int], dict[str, np.ndarray]]
 """(padded batch or split, how many are real) -> sums of loss and metrics [K] and predictions [K, M], of K seeds."""

@@ -115,6 +115,13 @@ class SeedStates:
         assert group.rates is not None
         return float(group.rates[index, step] if self._programs.vectorized else group.rates[step])
 
+    def variables(self, *, best: bool) -> dict[str, Any]:
+        """The best or the current parameters and statistics, of one seed, or of K with a leading axis."""
+        variables: dict[str, Any] = self._stack(
+            [group.best if best else _variables(group.state) for group in self._groups]
+        )
+        return variables
+
     @property
     def state(self) -> TrainState:
         """The state of one seed, or of K with a leading axis: a view that the next step may overwrite."""

@@ -48,7 +48,7 @@ class LoopConfig:
       num_seeds: K; the seeds are seed .. seed + K - 1.
       epochs: passes of every stage but one that trains again.
       batch_size: examples per step.
-      learning_rates: (epoch from 0, steps) -> float32 [steps].
+      learning_rates: (epoch from 0, steps) -> float32 [steps]; None where the optimiser has its own.
       shuffle: whether every epoch has an order of its own.
       balanced: whether an epoch draws evenly from all classes.
       selected_by: what the best epoch is the best in: accuracy, balanced_accuracy, the name of a metric, or loss; None
@@ -56,19 +56,21 @@ class LoopConfig:
       patience: epochs without a better one after which a seed stops; 0 for no limit.
       restarts_rate: whether an epoch that is no better draws the learning rate anew, see `OptimizerConfig.steering`.
       stop_on_nonfinite: whether a loss or gradient that is not finite ends the run.
+      advice: what to do then.
     """
 
     seed: int
     num_seeds: int
     epochs: int
     batch_size: int
-    learning_rates: Callable[[int, int], np.ndarray]
+    learning_rates: Callable[[int, int], np.ndarray] | None = None
     shuffle: bool = True
     balanced: bool = False
     selected_by: str | None = "accuracy"
     patience: int = 0
     restarts_rate: bool = False
     stop_on_nonfinite: bool = True
+    advice: str = ""
 
 
 def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[TrainingStage]:

@@ -7,36 +7,82 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import StepProgress
-from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
-from pspinal_jax.runs.directory import RunDirectory, write_json
-from pspinal_jax.runs.metrics import (
-    MetricsWriter,
-    balanced_accuracy,
-    epoch_line,
-    metric_name,
-    per_seed,
-    training_means,
-)
-from pspinal_jax.runs.progress import LoopConfig, TrainingProgress, TrainingStage
-from pspinal_jax.runs.seed_states import SeedStates
-from pspinal_jax.runs.signals import Stopped, StopRequest
-from pspinal_jax.training.programs import make_order
+from pspinal_jax.training.epoch_metrics import balanced_accuracy, epoch_line, metric_name, per_seed, training_means
+from pspinal_jax.training.examples import EvaluatedSplit, Examples
+from pspinal_jax.training.programs import Programs, make_order
+from pspinal_jax.training.seed_states import SeedStates
+from pspinal_jax.training.sharding import shardings
+from pspinal_jax.training.signals import Stopped, StopRequest
+from pspinal_jax.training.stages import LoopConfig, TrainingProgress, TrainingStage
 
 Callback = Callable[[int, Any, dict[str, Any]], object]
 """(finished epochs of the stage, the state of all seeds, metrics by name) -> whether to end the training there."""
 REPORT = "nonfinite.json"
+"""The file that tells of a step that was not finite."""
 CHUNK_SECONDS = 2.0
 """Longest time between two looks at the clock and at signals."""
+
+
+class Log(Protocol):
+    """Where the history goes."""
+
+    def rewind(self, finished: Sequence[tuple[str, int]]) -> None:
+        """Keep the lines of these (stage, epoch) only."""
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add an epoch's line."""
+
+    def report(self, found: dict[str, Any]) -> Path | None:
+        """Write down what is known of a step that was not finite; where that lies."""
+
+
+class Store(Protocol):
+    """Where checkpoints go; see `pspinal_jax.checkpoints.CheckpointStore`."""
+
+    def due(self, seconds: float) -> bool:
+        """Whether it is time for a checkpoint."""
+
+    def save(self, step: int, trees: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Save a checkpoint."""
+
+    def finish(self) -> None:
+        """Return when the last one is saved."""
+
+    def restore(self, abstract: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The newest one, (trees, progress); None where there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the loop works with.
+
+    Attributes:
+      config: what is trained, and for how long.
+      programs: the compiled pieces.
+      examples: all training examples, validation included; stages pick theirs by index.
+      splits: 'test', and 'validation' where examples were held out.
+      stages: what the run does one after the other.
+      labels: int32 [N] of all training examples, by index.
+      validation_labels: int32 [V] of the split 'validation', empty where there is none.
+    """
+
+    config: LoopConfig
+    programs: Programs
+    examples: Examples
+    splits: Mapping[str, EvaluatedSplit]
+    stages: list[TrainingStage]
+    labels: np.ndarray
+    validation_labels: np.ndarray
 
 
 class Trainer:
@@ -46,15 +92,14 @@ class Trainer:
       setup: what the run works with.
       seed_states: the seeds' states.
       progress: how far the run has come.
-      directory: where the run's files are.
       longest: the epochs to retrain for, from the most that a seed of this run selected.
     """
 
     def __init__(
         self,
         setup: Setup,
-        metrics: MetricsWriter,
-        store: CheckpointStore,
+        log: Log,
+        store: Store,
         stop: StopRequest,
         checkpoint_seconds: float,
         start: Callable[[], dict[str, Any]] = dict,
@@ -63,9 +108,8 @@ class Trainer:
         self.setup = setup
         self.config = setup.config
         self.progress = TrainingProgress()
-        self.directory = metrics.directory
         self.longest: Callable[[int], int] | None = None
-        self._metrics = metrics
+        self._log = log
         self._store = store
         self._stop = stop
         self._checkpoint_seconds = checkpoint_seconds
@@ -108,13 +152,13 @@ class Trainer:
         found = self._store.restore(wanted)
         if found is None:
             self.seed_states.start_from(self._start())
-            self._metrics.rewind([])
+            self._log.rewind([])
             return
         trees, progress = found
         self.progress = TrainingProgress(**progress)
         self.seed_states.set_trees(trees, self.progress.steps_taken(self.stage))
         self.seed_states.set_totals(self.progress.totals or None)
-        self._metrics.rewind(self.progress.finished(self.setup.stages))
+        self._log.rewind(self.progress.finished(self.setup.stages))
 
     def _save(self) -> None:
         self.progress.totals = self.seed_states.totals() if self.progress.step else {}
@@ -168,9 +212,10 @@ class Trainer:
 
     def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
         stage, config, epoch = self.stage, self.config, self.progress.epoch
-        rates = config.learning_rates(epoch, stage.steps_per_epoch or 1)
+        steps = stage.steps_per_epoch or 1
+        rates = config.learning_rates(epoch, steps) if config.learning_rates else np.ones(steps, np.float32)
         scale = np.asarray(self.progress.rate_scale or [1.0] * config.num_seeds, np.float32)
-        self._last_rates = (scale * rates[-1]).tolist()
+        self._last_rates = (scale * rates[-1]).tolist() if config.learning_rates else None
         padded = padded_rates(rates, longest_epoch(self.setup.stages))
         self.seed_states.plan_epoch(order, self.progress.epochs_before + epoch, scale[:, None] * padded)
 
@@ -212,7 +257,7 @@ class Trainer:
         if self.config.stop_on_nonfinite:
             try:
                 check_finite(
-                    self.config, self.seed_states, self.seed_states.totals(), self.stage, self.progress, self.directory
+                    self.config, self.seed_states, self.seed_states.totals(), self.stage, self.progress, self._log
                 )
             except RunError:
                 self._store.finish()
@@ -259,7 +304,7 @@ class Trainer:
             line["skipped_steps"] = per_seed(totals["skipped"])
         if self.setup.examples.waited:
             line["input_seconds"] = round(self.setup.examples.waited, 4)
-        self._metrics.append(line)
+        self._log.append(line)
         bar.advance(0, **self._shown())
         self._call_back(line)
         progress.total_seconds += progress.seconds + time.perf_counter() - start
@@ -321,12 +366,12 @@ def check_finite(
     totals: dict[str, list[Any]],
     stage: TrainingStage,
     progress: TrainingProgress,
-    directory: RunDirectory,
+    log: Log,
 ) -> None:
     """Raise RunError, naming the step, if one of the epoch so far was not finite; called before anything is saved.
 
-    nonfinite.json in the run's directory tells the seed, the epoch, the step, its learning rate and its examples. The
-    run is a function of its recipe, so training on from the last checkpoint comes by that step again.
+    What the log keeps of it tells the seed, the epoch, the step, its learning rate and its examples. Training on from
+    the last checkpoint comes by that step again.
     """
     for index, bad in enumerate(totals["bad_step"]):
         if bad < 0:
@@ -341,11 +386,28 @@ def check_finite(
             "learning_rate": seed_states.learning_rate(index, step),
             "examples": seed_states.examples(index, step, config.batch_size).tolist(),
         }
-        if is_primary():
-            write_json(directory.path / REPORT, report)
+        path = log.report(report)
+        kept = f"the last checkpoint before it is kept, and {path} tells which examples it saw; " if path else ""
         raise RunError(
             f"the loss or a gradient of seed {report['seed']} is not finite at step {step + 1} of epoch "
-            f"{report['epoch']}; the last checkpoint before it is kept, and {directory.path / REPORT} tells which "
-            "examples it saw; lower --optimizer.learning-rate, or leave such steps out with --on-nonfinite skip (in "
-            "another --workdir)"
+            f"{report['epoch']}; {kept}{config.advice}"
         )
+
+
+def abstract_trees(trees: Any, num_seeds: int, programs: Programs) -> Any:
+    """Shapes and dtypes of a checkpoint's `trees`, with their shardings on this run's mesh, for restoring them.
+
+    With them it does not matter on which mesh they were saved: each device reads its part of whatever was written.
+    """
+    places = shardings(programs.mesh, trees, stacked=num_seeds > 1)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), trees, places)
+
+
+def longest_epoch(stages: list[TrainingStage]) -> int:
+    """Steps of the longest epoch of all stages."""
+    return max(stage.steps_per_epoch or 1 for stage in stages)
+
+
+def padded_rates(rates: np.ndarray, length: int) -> np.ndarray:
+    """`rates` followed by zeros up to `length`, so that every stage calls the same program."""
+    return np.pad(rates, (0, length - len(rates)))
