@@ -313,7 +313,7 @@ class Trainer:
 
     def _select(self, evaluation: dict[str, list[float]], epochs: int) -> None:
         progress, count = self.progress, self.config.num_seeds
-        accuracy = evaluation.get(self.config.selected_by or "")
+        accuracy = self.config.score(evaluation)
         before = np.asarray(progress.best_accuracy or [-1.0] * count)
         best_epoch = np.asarray(progress.best_epoch or [0] * count)
         if accuracy is not None:

@@ -72,6 +72,11 @@ class LoopConfig:
     stop_on_nonfinite: bool = True
     advice: str = ""
 
+    def score(self, evaluation: dict[str, list[float]]) -> list[float] | None:
+        """What the epoch is selected by, the larger the better; None where it is not."""
+        values = evaluation.get(self.selected_by or "")
+        return [-value for value in values] if values is not None and self.selected_by == "loss" else values
+
 
 def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[TrainingStage]:
     """The stages of a run, from the indices of its training and validation examples."""
