@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import io
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pspinal_jax.benchmark.registry import BENCHMARKS
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
-
-NO_TORCH = "PyTorch eager and torch.compile: torch is not installed (extra `torch`)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,35 +116,63 @@ class CompareArguments:
     """The heads."""
 
 
+@dataclasses.dataclass(frozen=True)
+class SectionArguments:
+    """Any other part of `benchmark all` by itself."""
+
+    workdir: Path
+    """Where results.json and results.png go."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype to compute in."""
+    rounds: int = 7
+    """How often each alternative is timed, in turn with the others."""
+    seconds_per_round: float = 0.2
+    """About how long each timing takes."""
+
+
+ARGUMENTS: dict[str, type[Any]] = {
+    "step": StepArguments,
+    "head": HeadArguments,
+    "epoch": EpochArguments,
+    "compile": CompileArguments,
+    "depth": DepthArguments,
+    "input": InputArguments,
+    "compare": CompareArguments,
+}
+"""The flags, which become arguments of `run_alone` and of the benchmark's cases."""
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args or args[0] in ("-h", "--help"):
-        lines = [f"  {name:8} {arguments.__doc__}" for name, (arguments, _) in _BENCHMARKS.items()]
-        lines += [f"  {'all':8} {_all.__doc__}"]
-        print(
-            "\n".join(
-                ["usage: pspinal-jax benchmark WHAT [flags]", "", *lines, "", "example: pspinal-jax benchmark step"]
-            )
-        )
+        titles = {name: benchmark.title for name, benchmark in BENCHMARKS.items()} | {"all": str(_all.__doc__)}
+        width = max(map(len, titles))
+        lines = [f"  {name.ljust(width)}  {title}" for name, title in titles.items()]
+        usage = ["usage: pspinal-jax benchmark WHAT [flags]", "", *lines, "", "example: pspinal-jax benchmark step"]
+        print("\n".join(usage))
         return 0 if args else UsageError.exit_status
-    if args[0] == "all":
-        return _all(args[1:])
-    if args[0] not in _BENCHMARKS:
-        raise UsageError(f"unknown benchmark {args[0]!r}; there are: {', '.join(_BENCHMARKS)}, all")
+    name, *flags = args
+    if name == "all":
+        return _all(flags)
+    if name not in BENCHMARKS:
+        raise UsageError(f"unknown benchmark {name!r}; there are: {', '.join(BENCHMARKS)}, all")
     from pspinal_jax.commands.parse import parse
     from pspinal_jax.environment import check_platform
 
-    arguments, run = _BENCHMARKS[args[0]]
+    arguments, workdir = ARGUMENTS.get(name, SectionArguments), Path(f"runs/benchmark-{name}")
     parsed = parse(
         arguments,
-        args[1:],
-        prog=f"pspinal-jax benchmark {args[0]}",
-        description=str(arguments.__doc__),
-        example=f"pspinal-jax benchmark {args[0]}",
-        default=arguments(),
+        flags,
+        prog=f"pspinal-jax benchmark {name}",
+        description=BENCHMARKS[name].title,
+        example=f"pspinal-jax benchmark {name}",
+        default=arguments(workdir=workdir),
     )
     check_platform()
-    run(parsed, f"pspinal-jax benchmark {shlex.join(args)}")
+    from pspinal_jax.benchmark.run import run_alone
+
+    given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed)}
+    run_alone(name, command=f"pspinal-jax benchmark {shlex.join(args)}", **given)
     return 0
 
 
@@ -177,134 +204,3 @@ def _all(args: Sequence[str]) -> int:
         parsed.workdir, parsed.minutes, command, parsed.sections, parsed.precisions, parsed.tiny, parsed.overwrite
     )
     return 1 if failed else 0
-
-
-def _step(arguments: StepArguments, command: str) -> None:
-    import jax.numpy as jnp
-
-    from pspinal_jax.benchmark.report import Measurement, write_report
-    from pspinal_jax.benchmark.roofline import measure_roofline
-    from pspinal_jax.benchmark.step import benchmark_recipe
-    from pspinal_jax.benchmark.timing import time_interleaved
-
-    recipe = benchmark_recipe(arguments.recipe, arguments.batch_size, arguments.dtype)
-    work, flops, left_out = (_small_step if recipe.data.image_size is None else _image_step)(recipe)
-    ours = next(iter(work))
-    timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
-    title = f"one training step of {arguments.recipe}, batch {recipe.batch_size}, {recipe.dtype}"
-    roofline = measure_roofline(jnp.dtype(recipe.dtype))
-    write_report(arguments.workdir, [Measurement(title, timings, ours, flops)], left_out, command, roofline)
-
-
-def _small_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
-    """Alternatives, ours first; operations of a step; what is left out."""
-    from pspinal_jax.benchmark.step import OURS, JaxStep, fake_data, step_flops, torch_steps
-
-    data = fake_data()
-    ours, by_call = JaxStep(recipe, data), JaxStep(recipe, data)
-    work = {OURS: ours.run, "jitted step, Python loop": by_call.run_one_by_one}
-    try:
-        return work | torch_steps(recipe, data, ours), step_flops(recipe), []
-    except ImportError:
-        return work, step_flops(recipe), [NO_TORCH]
-
-
-def _image_step(recipe: Any) -> tuple[dict[str, Any], int, list[str]]:
-    """As `_small_step`."""
-    from pspinal_jax.benchmark.image_step import OURS, ImageStep, fake_images, image_step_flops, torch_image_steps
-
-    batch = fake_images(recipe)
-    ours, flops = ImageStep(recipe, batch), image_step_flops(recipe)
-    try:
-        return {OURS: ours.run} | torch_image_steps(recipe, batch, ours), flops, []
-    except ImportError:
-        return {OURS: ours.run}, flops, [NO_TORCH]
-
-
-def _head(arguments: HeadArguments, command: str) -> None:
-    import jax.numpy as jnp
-
-    from pspinal_jax.benchmark.head import SHAPES, Case, alternatives, check_equal, torch_alternatives
-    from pspinal_jax.benchmark.report import Measurement, write_report
-    from pspinal_jax.benchmark.roofline import measure_roofline
-    from pspinal_jax.benchmark.timing import time_interleaved
-
-    cases = [Case(shape, jnp.dtype(arguments.dtype)) for shape in SHAPES]
-    measurements, left_out = [], []
-    try:
-        for case in cases:
-            check_equal(case)
-    except ImportError:
-        left_out = [NO_TORCH]
-    for case in cases:
-        work = alternatives(case)
-        ours = next(iter(work))
-        if not left_out:
-            work |= torch_alternatives(case)
-        timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
-        title = f"{case.shape}, {arguments.dtype}"
-        measurements.append(Measurement(title, timings, ours, case.shape.flops))
-    roofline = measure_roofline(jnp.dtype(arguments.dtype))
-    write_report(arguments.workdir, measurements, left_out, command, roofline)
-
-
-def _epoch(arguments: EpochArguments, command: str) -> None:
-    from pspinal_jax.benchmark.epoch import OURS, jax_epochs, torch_epochs
-    from pspinal_jax.benchmark.report import Measurement, write_report
-    from pspinal_jax.benchmark.roofline import measure_roofline
-    from pspinal_jax.benchmark.step import NUM_EXAMPLES, benchmark_recipe, fake_data, step_flops
-    from pspinal_jax.benchmark.timing import time_interleaved
-
-    recipe, data = benchmark_recipe("mnist-paper"), fake_data()
-    work, left_out = jax_epochs(recipe, data), []
-    try:
-        work |= torch_epochs(recipe, data)
-    except ImportError:
-        left_out.append(NO_TORCH)
-    timings = time_interleaved(work, rounds=arguments.rounds, seconds_per_round=arguments.seconds_per_round)
-    flops = NUM_EXAMPLES // recipe.batch_size * step_flops(recipe)
-    title = f"an epoch of mnist-paper, {NUM_EXAMPLES} images, batch {recipe.batch_size}, {recipe.dtype}"
-    measurement = Measurement(title, timings, OURS, flops)
-    write_report(arguments.workdir, [measurement], left_out, command, measure_roofline())
-
-
-def _compile(arguments: CompileArguments, command: str) -> None:
-    from pspinal_jax.benchmark.compile import report
-
-    recipe, *flags = arguments.train
-    words = [recipe, *(f"--{flag}" for flag in flags)]
-    published = None if arguments.published_data is None else (arguments.published_data, arguments.published_epochs)
-    report(arguments.workdir, words, arguments.rounds, command, published)
-
-
-def _depth(arguments: DepthArguments, command: str) -> None:
-    from pspinal_jax.benchmark.depth import report
-
-    report(arguments.workdir, arguments.depths, arguments.rounds, command)
-
-
-def _input(arguments: InputArguments, command: str) -> None:
-    from pspinal_jax.benchmark.input import report
-
-    report(arguments.workdir, arguments.pictures, arguments.workers, arguments.rounds, command)
-
-
-def _compare(arguments: CompareArguments, command: str) -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise UsageError(f"benchmark compare has nothing to compare with. {NO_TORCH}") from None
-    from pspinal_jax.benchmark.comparison import report
-
-    report(arguments.workdir, arguments.trials, arguments.epochs, arguments.batch_size, arguments.heads, command)
-
-
-_BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any, str], None]]] = {
-    "step": (StepArguments, _step),
-    "head": (HeadArguments, _head),
-    "epoch": (EpochArguments, _epoch),
-    "compile": (CompileArguments, _compile),
-    "depth": (DepthArguments, _depth),
-    "input": (InputArguments, _input),
-    "compare": (CompareArguments, _compare),
-}

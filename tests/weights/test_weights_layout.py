@@ -172,7 +172,7 @@ def mnist():
 def test_the_head_alone_both_ways(mnist):
     variables = classifier_variables(mnist, "mnist")
     assert set(variables["params"]) == {"head"}
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 514_218  # SPEC section 1
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 514_218  # the published MNIST script's
     head = variables["params"]["head"]
     np.testing.assert_array_equal(head["layer_3"]["kernel"], mnist["fc_spinal_layer3.0.weight"].T)
     np.testing.assert_array_equal(head["output"]["bias"], mnist["fc_out.0.bias"])
