@@ -167,6 +167,13 @@ def expanded(path: str | Path) -> Path:
         raise UsageError(f"{path} begins with ~, but no home directory is known; give the whole path") from None
 
 
+def shipped(folder: str) -> Path:
+    """What the package ships as `folder`: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
 def cache_folder() -> Path | None:
     """The folder of this package's caches, which need not exist; None where there is to be none.
 

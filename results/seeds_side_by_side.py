@@ -20,8 +20,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-
 from pspinal_jax.benchmark.step import JaxStep, benchmark_recipe, torch_steps
+
 from pspinal_jax.data import load_data
 from pspinal_jax.environment import processor, versions
 from pspinal_jax.recipes import load_recipe

@@ -1,9 +1,8 @@
 """ResNets in PyTorch with random tensors, to compare ours with. A helper, not a test."""
 
 import torch
-from torch import nn
-
 from pspinal_jax.benchmark.torch_twins import TorchResNet as TorchResNet
+from torch import nn
 
 
 def randomised(model, seed=0):

@@ -2,9 +2,8 @@
 
 import numpy as np
 import torch
-from torch import nn
-
 from pspinal_jax.benchmark.torch_twins import TorchVGG5
+from torch import nn
 
 
 def randomised(seed: int) -> TorchVGG5:

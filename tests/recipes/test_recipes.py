@@ -5,15 +5,15 @@ import jax
 import pytest
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.files import shipped
 from pspinal_jax.models.build import build_model, count_parameters
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
-from pspinal_jax.recipes.registry import configs_dir
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_states_its_command_score_and_time(name):
     recipe = load_recipe(name)
-    header = (configs_dir() / f"{name.replace('-', '_')}.py").read_text().split("\nfrom ")[0]
+    header = (shipped("configs") / f"{name.replace('-', '_')}.py").read_text().split("\nfrom ")[0]
     assert recipe.card.name == name
     assert f"pspinal-jax train {name}" in header
     assert "expected" in header and "time" in header and "to be filled" not in header
@@ -103,7 +103,7 @@ def test_recipes_are_frozen():
 
 
 def test_configs_stand_beside_the_package_in_a_checkout():
-    assert Path(configs_dir()).name == "configs"
+    assert Path(shipped("configs")).name == "configs"
 
 
 def parameters(recipe: Recipe, shape: tuple[int, ...], num_classes: int) -> int:
