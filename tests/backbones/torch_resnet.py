@@ -1,8 +1,9 @@
 """ResNets in PyTorch with random tensors, to compare ours with. A helper, not a test."""
 
 import torch
-from pspinal_jax.benchmark.torch_twins import TorchResNet as TorchResNet
 from torch import nn
+
+from pspinal_jax.benchmark.torch_reference import TorchResNet as TorchResNet
 
 
 def randomised(model, seed=0):
