@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -30,9 +29,8 @@ def test_photographs_are_drawn_the_same_every_time():
     assert 15_000 < len(data) < 120_000
 
 
-def test_without_torch_or_workers_to_spare_it_reports_the_rest(small, tmp_path, monkeypatch, capsys):
+def test_without_torch_or_workers_to_spare_it_reports_the_rest(small, without_torch, tmp_path, monkeypatch, capsys):
     start = benchmark.stream
-    monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(benchmark, "stream", lambda *given, workers=0: start(*given))
     assert main(["benchmark", "input", "--workdir", str(tmp_path), "--pictures", "20", "--rounds", "2"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

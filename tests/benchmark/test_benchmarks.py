@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import jax
 import numpy as np
@@ -129,8 +128,7 @@ def test_a_case_is_not_begun_after_its_time():
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_makes_its_cases_without_torch(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
+def test_every_benchmark_makes_its_cases_without_torch(name, monkeypatch, without_torch):
     monkeypatch.setattr(steps, "_NUM_EXAMPLES", 64)
     settings = Settings(("float32",), image_side=32)
     if name == "compare":
@@ -141,8 +139,7 @@ def test_every_benchmark_makes_its_cases_without_torch(name, monkeypatch):
         assert names and len(set(names)) == len(names)
 
 
-def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
+def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(without_torch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(head, "SHAPES", (SMALL,))
     monkeypatch.setattr("pspinal_jax.benchmark.roofline.measure_roofline", lambda dtype: dict(FAKE_CEILINGS))
     flags = ["--rounds", "1", "--seconds-per-round", "0.001", "--workdir", str(tmp_path)]
