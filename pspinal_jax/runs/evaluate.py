@@ -20,9 +20,8 @@ from pspinal_jax.progress import progress_bar, warn
 from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
 from pspinal_jax.runs.classification_report import Scored, classification_report, worst_first
 from pspinal_jax.runs.classifier import Classifier, load_classifier
-from pspinal_jax.runs.directory import read_json, whole_file, write_json
+from pspinal_jax.runs.directory import data_config, read_json, whole_file, write_json
 from pspinal_jax.runs.metrics import plot_confusion, plot_mistakes
-from pspinal_jax.runs.restore import data_config
 
 MOST_MISTAKES = 24
 PICTURE_SIDE = 112
@@ -247,7 +246,7 @@ def _write(folder: Path, evaluated: Evaluated) -> list[str]:
     ending = f"-{report['data_fingerprint']}" if report["trained_on_it"] is False else ""
     paths = [folder / f"{stem}{ending}{kind}" for stem, kind in _FILES]
     numbers, classes, confusion, mistakes = paths
-    name = evaluated.classifier.described["recipe"] if recipe is None else recipe.card.name
+    name = evaluated.classifier.described.get("recipe", "export") if recipe is None else recipe.card.name
     title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
     try:
         folder.mkdir(parents=True, exist_ok=True)

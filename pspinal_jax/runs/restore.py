@@ -13,45 +13,18 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features
 from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.recipes.augment import AugmentConfig
-from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
+from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs import manifest
-from pspinal_jax.runs.directory import RunDirectory, writing
+from pspinal_jax.runs.directory import RunDirectory, load_recipe_of, writing
 from pspinal_jax.runs.features import add_backbone, head_recipe
+from pspinal_jax.runs.progress import TrainingProgress
 from pspinal_jax.runs.result import best_seed_index, leading_seed, selected_checksum
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 from pspinal_jax.weights import backbone_variables
 from pspinal_jax.weights.variables import first_not_finite, read_variables, save_variables
 
 START = "start.safetensors"
-
-
-def load_recipe_of(config: dict[str, Any]) -> Recipe:
-    """The recipe that a run's config.json records, its data location included; on the default mesh."""
-    settings = dict(config["identity"])
-    # A setting that came later than the run is at its default.
-    fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key in settings and key not in _NESTED}
-    return Recipe(
-        card=Card(name=settings["card"]["name"], row="", model=""),
-        data=data_config(settings["data"], config["data_location"]),
-        model=ModelConfig(**settings["model"]),
-        optimizer=OptimizerConfig(**settings["optimizer"]),
-        augment=AugmentConfig(**settings.get("augment", {})),
-        **fields,
-    )
-
-
-def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfig:
-    """The data configuration that config.json records as these settings, at this location."""
-    data: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    for key, value in location.items():
-        data[key] = None if value == "None" else Path(value)
-    if data.get("image_size") is not None:
-        data["transposed"] = False  # which runs of earlier versions took, and dropped in training
-    return DataConfig(**data)
-
-
-_NESTED = ("card", "data", "model", "optimizer", "augment", "mesh")
 
 
 def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,12 +51,15 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
         seed_index = best_seed_index(config, result, directory.metrics())
     if not 0 <= seed_index < count:
         raise UsageError(f"--seed-index is {seed_index}, expected 0 .. {count - 1}: the run has {count} seeds")
-    shapes = _trained_shapes(recipe, config)
+    try:
+        shapes = _trained_shapes(recipe, config)
+    except (UsageError, TypeError, ValueError, OverflowError) as error:  # what flax and jax say of odd sizes
+        raise RunError(f"{directory.config_path} describes no model: {error}; train in another --workdir") from error
     lead = (count,) if count > 1 else ()
     sharding = replicated_on(make_mesh())
 
     def wanted(position: dict[str, Any]) -> dict[str, Any]:
-        if not any(position["best_epoch"]):
+        if not any(typed("position", position, TrainingProgress).best_epoch):
             raise RunError(f"{run} has not finished an epoch yet; run `train` again to go on")
         model_trees = {name: shapes.get(name, {}) for name in ("params", "batch_stats")}
         abstract = jax.tree.map(
@@ -117,8 +93,8 @@ def _speaks_of(result: dict[str, Any], selected: Any, progress: dict[str, Any]) 
     if "selected_checksum" in result:
         return bool(result["selected_checksum"] == selected_checksum(selected))
     if "selected_epoch" in result:  # a run of before there was such a checksum
-        return bool(result["selected_epoch"] == (progress["selected_epoch"] or progress["best_epoch"]))
-    return bool(result["test_accuracy"]["each"] == progress["last_accuracy"])
+        return bool(result["selected_epoch"] == (progress.get("selected_epoch") or progress["best_epoch"]))
+    return bool(result["test_accuracy"]["each"] == progress.get("last_accuracy"))
 
 
 def _check_finite(run: Path, variables: dict[str, Any]) -> None:

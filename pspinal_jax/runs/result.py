@@ -66,7 +66,7 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         "test_examples": test.count,
         "epochs": recipe.epochs,
         "seconds": round(progress.total_seconds, 3),
-        "compile_seconds": round(sum(line["compile_seconds"] for line in lines), 3),
+        "compile_seconds": round(sum(line.get("compile_seconds", 0.0) for line in lines), 3),
         "seeds_as": _seeds_as(trainer),
         "device": device(),
         "versions": versions(),
@@ -139,9 +139,9 @@ def _worst_classes(result: dict[str, Any]) -> list[str]:
     classes = [
         (float(np.mean(each["recall"])), each["support"], each["name"])
         for each in result.get("test_classes", [])
-        if each["support"]
+        if each["support"] and None not in each["recall"]
     ]
-    if len(classes) < 2:
+    if len(classes) < 2 or "test_balanced_accuracy" not in result:
         return []
     shown = sorted(classes, key=lambda each: each[0])[:_MOST_CLASSES]
     width = max(len(printable(name)) for _, _, name in shown)
@@ -173,7 +173,8 @@ def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metri
         balances = any("validation_balanced_accuracy" in line for line in metrics)
         name = "validation_balanced_accuracy" if balances else "validation_accuracy"
         evaluated = [line[name] for line in metrics if name in line]
-        return int(np.argmax(np.max(np.asarray(evaluated), axis=0))) if evaluated else 0
+        by_seed = np.asarray(evaluated, float).reshape(-1, config["num_seeds"])
+        return int(by_seed.max(0).argmax()) if evaluated else 0
     except (KeyError, TypeError, ValueError) as error:
         raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with --seed-index") from error
 
