@@ -13,7 +13,7 @@ from pspinal_jax.errors import PSpinalError, UsageError, printable
 
 REQUIRED = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "pillow", "grain"),
-    *("array_record", "tensorflow-datasets", "safetensors", "matplotlib", "tyro"),
+    *("array_record", "tensorflow-datasets", "safetensors", "matplotlib", "jinja2", "tyro"),
 )
 EXTRAS = {
     "torch": ("torch", "PyTorch's weights from .pt files, and benchmarks against it"),
