@@ -247,7 +247,7 @@ def marked(value):
 
 def test_report_of_a_stranger_shows_markup_as_text(place, tmp_path, capsys):
     """Whatever part of the run's files it stands in; the page has the same tags as that of the run itself."""
-    tags, config = [], ("versions", "device", "data_source")
+    tags = []
     for change in (lambda value: value, marked):
         runs = [shutil.copytree(place / "run", tmp_path / f"{name}{len(tags)}") for name in "ab"]
         for run in runs:
