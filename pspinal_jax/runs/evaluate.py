@@ -85,7 +85,7 @@ class Evaluated:
 
 
 def evaluate(
-    source: str | Path,
+    source: str | Path | Classifier,
     seed_index: int | None = None,
     data_path: str | Path | None = None,
     *,
@@ -100,7 +100,7 @@ def evaluate(
     says so. Nothing is written into an export.
 
     Args:
-      source: run directory, or an export: its directory or a file in it.
+      source: run directory, or an export: its directory or a file in it; or a loaded classifier.
       seed_index: which of the run's seeds; by default the best on validation.
       data_path: a data set whose test split is taken in place of the run's own; an export needs one.
       predictions: a .csv file to write, a line an example: its file or number, true and predicted class, whether they
@@ -128,17 +128,19 @@ def evaluate(
 
 
 def evaluate_examples(
-    source: str | Path,
+    source: str | Path | Classifier,
     seed_index: int | None = None,
     data_path: str | Path | None = None,
     show_progress: bool = False,
 ) -> Evaluated:
     """As `evaluate`, which see, but nothing is written."""
     enable_compilation_cache()
-    classifier = load_classifier(expanded(source), seed_index)
-    source, config, names = classifier.source, _trained_on(classifier), classifier.class_names
+    classifier = source if isinstance(source, Classifier) else load_classifier(expanded(source), seed_index)
+    config, names = _trained_on(classifier), classifier.class_names
     if data_path is None and classifier.recipe is None:
-        raise UsageError(f"{source} is an export, which does not know where its data lies; name it with --data.path")
+        raise UsageError(
+            f"{classifier.source} is an export, which does not know where its data lies; name it with --data.path"
+        )
     if data_path is not None:
         config = dataclasses.replace(config, path=Path(data_path))
     data = load_data(dataclasses.replace(config, num_classes=len(names)))

@@ -85,7 +85,7 @@ def _read_pytorch(path: Path) -> dict[str, np.ndarray]:
             )
         try:
             arrays[name] = _single(path, name, tensor.array())
-        except (ValueError, OverflowError) as error:
+        except ValueError as error:
             raise DataError(f"weights: {path} holds {told(name)}, but {error}; save it again") from error
     return _unless_empty(path, arrays)
 

@@ -91,7 +91,6 @@ class StoredTensor(NamedTuple):
 
         Raises:
           ValueError: if they do not lie within the storage.
-          OverflowError: if they do, but a stride that takes no step is no number that a machine has.
         """
         dtype, data, width = np.dtype(self.kind), self.storage.data, WIDTHS[self.kind]
         if not math.prod(self.shape):

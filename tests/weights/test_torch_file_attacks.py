@@ -131,7 +131,8 @@ def bits(name, value=b"\x88"):
     [
         tensor(kind="BoolStorage", bits=bits("neg")), tensor(bits=bits("conj")), tensor(bits=bits("other")),
         tensor(bits=bits("neg", b"N")), tensor(bits=bits("neg", b"]")), tensor(bits=bits("neg", text("x"))),
-        tensor(bits=b"]"), tensor(kind="ComplexFloatStorage", bits=bits("conj")), tensor(bits=b"\x88"), tensor((1,), (2**62,)), tensor((0, 2**62), (1, 1)),
+        tensor(bits=b"]"), tensor(kind="ComplexFloatStorage", bits=bits("conj")), tensor(bits=b"\x88"),
+        tensor((1,), (2**62,)), tensor((0, 2**62), (1, 1)),
     ],
 )  # fmt: skip
 def test_tensors_with_odd_bits_and_strides(refusal, write, odd):
