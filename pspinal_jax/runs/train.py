@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset, Split
+from pspinal_jax.data.images.stream import end_within_a_worker
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
 from pspinal_jax.errors import UsageError, printable
@@ -57,6 +58,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
       PSpinalError: with one line that says what is wrong and what to do.
       Stopped: after SIGINT or SIGTERM, once the run is saved.
     """
+    end_within_a_worker()
     if options.tensorboard:
         check_installed()
     asked, recipe = recipe, with_own_preprocessing(recipe)
