@@ -21,7 +21,7 @@ from PIL import Image
 from pspinal_jax.environment import versions
 from pspinal_jax.errors import PSpinalError, RunError, UsageError, printable
 from pspinal_jax.files import expanded, write_text
-from pspinal_jax.runs.classification_report import MOST_ROWS, percent, worst_first
+from pspinal_jax.runs.classification_report import MOST_ROWS, percent, without_examples, worst_first
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.evaluate import Evaluated, Mistake, evaluate_examples
 from pspinal_jax.runs.metrics import plot_confusion, plot_curves
@@ -78,7 +78,8 @@ class _Run:
             tiles.append(
                 (percent(report["accuracy"]), f"test accuracy, {level} interval {100 * low:.2f} to {100 * high:.2f}")
             )
-            for name, label in (("balanced_accuracy", "balanced accuracy"), ("macro_f1", "macro F1")):
+            lacking = without_examples(report["classes"])
+            for name, label in (("balanced_accuracy", f"balanced accuracy{lacking}"), ("macro_f1", "macro F1")):
                 low, high = report["intervals"][name]
                 tiles.append((percent(report[name]), f"{label}, {100 * low:.1f} to {100 * high:.1f}"))
             if "top_5_accuracy" in report:

@@ -12,7 +12,7 @@ from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, printable
 from pspinal_jax.models.build import count_parameters
 from pspinal_jax.runs.build import Setup
-from pspinal_jax.runs.classification_report import averages, scores_by_class
+from pspinal_jax.runs.classification_report import averages, scores_by_class, without_examples
 from pspinal_jax.runs.metrics import summary
 from pspinal_jax.runs.progress import selected_by
 from pspinal_jax.runs.trainer import Trainer
@@ -145,14 +145,15 @@ def _worst_classes(result: dict[str, Any]) -> list[str]:
         return []
     shown = sorted(classes, key=lambda each: each[0])[:_MOST_CLASSES]
     width = max(len(printable(name)) for _, _, name in shown)
-    lines = [f"balanced accuracy {_percent(result['test_balanced_accuracy'])}; classes recognised, worst first:"]
+    balanced = f"{_percent(result['test_balanced_accuracy'])}{without_examples(result['test_classes'])}"
+    lines = [f"balanced accuracy {balanced}; classes recognised, worst first:"]
     lines += [
         f"  {printable(name).ljust(width)}  {100 * recall:6.2f} % of {support:,}" for recall, support, name in shown
     ]
-    left = len(classes) - len(shown)
-    return lines + (
-        [f"  and {left} more classes, each {100 * sorted(classes)[_MOST_CLASSES][0]:.2f} % or more"] if left else []
-    )
+    if left := len(classes) - len(shown):
+        least = 100 * sorted(classes)[_MOST_CLASSES][0]
+        lines.append(f"  and {left} more classes{' at 100 %' if least == 100 else f', each {least:.2f} % or more'}")
+    return lines
 
 
 def _percent(values: dict[str, Any]) -> str:
