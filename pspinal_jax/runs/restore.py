@@ -1,18 +1,19 @@
 """Reading a run back: its recipe, and the parameters that it selected."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspinal_jax.checkpoints import read_newest
 from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
-from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features
 from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.progress import say
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs import manifest
@@ -147,34 +148,54 @@ def keep_start(
 
 
 def start_variables(
-    recipe: Recipe, model: Classifier, init_from: Path | None, input_shape: tuple[int, ...], input_dtype: Any
+    recipe: Recipe,
+    model: Classifier,
+    init_from: Path | None,
+    input_shape: tuple[int, ...],
+    input_dtype: Any,
+    class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """Variables to start from, by collection and entry; what is not in it starts from the seed.
+    """Variables to start from, by collection; what is not in them starts from the seed.
 
     Args:
       recipe: may name weights for the backbone.
       model: the recipe's.
-      init_from: run directory whose selected parameters are taken; they go before the weights.
+      init_from: run directory whose selected parameters and running statistics are taken, those of the output layer
+        only where the classes are the same; they go before the weights.
       input_shape: one example's shape.
       input_dtype: its dtype.
+      class_names: names of the classes.
 
     Raises:
       PSpinalError: if something cannot be read, or does not fit the model.
     """
     if init_from is not None:
-        return {"params": _params_of_run(init_from, abstract_variables(model, input_shape, input_dtype)["params"])}
+        return _variables_of_run(init_from, abstract_variables(model, input_shape, input_dtype), class_names)
     if recipe.model.weights is None:
         return {}
     backbone = backbone_variables(recipe.model.backbone, recipe.model.weights)
     return {collection: {"backbone": tree} for collection, tree in backbone.items()}
 
 
-def _params_of_run(run: Path, expected: Any) -> Any:
-    variables, _ = load_variables(run)
+def _variables_of_run(run: Path, expected: Any, class_names: Sequence[str]) -> dict[str, Any]:
+    variables, config = load_variables(run)
+    others = config["class_names"] != list(class_names)
+
+    def kept(tree: Any) -> dict[Any, Any]:
+        return {path: leaf for path, leaf in flatten_dict(tree).items() if not others or path[1:3] != _OUTPUT}
+
+    found = kept(variables)
     there, here = (
-        {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
-        for tree in (variables["params"], expected)
+        {"/".join(path[1:]): leaf.shape for path, leaf in leaves.items() if path[0] == "params"}
+        for leaves in (found, kept(expected))
     )
     if listed := differences(there, here, lambda name, old, new: f"{name} is {old} there and {new} here"):
         raise UsageError(f"--init-from {run} does not fit this model: {', '.join(listed)}")
-    return variables["params"]
+    if others and is_primary():
+        counts = f"{len(config['class_names'])} classes, not the {len(class_names)} of this data"
+        say(printable(f"--init-from {run} knows {counts}: the output layer starts anew, all else is kept"))
+    tree: dict[str, Any] = unflatten_dict(found)
+    return tree
+
+
+_OUTPUT = ("head", "output")

@@ -93,7 +93,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     model = build_model(recipe, shape, data.num_classes)
 
     def read_given() -> dict[str, Any]:
-        return start_variables(recipe, model, options.init_from, shape, dtype)
+        return start_variables(recipe, model, options.init_from, shape, dtype, data.class_names)
 
     given = None if resuming else read_given()
     with directory.held():
