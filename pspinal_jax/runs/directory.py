@@ -13,15 +13,16 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints.checksum import json_checksum
+from pspinal_jax.data.images.classes import first_names
 from pspinal_jax.distributed.coordination import barrier, is_primary
-from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, read_bytes
 from pspinal_jax.recipes.ranges import OWN
 from pspinal_jax.recipes.schema import DataConfig, Recipe
@@ -242,7 +243,8 @@ class RunDirectory:
         write_json(self.result_path, result | {"checksum": json_checksum(json.loads(json.dumps(result)))})
 
     def _check_same(self, config: dict[str, Any]) -> None:
-        there = self.config().get("identity", {})
+        held = self.config()
+        there = held["identity"]
         later = {key: config["identity"][key] for key in _LATER & config["identity"].keys()}
         before, now = (flatten_dict(each, sep=".") for each in (later | there, config["identity"]))
         # A setting that came later than the run is at its default.
@@ -253,6 +255,14 @@ class RunDirectory:
                 f"{self.path} holds a run of the recipe {name}, not {now.get('card.name')}; choose another --workdir"
             )
         changed = differences(before, now, lambda key, was, is_now: f"{key} was {was!r} and is now {is_now!r}")
+        if [line.split(" was ")[0] for line in changed] == ["data_fingerprint"]:
+            what = "has had examples added, removed or changed since"
+            if held["class_names"] != config["class_names"]:
+                what = changed_classes(held["class_names"], config["class_names"])
+            raise UsageError(
+                f"{self.path} holds a run on other data: {config['data_source']} {what}; put that back, or "
+                "choose another --workdir"
+            )
         if changed:
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             raise UsageError(f"{self.path} holds another run: {', '.join(changed[:4])}{more}; choose another --workdir")
@@ -320,6 +330,18 @@ def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfi
         data["transposed"] = False  # which runs of earlier versions took, and dropped in training
     config: DataConfig = typed("data", data, DataConfig)
     return config
+
+
+def changed_classes(before: Sequence[str], now: Sequence[str]) -> str:
+    """What a data set with the classes `now` has and lacks, beside the classes `before`."""
+    old, known = set(before), set(now)
+    new, gone = [name for name in now if name not in old], [name for name in before if name not in known]
+    parts = [
+        f"{verb} the {kind}class{'es' if len(names) > 1 else ''} {first_names([printable(name) for name in names])}"
+        for verb, kind, names in (("has", "new ", new), ("lacks", "", gone))
+        if names
+    ]
+    return " and ".join(parts) or "has its classes in another order"
 
 
 def read_json(path: Path) -> Any:

@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pspinal_jax.progress import progress_bar, warn
 from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
 from pspinal_jax.runs.classification_report import Scored, classification_report, worst_first
 from pspinal_jax.runs.classifier import Classifier, load_classifier
-from pspinal_jax.runs.directory import data_config, read_json, whole_file, write_json
+from pspinal_jax.runs.directory import changed_classes, data_config, read_json, whole_file, write_json
 from pspinal_jax.runs.metrics import plot_confusion, plot_mistakes
 
 MOST_MISTAKES = 24
@@ -143,11 +143,12 @@ def evaluate_examples(
         )
     if data_path is not None:
         config = dataclasses.replace(config, path=Path(data_path))
-    data = load_data(dataclasses.replace(config, num_classes=len(names)))
+    # Folders say their classes themselves: how theirs differ from the run's is told below.
+    data = load_data(dataclasses.replace(config, num_classes=None if config.image_size else len(names)))
     if data.class_names != tuple(names):
         raise UsageError(
-            f"{data.source} has the classes {_shortened(data.class_names)}, but the run was trained on "
-            f"{_shortened(names)}"
+            f"{data.source} {changed_classes(names, data.class_names)}; {classifier.source} tells its own {len(names)} "
+            "classes apart: give those with --data.path, or train again in another --workdir"
         )
     shape, dtype = data.example_shape, data.example_dtype
     if shape != classifier.input_shape or str(dtype) != classifier.input_dtype:
@@ -159,8 +160,9 @@ def evaluate_examples(
     same = None if trained_with is None else fingerprint == trained_with
     if data_path is None and not same:
         raise DataError(
-            f"{data.source} is no longer what the run was trained on: it has changed since, and so may have its split "
-            "into training and test examples; name the data to evaluate on with --data.path"
+            f"{data.source} is no longer what the run was trained on: examples were added, removed or changed since, "
+            "and so may have been its split into training and test examples; put them back, name the data to evaluate "
+            "on with --data.path, or train again in another --workdir"
         )
     turned = data.in_memory and config.transposed and not classifier.transposed
     scored = _score(classifier, data.test, turned=turned, shown=show_progress)
@@ -204,10 +206,6 @@ def _fingerprint(classifier: Classifier, config: DataConfig, data: Dataset[Split
     if not data.in_memory and protocol == "validation":
         data = data.with_validation(config.validation_fraction, config.split_seed)
     return data.fingerprint()
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _score(classifier: Classifier, split: Split, *, turned: bool, shown: bool) -> Scored:
