@@ -82,7 +82,8 @@ def _features_of_images(folder: Path, workdir: Path, backbone: str | None, weigh
         return read_npz(path, images.num_classes)
     shape, dtype = images.example_shape, images.example_dtype
     model = build_model(recipe, shape, images.num_classes)
-    variables = complete_backbone(recipe, model, start_variables(recipe, model, None, shape, dtype), shape, dtype)
+    start = start_variables(recipe, model, None, shape, dtype, images.class_names)
+    variables = complete_backbone(recipe, model, start, shape, dtype)
     features = extract_features(recipe, model, variables, images)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

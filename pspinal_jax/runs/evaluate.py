@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from pspinal_jax.progress import progress_bar, warn
 from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
 from pspinal_jax.runs.classification_report import Scored, classification_report, worst_first
 from pspinal_jax.runs.classifier import Classifier, load_classifier
-from pspinal_jax.runs.directory import read_json, whole_file, write_json
+from pspinal_jax.runs.directory import changed_classes, data_config, read_json, whole_file, write_json
 from pspinal_jax.runs.metrics import plot_confusion, plot_mistakes
-from pspinal_jax.runs.restore import data_config
 
 MOST_MISTAKES = 24
 PICTURE_SIDE = 112
@@ -86,7 +85,7 @@ class Evaluated:
 
 
 def evaluate(
-    source: str | Path,
+    source: str | Path | Classifier,
     seed_index: int | None = None,
     data_path: str | Path | None = None,
     *,
@@ -101,7 +100,7 @@ def evaluate(
     says so. Nothing is written into an export.
 
     Args:
-      source: run directory, or an export: its directory or a file in it.
+      source: run directory, or an export: its directory or a file in it; or a loaded classifier.
       seed_index: which of the run's seeds; by default the best on validation.
       data_path: a data set whose test split is taken in place of the run's own; an export needs one.
       predictions: a .csv file to write, a line an example: its file or number, true and predicted class, whether they
@@ -129,24 +128,27 @@ def evaluate(
 
 
 def evaluate_examples(
-    source: str | Path,
+    source: str | Path | Classifier,
     seed_index: int | None = None,
     data_path: str | Path | None = None,
     show_progress: bool = False,
 ) -> Evaluated:
     """As `evaluate`, which see, but nothing is written."""
     enable_compilation_cache()
-    classifier = load_classifier(expanded(source), seed_index)
-    source, config, names = classifier.source, _trained_on(classifier), classifier.class_names
+    classifier = source if isinstance(source, Classifier) else load_classifier(expanded(source), seed_index)
+    config, names = _trained_on(classifier), classifier.class_names
     if data_path is None and classifier.recipe is None:
-        raise UsageError(f"{source} is an export, which does not know where its data lies; name it with --data.path")
+        raise UsageError(
+            f"{classifier.source} is an export, which does not know where its data lies; name it with --data.path"
+        )
     if data_path is not None:
         config = dataclasses.replace(config, path=Path(data_path))
-    data = load_data(dataclasses.replace(config, num_classes=len(names)))
+    # Folders say their classes themselves: how theirs differ from the run's is told below.
+    data = load_data(dataclasses.replace(config, num_classes=None if config.image_size else len(names)))
     if data.class_names != tuple(names):
         raise UsageError(
-            f"{data.source} has the classes {_shortened(data.class_names)}, but the run was trained on "
-            f"{_shortened(names)}"
+            f"{data.source} {changed_classes(names, data.class_names)}; {classifier.source} tells its own {len(names)} "
+            "classes apart: give those with --data.path, or train again in another --workdir"
         )
     shape, dtype = data.example_shape, data.example_dtype
     if shape != classifier.input_shape or str(dtype) != classifier.input_dtype:
@@ -158,8 +160,9 @@ def evaluate_examples(
     same = None if trained_with is None else fingerprint == trained_with
     if data_path is None and not same:
         raise DataError(
-            f"{data.source} is no longer what the run was trained on: it has changed since, and so may have its split "
-            "into training and test examples; name the data to evaluate on with --data.path"
+            f"{data.source} is no longer what the run was trained on: examples were added, removed or changed since, "
+            "and so may have been its split into training and test examples; put them back, name the data to evaluate "
+            "on with --data.path, or train again in another --workdir"
         )
     turned = data.in_memory and config.transposed and not classifier.transposed
     scored = _score(classifier, data.test, turned=turned, shown=show_progress)
@@ -205,10 +208,6 @@ def _fingerprint(classifier: Classifier, config: DataConfig, data: Dataset[Split
     return data.fingerprint()
 
 
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _score(classifier: Classifier, split: Split, *, turned: bool, shown: bool) -> Scored:
     """The classifier's answers for `split`; the last batch is padded, and what is said of the padding dropped.
 
@@ -247,7 +246,7 @@ def _write(folder: Path, evaluated: Evaluated) -> list[str]:
     ending = f"-{report['data_fingerprint']}" if report["trained_on_it"] is False else ""
     paths = [folder / f"{stem}{ending}{kind}" for stem, kind in _FILES]
     numbers, classes, confusion, mistakes = paths
-    name = evaluated.classifier.described["recipe"] if recipe is None else recipe.card.name
+    name = evaluated.classifier.described.get("recipe", "export") if recipe is None else recipe.card.name
     title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
     try:
         folder.mkdir(parents=True, exist_ok=True)

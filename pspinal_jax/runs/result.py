@@ -12,7 +12,7 @@ from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, printable
 from pspinal_jax.models.build import count_parameters
 from pspinal_jax.runs.build import Setup
-from pspinal_jax.runs.classification_report import averages, scores_by_class
+from pspinal_jax.runs.classification_report import averages, scores_by_class, without_examples
 from pspinal_jax.runs.metrics import summary
 from pspinal_jax.runs.progress import selected_by
 from pspinal_jax.runs.trainer import Trainer
@@ -66,7 +66,7 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         "test_examples": test.count,
         "epochs": recipe.epochs,
         "seconds": round(progress.total_seconds, 3),
-        "compile_seconds": round(sum(line["compile_seconds"] for line in lines), 3),
+        "compile_seconds": round(sum(line.get("compile_seconds", 0.0) for line in lines), 3),
         "seeds_as": _seeds_as(trainer),
         "device": device(),
         "versions": versions(),
@@ -139,20 +139,21 @@ def _worst_classes(result: dict[str, Any]) -> list[str]:
     classes = [
         (float(np.mean(each["recall"])), each["support"], each["name"])
         for each in result.get("test_classes", [])
-        if each["support"]
+        if each["support"] and None not in each["recall"]
     ]
-    if len(classes) < 2:
+    if len(classes) < 2 or "test_balanced_accuracy" not in result:
         return []
     shown = sorted(classes, key=lambda each: each[0])[:_MOST_CLASSES]
     width = max(len(printable(name)) for _, _, name in shown)
-    lines = [f"balanced accuracy {_percent(result['test_balanced_accuracy'])}; classes recognised, worst first:"]
+    balanced = f"{_percent(result['test_balanced_accuracy'])}{without_examples(result['test_classes'])}"
+    lines = [f"balanced accuracy {balanced}; classes recognised, worst first:"]
     lines += [
         f"  {printable(name).ljust(width)}  {100 * recall:6.2f} % of {support:,}" for recall, support, name in shown
     ]
-    left = len(classes) - len(shown)
-    return lines + (
-        [f"  and {left} more classes, each {100 * sorted(classes)[_MOST_CLASSES][0]:.2f} % or more"] if left else []
-    )
+    if left := len(classes) - len(shown):
+        least = 100 * sorted(classes)[_MOST_CLASSES][0]
+        lines.append(f"  and {left} more classes{' at 100 %' if least == 100 else f', each {least:.2f} % or more'}")
+    return lines
 
 
 def _percent(values: dict[str, Any]) -> str:
@@ -173,7 +174,8 @@ def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metri
         balances = any("validation_balanced_accuracy" in line for line in metrics)
         name = "validation_balanced_accuracy" if balances else "validation_accuracy"
         evaluated = [line[name] for line in metrics if name in line]
-        return int(np.argmax(np.max(np.asarray(evaluated), axis=0))) if evaluated else 0
+        by_seed = np.asarray(evaluated, float).reshape(-1, config["num_seeds"])
+        return int(by_seed.max(0).argmax()) if evaluated else 0
     except (KeyError, TypeError, ValueError) as error:
         raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with --seed-index") from error
 

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset, Split
+from pspinal_jax.data.images.stream import end_within_a_worker
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
 from pspinal_jax.errors import UsageError, printable
@@ -57,6 +58,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
       PSpinalError: with one line that says what is wrong and what to do.
       Stopped: after SIGINT or SIGTERM, once the run is saved.
     """
+    end_within_a_worker()
     if options.tensorboard:
         check_installed()
     asked, recipe = recipe, with_own_preprocessing(recipe)
@@ -91,7 +93,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     model = build_model(recipe, shape, data.num_classes)
 
     def read_given() -> dict[str, Any]:
-        return start_variables(recipe, model, options.init_from, shape, dtype)
+        return start_variables(recipe, model, options.init_from, shape, dtype, data.class_names)
 
     given = None if resuming else read_given()
     with directory.held():

@@ -17,6 +17,7 @@ from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import StepProgress
 from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_rates
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import MetricsWriter, balanced_accuracy, epoch_line, per_seed
@@ -92,6 +93,7 @@ class Trainer:
 
     def _restore(self) -> None:
         def wanted(progress: dict[str, Any]) -> dict[str, Any]:
+            typed("position", progress, TrainingProgress)
             return abstract_trees(jax.eval_shape(self.seed_states.trees), self.setup.recipe, self.setup.programs)
 
         found = self._store.restore(wanted)

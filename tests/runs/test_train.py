@@ -17,6 +17,7 @@ from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.input_pipeline import ResidentExamples
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
+from pspinal_jax.weights import read_variables
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +275,38 @@ def test_init_from_starts_from_the_other_runs_parameters(finished, recipe, tmp_p
     wider = dataclasses.replace(recipe, model=ModelConfig(layer_width=7, num_layers=3, norm="batch"))
     with pytest.raises(UsageError, match=r"--init-from .* does not fit this model: head/layer_1/bias is \(6,\)"):
         train(wider, options(tmp_path / "wider", init_from=finished[0]))
+
+
+def test_init_from_keeps_hidden_layers_and_statistics_where_the_classes_are_others(
+    finished, recipe, arrays, tmp_path, capsys
+):
+    np.savez(tmp_path / "named.npz", **arrays, class_names=np.array(["a", "b", "c", "d"]))
+    tiny = dataclasses.replace(recipe.optimizer, learning_rate=1e-12)
+    data = dataclasses.replace(recipe.data, path=tmp_path / "named.npz", num_classes=4)
+    train(dataclasses.replace(recipe, optimizer=tiny, data=data), options(tmp_path / "run", init_from=finished[0]))
+    assert "knows 3 classes, not the 4 of this data: the output layer starts anew" in capsys.readouterr().err
+    before, start = load_variables(finished[0])[0], read_variables(tmp_path / "run" / "start.safetensors")
+    after = load_variables(tmp_path / "run")[0]["params"]["head"]
+    assert after.pop("output")["kernel"].shape[-1] == 4 and before["params"]["head"].pop("output")
+    chex.assert_trees_all_close(after, before["params"]["head"], atol=1e-6)
+    chex.assert_trees_all_equal(start, before)
+    assert start["batch_stats"]
+
+
+def test_resuming_on_data_that_has_changed_says_what_has(recipe, arrays, tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays, class_names=np.array(["a", "b", "c"]))
+    here = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, path=path, num_classes=None), epochs=1, num_seeds=1
+    )
+    train(here, options(tmp_path / "run"))
+    labels = (arrays["train_labels"] + 1) % 3
+    np.savez(path, **{**arrays, "train_labels": labels}, class_names=np.array(["a", "b", "other"]))
+    with pytest.raises(UsageError, match=r"other data: .*data.npz has the new class other and lacks the class c; put"):
+        train(here, options(tmp_path / "run"))
+    np.savez(path, **{**arrays, "train_labels": labels}, class_names=np.array(["a", "b", "c"]))
+    with pytest.raises(UsageError, match=r"has had examples added, removed or changed since; put that back, or choose"):
+        train(here, options(tmp_path / "run"))
 
 
 def test_bfloat16_trains_with_float32_parameters(recipe, tmp_path):

@@ -14,10 +14,11 @@ from pspinal_jax.checkpoints.store import CheckpointStore
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes import AugmentConfig, ModelConfig, OptimizerConfig, load_recipe
 from pspinal_jax.runs import trainer as trainer_module
+from pspinal_jax.runs.directory import load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.input_pipeline import ResidentExamples
 from pspinal_jax.runs.metrics import balanced_accuracy
-from pspinal_jax.runs.restore import load_recipe_of, load_variables
+from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.train import train
 
