@@ -48,10 +48,10 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         result["test_accuracy"] = summary((sums["correct"] / test.count).tolist())
         selected = progress.selected_epoch or progress.best_epoch
         validation = progress.selected_accuracy or progress.best_accuracy
-        loss = progress.selected_loss or progress.best_loss
+        loss = [each for each in progress.selected_loss or progress.best_loss if each is not None]
         if validation:
             result[f"validation_{selected_by(recipe)}"] = summary(validation)
-        if loss and None not in loss:
+        if loss and len(loss) == len(validation):
             result["validation_loss"] = summary(loss)
         result["selected_epoch"] = selected
     lines = trainer.directory.metrics()
