@@ -57,6 +57,6 @@ def _trained_as(like: Recipe, recipe: Recipe, holds_out: bool) -> Recipe:
     taken = {name: getattr(like, name) for name in _TRAINING if getattr(recipe, name) == getattr(shipped, name)}
     if like.model.head == "dense" and recipe.model == shipped.model:
         taken["model"] = dataclasses.replace(recipe.model, head="dense", dropout_rate=like.model.dropout_rate)
-    if not holds_out and recipe.data == shipped.data:
+    if not holds_out and recipe.data.validation_fraction == shipped.data.validation_fraction:
         taken["data"] = dataclasses.replace(recipe.data, validation_fraction=0.0)
     return dataclasses.replace(recipe, **taken)
