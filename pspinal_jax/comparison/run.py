@@ -133,10 +133,8 @@ class Comparer:
                 trials = [Key("trial", split, head, trial) for head in config.heads for trial in range(config.trials)]
                 self._train(split, trials, with_test=False)
                 for head in config.heads:
-                    validation = [
-                        lines[Key("trial", split, head, trial)]["validation_accuracy"] for trial in range(config.trials)
-                    ]
-                    self.choices[split, head] = int(np.argmax(validation))
+                    tried = [lines[Key("trial", split, head, trial)] for trial in range(config.trials)]
+                    self.choices[split, head] = max(range(config.trials), key=lambda trial: rank(tried[trial]))
                 seeds = [Key("seed", split, head, seed) for head in config.heads for seed in range(config.num_seeds)]
                 self._train(split, seeds, with_test=True)
 
@@ -182,11 +180,13 @@ class Comparer:
         key: Key = task.key
         rows = self._rows[key.split, key.number if key.kind == "seed" else 0]
         right = self._right(key.split, rows[1], np.asarray(outcome.predictions), key.kind == "seed")
+        losses = np.asarray(outcome.losses)[: len(rows[1])]
         self.ledger.add(
             key,
             {
                 "setting": self.trial_of(key).as_json(),
                 **right,
+                "validation_loss": finite_or_none(round(float(losses.mean()), 5)),
                 "train_loss": finite_or_none(float(outcome.loss)),
                 "finite": bool(outcome.finite),
                 "seconds": round(seconds, 3),
@@ -240,6 +240,15 @@ class Comparer:
         rights = [self._right(key.split, validation, each, with_test) for each in predictions]
         best = int(np.argmax([right["validation_accuracy"] for right in rights]))
         return {"setting": settings[best], **rights[best], "seconds": round(time.perf_counter() - start, 3)}
+
+
+def rank(line: dict[str, Any]) -> tuple[float, float]:
+    """What the trials of a head are chosen by, larger is better: accuracy, and of equal ones the loss.
+
+    The loss is -inf where it is not finite or, in lines from before it was kept, not known.
+    """
+    loss = line.get("validation_loss")
+    return line["validation_accuracy"], -np.inf if loss is None else -loss
 
 
 _DECIDING = (

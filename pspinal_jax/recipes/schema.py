@@ -223,7 +223,9 @@ class Recipe:
     """backbone: its parameters and running statistics stay as they are, and the head alone is trained."""
     cache_features: bool = False
     """With a frozen backbone: run it over the data once, then train the head on the features, which lie on the device.
-    Nothing is augmented then, but see feature_views."""
+    Nothing is augmented then, but see feature_views. The head of a shipped recipe is then a linear layer, trained as in
+    the recipe `linear` or, where a flag asks for hidden layers, as in `features`: optimiser, epochs, batch size and
+    label smoothing come from there, and nothing is held out, unless flags say so."""
     feature_views: int = 0
     """With cache_features: augmented passes over the training data, whose features are all trained on; 0 for one pass
     without augmentation."""

@@ -48,8 +48,11 @@ def make_result(trainer: Trainer) -> dict[str, Any]:
         result["test_accuracy"] = summary((sums["correct"] / test.count).tolist())
         selected = progress.selected_epoch or progress.best_epoch
         validation = progress.selected_accuracy or progress.best_accuracy
+        loss = [each for each in progress.selected_loss or progress.best_loss if each is not None]
         if validation:
             result[f"validation_{selected_by(recipe)}"] = summary(validation)
+        if loss and len(loss) == len(validation):
+            result["validation_loss"] = summary(loss)
         result["selected_epoch"] = selected
     lines = trainer.directory.metrics()
     trees = trainer.seed_states.trees()
@@ -164,20 +167,36 @@ def _percent(values: dict[str, Any]) -> str:
 
 
 def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metrics: list[dict[str, Any]]) -> int:
-    """Index of the seed that does best on validation; without validation, the first. Never chosen on test."""
+    """Index of the seed that does best on validation, as epochs are selected (see `improves`); of equals the first.
+
+    Without validation it is the first; nothing is ever chosen on test.
+    """
     if config["num_seeds"] == 1:
         return 0
     try:
         for name in ("validation_balanced_accuracy", "validation_accuracy"):
             if result is not None and name in result:
-                return int(np.argmax(result[name]["each"]))
+                accuracies = [result[name]["each"]]
+                losses = [
+                    result["validation_loss"]["each"] if "validation_loss" in result else [0.0] * len(accuracies[0])
+                ]
+                return _best_of(accuracies, losses)
         balances = any("validation_balanced_accuracy" in line for line in metrics)
         name = "validation_balanced_accuracy" if balances else "validation_accuracy"
-        evaluated = [line[name] for line in metrics if name in line]
-        by_seed = np.asarray(evaluated, float).reshape(-1, config["num_seeds"])
-        return int(by_seed.max(0).argmax()) if evaluated else 0
+        evaluated = [line for line in metrics if name in line]
+        accuracies, losses = (
+            np.asarray([line[key] for line in evaluated], float).reshape(-1, config["num_seeds"]).tolist()
+            for key in (name, "validation_loss")
+        )
+        return _best_of(accuracies, losses)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with --seed-index") from error
+
+
+def _best_of(accuracies: list[list[float]], losses: list[list[float]]) -> int:
+    """The seed with the best epoch, of accuracies and losses by epoch and seed; 0 where there is no epoch."""
+    seeds = [max(zip(*seed, strict=True)) for seed in zip(np.transpose(accuracies), -np.transpose(losses), strict=True)]
+    return seeds.index(max(seeds)) if seeds else 0
 
 
 def selected_checksum(selected: Any) -> str:

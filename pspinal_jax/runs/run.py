@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import Recipe, load_recipe
+from pspinal_jax.recipes.cached import on_cached_features
 from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs.classifier import Classifier, load_classifier
@@ -153,9 +154,21 @@ def train(recipe: Recipe | str | Path, **changes: Any) -> Run:
             close = difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"train has no setting {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
     options = _replaced(RunOptions(), for_options)
-    changed = _replaced(loaded, given)
+    changed = resolve(loaded, lambda recipe: _replaced(recipe, given), options)
     train_recipe(changed, options)
     return Run(work_directory(changed, options))
+
+
+def resolve(recipe: Recipe, change: Callable[[Recipe], Recipe], options: RunOptions) -> Recipe:
+    """The recipe that `train` runs, see `on_cached_features`; a run of before that came about goes on as it began."""
+    asked, plain = on_cached_features(recipe, change), change(recipe)
+    directory = RunDirectory(work_directory(plain, options))
+    if asked != plain and directory.config_path.exists():
+        began = load_recipe_of(directory.config())
+        names = plain.__dataclass_fields__.keys() - {"card", "data", "mesh"}
+        if all(getattr(began, name) == getattr(plain, name) for name in names):
+            return plain
+    return asked
 
 
 def _names(config_class: type, prefix: str = "") -> Iterator[str]:

@@ -22,7 +22,7 @@ from pspinal_jax.runs.build import Setup, abstract_trees, longest_epoch, padded_
 from pspinal_jax.runs.directory import RunDirectory, write_json
 from pspinal_jax.runs.metrics import MetricsWriter, balanced_accuracy, epoch_line, per_seed
 from pspinal_jax.runs.programs import schedule_of
-from pspinal_jax.runs.progress import TrainingProgress, TrainingStage, selected_by
+from pspinal_jax.runs.progress import TrainingProgress, TrainingStage, improves, selected_by
 from pspinal_jax.runs.seed_states import SeedStates
 from pspinal_jax.runs.signals import Stopped, StopRequest
 from pspinal_jax.training.optimizers import learning_rates
@@ -122,6 +122,7 @@ class Trainer:
         if self.stage.name == "retrain":
             self.progress.selected_epoch = progress.best_epoch
             self.progress.selected_accuracy = progress.best_accuracy
+            self.progress.selected_loss = progress.best_loss
             if self.longest is not None:
                 self.progress.longest = self.longest(max(progress.best_epoch))
             self.seed_states = self._fresh_seed_states()
@@ -236,7 +237,7 @@ class Trainer:
             if selected_by(recipe) == "balanced_accuracy":
                 evaluation["balanced_accuracy"] = balanced_accuracy(sums["predictions"], self.setup.validation_labels)
         progress.epoch += 1
-        self._select(evaluation.get(selected_by(recipe)), epochs)
+        self._select(evaluation.get(selected_by(recipe)), evaluation.get("loss"), epochs)
         line = epoch_line(
             stage, progress, totals, evaluation, learning_rates=self._last_rates, compile_seconds=self._compile_seconds
         )
@@ -250,16 +251,22 @@ class Trainer:
         progress.lines += 1
         progress.step, progress.seconds, self._compile_seconds = 0, 0.0, 0.0
 
-    def _select(self, accuracy: list[float] | None, epochs: int) -> None:
-        progress, count = self.progress, self.setup.recipe.num_seeds
-        before = np.asarray(progress.best_accuracy or [-1.0] * count)
+    def _select(self, accuracy: list[float] | None, loss: list[float] | None, epochs: int) -> None:
+        progress, recipe = self.progress, self.setup.recipe
+        count = recipe.num_seeds
+        before, before_loss = progress.best_accuracy or [-1.0] * count, progress.best_loss or [None] * count
         best_epoch = np.asarray(progress.best_epoch or [0] * count)
-        if accuracy is not None:
+        if accuracy is not None and loss is not None:
             progress.last_accuracy = accuracy
-            over = progress.out_of_patience(self.setup.recipe, progress.epoch - 1)
-            improved = (np.asarray(accuracy) > before) & ~np.asarray(over)
+            over = progress.out_of_patience(recipe, progress.epoch - 1)
+            # The published scripts keep the first of tied epochs.
+            by = [None] * count if recipe.protocol == "paper" else before_loss
+            improved = improves(accuracy, loss, before, by) & ~np.asarray(over)
             self._steer(improved)
             progress.best_accuracy = np.where(improved, accuracy, before).tolist()
+            progress.best_loss = [
+                now if better else was for better, now, was in zip(improved, loss, before_loss, strict=True)
+            ]
         elif progress.selected_epoch:
             improved = np.asarray(progress.selected_epoch) == progress.epoch
         else:

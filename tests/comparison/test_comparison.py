@@ -9,7 +9,7 @@ from comparison_support import SMALL, lasting, make_features, run, small_data
 import pspinal_jax
 from pspinal_jax.comparison.ledger import Key, Ledger, packed, unpacked
 from pspinal_jax.comparison.parts import flattened, make_split
-from pspinal_jax.comparison.run import CompareConfig, Comparer
+from pspinal_jax.comparison.run import CompareConfig, Comparer, rank
 from pspinal_jax.comparison.runner import Runner
 from pspinal_jax.errors import DataError, RunError, UsageError
 
@@ -114,9 +114,9 @@ def test_what_it_says(finished):
     lines = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
     for head in SMALL["heads"]:
         trials = [line for line in lines if line["kind"] == "trial" and line["method"] == head]
-        best = max(trials, key=lambda line: line["validation_accuracy"])
+        best = max(trials, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
         (chosen,) = result["methods"][head]["chosen"]
-        assert chosen["validation_accuracy"] == best["validation_accuracy"]
+        assert chosen["validation_accuracy"] == best["validation_accuracy"] and chosen["setting"] == best["setting"]
         assert {json.dumps(line["setting"]) for line in lines if line["kind"] == "seed" and line["method"] == head} == {
             json.dumps(chosen["setting"])
         }
@@ -197,6 +197,22 @@ def test_the_python_door_takes_arrays():
         pspinal_jax.compare(inputs, labels[1:])
     with pytest.raises(DataError, match="NaN"):
         pspinal_jax.compare(np.full_like(inputs, np.nan), labels, **small)
+
+
+def test_of_tied_trials_the_one_with_the_lower_loss_is_chosen():
+    """Lines from before the loss was kept come last."""
+    lines = [{"validation_accuracy": 0.5, "validation_loss": loss} for loss in (0.3, 0.2, None)]
+    lines += [{"validation_accuracy": 0.5}, {"validation_accuracy": 0.4, "validation_loss": 0.1}]
+    assert max(lines, key=rank) is lines[1] and max(lines[2:], key=rank) is lines[2]
+
+
+def test_a_trials_validation_loss_is_that_of_its_predictions(finished):
+    """Lower than that of guessing, of a head that is right; a mean over validation examples alone."""
+    lines = [json.loads(line) for line in (finished[0] / "trials.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "validation_loss" in line and line["validation_accuracy"] == 1.0:
+            assert 0.0 < line["validation_loss"] < np.log(3)
+    assert any("validation_loss" in line for line in lines)
 
 
 def test_hits_are_packed_and_unpacked():
