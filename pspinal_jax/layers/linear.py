@@ -223,7 +223,10 @@ def _contract(
 
     def wide(left: jax.Array, right: jax.Array) -> jax.Array:
         # Of a constant operand XLA 0.12 makes products that its CPU then has no code for.
-        return multiply(*lax.optimization_barrier((left, right)), result=jnp.float32)
+        left, right = lax.optimization_barrier((left, right))
+        if explicit_sharding(left) or explicit_sharding(right):  # nor has it code for some that vmap makes there
+            left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        return multiply(left, right, result=jnp.float32)
 
     return lax.platform_dependent(left, right, cpu=wide, default=partial(multiply, result=left.dtype))
 
