@@ -11,7 +11,7 @@ import numpy as np
 
 from pspinal_jax.comparison.floors import FLOORS, FloorName, floor_settings, predict_floor
 from pspinal_jax.comparison.heads import HEADS, HeadName, Match, build_head
-from pspinal_jax.comparison.ledger import Key, Ledger, finite_or_none, packed
+from pspinal_jax.comparison.ledger import Key, Ledger, packed
 from pspinal_jax.comparison.parts import (
     check_sizes,
     flattened,
@@ -187,7 +187,7 @@ class Comparer:
             {
                 "setting": self.trial_of(key).as_json(),
                 **right,
-                "train_loss": finite_or_none(float(outcome.loss)),
+                "train_loss": float(outcome.loss),
                 "finite": bool(outcome.finite),
                 "seconds": round(seconds, 3),
             },

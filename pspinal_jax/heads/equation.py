@@ -6,7 +6,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.dropout import Rate, dropout, dropout_scale

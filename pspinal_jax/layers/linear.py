@@ -244,9 +244,9 @@ def explicit_sharding(primal: jax.Array) -> NamedSharding | None:
 
 
 def joined(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
-    """jnp.concatenate, also of arrays of which vmap maps some over a mesh of Explicit axes and leaves others as they are.
+    """jnp.concatenate, also where vmap maps some of the arrays over a mesh of Explicit axes and leaves others alone.
 
-    JAX's rule for that asks those others for the mesh too (jax 0.12.0).
+    JAX's rule for that expects those others on the mesh too (jax 0.12.0).
     """
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     explicit = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
