@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import MOST_JSON_BYTES, differences, held, read_bytes, write_json, write_text
+from pspinal_jax.files import MOST_JSON_BYTES, differences, held, json_text, read_bytes, write_json, write_text
 
 MOST_LINES_BYTES = 2**30
 
@@ -79,7 +78,7 @@ class Ledger:
         """Write down a result."""
         self.lines[key] = {**key._asdict(), **line}
         if self._file is not None:
-            self._file.write(json.dumps(self.lines[key], allow_nan=False) + "\n")
+            self._file.write(json_text(self.lines[key]) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -128,8 +127,3 @@ def unpacked(text: str, count: int) -> np.ndarray:
     """The first `count` bools of `packed`."""
     bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))
     return bits[:count].astype(bool)
-
-
-def finite_or_none(value: float) -> float | None:
-    """`value`, or None where JSON has no word for it."""
-    return float(value) if math.isfinite(value) else None

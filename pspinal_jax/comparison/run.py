@@ -11,7 +11,7 @@ import numpy as np
 
 from pspinal_jax.comparison.floors import FLOORS, FloorName, floor_settings, predict_floor
 from pspinal_jax.comparison.heads import HEADS, HeadName, Match, build_head
-from pspinal_jax.comparison.ledger import Key, Ledger, finite_or_none, packed
+from pspinal_jax.comparison.ledger import Key, Ledger, packed
 from pspinal_jax.comparison.parts import (
     check_sizes,
     flattened,
@@ -186,8 +186,8 @@ class Comparer:
             {
                 "setting": self.trial_of(key).as_json(),
                 **right,
-                "validation_loss": finite_or_none(round(float(losses.mean()), 5)),
-                "train_loss": finite_or_none(float(outcome.loss)),
+                "validation_loss": round(float(losses.mean()), 5),
+                "train_loss": float(outcome.loss),
                 "finite": bool(outcome.finite),
                 "seconds": round(seconds, 3),
             },

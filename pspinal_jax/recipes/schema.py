@@ -218,7 +218,8 @@ class Recipe:
     micro_batches: int = 1
     """Parts that a step's batch is split into, one after the other, to save memory; batch norm sees each by itself."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Where the loss or a gradient is not finite, stop the run and name the step, or leave that step out and go on."""
+    """Where the loss, a gradient or a running statistic is not finite, stop the run and name the step, or leave that
+    step out and go on."""
     freeze: Literal["none", "backbone"] = "none"
     """backbone: its parameters and running statistics stay as they are, and the head alone is trained."""
     cache_features: bool = False

@@ -23,7 +23,7 @@ from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.data.images.classes import first_names
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError, printable
-from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, read_bytes
+from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, json_text, read_bytes
 from pspinal_jax.recipes.ranges import OWN
 from pspinal_jax.recipes.schema import DataConfig, Recipe
 from pspinal_jax.recipes.settings import default_settings
@@ -240,7 +240,7 @@ class RunDirectory:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, with its checksum; raises as `write_json`."""
-        write_json(self.result_path, result | {"checksum": json_checksum(json.loads(json.dumps(result)))})
+        write_json(self.result_path, result | {"checksum": json_checksum(json.loads(json_text(result)))})
 
     def _check_same(self, config: dict[str, Any]) -> None:
         held = self.config()
@@ -357,12 +357,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path`, whole or not at all.
+    """Write the JSON value `value` to `path`, see `json_text`, whole or not at all.
 
     Raises:
       RunError: if it cannot be written.
     """
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

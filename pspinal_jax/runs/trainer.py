@@ -1,6 +1,7 @@
 """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints.
 
-A loss or gradient that is not finite stops it, and what is needed to see that step again is written down.
+A loss, gradient or running statistic that is not finite stops it, and what is needed to see that step again is written
+down.
 """
 
 import dataclasses
@@ -334,8 +335,8 @@ def check_finite(
         if is_primary():
             write_json(directory.path / REPORT, report)
         raise RunError(
-            f"the loss or a gradient of seed {report['seed']} is not finite at step {step + 1} of epoch "
-            f"{report['epoch']}; the last checkpoint before it is kept, and {directory.path / REPORT} tells which "
-            "examples it saw; lower --optimizer.learning-rate, or leave such steps out with --on-nonfinite skip (in "
-            "another --workdir)"
+            f"the loss, a running statistic or a gradient of seed {report['seed']} is not finite at step {step + 1} of "
+            f"epoch {report['epoch']}; the last checkpoint before it is kept, and {directory.path / REPORT} tells "
+            "which examples it saw: look for numbers in them that are out of all range, lower "
+            "--optimizer.learning-rate, or leave such steps out with --on-nonfinite skip (in another --workdir)"
         )
