@@ -15,6 +15,7 @@ from pspinal_jax.models.build import abstract_variables, build_model, count_feat
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.recipes.augment import AugmentConfig
 from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
+from pspinal_jax.recipes.settings import BEFORE
 from pspinal_jax.runs import manifest
 from pspinal_jax.runs.directory import RunDirectory, writing
 from pspinal_jax.runs.features import add_backbone, head_recipe
@@ -43,7 +44,9 @@ def load_recipe_of(config: dict[str, Any]) -> Recipe:
 
 def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfig:
     """The data configuration that config.json records as these settings, at this location."""
-    data: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    data: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in (BEFORE | settings).items()
+    }
     for key, value in location.items():
         data[key] = None if value == "None" else Path(value)
     if data.get("image_size") is not None:
