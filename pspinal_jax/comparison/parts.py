@@ -37,7 +37,7 @@ class SplitExamples:
     def rows(self, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (train, validation) of the pool; where the data brings no validation split, `seed` cuts it by class.
 
-        Copies go to one side, as far as every seed can have equally many rows.
+        Copies go to one side, see `draw_together`; every seed has equally many rows.
         """
         if self.own_validation:
             return np.split(np.arange(self.num_pool), [self.num_pool - self.own_validation])  # type: ignore[return-value]

@@ -53,35 +53,46 @@ def copies_of_a_class(digests: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where((low == high)[groups], groups, alone)
 
 
-def draw_together(order: np.ndarray, count: int, groups: np.ndarray | None, exact: bool) -> np.ndarray:
+def draw_together(order: np.ndarray, count: int, groups: np.ndarray | None, exact: bool = False) -> np.ndarray:
     """The first `count` of the indices `order`, but with what is equal in `groups` drawn whole or not at all.
 
-    Where `order` holds no copies, or `groups` is None, they are the first `count`.
+    Where `order` holds no copies, or `groups` is None, they are the first `count`. With copies they are as many as
+    come nearest to it, which the sizes of the groups decide and `order` does not. Where every group has more than twice
+    `count` members, as in tables of few distinct values, copies are separated.
 
     Args:
       order: distinct indices.
       count: how many to draw.
       groups: by index.
-      exact: whether to draw `count` whatever that takes: where no copies are few enough to fill it, some are separated.
-        Otherwise no copies are, as many are drawn as come nearest to `count`, and something of `order` is left.
+      exact: whether to draw `count` whatever that takes: where no whole groups give it, some copies are separated.
     """
     if groups is None or len(np.unique(groups[order])) == len(order):
         return order[:count]
     together: dict[int, list[int]] = {}
     for index in order.tolist():
-        together.setdefault(groups[index], []).append(index)
+        together.setdefault(int(groups[index]), []).append(index)
+    members = list(together.values())
+    most = count if exact else min(2 * count, len(order) - 1)
+    sums = _sums_of_the_last([len(each) for each in members], most)
+    reached = [total for total in range(1, most + 1) if sums[0] >> total & 1]
+    left = min(reached, key=lambda total: abs(total - count), default=0)
     drawn: list[int] = []
-    for members in together.values():
-        left = count - len(drawn)
-        if left > 0 and len(members) <= (left if exact else min(2 * left, len(order) - len(drawn) - 1)):
-            drawn += members
-    if exact and len(drawn) < count:
-        rest = order[~np.isin(order, drawn)]
-        drawn += rest[: count - len(drawn)].tolist()
-    if not exact and count > 0 and not drawn:
-        smallest = min(together.values(), key=len)
-        drawn = smallest if len(smallest) < len(order) else []
+    for each, later in zip(members, sums[1:], strict=True):
+        if len(each) <= left and later >> (left - len(each)) & 1:
+            drawn += each
+            left -= len(each)
+    if exact or not drawn:
+        drawn += order[~np.isin(order, drawn)][: count - len(drawn)].tolist()
     return np.asarray(drawn, order.dtype)
+
+
+def _sums_of_the_last(sizes: list[int], most: int) -> list[int]:
+    """For every k, the sums up to `most` that some of `sizes`[k:] have, as the bits of an integer."""
+    sums = [1]
+    for size in reversed(sizes):
+        more = (sums[-1] | sums[-1] << size) & ((1 << most + 1) - 1)
+        sums.append(sums[-1] if more == sums[-1] else more)  # one object: there are as many as examples
+    return sums[::-1]
 
 
 @dataclasses.dataclass(frozen=True)

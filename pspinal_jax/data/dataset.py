@@ -195,7 +195,7 @@ class Dataset(Generic[S]):
         if self.validation is not None:
             return self
         copies = self.train.digests if keep_copies_together else None
-        rest, held_out = split_by_class(self.train.labels, fraction, seed, copies, exact=False)
+        rest, held_out = split_by_class(self.train.labels, fraction, seed, copies)
         if not len(held_out):
             return self
         drawn = {"train": self.train.take(rest), "validation": self.train.take(held_out)}
@@ -309,7 +309,7 @@ def hold_out(
       num_examples: N.
       num_validation: how many to draw.
       seed: decides the draw.
-      copies: integers [N]; examples of equal number go to one side, as far as `num_validation` allows that.
+      copies: integers [N]; examples of equal numbers are drawn together, see `draw_together`.
 
     Raises:
       UsageError: if nothing would be left to train on.
@@ -320,23 +320,18 @@ def hold_out(
             "--data.num-validation"
         )
     shuffled = np.random.default_rng(seed).permutation(num_examples)
-    return _parted(num_examples, draw_together(shuffled, num_validation, copies, exact=True))
+    return _parted(num_examples, draw_together(shuffled, num_validation, copies))
 
 
 def split_by_class(
-    labels: np.ndarray, fraction: float, seed: int, copies: np.ndarray | None = None, *, exact: bool = True
+    labels: np.ndarray, fraction: float, seed: int, copies: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """`draw_by_class` with `fraction` of every class, rounded to the nearest number, but never all of one."""
-    return draw_by_class(labels, lambda members: min(round(fraction * members), members - 1), seed, copies, exact=exact)
+    return draw_by_class(labels, lambda members: min(round(fraction * members), members - 1), seed, copies)
 
 
 def draw_by_class(
-    labels: np.ndarray,
-    count: Callable[[int], int],
-    seed: int,
-    copies: np.ndarray | None = None,
-    *,
-    exact: bool = True,
+    labels: np.ndarray, count: Callable[[int], int], seed: int, copies: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices (rest, drawn), both sorted: `count(members)` of every class, drawn without replacement.
 
@@ -345,13 +340,12 @@ def draw_by_class(
       count: how many to draw of a class with so many members.
       seed: decides the draw; what one class draws does not depend on the others.
       copies: integers [N]; examples of a class that have equal numbers are drawn together, see `draw_together`.
-      exact: see there.
     """
     drawn = [np.zeros(0, np.int64)]
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         order = np.random.default_rng([seed, int(label)]).permutation(members)
-        drawn.append(draw_together(order, count(len(members)), copies, exact))
+        drawn.append(draw_together(order, count(len(members)), copies))
     return _parted(len(labels), np.concatenate(drawn))
 
 

@@ -7,6 +7,7 @@ import pytest
 from comparison_support import SMALL, lasting, make_features, run, small_data
 
 import pspinal_jax
+from pspinal_jax.comparison.door import make_config
 from pspinal_jax.comparison.ledger import Key, Ledger, packed, unpacked
 from pspinal_jax.comparison.parts import flattened, make_split
 from pspinal_jax.comparison.run import CompareConfig, Comparer
@@ -240,7 +241,7 @@ def test_compare_cuts_test_rows_with_copies_on_one_side(capsys):
     inputs, labels = make_features()["train"]
     small = {**SMALL, "heads": ("dense",), "floors": False, "trials": 1}
     found = pspinal_jax.compare(np.tile(inputs, (2, 1)), np.tile(labels, 2), progress=False, **small).result
-    assert found["data"]["copies"]["test_in_train"] == 0 and found["data"]["test"] == 48
+    assert found["data"]["copies"]["test_in_train"] == 0 and found["data"]["test"] == 48  # 16 of 80 each
     assert "warning" not in capsys.readouterr().err
 
 

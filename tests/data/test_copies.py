@@ -41,19 +41,31 @@ def test_draw_together_takes_the_first_where_there_are_no_copies():
 @pytest.mark.parametrize(
     ("groups", "count", "exact", "drawn"),
     [
-        ([0, 0, 1, 1, 2, 2], 2, True, [0, 1]),
-        ([0, 1, 2, 2, 0, 3], 3, True, [0, 4, 1]),
-        ([0, 0, 0, 1, 2, 2], 2, True, [3, 0]),  # no whole copies are left that fill it
-        ([0, 0, 0, 0, 0, 0], 2, True, [0, 1]),
+        ([0, 0, 1, 1, 2, 2], 2, False, [0, 1]),
+        ([0, 1, 2, 2, 0, 3], 3, False, [0, 4, 1]),
+        ([0, 0, 1, 1, 2, 2], 3, False, [0, 1]),
         ([0, 0, 1, 1, 2, 2], 1, False, [0, 1]),
-        ([0, 0, 0, 1, 1, 1], 1, False, [0, 1, 2]),
-        ([0, 0, 0, 1, 2, 2], 2, False, [0, 1, 2]),
-        ([0, 0, 0, 0, 0, 0], 2, False, []),
-        ([0, 0, 0, 0, 0, 1], 4, False, [0, 1, 2, 3, 4]),
+        ([0, 0, 1, 1, 1, 1], 3, False, [0, 1]),
+        ([0, 0, 0, 1, 2, 2], 2, False, [4, 5]),  # three and none of the others would not be two
+        ([0, 0, 0, 1, 1, 1], 1, False, [0]),
+        ([0, 0, 0, 0, 0, 0], 2, False, [0, 1]),
+        ([0, 0, 1, 1, 2, 2], 3, True, [0, 1, 2]),
+        ([0, 0, 0, 1, 2, 2], 3, True, [0, 1, 2]),
+        ([0, 0, 0, 0, 0, 0], 2, True, [0, 1]),
     ],
 )
 def test_draw_together_keeps_copies_whole(groups, count, exact, drawn):
     assert draw_together(np.arange(6), count, np.array(groups), exact).tolist() == drawn
+
+
+def test_draw_together_draws_as_many_in_every_order():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), rng.integers(1, 5, 12))
+    for count in range(1, 12):
+        drawn = [draw_together(rng.permutation(len(groups)), count, groups) for _ in range(20)]
+        assert {len(each) for each in drawn} == {count}
+        assert all(not sides(groups, np.setdiff1d(np.arange(len(groups)), each), each) for each in drawn)
+        assert len({tuple(sorted(each)) for each in drawn}) > 1
 
 
 def sides(copies, train, validation):
@@ -74,9 +86,8 @@ def test_split_by_class_keeps_copies_on_one_side():
     assert np.bincount(labels[drawn]).tolist() == [4, 4] and not sides(DOUBLED, rest, drawn)
     assert sides(DOUBLED, *split_by_class(labels, 0.2, 1))
     np.testing.assert_array_equal(split_by_class(labels, 0.2, 1, np.arange(40))[1], split_by_class(labels, 0.2, 1)[1])
-    # Odd numbers: files are never separated, and where every class shall have its number one pair is.
-    assert sides(DOUBLED, *draw_by_class(labels, lambda _: 3, 1, DOUBLED))
-    assert not sides(DOUBLED, *draw_by_class(labels, lambda _: 3, 1, DOUBLED, exact=False))
+    rest, drawn = draw_by_class(labels, lambda _: 3, 1, DOUBLED)
+    assert len(drawn) == 4 and not sides(DOUBLED, rest, drawn)
 
 
 def folder(place, doubled):
@@ -113,15 +124,15 @@ def test_a_folder_without_copies_is_cut_as_it_always_was(tmp_path):
     np.testing.assert_array_equal(cut(path).test.encoded.indices, [4, 6, 11, 19, 22, 28])
 
 
-def test_a_class_of_one_picture_has_no_test_pictures(tmp_path):
+def test_a_folder_too_small_to_be_cut_is_read_where_no_test_is_needed(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        for number in range(5):
-            (tmp_path / name / f"{number}.png").write_bytes(picture(ord(name)))
-    with pytest.raises(DataError, match=r"too few images to test on 0.25 of each class, copies counting once"):
+        (tmp_path / name / "1.png").write_bytes(picture(ord(name)))
+    with pytest.raises(DataError, match=r"too few images to test on 0.25 of each class"):
         cut(tmp_path)
     options = {"image_size": 8, "test_fraction": 0.25, "split_seed": 0, "strict": False}
-    assert len(read_folder(tmp_path, **options, needs_test=False).test) == 0
+    data = read_folder(tmp_path, **options, needs_test=False)
+    assert len(data.test) == 0 and len(data.uncut) == 2
 
 
 def test_digests_of_images_are_those_of_their_bytes(tmp_path):

@@ -80,8 +80,7 @@ def read_folder(
         splits = _draw_test(uncut, test_fraction, split_seed, keep_copies_together)
         if needs_test and not len(splits["test"]):
             raise DataError(
-                f"{path} has too few images to test on {test_fraction} of each class, copies counting once; choose a "
-                "larger fraction"
+                f"{path} has too few images to test on {test_fraction} of each class; choose a larger fraction"
             )
     shape = (image_size, image_size, 3)
     return Dataset(splits, names, str(path), shape, skipped=skipped, passed_over=passed_over, uncut=uncut)
@@ -194,5 +193,5 @@ def _draw_test(images: ImageSplit, fraction: float, seed: int, together: bool) -
     if not 0 < fraction < 1:
         raise UsageError(f"the test fraction is {fraction}, expected 0 < fraction < 1")
     copies = images.digests if together else None
-    train, test = split_by_class(images.labels, fraction, seed, copies, exact=False)
+    train, test = split_by_class(images.labels, fraction, seed, copies)
     return {"train": images.take(train), "test": images.take(test)}
