@@ -142,8 +142,13 @@ def compare_data(
     ledger = Ledger(workdir)
     config = dataclasses.replace(config, keep_copies_together=keeps_copies_together(workdir))
     comparer = Comparer(data, config, ledger, progress)
-    if comparer.copies[1]:
-        warn(printable(f"{data.source}: {comparer.copies[1]}"))
+    counts, text = comparer.copies
+    if drawn := counts["test_in_train_of_drawn_splits"]:
+        text = "; ".join(
+            [*filter(None, [text]), f"of the splits that are drawn, {drawn:,} test examples are also in train"]
+        )
+    if text:
+        warn(printable(f"{data.source}: {text}"))
     with ledger.opened(comparer.identity()):
         comparer.run()
         result = make_result(comparer, command)

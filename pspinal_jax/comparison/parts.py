@@ -34,6 +34,12 @@ class SplitExamples:
         """int32 [T]."""
         return self.labels[self.num_pool :]
 
+    def copies_apart(self) -> int:
+        """How many test examples have a copy in the pool, of those that splits keep together where they can."""
+        return (
+            0 if self.copies is None else int(np.isin(self.copies[self.num_pool :], self.copies[: self.num_pool]).sum())
+        )
+
     def rows(self, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (train, validation) of the pool; where the data brings no validation split, `seed` cuts it by class.
 

@@ -77,7 +77,8 @@ class Comparer:
       sizes: parameters of each head, by name.
       methods: floors and heads, in the order of the table.
       source: where the data came from.
-      copies: see `pspinal_jax.data.copies.Contents.find_copies`, of the data's own split and the first seed.
+      copies: see `pspinal_jax.data.copies.Contents.find_copies`, of the data's own split and the first seed; and how many test
+        examples of the splits that are drawn are in their pools too.
       choices: (split, method) -> number of the trial that did best on validation.
       seconds: wall time of what this process did, by stage.
     """
@@ -96,6 +97,7 @@ class Comparer:
         }
         train, validation = self._rows[0, 0]
         self.copies = contents.find_copies(train, validation, np.arange(self.splits[0].num_pool, len(contents.labels)))
+        self.copies[0]["test_in_train_of_drawn_splits"] = sum(split.copies_apart() for split in self.splits[1:])
         check_sizes(train, validation, config.batch_size, data.source)
         epochs = config.epochs or max(20, math.ceil(LEAST_STEPS / (len(train) // config.batch_size)))
         evaluated = len(validation) + len(self.splits[0].test_labels)

@@ -215,6 +215,12 @@ def test_copies_lie_on_one_side_of_every_cut(tmp_path):
         parts = [split.inputs[rows] for rows in (train, validation, np.arange(split.num_pool, len(split.labels)))]
         held = [set(map(bytes, part)) for part in parts]
         assert len(set.union(*held)) == sum(map(len, held))
+    assert comparer.copies[0]["test_in_train_of_drawn_splits"] == 0
+    # Five test rows of each class, and nothing but pairs to draw them from: of each class one pair is cut.
+    pairs = doubled.train.inputs[15:], doubled.train.labels[15:]
+    odd = small_data(train=pairs, test=(doubled.train.inputs[:15], doubled.train.labels[:15]))
+    counts = Comparer(odd, make_config({**SMALL, "splits": 3}), Ledger(None), False).copies[0]
+    assert (counts["test_in_train"], counts["test_in_train_of_drawn_splits"]) == (15, 6)
     apart = Comparer(doubled, make_config({**SMALL, "keep_copies_together": False}), Ledger(None), False)
     assert apart.copies[0]["validation_in_train"] > 0 == comparer.copies[0]["validation_in_train"]
     assert "keep_copies_together" in comparer.identity().keys() - apart.identity().keys()
@@ -223,7 +229,12 @@ def test_copies_lie_on_one_side_of_every_cut(tmp_path):
 def test_test_rows_that_are_training_rows_are_counted(tmp_path, capsys):
     splits = make_features()
     result = run(data=small_data(test=splits["train"]), heads=("dense",), floors=False, trials=1)
-    assert result["data"]["copies"] == {"test_in_train": 120, "validation_in_train": 0, "in_several_classes": 0}
+    assert result["data"]["copies"] == {
+        "test_in_train": 120,
+        "validation_in_train": 0,
+        "in_several_classes": 0,
+        "test_in_train_of_drawn_splits": 0,
+    }
     assert (
         "warning: small: 120 of 120 test examples are also in train, identical: test row 0" in capsys.readouterr().err
     )
