@@ -56,8 +56,8 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
             "train": len(train),
             "validation": len(validation_rows),
             "test": len(examples.test_labels),
-            "copies": comparer.copies[0],
         },
+        "copies": comparer.copies[0],
         "protocol": comparer.identity()
         | {"trials": config.trials, "num_seeds": config.num_seeds, "splits": config.splits},
         "methods": rows,

@@ -77,8 +77,8 @@ class Comparer:
       sizes: parameters of each head, by name.
       methods: floors and heads, in the order of the table.
       source: where the data came from.
-      copies: see `pspinal_jax.data.copies.Contents.find_copies`, of the data's own split and the first seed; and how many test
-        examples of the splits that are drawn are in their pools too.
+      copies: see `pspinal_jax.data.copies.Contents.find_copies`, of the data's own split and the first seed; and
+        how many test examples of the splits that are drawn are in their pools too.
       choices: (split, method) -> number of the trial that did best on validation.
       seconds: wall time of what this process did, by stage.
     """

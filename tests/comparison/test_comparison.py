@@ -229,7 +229,7 @@ def test_copies_lie_on_one_side_of_every_cut(tmp_path):
 def test_test_rows_that_are_training_rows_are_counted(tmp_path, capsys):
     splits = make_features()
     result = run(data=small_data(test=splits["train"]), heads=("dense",), floors=False, trials=1)
-    assert result["data"]["copies"] == {
+    assert result["copies"] == {
         "test_in_train": 120,
         "validation_in_train": 0,
         "in_several_classes": 0,
@@ -244,7 +244,7 @@ def test_rows_of_few_distinct_values_are_compared_all_the_same(capsys):
     labels = np.arange(120) % 3
     cells = small_data(train=(np.eye(3, 6)[labels], labels), test=(np.eye(3, 6)[labels[:30]], labels[:30]))
     result = run(data=cells, heads=("dense",), floors=False, trials=1)
-    assert result["data"]["copies"]["validation_in_train"] == result["data"]["validation"] == 24
+    assert result["copies"]["validation_in_train"] == result["data"]["validation"] == 24
     assert "24 of 24 validation examples are also in train" in capsys.readouterr().err
 
 
@@ -252,7 +252,7 @@ def test_compare_cuts_test_rows_with_copies_on_one_side(capsys):
     inputs, labels = make_features()["train"]
     small = {**SMALL, "heads": ("dense",), "floors": False, "trials": 1}
     found = pspinal_jax.compare(np.tile(inputs, (2, 1)), np.tile(labels, 2), progress=False, **small).result
-    assert found["data"]["copies"]["test_in_train"] == 0 and found["data"]["test"] == 48  # 16 of 80 each
+    assert found["copies"]["test_in_train"] == 0 and found["data"]["test"] == 48  # 16 of 80 each
     assert "warning" not in capsys.readouterr().err
 
 
@@ -264,4 +264,4 @@ def test_a_comparison_of_before_copies_were_kept_together_goes_on_as_it_began(tm
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.pop("keep_copies_together") is True
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert run(tmp_path, data, **small)["data"]["copies"]["validation_in_train"] > 0
+    assert run(tmp_path, data, **small)["copies"]["validation_in_train"] > 0
