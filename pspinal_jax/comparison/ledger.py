@@ -83,18 +83,12 @@ class Ledger:
             os.fsync(self._file.fileno())
 
     def _check(self, workdir: Path, identity: dict[str, Any]) -> None:
-        config = workdir / "config.json"
-        if not config.exists():
+        there = _recorded(workdir)
+        if there is None:
             if workdir.exists() and [entry for entry in workdir.iterdir() if entry.name not in _OURS]:
                 raise UsageError(f"{workdir} holds something else than a comparison; choose another --workdir")
             return
-        try:
-            there = json.loads(read_bytes(config, MOST_JSON_BYTES))
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{config} is damaged: {error}; choose another --workdir") from error
         now = json.loads(json.dumps(identity))
-        if not isinstance(there, dict):
-            raise RunError(f"{config} is damaged; choose another --workdir")
         changed = differences(there, now, lambda name, was, is_now: f"{name} was {was!r} and is now {is_now!r}")
         if changed:
             raise UsageError(f"{workdir} holds another comparison: {', '.join(changed[:4])}; choose another --workdir")
@@ -113,6 +107,30 @@ class Ledger:
                     kept.append(text)
         if len(kept) < len(texts):
             write_text(path, "".join(text + "\n" for text in kept))
+
+
+def _recorded(workdir: Path) -> dict[str, Any] | None:
+    """What decides the lines of the comparison in `workdir`; None where there is none.
+
+    Raises:
+      RunError: if its config.json is damaged.
+    """
+    config = workdir / "config.json"
+    if not config.exists():
+        return None
+    try:
+        there = json.loads(read_bytes(config, MOST_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{config} is damaged: {error}; choose another --workdir") from error
+    if not isinstance(there, dict):
+        raise RunError(f"{config} is damaged; choose another --workdir")
+    return there
+
+
+def keeps_copies_together(workdir: Path | None) -> bool:
+    """Whether the comparison in `workdir` cuts no copies apart: not where one of an earlier version goes on."""
+    there = None if workdir is None else _recorded(workdir)
+    return there is None or "keep_copies_together" in there
 
 
 _OURS = {".lock", "features.npz", "features.json"}

@@ -22,6 +22,7 @@ from pspinal_jax.comparison.parts import (
 from pspinal_jax.comparison.program import Outcome, Part, Plan
 from pspinal_jax.comparison.runner import Mode, Runner, Task
 from pspinal_jax.comparison.settings import Ranges, Scaling, Trial, draw_trial, training_seed
+from pspinal_jax.data.copies import copies_of_a_class
 from pspinal_jax.data.dataset import ArraySplit, Dataset
 from pspinal_jax.errors import UsageError
 from pspinal_jax.progress import progress_bar
@@ -51,6 +52,7 @@ class CompareConfig:
     ranges: Ranges = dataclasses.field(default_factory=Ranges)
     mode: Mode = "auto"
     workers: int | None = None
+    keep_copies_together: bool = True
 
     def __post_init__(self) -> None:
         for name in ("trials", "num_seeds", "splits", "layer_width", "num_layers", "batch_size", "epochs", "workers"):
@@ -75,6 +77,8 @@ class Comparer:
       sizes: parameters of each head, by name.
       methods: floors and heads, in the order of the table.
       source: where the data came from.
+      copies: see `pspinal_jax.data.copies.Contents.find_copies`, of the data's own split and the first seed; and
+        how many test examples of the splits that are drawn are in their pools too.
       choices: (split, method) -> number of the trial that did best on validation.
       seconds: wall time of what this process did, by stage.
     """
@@ -82,13 +86,18 @@ class Comparer:
     def __init__(self, data: Dataset[ArraySplit], config: CompareConfig, ledger: Ledger, shown: bool) -> None:
         self.data, self.config, self.ledger, self._shown = flattened(data), config, ledger, shown
         self.source = data.source
-        self.splits = [make_split(self.data, i, config.splits, config.seed) for i in range(config.splits)]
+        contents = self.data.contents()
+        together = config.keep_copies_together
+        copies = copies_of_a_class(contents.digests, contents.labels) if together else None
+        self.splits = [make_split(self.data, i, config.splits, config.seed, copies) for i in range(config.splits)]
         self._rows = {
             (split, seed): self.splits[split].rows(config.validation_fraction, config.seed + seed)
             for split in range(config.splits)
             for seed in range(config.num_seeds)
         }
         train, validation = self._rows[0, 0]
+        self.copies = contents.find_copies(train, validation, np.arange(self.splits[0].num_pool, len(contents.labels)))
+        self.copies[0]["test_in_train_of_drawn_splits"] = sum(split.copies_apart() for split in self.splits[1:])
         check_sizes(train, validation, config.batch_size, data.source)
         epochs = config.epochs or max(20, math.ceil(LEAST_STEPS / (len(train) // config.batch_size)))
         evaluated = len(validation) + len(self.splits[0].test_labels)
@@ -113,6 +122,8 @@ class Comparer:
             **{name: getattr(config, name) for name in _DECIDING},
             "ranges": {name: list(value) for name, value in dataclasses.asdict(config.ranges).items()},
             "epochs": self.plan.epochs,
+            # Of before there was such a setting, nothing was recorded.
+            **({"keep_copies_together": True} if config.keep_copies_together else {}),
             "own_validation": self.splits[0].own_validation,
             "jax_enable_x64": jax.config.values["jax_enable_x64"],
             "jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"],

@@ -68,6 +68,9 @@ class DataConfig:
     """Image files: refuse a folder with unreadable images; otherwise they are named and left out."""
     split_seed: int = 0
     """Seed of the choice of those examples, the same for every training seed."""
+    keep_copies_together: Annotated[bool, Suppress] = True
+    """Draw examples of the same content to one side where splits are cut. No flag: runs of before it had drawn each by
+    itself, and go on so."""
     augment: Literal["none", "perspective_rotation", "rotation_crop_flip", "resized_crop_flip"] = "none"
     """none: pictures as they are, but for augment.color_jitter, which is a setting of its own.
     perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees).

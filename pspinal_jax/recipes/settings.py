@@ -87,16 +87,21 @@ def check_settings_for(recipe: Recipe, source: str, example_shape: Sequence[int]
             )
 
 
+BEFORE = {"keep_copies_together": False}
+"""Settings of the data that runs were made with before they recorded them, where that is not today's default."""
+
+
 def default_settings() -> dict[str, Any]:
-    """The default of every setting that has one, by dotted name."""
+    """What runs were made with that do not record a setting, by dotted name: its default, or what `BEFORE` says."""
     parts: dict[str, type] = {"": Recipe, "data.": DataConfig, "model.": ModelConfig}
     parts |= {"optimizer.": OptimizerConfig, "augment.": AugmentConfig}
-    return {
+    defaults = {
         prefix + field.name: field.default
         for prefix, part in parts.items()
         for field in dataclasses.fields(part)
         if field.default is not dataclasses.MISSING and not dataclasses.is_dataclass(field.default)
     }
+    return defaults | {f"data.{name}": value for name, value in BEFORE.items()}
 
 
 def _augments(recipe: Recipe) -> bool:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pspinal_jax.data.copies import copies_of_a_class
 from pspinal_jax.data.dataset import Dataset, Split, hold_out
 from pspinal_jax.errors import UsageError
 from pspinal_jax.models.classifier import Classifier
@@ -66,7 +67,9 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
         train, validation = np.arange(len(data.train)), len(data.train) + np.arange(own)
     else:
         held_out = recipe.data.num_validation if wants_validation else 0
-        train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed)
+        together = held_out and recipe.data.keep_copies_together
+        copies = copies_of_a_class(data.train.digests, data.train.labels) if together else None
+        train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed, copies)
     for name, off in (("patience", 0), ("retrain", False)):
         if getattr(recipe, name) and not len(validation):
             raise UsageError(

@@ -26,7 +26,7 @@ from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, json_text, read_bytes
 from pspinal_jax.recipes.ranges import OWN
 from pspinal_jax.recipes.schema import DataConfig, Recipe
-from pspinal_jax.recipes.settings import default_settings
+from pspinal_jax.recipes.settings import BEFORE, default_settings
 from pspinal_jax.recipes.typed import typed
 
 _SECONDS_TO_APPEAR = 20
@@ -325,7 +325,7 @@ def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfi
     Raises:
       UsageError: if it is none.
     """
-    data = settings | {key: None if value == "None" else value for key, value in location.items()}
+    data = BEFORE | settings | {key: None if value == "None" else value for key, value in location.items()}
     if data.get("image_size") is not None:
         data["transposed"] = False  # which runs of earlier versions took, and dropped in training
     config: DataConfig = typed("data", data, DataConfig)

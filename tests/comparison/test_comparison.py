@@ -7,6 +7,7 @@ import pytest
 from comparison_support import SMALL, lasting, make_features, run, small_data
 
 import pspinal_jax
+from pspinal_jax.comparison.door import make_config
 from pspinal_jax.comparison.ledger import Key, Ledger, packed, unpacked
 from pspinal_jax.comparison.parts import flattened, make_split
 from pspinal_jax.comparison.run import CompareConfig, Comparer, rank
@@ -219,3 +220,64 @@ def test_hits_are_packed_and_unpacked():
     hits = np.random.default_rng(0).random(1001) < 0.3
     np.testing.assert_array_equal(unpacked(packed(hits), 1001), hits)
     assert Key("trial", 0, "mlp", 3)._asdict() == {"kind": "trial", "split": 0, "method": "mlp", "number": 3}
+
+
+def test_copies_lie_on_one_side_of_every_cut(tmp_path):
+    (inputs, labels), (test, test_labels) = make_features().values()
+    doubled = small_data(train=(np.tile(inputs, (2, 1)), np.tile(labels, 2)), test=(test, test_labels))
+    comparer = Comparer(doubled, make_config({**SMALL, "splits": 3}), Ledger(None), False)
+    for (number, _), (train, validation) in comparer._rows.items():
+        split = comparer.splits[number]
+        parts = [split.inputs[rows] for rows in (train, validation, np.arange(split.num_pool, len(split.labels)))]
+        held = [set(map(bytes, part)) for part in parts]
+        assert len(set.union(*held)) == sum(map(len, held))
+    assert comparer.copies[0]["test_in_train_of_drawn_splits"] == 0
+    # Five test rows of each class, and nothing but pairs to draw them from: of each class one pair is cut.
+    pairs = doubled.train.inputs[15:], doubled.train.labels[15:]
+    odd = small_data(train=pairs, test=(doubled.train.inputs[:15], doubled.train.labels[:15]))
+    counts = Comparer(odd, make_config({**SMALL, "splits": 3}), Ledger(None), False).copies[0]
+    assert (counts["test_in_train"], counts["test_in_train_of_drawn_splits"]) == (15, 6)
+    apart = Comparer(doubled, make_config({**SMALL, "keep_copies_together": False}), Ledger(None), False)
+    assert apart.copies[0]["validation_in_train"] > 0 == comparer.copies[0]["validation_in_train"]
+    assert "keep_copies_together" in comparer.identity().keys() - apart.identity().keys()
+
+
+def test_test_rows_that_are_training_rows_are_counted(tmp_path, capsys):
+    splits = make_features()
+    result = run(data=small_data(test=splits["train"]), heads=("dense",), floors=False, trials=1)
+    assert result["copies"] == {
+        "test_in_train": 120,
+        "validation_in_train": 0,
+        "in_several_classes": 0,
+        "test_in_train_of_drawn_splits": 0,
+    }
+    assert (
+        "warning: small: 120 of 120 test examples are also in train, identical: test row 0" in capsys.readouterr().err
+    )
+
+
+def test_rows_of_few_distinct_values_are_compared_all_the_same(capsys):
+    labels = np.arange(120) % 3
+    cells = small_data(train=(np.eye(3, 6)[labels], labels), test=(np.eye(3, 6)[labels[:30]], labels[:30]))
+    result = run(data=cells, heads=("dense",), floors=False, trials=1)
+    assert result["copies"]["validation_in_train"] == result["data"]["validation"] == 24
+    assert "24 of 24 validation examples are also in train" in capsys.readouterr().err
+
+
+def test_compare_cuts_test_rows_with_copies_on_one_side(capsys):
+    inputs, labels = make_features()["train"]
+    small = {**SMALL, "heads": ("dense",), "floors": False, "trials": 1}
+    found = pspinal_jax.compare(np.tile(inputs, (2, 1)), np.tile(labels, 2), progress=False, **small).result
+    assert found["copies"]["test_in_train"] == 0 and found["data"]["test"] == 48  # 16 of 80 each
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_comparison_of_before_copies_were_kept_together_goes_on_as_it_began(tmp_path):
+    inputs, labels = make_features()["train"]
+    data = small_data(train=(np.tile(inputs, (2, 1)), np.tile(labels, 2)))
+    small = {"heads": ("dense",), "floors": False, "trials": 1}
+    run(tmp_path, data, **small)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("keep_copies_together") is True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(tmp_path, data, **small)["copies"]["validation_in_train"] > 0

@@ -25,7 +25,15 @@ SPLIT_FOLDERS = {
 
 
 def read_folder(
-    path: Path, *, image_size: int, test_fraction: float, split_seed: int, strict: bool, show_progress: bool = False
+    path: Path,
+    *,
+    image_size: int,
+    test_fraction: float,
+    split_seed: int,
+    strict: bool,
+    keep_copies_together: bool = True,
+    needs_test: bool = True,
+    show_progress: bool = False,
 ) -> Dataset[ImageSplit]:
     """The images below `path`, in folders that bear the classes' names.
 
@@ -38,6 +46,8 @@ def read_folder(
       test_fraction: where there are no folders for splits, the fraction of each class that makes the test split.
       split_seed: decides that draw.
       strict: whether an image that cannot be decoded is an error; otherwise it is left out, with a warning.
+      keep_copies_together: whether files of the same content go to one side of that draw.
+      needs_test: whether a draw that gives no test example is an error.
       show_progress: whether to show a bar on standard error while decoding.
 
     Raises:
@@ -68,7 +78,8 @@ def read_folder(
         good = {name: [file for file in each if checks[file].problem is None] for name, each in classes.items()}
         why = {name: first_names([reasons[file] for file in each if file in reasons]) for name, each in classes.items()}
         found, labels = in_order(good, names, partial(_nothing_in, path / folders[split], why))
-        splits[split] = ImageSplit(Files(path, found, [checks[file].crc for file in found]), labels)
+        crcs, sizes = [checks[file].crc for file in found], [checks[file].stamp[0] for file in found]
+        splits[split] = ImageSplit(Files(path, found, crcs, sizes), labels)
     warn_of_skipped([*reasons.values()], str(path))
     passed_over = find_passed_over(path, folders, frozenset(files))
     if empty:
@@ -76,9 +87,15 @@ def read_folder(
         passed_over = (f"{text}: {first_names(empty)}", *passed_over)
     for line in passed_over if is_primary() else ():
         print(f"warning: {line}", file=sys.stderr)
-    if "all" in splits:
-        splits = _draw_test(path, splits["all"], test_fraction, split_seed)
-    return Dataset(splits, names, str(path), (image_size, image_size, 3), skipped=skipped, passed_over=passed_over)
+    uncut = splits.get("all")
+    if uncut is not None:
+        splits = _draw_test(uncut, test_fraction, split_seed, keep_copies_together)
+        if needs_test and not len(splits["test"]):
+            raise DataError(
+                f"{path} has too few images to test on {test_fraction} of each class; choose a larger fraction"
+            )
+    shape = (image_size, image_size, 3)
+    return Dataset(splits, names, str(path), shape, skipped=skipped, passed_over=passed_over, uncut=uncut)
 
 
 def find_split_folders(path: Path) -> dict[str, str]:
@@ -201,10 +218,9 @@ def _to_give(path: Path) -> str:
     return ""
 
 
-def _draw_test(path: Path, images: ImageSplit, fraction: float, seed: int) -> dict[str, ImageSplit]:
+def _draw_test(images: ImageSplit, fraction: float, seed: int, together: bool) -> dict[str, ImageSplit]:
     if not 0 < fraction < 1:
         raise UsageError(f"the test fraction is {fraction}, expected 0 < fraction < 1")
-    train, test = split_by_class(images.labels, fraction, seed)
-    if not len(test):
-        raise DataError(f"{path} has too few images to test on {fraction} of each class; choose a larger fraction")
+    copies = images.digests if together else None
+    train, test = split_by_class(images.labels, fraction, seed, copies)
     return {"train": images.take(train), "test": images.take(test)}
