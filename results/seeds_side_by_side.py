@@ -21,7 +21,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pspinal_jax.benchmark.step import JaxStep, benchmark_recipe, torch_steps
+from pspinal_jax.benchmark.steps import Data, EpochStep, benchmark_recipe, check_equal, torch_steps
+from pspinal_jax.benchmark.torch_reference import EAGER
 from pspinal_jax.data import load_data
 from pspinal_jax.environment import processor, versions
 from pspinal_jax.recipes import load_recipe
@@ -63,10 +64,11 @@ def main() -> None:
     given = parser.parse_args()
     recipe = benchmark_recipe(given.recipe)
     train_split = load_data(dataclasses.replace(recipe.data, path=given.data)).train
-    data = np.asarray(train_split.inputs), train_split.labels
-    same = recipe.optimizer.name == "sgd"
-    eager = torch_steps(recipe, data, JaxStep(recipe, data), compiled=False, checked=same)["PyTorch eager"]
-    steps = given.epochs * (len(data[1]) // recipe.batch_size)
+    data = Data(np.asarray(train_split.inputs), train_split.labels, 10)
+    if recipe.optimizer.name == "sgd":
+        check_equal(recipe, data, EAGER)
+    eager = torch_steps(recipe, data, EpochStep(recipe, data).variables, [EAGER])[EAGER]
+    steps = given.epochs * (len(data.labels) // recipe.batch_size)
     eager(20)
     runs: dict[str, list[dict[str, object]]] = {"loop": [], "processes": []}
     rates: dict[str, list[float]] = {"loop": [], "processes": [], "PyTorch eager": []}

@@ -42,6 +42,16 @@ FOLDER = {
     "data.augment": "none",
     "freeze": "backbone",
     "cache_features": True,
+    # As `folder` trained on cached features when this was measured.
+    "model.head": "progressive",
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.01,
+    "optimizer.nesterov": True,
+    "optimizer.weight_decay": 0.0,
+    "epochs": 12,
+    "batch_size": 32,
+    "label_smoothing": 0.1,
+    "data.validation_fraction": 0.1,
 }
 FINE_TUNE = {
     "data.image_size": 96,

@@ -1,1 +1,1 @@
-"""Measurements: alternatives side by side in one run, against named peers."""
+"""Benchmarks: registry.py names them; each module measures alternatives side by side, ours beside PyTorch's."""

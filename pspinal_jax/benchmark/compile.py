@@ -6,15 +6,50 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pspinal_jax.benchmark.report import plot_bars, torch_version
-from pspinal_jax.environment import device, versions
+from pspinal_jax.benchmark.measurement import Case, Entry, Settings, table
 from pspinal_jax.errors import RunError
-from pspinal_jax.files import write_json
+
+
+def cases(
+    settings: Settings,
+    train: Sequence[str] = ("digits",),
+    published_data: Path | None = None,
+    published_epochs: int = 50,
+) -> list[Case]:
+    """`train` from the shell.
+
+    Args:
+      settings: how much is measured.
+      train: a recipe and flags, which lack their leading dashes.
+      published_data: an .npz file on which PyTorch trains the published settings too.
+      published_epochs: for so many epochs; the script has 50.
+    """
+    recipe, *flags = train
+    words = [recipe, *(f"--{flag}" for flag in flags)]
+    title = f"seconds of `pspinal-jax train {' '.join(words)}`, process start to end"
+
+    def case() -> list[Entry]:
+        seconds = measure(words, settings.rounds)
+        median = {name: float(np.median(values)) for name, values in seconds.items()}
+        rows = [[name, median[name], ", ".join(f"{value:.1f}" for value in each)] for name, each in seconds.items()]
+        bars = {"s": {f"{name} cache": values for name, values in seconds.items()}}
+        columns = ["compilation cache", "median s", "each"]
+        return [table(title, columns, rows, bars, {"title": title, "seconds": seconds, "median": median})]
+
+    def published() -> list[Entry]:
+        lines = measure_published(Path(str(published_data)), published_epochs)
+        rows = [[line["epoch"], line["test"], line["seconds"]] for line in lines[-1:]]
+        label = f"PyTorch, published settings,\n{rows[0][0]} epochs: {rows[0][1]:.2f} %"
+        heading, columns = "the published settings in PyTorch", ["epochs", "test accuracy %", "s"]
+        bars = {"s": {label: [rows[0][2]]}}
+        return [table(heading, columns, rows, bars, {"published_settings_in_pytorch": lines})]
+
+    return [("train", case)] + ([("published settings in PyTorch", published)] if published_data else [])
 
 
 def measure(flags: list[str], rounds: int) -> dict[str, list[float]]:
@@ -53,42 +88,3 @@ def _run(command: list[str], environment: dict[str, str]) -> str:
         said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise RunError(f"{' '.join(command)} failed: {said}")
     return done.stdout
-
-
-def report(
-    workdir: Path, flags: list[str], rounds: int, command: str, published: tuple[Path, int] | None = None
-) -> dict[str, Any]:
-    """Measure, print and write results.json into `workdir`.
-
-    Args:
-      workdir: where to write.
-      flags: recipe and flags of `train`.
-      rounds: how often each cache is tried.
-      command: what was typed.
-      published: data file and number of epochs of the published settings in PyTorch, None to leave them out.
-    """
-    seconds = measure(flags, rounds)
-    results: dict[str, Any] = {
-        "title": f"seconds of `pspinal-jax train {' '.join(flags)}`, process start to end",
-        "command": command,
-        "seconds": seconds,
-        "median": {name: float(np.median(values)) for name, values in seconds.items()},
-        "device": device(),
-        "versions": versions() | torch_version(),
-    }
-    if published is not None:
-        results["published_settings_in_pytorch"] = measure_published(*published)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "results.json", results)
-    rows = {f"{name} cache": values for name, values in seconds.items()}
-    for line in results.get("published_settings_in_pytorch", [])[-1:]:
-        rows[f"PyTorch, published settings,\n{line['epoch']} epochs: {line['test']:.2f} %"] = [line["seconds"]]
-    plot_bars(workdir / "results.png", rows, "s", results["title"])
-    print(f"{results['title']}; {device()['kind']}\n\n| compilation cache | median s | each |\n|---|---|---|")
-    for name, values in seconds.items():
-        print(f"| {name} | {np.median(values):.1f} | {', '.join(f'{value:.1f}' for value in values)} |")
-    for line in results.get("published_settings_in_pytorch", [])[-1:]:
-        print(
-            f"published settings in PyTorch: {line['seconds']:.0f} s, {line['epoch']} epochs, test {line['test']:.2f} %"
-        )
-    return results

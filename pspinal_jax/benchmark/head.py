@@ -1,6 +1,7 @@
 """`benchmark head`: forward and backward pass of the head alone, in training mode, beside PyTorch's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pspinal_jax.benchmark.timing import Work
+from pspinal_jax.benchmark.measurement import Case, Entry, Settings, has_torch, in_precisions, timed
+from pspinal_jax.benchmark.timing import Precision, Work, layer_dtype, set_precision
 from pspinal_jax.errors import RunError
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.heads.layouts import NATIVE_LAYOUT, Computed, Layout, convert_params
 
-OURS: Computed = "fused"
 IMPLEMENTATIONS: tuple[Computed, ...] = ("fused", "unrolled", "scan")
 _DROPOUT_RATE = 0.2
 _TOLERANCE = 1e-9
@@ -51,8 +52,8 @@ SHAPES = (
 )
 
 
-class Case:
-    """One shape: the arrays that every alternative works on, and its gradient by each of our implementations."""
+class HeadGradient:
+    """The gradient of a head of one shape, by each of our implementations, and the arrays that it is taken on."""
 
     def __init__(self, shape: Shape, dtype: Any = jnp.float32) -> None:
         self.shape = shape
@@ -136,55 +137,71 @@ class Case:
         return work
 
 
-def alternatives(case: Case) -> dict[str, Work]:
-    """Our alternatives for `case`, by name; the first is what the others are compared with."""
-    work: dict[str, Work] = {f"{name}, compiled loop": case.in_loop(name) for name in IMPLEMENTATIONS}
-    return work | {
-        "fused from the documented tree": case.in_loop("fused", "tree"),
-        "fused, call by call": case.by_call("fused"),
-        "unrolled, op by op": case.op_by_op(),
+def cases(settings: Settings, shapes: Sequence[Shape] = ()) -> list[Case]:
+    """The head at several sizes, beside PyTorch's."""
+    shapes = shapes or SHAPES
+
+    def check() -> list[Entry]:
+        for shape in [min(shapes, key=lambda shape: shape.flops)] if settings.quick else shapes:
+            check_equal(HeadGradient(shape))
+        return []
+
+    def case(shape: Shape, precision: Precision) -> list[Entry]:
+        head = HeadGradient(shape, jnp.dtype(layer_dtype(precision)))
+        work = alternatives(head, settings.quick)
+        if has_torch():
+            work |= torch_alternatives(head)
+        title, rows = f"{shape}, {precision}", shape.batch_size
+        return [timed(title, work, shape.flops, precision, settings, examples=rows)]
+
+    checks: list[Case] = [("equality with PyTorch", check)] if has_torch() else []
+    return checks + [
+        (f"{shape}, {name}", run)
+        for shape in shapes
+        for name, run in in_precisions(settings.precisions, partial(case, shape))
+    ]
+
+
+def alternatives(head: HeadGradient, quick: bool = False) -> dict[str, Work]:
+    """Our alternatives, by name; the first is what the others are compared with, and `quick` are only a few."""
+    if quick:
+        loops = {f"{name}, compiled loop": head.in_loop(name) for name in IMPLEMENTATIONS[:2]}
+        return loops | {"fused, call by call": head.by_call("fused")}
+    return {f"{name}, compiled loop": head.in_loop(name) for name in IMPLEMENTATIONS} | {
+        "fused from the documented tree": head.in_loop("fused", "tree"),
+        "fused, call by call": head.by_call("fused"),
+        "unrolled, op by op": head.op_by_op(),
     }
 
 
-def suite_alternatives(case: Case) -> dict[str, Work]:
-    """The few of `alternatives` that `benchmark all` has time for."""
-    return {f"{name}, compiled loop": case.in_loop(name) for name in ("fused", "unrolled")} | {
-        "fused, call by call": case.by_call("fused")
-    }
-
-
-def torch_alternatives(case: Case) -> dict[str, Work]:
-    """Eager PyTorch and torch.compile on the same arrays.
+def torch_alternatives(head: HeadGradient) -> dict[str, Work]:
+    """PyTorch in each of its modes on the same arrays.
 
     Raises:
       ImportError: if torch is not installed.
     """
     import torch
 
-    from pspinal_jax.benchmark.torch_twins import make_head, torch_device
+    from pspinal_jax.benchmark.torch_reference import MODES, load_head, repeated, torch_device
 
-    device = torch_device()
-    dtype = torch.bfloat16 if case.dtype == jnp.bfloat16 else torch.float32
-    features = torch.from_numpy(case.features).to(device, dtype).requires_grad_()
-    weights = torch.from_numpy(case.weights).to(device)
+    device, dtype = torch_device(), torch.bfloat16 if head.dtype == jnp.bfloat16 else torch.float32
+    weights = torch.from_numpy(head.weights).to(device)
     work: dict[str, Work] = {}
-    for name, compiled in (("PyTorch eager", False), ("torch.compile", True)):
-        model = make_head(case.shape, _DROPOUT_RATE, case.params).to(device, dtype)
-        call = torch.compile(model) if compiled else model
+    for mode, make_step in MODES.items():
+        features = torch.from_numpy(head.features).to(device, dtype).requires_grad_()
+        model = load_head(head.params, _DROPOUT_RATE).to(device, dtype)
+        # The features take part as a parameter does: both gradients are computed in full, and cleared.
+        leaves = torch.optim.SGD([features, *model.parameters()])
 
-        def run(count: int, model: Any = model, call: Any = call) -> None:
-            for _ in range(count):
-                model.zero_grad(set_to_none=True)
-                features.grad = None
-                (call(features).float() * weights).sum().backward()
-            if device == "cuda":
-                torch.cuda.synchronize()
+        def loss_of(features: Any, model: Any = model) -> Any:
+            return (model(features).float() * weights).sum()
 
-        work[name] = run
+        step = make_step(loss_of, leaves.zero_grad, lambda: None)
+        work[mode] = repeated(step, lambda _, features=features: features)  # type: ignore[misc]
     return work
 
 
-def check_equal(case: Case) -> None:
+def check_equal(head: HeadGradient) -> None:
     """In float64 and without dropout, every implementation's gradients must be PyTorch's.
 
     (In float32 rounding puts a few pre-activations on the other side of ReLU's kink.)
@@ -195,16 +212,17 @@ def check_equal(case: Case) -> None:
     """
     import torch
 
-    from pspinal_jax.benchmark.torch_twins import make_head
+    from pspinal_jax.benchmark.torch_reference import load_head
 
-    model = make_head(case.shape, 0.0, case.params).double()
-    features = torch.from_numpy(case.features).double().requires_grad_()
-    (model(features) * torch.from_numpy(case.weights)).sum().backward()
+    set_precision("float32")
+    model = load_head(head.params, 0.0).double()
+    features = torch.from_numpy(head.features).double().requires_grad_()
+    (model(features) * torch.from_numpy(head.weights)).sum().backward()
     theirs = {"features": features.grad, "output": model.output.weight.grad.T}
     theirs |= {f"layer_{index + 1}": layer.weight.grad.T for index, layer in enumerate(model.layers)}
     with jax.enable_x64(True):
-        exact = Case(case.shape, jnp.float64)
-        inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (case.params, case.features))
+        exact = HeadGradient(head.shape, jnp.float64)
+        inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (head.params, head.features))
         for implementation in IMPLEMENTATIONS:
             gradient = jax.jit(exact.gradient(implementation, 0.0))
             grads, grad_features = gradient(*inputs, jax.random.key(0))

@@ -5,20 +5,16 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pspinal_jax.benchmark.report import plot_bars
+from pspinal_jax.benchmark.measurement import Case, Entry, Settings, has_torch, table
 from pspinal_jax.data.images import ImageSplit
 from pspinal_jax.data.images.encoded import Files
 from pspinal_jax.data.images.stream import stream
-from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import write_json
 
 NUM_FILES = 256
 SIZE = (230, 230)
@@ -28,6 +24,34 @@ _WARM_UP = 8
 """Batches that do not count: the first of each worker wait for its start."""
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]
+
+
+def cases(settings: Settings, pictures: int = 4800, workers: int = 2) -> list[Case]:
+    """Passes over drawn JPEGs.
+
+    Args:
+      settings: how much is measured.
+      pictures: images in a pass.
+      workers: worker processes.
+
+    Raises:
+      UsageError: if there are too few images to time.
+    """
+    least = BATCH_SIZE * (_WARM_UP + 1)
+    if pictures < least or workers < 1 or settings.rounds < 1:
+        raise UsageError(f"give at least --pictures {least}, --workers 1 and --rounds 1")
+
+    def case() -> list[Entry]:
+        with tempfile.TemporaryDirectory() as folder:
+            images = write_images(Path(folder))
+            order = np.random.default_rng(0).integers(0, len(images), pictures)
+            passes = alternatives(images, order, workers)
+            if has_torch():
+                passes |= torch_alternatives(images, order, workers)
+            check_equal(passes)
+            return [_summary(measure(passes, settings.rounds), pictures)]
+
+    return [("passes", case)]
 
 
 def draw_image(seed: int) -> bytes:
@@ -74,14 +98,9 @@ class TorchExamples:
 def alternatives(images: ImageSplit, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
     """By name, what starts a pass over `order`; ours comes first."""
     return {
-        ours(workers): lambda: stream(images, order, SIZE, BATCH_SIZE, workers=workers),
+        f"stream, {workers} workers": lambda: stream(images, order, SIZE, BATCH_SIZE, workers=workers),
         "stream, threads": lambda: stream(images, order, SIZE, BATCH_SIZE),
     }
-
-
-def ours(workers: int) -> str:
-    """The alternative that others are compared with."""
-    return f"stream, {workers} workers"
 
 
 def torch_alternatives(images: ImageSplit, order: np.ndarray, workers: int) -> dict[str, Callable[[], Batches]]:
@@ -146,79 +165,25 @@ def measure(passes: dict[str, Callable[[], Batches]], rounds: int) -> dict[str, 
     return results
 
 
-def report(workdir: Path, num_images: int, workers: int, rounds: int, command: str) -> dict[str, Any]:
-    """Measure, print a table and write results.json and results.png into `workdir`.
-
-    Raises:
-      UsageError: if there are too few images to time.
-    """
-    least = BATCH_SIZE * (_WARM_UP + 1)
-    if num_images < least or workers < 1 or rounds < 1:
-        raise UsageError(f"give at least --pictures {least}, --workers 1 and --rounds 1")
-    left_out = []
-    with tempfile.TemporaryDirectory() as folder:
-        images = write_images(Path(folder))
-        order = np.random.default_rng(0).integers(0, len(images), num_images)
-        passes = alternatives(images, order, workers)
-        try:
-            passes |= torch_alternatives(images, order, workers)
-        except ImportError:
-            left_out = ["torch DataLoader: torch is not installed (extra `torch`)"]
-        check_equal(passes)
-        measured = measure(passes, rounds)
-    results = _summary(measured, num_images, workers) | {
-        "command": command,
-        "left_out": left_out,
-        "device": device(),
-        "versions": versions() | _versions("grain", "pillow", "torch"),
-    }
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "results.json", results)
-    rows = {name: values["images_per_second"] for name, values in measured.items()}
-    plot_bars(workdir / "results.png", rows, "/s", f"{results['title']}; {results['device']['kind']}")
-    print(format_report(results))
-    return results
-
-
-def _summary(measured: dict[str, dict[str, list[float]]], num_images: int, workers: int) -> dict[str, Any]:
+def _summary(measured: dict[str, dict[str, list[float]]], pictures: int) -> Entry:
     rates = {name: np.asarray(values["images_per_second"]) for name, values in measured.items()}
-    return {
-        "title": f"{num_images} JPEGs of about 500x375, decoded and resized to {SIZE[0]}x{SIZE[1]}, batch {BATCH_SIZE}",
-        "alternatives": measured,
-        "median": {name: float(np.median(values)) for name, values in rates.items()},
-        # Within a round, so that a slow spell of the machine hits both sides.
-        "times_faster": {
-            name: float(np.median(rates[ours(workers)] / values))
-            for name, values in rates.items()
-            if name != ours(workers)
-        },
-    }
-
-
-def format_report(results: dict[str, Any]) -> str:
-    """The results as a Markdown table."""
-    lines = [
-        f"{results['title']}; {results['device']['kind']}",
-        "",
-        "| alternative | images/s, median | each | s to the first batch | s to end | ours is faster by |",
-        "|---|---|---|---|---|---|",
+    median = {name: float(np.median(values)) for name, values in rates.items()}
+    ours, *others = rates
+    # Within a round, so that a slow spell of the machine hits both sides.
+    times = {name: float(np.median(rates[ours] / rates[name])) for name in others}
+    rows = [
+        [
+            name,
+            round(median[name]),
+            ", ".join(f"{rate:.0f}" for rate in rates[name]),
+            float(np.median(values["seconds_to_first_batch"])),
+            float(np.median(values["seconds_to_end"])),
+            f"{times[name]:.2f} x" if name in times else "(ours)",
+        ]
+        for name, values in measured.items()
     ]
-    for name, values in results["alternatives"].items():
-        each = ", ".join(f"{rate:.0f}" for rate in values["images_per_second"])
-        times = results["times_faster"].get(name)
-        lines.append(
-            f"| {name} | {results['median'][name]:.0f} | {each} | {np.median(values['seconds_to_first_batch']):.1f} | "
-            f"{np.median(values['seconds_to_end']):.1f} | "
-            f"{'(ours)' if times is None else f'{times:.2f} x'} |"
-        )
-    return "\n".join(lines + [f"\nleft out: {reason}" for reason in results["left_out"]])
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    columns = ["alternative", "images/s, median", "each", "s to the first batch", "s to end", "ours is faster by"]
+    title = f"{pictures} JPEGs of about 500x375, decoded and resized to {SIZE[0]}x{SIZE[1]}, batch {BATCH_SIZE}"
+    bars = {"images/s": {name: values["images_per_second"] for name, values in measured.items()}}
+    fields = {"title": title, "alternatives": measured, "median": median, "times_faster": times}
+    return table(title, columns, rows, bars, fields)

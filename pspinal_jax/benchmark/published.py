@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from pspinal_jax.benchmark.torch_twins import ImageExamples, TorchClassifier, TorchProgressiveHead
+from pspinal_jax.benchmark.torch_reference import ImageExamples, TorchClassifier, TorchProgressiveHead
 
 _STANDARD = (0.1307, 0.3081)
 

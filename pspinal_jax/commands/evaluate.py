@@ -20,7 +20,8 @@ class EvaluateArguments:
     seed_index: int | None = None
     """Which of the run's seeds, from 0; by default the best on validation."""
     data_path: Annotated[Path | None, tyro.conf.arg(name="data.path")] = None
-    """Evaluate on this data set's test split in place of the run's own; an export needs it."""
+    """Evaluate on this data set's test split in place of the run's own, or on all pictures of a folder that holds no
+    split; an export needs it."""
     predictions: Path | None = None
     """Also write each example's prediction to this .csv file."""
     output: Path | None = None
@@ -48,10 +49,12 @@ def main(args: Sequence[str]) -> int:
         output=parsed.output,
         show_progress=True,
     )
-    if report["trained_on_it"] is None:
-        print(printable(f"on {report['data']}; the export does not say what it was trained on"))
-    elif not report["trained_on_it"]:
-        print(printable(f"on other data than the run was trained on: {report['data']}"))
+    if not report["trained_on_it"]:
+        part = "its test split" if report["part"] == "test" else f"all {report['examples']} examples: it holds no split"
+        unknown = report["trained_on_it"] is None
+        on = "on" if unknown else "on other data than the run was trained on:"
+        end = "; the export does not say what it was trained on" if unknown else ""
+        print(printable(f"{on} {report['data']}, {part}{end}"))
     print("\n".join(describe_report(report)))
     if report["files"]:
         print(printable(f"written to {parsed.output or parsed.run_dir}: {', '.join(report['files'])}"))

@@ -58,7 +58,7 @@ def main(args: Sequence[str]) -> int:
     enable_compilation_cache()
     shape, dtype = data.example_shape, data.example_dtype
     model = build_model(recipe, shape, data.num_classes)
-    start = start_variables(recipe, model, parsed.init_from, shape, dtype)
+    start = start_variables(recipe, model, parsed.init_from, shape, dtype, data.class_names)
     variables = complete_backbone(recipe, model, start, shape, dtype)
     features = extract_features(recipe, model, variables, data, parsed.workers)
     try:

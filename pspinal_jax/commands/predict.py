@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ import tyro
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import RunError, UsageError, printable
-from pspinal_jax.files import atomic_file
+from pspinal_jax.files import atomic_file, json_text
 from pspinal_jax.progress import say
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def main(args: Sequence[str]) -> int:
     if parsed.csv is not None:
         _write_csv(parsed.csv, predictions, parsed.top)
     if parsed.json:
-        print(json.dumps([_as_json(prediction) for prediction in predictions], indent=2))
+        print(json_text([_as_json(prediction) for prediction in predictions], indent=2))
     elif parsed.csv is None:
         _print_table(good)
     where = f", written to {printable(parsed.csv)}" if parsed.csv is not None else ""

@@ -46,19 +46,29 @@ class _Arguments:
 def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     name, recipe, flags = take_recipe("train", args)
-    parsed = parse(
-        _Arguments,
-        flags,
-        prog=f"pspinal-jax train {name}",
-        description=f"Train {recipe.card.name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
-        example=_example(name, recipe),
-        groups=MOST_USED,
-        default=_Arguments(recipe, RunOptions(), ProcessOptions()),
-    )
+
+    def parsed(recipe: Recipe) -> _Arguments:
+        arguments: _Arguments = parse(
+            _Arguments,
+            flags,
+            prog=f"pspinal-jax train {name}",
+            description=f"Train {recipe.card.name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
+            example=_example(name, recipe),
+            groups=MOST_USED,
+            default=_Arguments(recipe, RunOptions(), ProcessOptions()),
+        )
+        return arguments
+
+    arguments = parsed(recipe)
     from pspinal_jax.distributed.join import joined
 
-    with joined(parsed.processes):
-        return _train(parsed.recipe, parsed.options, ["train", *args])
+    with joined(arguments.processes):
+        changed = arguments.recipe
+        if changed.cache_features:
+            from pspinal_jax.runs.run import resolve
+
+            changed = resolve(recipe, lambda other: parsed(other).recipe, arguments.options)
+        return _train(changed, arguments.options, ["train", *args])
 
 
 def take_recipe(command: str, args: Sequence[str]) -> tuple[str, Recipe, Sequence[str]]:

@@ -1,19 +1,22 @@
 """`pspinal_jax.compare`: a comparison of heads on arrays at hand, or of a data set that a command has read."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pspinal_jax.comparison.ledger import Ledger
+from pspinal_jax.comparison.ledger import Ledger, keeps_copies_together
 from pspinal_jax.comparison.report import format_table, format_terminal, make_result, plot, write_report
 from pspinal_jax.comparison.run import CompareConfig, Comparer
 from pspinal_jax.comparison.settings import Ranges
+from pspinal_jax.data.copies import copies_of_a_class, digest_rows
 from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset, split_by_class
 from pspinal_jax.environment import enable_compilation_cache
-from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import expanded
+from pspinal_jax.progress import warn
 
 
 class Comparison:
@@ -90,16 +93,18 @@ def compare(
       UsageError: if a setting does not.
       RunError: if `workdir` holds something else, or cannot be written.
     """
-    config = make_config(settings)
+    folder = None if workdir is None else expanded(workdir)
+    config = dataclasses.replace(make_config(settings), keep_copies_together=keeps_copies_together(folder))
     tested = None if test_features is None and test_labels is None else (test_features, test_labels)
-    train, test = _split((features, labels), tested, test_fraction, config.seed)
+    train, test = _split((features, labels), tested, test_fraction, config)
     names = None if class_names is None else tuple(map(str, class_names))
     data = make_dataset({"train": train, "test": test}, "arrays", None, names)
-    folder = None if workdir is None else expanded(workdir)
     return compare_data(data, config, folder, "pspinal_jax.compare(features, labels, ..)", progress)
 
 
-def _split(given: tuple[Any, Any], tested: tuple[Any, Any] | None, fraction: float, seed: int) -> tuple[Any, Any]:
+def _split(
+    given: tuple[Any, Any], tested: tuple[Any, Any] | None, fraction: float, config: CompareConfig
+) -> tuple[Any, Any]:
     """(train, test), each (inputs, labels); what is not given is cut by class; UsageError where that cannot be."""
     inputs, labels = map(np.asarray, given)
     if tested is not None:
@@ -110,7 +115,8 @@ def _split(given: tuple[Any, Any], tested: tuple[Any, Any] | None, fraction: flo
         raise UsageError(f"test_fraction is {fraction}, expected 0 < test_fraction < 1")
     if inputs.ndim < 1 or labels.ndim != 1 or len(inputs) != len(labels):
         raise UsageError(f"features {inputs.shape} and labels {labels.shape} must have one entry an example")
-    rest, drawn = split_by_class(labels, fraction, seed)
+    copies = copies_of_a_class(digest_rows(inputs), labels) if config.keep_copies_together else None
+    rest, drawn = split_by_class(labels, fraction, config.seed, copies)
     if not len(drawn):
         raise UsageError(f"no class has enough examples to hold out {fraction:g} of it; give test_features")
     return (inputs[rest], labels[rest]), (inputs[drawn], labels[drawn])
@@ -134,7 +140,15 @@ def compare_data(
     """The comparison on `data`, or what is left of it in `workdir`; raises as `compare`."""
     enable_compilation_cache()
     ledger = Ledger(workdir)
+    config = dataclasses.replace(config, keep_copies_together=keeps_copies_together(workdir))
     comparer = Comparer(data, config, ledger, progress)
+    counts, text = comparer.copies
+    if drawn := counts["test_in_train_of_drawn_splits"]:
+        text = "; ".join(
+            [*filter(None, [text]), f"of the splits that are drawn, {drawn:,} test examples are also in train"]
+        )
+    if text:
+        warn(printable(f"{data.source}: {text}"))
     with ledger.opened(comparer.identity()):
         comparer.run()
         result = make_result(comparer, command)

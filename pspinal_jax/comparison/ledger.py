@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import MOST_JSON_BYTES, differences, held, read_bytes, write_json, write_text
+from pspinal_jax.files import MOST_JSON_BYTES, differences, held, json_text, read_bytes, write_json, write_text
 
 MOST_LINES_BYTES = 2**30
 
@@ -79,23 +78,17 @@ class Ledger:
         """Write down a result."""
         self.lines[key] = {**key._asdict(), **line}
         if self._file is not None:
-            self._file.write(json.dumps(self.lines[key], allow_nan=False) + "\n")
+            self._file.write(json_text(self.lines[key]) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def _check(self, workdir: Path, identity: dict[str, Any]) -> None:
-        config = workdir / "config.json"
-        if not config.exists():
+        there = _recorded(workdir)
+        if there is None:
             if workdir.exists() and [entry for entry in workdir.iterdir() if entry.name not in _OURS]:
                 raise UsageError(f"{workdir} holds something else than a comparison; choose another --workdir")
             return
-        try:
-            there = json.loads(read_bytes(config, MOST_JSON_BYTES))
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{config} is damaged: {error}; choose another --workdir") from error
         now = json.loads(json.dumps(identity))
-        if not isinstance(there, dict):
-            raise RunError(f"{config} is damaged; choose another --workdir")
         changed = differences(there, now, lambda name, was, is_now: f"{name} was {was!r} and is now {is_now!r}")
         if changed:
             raise UsageError(f"{workdir} holds another comparison: {', '.join(changed[:4])}; choose another --workdir")
@@ -116,6 +109,30 @@ class Ledger:
             write_text(path, "".join(text + "\n" for text in kept))
 
 
+def _recorded(workdir: Path) -> dict[str, Any] | None:
+    """What decides the lines of the comparison in `workdir`; None where there is none.
+
+    Raises:
+      RunError: if its config.json is damaged.
+    """
+    config = workdir / "config.json"
+    if not config.exists():
+        return None
+    try:
+        there = json.loads(read_bytes(config, MOST_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{config} is damaged: {error}; choose another --workdir") from error
+    if not isinstance(there, dict):
+        raise RunError(f"{config} is damaged; choose another --workdir")
+    return there
+
+
+def keeps_copies_together(workdir: Path | None) -> bool:
+    """Whether the comparison in `workdir` cuts no copies apart: not where one of an earlier version goes on."""
+    there = None if workdir is None else _recorded(workdir)
+    return there is None or "keep_copies_together" in there
+
+
 _OURS = {".lock", "features.npz", "features.json"}
 
 
@@ -128,8 +145,3 @@ def unpacked(text: str, count: int) -> np.ndarray:
     """The first `count` bools of `packed`."""
     bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))
     return bits[:count].astype(bool)
-
-
-def finite_or_none(value: float) -> float | None:
-    """`value`, or None where JSON has no word for it."""
-    return float(value) if math.isfinite(value) else None

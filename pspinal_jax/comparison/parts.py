@@ -6,6 +6,7 @@ import numpy as np
 
 from pspinal_jax.comparison.program import Examples, Part
 from pspinal_jax.comparison.settings import Scaling
+from pspinal_jax.data.copies import draw_together
 from pspinal_jax.data.dataset import ArraySplit, Dataset, split_by_class
 from pspinal_jax.errors import UsageError
 
@@ -19,23 +20,35 @@ class SplitExamples:
       labels: int32 [P + T].
       num_pool: P, of which a part is validated on.
       own_validation: how many at the end of the pool are a validation split of the data's own; 0 for none.
+      copies: integers [P + T], equal for rows that splits keep together; None to draw each by itself.
     """
 
     inputs: np.ndarray
     labels: np.ndarray
     num_pool: int
     own_validation: int
+    copies: np.ndarray | None
 
     @property
     def test_labels(self) -> np.ndarray:
         """int32 [T]."""
         return self.labels[self.num_pool :]
 
+    def copies_apart(self) -> int:
+        """How many test examples have a copy in the pool, of those that splits keep together where they can."""
+        return (
+            0 if self.copies is None else int(np.isin(self.copies[self.num_pool :], self.copies[: self.num_pool]).sum())
+        )
+
     def rows(self, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (train, validation) of the pool; where the data brings no validation split, `seed` cuts it by class."""
+        """Rows (train, validation) of the pool; where the data brings no validation split, `seed` cuts it by class.
+
+        Copies go to one side, see `draw_together`; every seed has equally many rows.
+        """
         if self.own_validation:
             return np.split(np.arange(self.num_pool), [self.num_pool - self.own_validation])  # type: ignore[return-value]
-        return split_by_class(self.labels[: self.num_pool], validation_fraction, seed)
+        copies = None if self.copies is None else self.copies[: self.num_pool]
+        return split_by_class(self.labels[: self.num_pool], validation_fraction, seed, copies)
 
     def examples(self, with_test: bool) -> Examples:
         """What a program gets: no label of the test, and without `with_test` zeros in place of its inputs."""
@@ -51,11 +64,14 @@ def flattened(data: Dataset[ArraySplit]) -> Dataset[ArraySplit]:
     return dataclasses.replace(data, splits=splits, example_shape=splits["train"].inputs.shape[1:])
 
 
-def make_split(data: Dataset[ArraySplit], number: int, num_splits: int, seed: int) -> SplitExamples:
+def make_split(
+    data: Dataset[ArraySplit], number: int, num_splits: int, seed: int, copies: np.ndarray | None = None
+) -> SplitExamples:
     """Split `number` of the flattened `data`.
 
     Split 0 is the data's own. The others join everything and draw, by class, as many test examples as the data's own
-    test split has; where there are several, a validation split of the data's own is part of the pool.
+    test split has; where there are several, a validation split of the data's own is part of the pool. `copies`:
+    integers, of train, validation and test one after the other, equal for rows to keep together where that can be.
     """
     train, validation, test = data.train, data.validation, data.test
     own = 0
@@ -64,17 +80,19 @@ def make_split(data: Dataset[ArraySplit], number: int, num_splits: int, seed: in
         train = train.join(validation)
     whole = train.join(test)
     if number:
-        drawn = _draw_like(whole.labels, test.labels, [seed, number])
-        whole = whole.take(np.concatenate([np.setdiff1d(np.arange(len(whole)), drawn), drawn]))
-    return SplitExamples(whole.inputs, whole.labels, len(train), own)
+        drawn = _draw_like(whole.labels, test.labels, [seed, number], copies)
+        order = np.concatenate([np.setdiff1d(np.arange(len(whole)), drawn), drawn])
+        whole, copies = whole.take(order), None if copies is None else copies[order]
+    return SplitExamples(whole.inputs, whole.labels, len(train), own, copies)
 
 
-def _draw_like(labels: np.ndarray, test: np.ndarray, seed: list[int]) -> np.ndarray:
+def _draw_like(labels: np.ndarray, test: np.ndarray, seed: list[int], copies: np.ndarray | None) -> np.ndarray:
     """Sorted indices: of each class as many, drawn without replacement, as `test` has."""
     drawn = []
     for label, count in zip(*np.unique(test, return_counts=True), strict=True):
         members = np.flatnonzero(labels == label)
-        drawn.append(np.random.default_rng([*seed, int(label)]).permutation(members)[:count])
+        order = np.random.default_rng([*seed, int(label)]).permutation(members)
+        drawn.append(draw_together(order, count, copies, exact=True))
     return np.sort(np.concatenate(drawn))
 
 

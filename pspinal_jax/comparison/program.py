@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from pspinal_jax.comparison.settings import Setting
@@ -80,11 +81,13 @@ class Outcome(NamedTuple):
 
     Attributes:
       predictions: int32 [E], of the rows `Part.evaluated`; past `Part.count`, -1.
+      losses: float32 [E], negative log-likelihood of what `Examples.labels` says of these rows; past `Part.count`, 0.
       loss: float32, mean training loss over the last epoch.
       finite: whether loss and gradients stayed finite.
     """
 
     predictions: Any
+    losses: Any
     loss: Any
     finite: Any
 
@@ -140,21 +143,28 @@ def train_head(
 
     state, totals = lax.scan(epoch, state, (jnp.arange(plan.epochs), rates))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    predictions = _predict(partial(apply, variables, train=False), plan.eval_batch_size, part, examples.inputs)
+    predictions, losses = _predict(partial(apply, variables, train=False), plan.eval_batch_size, part, examples)
     loss = totals.loss[-1] / totals.count[-1]
-    return state, Outcome(predictions, loss, jnp.all(totals.bad_step < 0) & jnp.isfinite(loss))
+    return state, Outcome(predictions, losses, loss, jnp.all(totals.bad_step < 0) & jnp.isfinite(loss))
 
 
-def _predict(apply: Any, batch_size: int, part: Part, inputs: jax.Array) -> jax.Array:
-    """The most probable class of each evaluated row."""
+def _predict(apply: Any, batch_size: int, part: Part, examples: Examples) -> tuple[jax.Array, jax.Array]:
+    """The most probable class of each evaluated row, and its label's negative log-likelihood."""
 
-    def body(index: jax.Array, predictions: jax.Array) -> jax.Array:
+    def body(index: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start = index * batch_size
         rows = lax.dynamic_slice_in_dim(part.evaluated, start, batch_size)
-        classes = jnp.argmax(apply(inputs.at[rows].get(mode="promise_in_bounds")), -1).astype(jnp.int32)
-        return lax.dynamic_update_slice_in_dim(predictions, classes, start, 0)
+        inputs, labels = (array.at[rows].get(mode="promise_in_bounds") for array in examples)
+        logits = apply(inputs).astype(jnp.float32)
+        classes = jnp.argmax(logits, -1).astype(jnp.int32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return tuple(  # type: ignore[return-value]
+            lax.dynamic_update_slice_in_dim(all_rows, new, start, 0)
+            for all_rows, new in zip(found, (classes, losses), strict=True)
+        )
 
-    nothing = jnp.full(part.evaluated.shape, -1, jnp.int32)
+    shape = part.evaluated.shape
     batches = (part.count + batch_size - 1) // batch_size
-    predictions = lax.fori_loop(0, batches, body, nothing)
-    return jnp.where(jnp.arange(len(predictions)) < part.count, predictions, -1)
+    predictions, losses = lax.fori_loop(0, batches, body, (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
+    counted = jnp.arange(len(predictions)) < part.count
+    return jnp.where(counted, predictions, -1), jnp.where(counted, losses, 0.0)

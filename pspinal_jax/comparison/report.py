@@ -57,6 +57,7 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
             "validation": len(validation_rows),
             "test": len(examples.test_labels),
         },
+        "copies": comparer.copies[0],
         "protocol": comparer.identity()
         | {"trials": config.trials, "num_seeds": config.num_seeds, "splits": config.splits},
         "methods": rows,

@@ -11,7 +11,7 @@ import numpy as np
 
 from pspinal_jax.comparison.floors import FLOORS, FloorName, floor_settings, predict_floor
 from pspinal_jax.comparison.heads import HEADS, HeadName, Match, build_head
-from pspinal_jax.comparison.ledger import Key, Ledger, finite_or_none, packed
+from pspinal_jax.comparison.ledger import Key, Ledger, packed
 from pspinal_jax.comparison.parts import (
     check_sizes,
     flattened,
@@ -22,6 +22,7 @@ from pspinal_jax.comparison.parts import (
 from pspinal_jax.comparison.program import Outcome, Part, Plan
 from pspinal_jax.comparison.runner import Mode, Runner, Task
 from pspinal_jax.comparison.settings import Ranges, Scaling, Trial, draw_trial, training_seed
+from pspinal_jax.data.copies import copies_of_a_class
 from pspinal_jax.data.dataset import ArraySplit, Dataset
 from pspinal_jax.errors import UsageError
 from pspinal_jax.progress import progress_bar
@@ -51,6 +52,7 @@ class CompareConfig:
     ranges: Ranges = dataclasses.field(default_factory=Ranges)
     mode: Mode = "auto"
     workers: int | None = None
+    keep_copies_together: bool = True
 
     def __post_init__(self) -> None:
         for name in ("trials", "num_seeds", "splits", "layer_width", "num_layers", "batch_size", "epochs", "workers"):
@@ -75,6 +77,8 @@ class Comparer:
       sizes: parameters of each head, by name.
       methods: floors and heads, in the order of the table.
       source: where the data came from.
+      copies: see `pspinal_jax.data.copies.Contents.find_copies`, of the data's own split and the first seed; and
+        how many test examples of the splits that are drawn are in their pools too.
       choices: (split, method) -> number of the trial that did best on validation.
       seconds: wall time of what this process did, by stage.
     """
@@ -82,13 +86,18 @@ class Comparer:
     def __init__(self, data: Dataset[ArraySplit], config: CompareConfig, ledger: Ledger, shown: bool) -> None:
         self.data, self.config, self.ledger, self._shown = flattened(data), config, ledger, shown
         self.source = data.source
-        self.splits = [make_split(self.data, i, config.splits, config.seed) for i in range(config.splits)]
+        contents = self.data.contents()
+        together = config.keep_copies_together
+        copies = copies_of_a_class(contents.digests, contents.labels) if together else None
+        self.splits = [make_split(self.data, i, config.splits, config.seed, copies) for i in range(config.splits)]
         self._rows = {
             (split, seed): self.splits[split].rows(config.validation_fraction, config.seed + seed)
             for split in range(config.splits)
             for seed in range(config.num_seeds)
         }
         train, validation = self._rows[0, 0]
+        self.copies = contents.find_copies(train, validation, np.arange(self.splits[0].num_pool, len(contents.labels)))
+        self.copies[0]["test_in_train_of_drawn_splits"] = sum(split.copies_apart() for split in self.splits[1:])
         check_sizes(train, validation, config.batch_size, data.source)
         epochs = config.epochs or max(20, math.ceil(LEAST_STEPS / (len(train) // config.batch_size)))
         evaluated = len(validation) + len(self.splits[0].test_labels)
@@ -113,6 +122,8 @@ class Comparer:
             **{name: getattr(config, name) for name in _DECIDING},
             "ranges": {name: list(value) for name, value in dataclasses.asdict(config.ranges).items()},
             "epochs": self.plan.epochs,
+            # Of before there was such a setting, nothing was recorded.
+            **({"keep_copies_together": True} if config.keep_copies_together else {}),
             "own_validation": self.splits[0].own_validation,
             "jax_enable_x64": jax.config.values["jax_enable_x64"],
             "jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"],
@@ -133,10 +144,8 @@ class Comparer:
                 trials = [Key("trial", split, head, trial) for head in config.heads for trial in range(config.trials)]
                 self._train(split, trials, with_test=False)
                 for head in config.heads:
-                    validation = [
-                        lines[Key("trial", split, head, trial)]["validation_accuracy"] for trial in range(config.trials)
-                    ]
-                    self.choices[split, head] = int(np.argmax(validation))
+                    tried = [lines[Key("trial", split, head, trial)] for trial in range(config.trials)]
+                    self.choices[split, head] = max(range(config.trials), key=lambda trial: rank(tried[trial]))
                 seeds = [Key("seed", split, head, seed) for head in config.heads for seed in range(config.num_seeds)]
                 self._train(split, seeds, with_test=True)
 
@@ -182,12 +191,14 @@ class Comparer:
         key: Key = task.key
         rows = self._rows[key.split, key.number if key.kind == "seed" else 0]
         right = self._right(key.split, rows[1], np.asarray(outcome.predictions), key.kind == "seed")
+        losses = np.asarray(outcome.losses)[: len(rows[1])]
         self.ledger.add(
             key,
             {
                 "setting": self.trial_of(key).as_json(),
                 **right,
-                "train_loss": finite_or_none(float(outcome.loss)),
+                "validation_loss": round(float(losses.mean()), 5),
+                "train_loss": float(outcome.loss),
                 "finite": bool(outcome.finite),
                 "seconds": round(seconds, 3),
             },
@@ -240,6 +251,15 @@ class Comparer:
         rights = [self._right(key.split, validation, each, with_test) for each in predictions]
         best = int(np.argmax([right["validation_accuracy"] for right in rights]))
         return {"setting": settings[best], **rights[best], "seconds": round(time.perf_counter() - start, 3)}
+
+
+def rank(line: dict[str, Any]) -> tuple[float, float]:
+    """What the trials of a head are chosen by, larger is better: accuracy, and of equal ones the loss.
+
+    The loss is -inf where it is not finite or, in lines from before it was kept, not known.
+    """
+    loss = line.get("validation_loss")
+    return line["validation_accuracy"], -np.inf if loss is None else -loss
 
 
 _DECIDING = (

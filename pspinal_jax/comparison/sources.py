@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pspinal_jax.backbones.efficientnet import SCALES
+from pspinal_jax.comparison.ledger import keeps_copies_together
 from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.dataset import ArraySplit, Dataset
@@ -64,7 +65,7 @@ def _has_small_images(directory: Path) -> bool:
 
 def _features_of_images(folder: Path, workdir: Path, backbone: str | None, weights: str | None) -> Dataset[ArraySplit]:
     recipe = _recipe(folder, backbone, weights)
-    images = load_data(recipe.data)
+    images = load_data(dataclasses.replace(recipe.data, keep_copies_together=keeps_copies_together(workdir)))
     identity = {
         "images": images.fingerprint(),
         "backbone": recipe.model.backbone,
@@ -82,7 +83,8 @@ def _features_of_images(folder: Path, workdir: Path, backbone: str | None, weigh
         return read_npz(path, images.num_classes)
     shape, dtype = images.example_shape, images.example_dtype
     model = build_model(recipe, shape, images.num_classes)
-    variables = complete_backbone(recipe, model, start_variables(recipe, model, None, shape, dtype), shape, dtype)
+    start = start_variables(recipe, model, None, shape, dtype, images.class_names)
+    variables = complete_backbone(recipe, model, start, shape, dtype)
     features = extract_features(recipe, model, variables, images)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

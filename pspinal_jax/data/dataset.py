@@ -1,6 +1,8 @@
 """A data set: its splits, its classes, and what a model sees of an example. Arrays are checked when it is made."""
 
 import dataclasses
+import functools
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -8,6 +10,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
+from pspinal_jax.data.copies import Contents, digest_rows, draw_together
 from pspinal_jax.errors import DataError, UsageError
 
 
@@ -21,6 +24,13 @@ class Split(Protocol):
     @property
     def labels(self) -> np.ndarray:
         """int32 [N], each 0 .. num_classes - 1."""
+
+    @property
+    def digests(self) -> np.ndarray:
+        """uint64 [N], see `pspinal_jax.data.copies`."""
+
+    def name(self, index: int) -> str:
+        """What to call example number `index` in a message."""
 
     def __len__(self) -> int: ...
 
@@ -54,6 +64,15 @@ class ArraySplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def digests(self) -> np.ndarray:
+        """See `Split`."""
+        return digest_rows(self.inputs)
+
+    def name(self, index: int) -> str:
+        """See `Split`."""
+        return f"row {index}"
 
     def read(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """See `Split`; arrays have the size that they have."""
@@ -99,6 +118,7 @@ class Dataset(Generic[S]):
       example_dtype: uint8 for images, float32 for features.
       skipped: names of the unreadable files that were left out.
       passed_over: what else was left out of a folder or a file, a line each.
+      uncut: all examples, where the test split was cut from them and is none of the data's own.
     """
 
     splits: Mapping[str, S]
@@ -108,6 +128,7 @@ class Dataset(Generic[S]):
     example_dtype: np.dtype[Any] = _UINT8
     skipped: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
+    uncut: S | None = None
 
     @property
     def num_classes(self) -> int:
@@ -138,13 +159,30 @@ class Dataset(Generic[S]):
         """A checksum that changes when an example, a label or a split does, and with images when a class name does."""
         return f"{self.train.checksum(self.validation, self.test, self.class_names):08x}"
 
-    def with_validation(self, fraction: float, seed: int) -> "Dataset[S]":
+    def contents(self) -> Contents:
+        """What the examples of all splits are."""
+        splits = {name: self.splits[name] for name in ("train", "validation", "test") if name in self.splits}
+        ends = np.cumsum([len(split) for split in splits.values()])
+
+        def name(index: int) -> str:
+            number = int(np.searchsorted(ends, index, "right"))
+            kind, split = list(splits.items())[number]
+            return f"{kind} {split.name(index - int(ends[number]) + len(split)).removeprefix(self.source + os.sep)}"
+
+        return Contents(
+            np.concatenate([split.digests for split in splits.values()]),
+            np.concatenate([split.labels for split in splits.values()]),
+            name,
+        )
+
+    def with_validation(self, fraction: float, seed: int, keep_copies_together: bool = True) -> "Dataset[S]":
         """The data set with a validation split drawn from every class of the training split.
 
         Args:
           fraction: share of each class to hold out, rounded to the nearest number; a class keeps at least one training
             example. 0 holds nothing out.
           seed: decides the draw.
+          keep_copies_together: whether copies go to one side.
 
         Returns:
           The data set; unchanged if it has its own validation split, or if there is nothing to hold out.
@@ -156,7 +194,8 @@ class Dataset(Generic[S]):
             raise UsageError(f"the validation fraction is {fraction}, expected 0 <= fraction < 1")
         if self.validation is not None:
             return self
-        rest, held_out = split_by_class(self.train.labels, fraction, seed)
+        copies = self.train.digests if keep_copies_together else None
+        rest, held_out = split_by_class(self.train.labels, fraction, seed, copies)
         if not len(held_out):
             return self
         drawn = {"train": self.train.take(rest), "validation": self.train.take(held_out)}
@@ -261,8 +300,16 @@ def check_labels(where: str, labels: np.ndarray, num_classes: int) -> None:
         )
 
 
-def hold_out(num_examples: int, num_validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    num_examples: int, num_validation: int, seed: int, copies: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices (train, validation), both sorted: `num_validation` drawn without replacement by `seed`, and the rest.
+
+    Args:
+      num_examples: N.
+      num_validation: how many to draw.
+      seed: decides the draw.
+      copies: integers [N]; examples of equal numbers are drawn together, see `draw_together`.
 
     Raises:
       UsageError: if nothing would be left to train on.
@@ -273,25 +320,35 @@ def hold_out(num_examples: int, num_validation: int, seed: int) -> tuple[np.ndar
             "--data.num-validation"
         )
     shuffled = np.random.default_rng(seed).permutation(num_examples)
-    return np.sort(shuffled[num_validation:]), np.sort(shuffled[:num_validation])
+    return _parted(num_examples, draw_together(shuffled, num_validation, copies))
 
 
-def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_by_class(
+    labels: np.ndarray, fraction: float, seed: int, copies: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """`draw_by_class` with `fraction` of every class, rounded to the nearest number, but never all of one."""
-    return draw_by_class(labels, lambda members: min(round(fraction * members), members - 1), seed)
+    return draw_by_class(labels, lambda members: min(round(fraction * members), members - 1), seed, copies)
 
 
-def draw_by_class(labels: np.ndarray, count: Callable[[int], int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_by_class(
+    labels: np.ndarray, count: Callable[[int], int], seed: int, copies: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices (rest, drawn), both sorted: `count(members)` of every class, drawn without replacement.
 
     Args:
       labels: integers [N].
       count: how many to draw of a class with so many members.
       seed: decides the draw; what one class draws does not depend on the others.
+      copies: integers [N]; examples of a class that have equal numbers are drawn together, see `draw_together`.
     """
     drawn = [np.zeros(0, np.int64)]
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        drawn.append(np.random.default_rng([seed, int(label)]).permutation(members)[: count(len(members))])
-    taken = np.sort(np.concatenate(drawn))
-    return np.setdiff1d(np.arange(len(labels)), taken), taken
+        order = np.random.default_rng([seed, int(label)]).permutation(members)
+        drawn.append(draw_together(order, count(len(members)), copies))
+    return _parted(len(labels), np.concatenate(drawn))
+
+
+def _parted(count: int, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(what of 0 .. `count` - 1 is not in `drawn`, `drawn`), both sorted."""
+    return np.setdiff1d(np.arange(count), drawn), np.sort(drawn)

@@ -20,20 +20,21 @@ from pspinal_jax.files import expanded
 from pspinal_jax.recipes.schema import DataConfig
 
 
-def load_data(config: DataConfig) -> Dataset[Split]:
+def load_data(config: DataConfig, needs_test: bool = True) -> Dataset[Split]:
     """The data set that `config` names, as its recipe wants to see it.
 
     Args:
       config: with `path`, that .npz file, prepared TFDS directory or, for images, folder of class folders is read.
         Without, the TFDS data set `name` is read from `data_dir`; one that needs no files (digits) is prepared there
         on first use.
+      needs_test: whether a folder of too few images to cut a test split from is refused.
 
     Raises:
       DataError: if it is not there or not readable, or to be transposed but no square images; the message says what
         to do.
     """
     if config.image_size is not None:
-        return _load_images(config, config.side)
+        return _load_images(config, config.side, needs_test)
     data = _load_arrays(config)
     return _transpose(data) if config.transposed else data
 
@@ -61,7 +62,7 @@ def _load_arrays(config: DataConfig) -> Dataset[ArraySplit]:
     return read_prepared(_find_directory(config), config.num_classes)
 
 
-def _load_images(config: DataConfig, image_size: int) -> Dataset[ImageSplit]:
+def _load_images(config: DataConfig, image_size: int, needs_test: bool) -> Dataset[ImageSplit]:
     directory = _find_directory(config) if config.path is None else expanded(config.path)
     if not directory.is_dir():
         raise DataError(
@@ -77,6 +78,8 @@ def _load_images(config: DataConfig, image_size: int) -> Dataset[ImageSplit]:
             test_fraction=config.test_fraction,
             split_seed=config.split_seed,
             strict=config.strict,
+            keep_copies_together=config.keep_copies_together,
+            needs_test=needs_test,
             show_progress=is_primary(),
         )
     if config.num_classes not in (None, data.num_classes):
@@ -84,9 +87,9 @@ def _load_images(config: DataConfig, image_size: int) -> Dataset[ImageSplit]:
             f"{data.source} has {data.num_classes} classes, but data.num_classes is {config.num_classes}; leave "
             "--data.num-classes out"
         )
-    return dataclasses.replace(
-        data, splits={name: dataclasses.replace(split, fit=config.fit) for name, split in data.splits.items()}
-    )
+    splits = {name: dataclasses.replace(split, fit=config.fit) for name, split in data.splits.items()}
+    uncut = None if data.uncut is None else dataclasses.replace(data.uncut, fit=config.fit)
+    return dataclasses.replace(data, splits=splits, uncut=uncut)
 
 
 def _find_directory(config: DataConfig) -> Path:

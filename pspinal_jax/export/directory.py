@@ -14,15 +14,16 @@ import os
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
 from jax import export
 
 from pspinal_jax.checkpoints.checksum import json_checksum
-from pspinal_jax.errors import RunError
+from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import MOST_JSON_BYTES, expanded, read_bytes, require_file, write_json
+from pspinal_jax.recipes.typed import typed
 from pspinal_jax.weights.variables import save_variables
 
 PROGRAM = "model.jaxexport"
@@ -179,6 +180,20 @@ class _Damaged(RunError):
     pass
 
 
+class _Input(TypedDict):
+    fit: NotRequired[str]
+
+
+class _Description(TypedDict):
+    """What is read of export.json; how its data is read is looked at where that is asked for."""
+
+    class_names: list[str]
+    input: _Input
+    output: dict[str, Any]
+    recipe: NotRequired[str]
+    sha256: dict[str, str]
+
+
 def _read_description(file: Path) -> dict[str, Any]:
     try:
         description = json.loads(read_bytes(file, MOST_JSON_BYTES))
@@ -186,15 +201,13 @@ def _read_description(file: Path) -> dict[str, Any]:
         raise _Damaged(f"{file} cannot be read: {error}; export the run again") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise RunError(f"{file} does not describe an export of this version: it has no format {FORMAT!r}")
-    missing = [key for key in ("class_names", "input", "output", "sha256") if key not in description]
-    if missing:
-        raise _Damaged(f"{file} lacks {', '.join(missing)}; export the run again")
     checksum = description.pop("checksum", None)  # which older exports have not
     if checksum not in (None, json_checksum(description)):
         raise _Damaged(f"{file} is damaged: it does not match its checksum; export the run again")
-    names = description["class_names"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _Damaged(f"{file} is damaged: class_names are no list of names; export the run again")
+    try:
+        typed("it", description, _Description)
+    except UsageError as error:
+        raise _Damaged(f"{file} is damaged: {error}; export the run again") from error
     return description
 
 

@@ -22,6 +22,7 @@ from pspinal_jax.layers.linear import (
     check_rate,
     checked_norm,
     declare_linear,
+    joined,
     relu,
 )
 from pspinal_jax.layers.norm import check_mutable, check_rows
@@ -124,7 +125,7 @@ class SpinalHead(nn.Module):
         output = Linear(self.num_classes, False, *inits)
         outputs: list[jax.Array] = []
         for index in range(1, self.num_layers + 1):
-            inputs = jnp.concatenate([halves[(index - 1) % 2], *outputs[-1:]], axis=1)
+            inputs = joined([halves[(index - 1) % 2], *outputs[-1:]], axis=1)
             module = DropLinear(layer, self.dropout_rate, self.activation, name=layer_name(index))
             outputs.append(module(inputs, train))
         hidden = jnp.concatenate(outputs, axis=1)

@@ -6,11 +6,10 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.dropout import Rate, dropout, dropout_scale
-from pspinal_jax.layers.linear import Activation, Tree, product
+from pspinal_jax.layers.linear import Activation, Tree, joined, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +64,14 @@ def apply_unrolled(
     new_stats: Tree = {}
     for index in range(1, config.num_layers + 1):
         layer = params[layer_name(index)]
-        inputs = jnp.concatenate([dropped, *outputs], axis=-1) if index > 1 else features
+        inputs = joined([dropped, *outputs], axis=-1) if index > 1 else features
         hidden = linear(drop_layer_input(index, inputs), layer)
         if config.batch_norm:
             running = batch_stats[layer_name(index)]["norm"]
             hidden, running = batch_norm(hidden, layer["norm"], running, train=train)
             new_stats[layer_name(index)] = {"norm": running}
         outputs.append(config.activation(hidden))
-    inputs = jnp.concatenate([dropped, *outputs], axis=-1)
+    inputs = joined([dropped, *outputs], axis=-1)
     logits = linear(drop_layer_input(config.num_layers + 1, inputs), params["output"])
     return logits, new_stats
 

@@ -34,7 +34,7 @@ from jax import lax
 from pspinal_jax.heads.equation import HeadConfig, layer_name, read_layers
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.dropout import dropout, dropout_scale
-from pspinal_jax.layers.linear import Activation, Tree, explicit_sharding, product, summed_as
+from pspinal_jax.layers.linear import Activation, Tree, explicit_sharding, joined, product, summed_as
 
 PACKED_PARAMS = ("first_kernel", "features_kernel", "hidden_kernel", "output_kernel", "hidden_bias", "output_bias")
 _NORM_PARAMS = {"norm_scale": "scale", "norm_bias": "bias"}
@@ -219,9 +219,8 @@ def _shared_inputs(
     config: HeadConfig, cast: Tree, features: jax.Array, of_features: jax.Array
 ) -> tuple[jax.Array, ...]:
     """(prefix, offsets, kernels) of the scan where all later layers read the same u: its products are all there."""
-    rows, width, later_layers = features.shape[0], config.layer_width, config.num_layers - 1
-    later = of_features[:, : later_layers * width].reshape(rows, later_layers, width).transpose(1, 0, 2)
-    offsets = jnp.concatenate([product(features, cast["first_kernel"])[None], later]) + cast["hidden_bias"][:, None]
+    later = _by_layer(config, of_features)
+    offsets = joined([product(features, cast["first_kernel"])[None], later], axis=0) + cast["hidden_bias"][:, None]
     return features[:, :0], offsets, cast["hidden_kernel"]
 
 
@@ -234,11 +233,18 @@ def _masked_inputs(
     scale = dropout_scale(key, 1, config.layer_dropout_rate, (rows, whole), features.dtype)[:, :num_features]
     first = product(features * scale, cast["first_kernel"])[None]
     nothing = jnp.broadcast_to(lax.full_like(first, 0), (later_layers, rows, width))
-    offsets = jnp.concatenate([first, nothing])
-    of_features = cast["features_kernel"][:, : later_layers * width].reshape(num_features, later_layers, width)
-    of_features = jnp.pad(of_features.transpose(1, 0, 2), ((1, 0), (0, 0), (0, 0)))
-    kernels = jnp.concatenate([of_features, cast["hidden_kernel"]], axis=1)
+    offsets = joined([first, nothing], axis=0)
+    of_features = jnp.pad(_by_layer(config, cast["features_kernel"]), ((1, 0), (0, 0), (0, 0)))
+    kernels = joined([of_features, cast["hidden_kernel"]], axis=1)
     return dropped, offsets + cast["hidden_bias"][:, None], kernels
+
+
+def _by_layer(config: HeadConfig, columns: jax.Array) -> jax.Array:
+    """The columns [N, (L-1) W + C] of layers 2 .. L, as [L-1, N, W]."""
+    rows, later_layers, width = len(columns), config.num_layers - 1, config.layer_width
+    if not later_layers:  # JAX's rule for reshaping nothing fails on a mesh of Explicit axes
+        return jnp.zeros((0, rows, width), columns.dtype)
+    return columns[:, : later_layers * width].reshape(rows, later_layers, width).transpose(1, 0, 2)
 
 
 def _finish_layer(static: _Static, pre: jax.Array, layer_norm: Tree) -> tuple[jax.Array, tuple]:
@@ -267,7 +273,7 @@ def _forward(
     start = prefix.shape[1]
     # Zeros that lie as the offsets do, for meshes whose axes are Explicit.
     empty = lax.full_like(offsets, 0).transpose(1, 0, 2).reshape(rows, num_layers * width)
-    buffer = jnp.concatenate([prefix, empty], axis=1)
+    buffer = joined([prefix, empty], axis=1)
 
     def step(buffer: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
         index, offset, kernel, layer_norm = layer
@@ -309,7 +315,7 @@ def _hidden_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
     start = prefix.shape[1]
     # Rebuilding y from the pre-activations is elementwise work; keeping it would be a second buffer.
     hidden = jax.vmap(lambda z, n: _finish_layer(static, z, n)[0])(pre, layers.norm)
-    buffer = jnp.concatenate([prefix, hidden.transpose(1, 0, 2).reshape(rows, num_layers * width)], axis=1)
+    buffer = joined([prefix, hidden.transpose(1, 0, 2).reshape(rows, num_layers * width)], axis=1)
 
     def step(grad_buffer: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
         index, pre, kernel, layer_norm = layer

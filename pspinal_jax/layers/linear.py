@@ -5,7 +5,7 @@ The default initialisation is torch.nn.Linear's, on which the published scripts 
 """
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pspinal_jax.layers.norm import statistics_dtype
 
@@ -223,7 +223,10 @@ def _contract(
 
     def wide(left: jax.Array, right: jax.Array) -> jax.Array:
         # Of a constant operand XLA 0.12 makes products that its CPU then has no code for.
-        return multiply(*lax.optimization_barrier((left, right)), result=jnp.float32)
+        left, right = lax.optimization_barrier((left, right))
+        if explicit_sharding(left) or explicit_sharding(right):  # nor has it code for some that vmap makes there
+            left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        return multiply(left, right, result=jnp.float32)
 
     return lax.platform_dependent(left, right, cpu=wide, default=partial(multiply, result=left.dtype))
 
@@ -238,6 +241,22 @@ def explicit_sharding(primal: jax.Array) -> NamedSharding | None:
     """Where the gradient of `primal` lies on a mesh of Explicit axes; None where the compiler decides."""
     sharding = jax.typeof(primal).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def joined(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+    """jnp.concatenate, also where vmap maps some of the arrays over a mesh of Explicit axes and leaves others alone.
+
+    JAX's rule for that expects those others on the mesh too (jax 0.12.0).
+    """
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    explicit = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if explicit is not None:
+        whole = NamedSharding(explicit, PartitionSpec())
+        arrays = [
+            jax.sharding.reshard(array, whole) if mesh.empty else array
+            for array, mesh in zip(arrays, meshes, strict=True)
+        ]
+    return jnp.concatenate(arrays, axis)
 
 
 def _varying(array: jax.Array) -> frozenset[str]:

@@ -11,7 +11,8 @@ class RunOptions:
     workdir: Path | None = None
     """Run directory, runs/RECIPE by default; an unfinished run in it is resumed."""
     init_from: Path | None = None
-    """Start from the selected parameters of this run directory."""
+    """Start from the selected parameters and running statistics of this run directory; where its classes are others,
+    the output layer starts anew."""
     checkpoint_seconds: float = 1.0
     """Least time between two checkpoints; the first epoch and the end are always saved."""
     workers: int = 0

@@ -16,6 +16,7 @@ def check_ranges(recipe: Any) -> None:
     """Raise UsageError, naming the first field of the `Recipe` that is out of range or does not go with the others."""
     for name in ("epochs", "batch_size", "eval_batch_size", "num_seeds", "micro_batches", "rounds"):
         _require(recipe, getattr(recipe, name) >= 1, name, "at least 1")
+    _require(recipe, recipe.num_seeds <= 2**16, "num_seeds", f"1 .. {2**16}")
     _require(recipe, 0 <= recipe.seed < 2**31, "seed", "0 .. 2**31 - 1")
     _require(recipe, 0.0 <= recipe.label_smoothing < 1.0, "label_smoothing", "in [0, 1)")
     _require(recipe, recipe.feature_views >= 0, "feature_views", "at least 0")
@@ -83,8 +84,8 @@ def _check_model(recipe: Any) -> None:
     model = recipe.model
     alone = recipe.batch_norm == "global" and recipe.batch_size == recipe.micro_batches  # run_mesh sees to per_device
     _require(recipe, model.norm != "batch" or not alone, "batch_size", "2 or more a micro-batch for batch norm")
-    for name in ("layer_width", "num_layers"):
-        _require(recipe, getattr(model, name) >= 1, f"model.{name}", "at least 1")
+    for name, most in (("layer_width", 2**20), ("num_layers", 1000)):  # more would only fill the memory
+        _require(recipe, 1 <= getattr(model, name) <= most, f"model.{name}", f"1 .. {most}")
     for name in ("dropout_rate", "layer_dropout_rate"):
         _require(recipe, 0.0 <= getattr(model, name) < 1.0, f"model.{name}", "in [0, 1)")
     _require(recipe, recipe.freeze == "none" or model.backbone != "none", "freeze", "none where there is no backbone")

@@ -5,20 +5,13 @@ import importlib.util
 from pathlib import Path
 
 from pspinal_jax.errors import PSpinalError, UsageError
-from pspinal_jax.files import expanded
+from pspinal_jax.files import expanded, shipped
 from pspinal_jax.recipes.schema import Recipe
-
-
-def configs_dir() -> Path:
-    """The folder of the shipped recipes: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def list_recipes() -> list[str]:
     """Names of the shipped recipes, sorted."""
-    return sorted(path.stem.replace("_", "-") for path in configs_dir().glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem.replace("_", "-") for path in shipped("configs").glob("*.py") if path.stem != "__init__")
 
 
 def load_recipe(name: str) -> Recipe:
@@ -42,7 +35,7 @@ def load_recipe(name: str) -> Recipe:
         raise UsageError(
             f"unknown recipe {name!r}; {hint}There are: {', '.join(names)}, or a path to your own .py file"
         )
-    return _load_file(configs_dir() / f"{name.replace('-', '_')}.py")
+    return _load_file(shipped("configs") / f"{name.replace('-', '_')}.py")
 
 
 def _load_file(path: Path) -> Recipe:

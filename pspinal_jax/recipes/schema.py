@@ -68,6 +68,9 @@ class DataConfig:
     """Image files: refuse a folder with unreadable images; otherwise they are named and left out."""
     split_seed: int = 0
     """Seed of the choice of those examples, the same for every training seed."""
+    keep_copies_together: Annotated[bool, Suppress] = True
+    """Draw examples of the same content to one side where splits are cut. No flag: runs of before it had drawn each by
+    itself, and go on so."""
     augment: Literal["none", "perspective_rotation", "rotation_crop_flip", "resized_crop_flip"] = "none"
     """none: pictures as they are, but for augment.color_jitter, which is a setting of its own.
     perspective_rotation: in training, the published random perspective (p 0.5) and rotation (up to 10 degrees).
@@ -218,12 +221,15 @@ class Recipe:
     micro_batches: int = 1
     """Parts that a step's batch is split into, one after the other, to save memory; batch norm sees each by itself."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Where the loss or a gradient is not finite, stop the run and name the step, or leave that step out and go on."""
+    """Where the loss, a gradient or a running statistic is not finite, stop the run and name the step, or leave that
+    step out and go on."""
     freeze: Literal["none", "backbone"] = "none"
     """backbone: its parameters and running statistics stay as they are, and the head alone is trained."""
     cache_features: bool = False
     """With a frozen backbone: run it over the data once, then train the head on the features, which lie on the device.
-    Nothing is augmented then, but see feature_views."""
+    Nothing is augmented then, but see feature_views. The head of a shipped recipe is then a linear layer, trained as in
+    the recipe `linear` or, where a flag asks for hidden layers, as in `features`: optimiser, epochs, batch size and
+    label smoothing come from there, and nothing is held out, unless flags say so."""
     feature_views: int = 0
     """With cache_features: augmented passes over the training data, whose features are all trained on; 0 for one pass
     without augmentation."""

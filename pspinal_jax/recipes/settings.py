@@ -7,6 +7,7 @@ from typing import Any
 
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes.augment import AugmentConfig
+from pspinal_jax.recipes.cached import recipe_of_head
 from pspinal_jax.recipes.registry import list_recipes, load_recipe
 from pspinal_jax.recipes.schema import DataConfig, ModelConfig, OptimizerConfig, Recipe
 
@@ -14,8 +15,8 @@ from pspinal_jax.recipes.schema import DataConfig, ModelConfig, OptimizerConfig,
 def check_settings(recipe: Recipe) -> None:
     """Check that every setting of `recipe` that is not at its default has an effect on a run of it.
 
-    What a shipped recipe sets itself is left alone: under `--optimizer.name sgd` its weight decay of adamw means
-    nothing, and nobody asked for it.
+    What a shipped recipe sets itself, or the recipe of a head on cached features, is left alone: under
+    `--optimizer.name sgd` its weight decay of adamw means nothing, and nobody asked for it.
 
     Raises:
       UsageError: naming the first that has none, and with what it would have one.
@@ -25,7 +26,8 @@ def check_settings(recipe: Recipe) -> None:
     trained_backbone = model.is_resnet and recipe.freeze == "none"
     trains_backbone = model.backbone != "none" and recipe.freeze == "none"
     cached, one_cycle = recipe.cache_features, optimizer.schedule == "one_cycle"
-    shipped = load_recipe(recipe.card.name) if recipe.card.name in list_recipes() else None
+    beneath = [load_recipe(recipe.card.name)] if recipe.card.name in list_recipes() else []
+    beneath += [recipe_of_head(recipe)] if cached else []
     batch_norm = model.norm == "batch" or model.backbone != "none"
     for name, default, has_effect, where in (
         ("data.data_dir", None, data.path is None, "without --data.path, which is read instead"),
@@ -56,7 +58,8 @@ def check_settings(recipe: Recipe) -> None:
         ("feature_views", 0, _augments(recipe), "without --data.augment: all views would be the same"),
         ("batch_norm", "global", batch_norm, "where the model has no batch norm"),
     ):
-        if shipped is None or operator.attrgetter(name)(recipe) != operator.attrgetter(name)(shipped):
+        get = operator.attrgetter(name)
+        if all(get(recipe) != get(each) for each in beneath):
             _check(recipe, name, default, has_effect, where)
 
 
@@ -84,16 +87,21 @@ def check_settings_for(recipe: Recipe, source: str, example_shape: Sequence[int]
             )
 
 
+BEFORE = {"keep_copies_together": False}
+"""Settings of the data that runs were made with before they recorded them, where that is not today's default."""
+
+
 def default_settings() -> dict[str, Any]:
-    """The default of every setting that has one, by dotted name."""
+    """What runs were made with that do not record a setting, by dotted name: its default, or what `BEFORE` says."""
     parts: dict[str, type] = {"": Recipe, "data.": DataConfig, "model.": ModelConfig}
     parts |= {"optimizer.": OptimizerConfig, "augment.": AugmentConfig}
-    return {
+    defaults = {
         prefix + field.name: field.default
         for prefix, part in parts.items()
         for field in dataclasses.fields(part)
         if field.default is not dataclasses.MISSING and not dataclasses.is_dataclass(field.default)
     }
+    return defaults | {f"data.{name}": value for name, value in BEFORE.items()}
 
 
 def _augments(recipe: Recipe) -> bool:

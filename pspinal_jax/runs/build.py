@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from jax.sharding import Mesh
 
+from pspinal_jax.data.copies import copies_of_a_class
 from pspinal_jax.data.dataset import Dataset, Split, hold_out
 from pspinal_jax.errors import UsageError
 from pspinal_jax.models.classifier import Classifier
@@ -50,6 +51,7 @@ def loop_config(recipe: Recipe) -> LoopConfig:
         balanced=recipe.sampler == "balanced",
         selected_by=selected_by(recipe),
         patience=recipe.patience,
+        keeps_first_of_ties=recipe.protocol == "paper",
         restarts_rate=recipe.optimizer.steering != "none",
         stop_on_nonfinite=recipe.on_nonfinite == "stop",
         advice="lower --optimizer.learning-rate, or leave such steps out with --on-nonfinite skip (in another "
@@ -72,7 +74,9 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
         train, validation = np.arange(len(data.train)), len(data.train) + np.arange(own)
     else:
         held_out = recipe.data.num_validation if wants_validation else 0
-        train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed)
+        together = held_out and recipe.data.keep_copies_together
+        copies = copies_of_a_class(data.train.digests, data.train.labels) if together else None
+        train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed, copies)
     for name, off in (("patience", 0), ("retrain", False)):
         if getattr(recipe, name) and not len(validation):
             raise UsageError(

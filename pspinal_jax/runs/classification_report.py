@@ -22,6 +22,7 @@ RESAMPLES = 1000
 MOST_CONFUSED = 10
 MOST_ROWS = 20
 """Lines of the table on screen."""
+_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,8 @@ def describe_report(report: dict[str, Any]) -> list[str]:
     lines = [
         f"test accuracy {percent(report['accuracy'])} ({report['correct']} of {report['examples']}; "
         f"95 % interval {100 * low:.2f} to {100 * high:.2f})",
-        f"balanced accuracy {percent(report['balanced_accuracy'])}, macro F1 {percent(report['macro_f1'])}",
+        f"balanced accuracy {percent(report['balanced_accuracy'])}{without_examples(report['classes'])}, "
+        f"macro F1 {percent(report['macro_f1'])}",
     ]
     if "top_5_accuracy" in report:
         lines[1] += f", top-5 accuracy {percent(report['top_5_accuracy'])}"
@@ -226,6 +228,13 @@ def describe_report(report: dict[str, Any]) -> list[str]:
         ]
         lines.append(f"most often: {'; '.join(named)}")
     return lines
+
+
+def without_examples(classes: list[dict[str, Any]]) -> str:
+    """Which of `classes` have no test example and count nowhere, for the end of a line; nothing where all have some."""
+    names = [printable(each["name"]) for each in classes if not each["support"]]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f" (without test examples: {', '.join(names[:_NAMED])}{more})" if names else ""
 
 
 def class_table(classes: list[dict[str, Any]], most: int = MOST_ROWS) -> list[str]:

@@ -15,7 +15,8 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.export.directory import DESCRIPTION, PROGRAM, is_export, read_export
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.restore import load_recipe_of, load_variables
+from pspinal_jax.runs.directory import load_recipe_of
+from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.training.sharding import divisible_size, make_mesh, replicated_on, shard_batch
 
 EXPORT_BATCH = 64

@@ -11,23 +11,102 @@ checkpoints/    see pspinal_jax.checkpoints
 
 import contextlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints.checksum import json_checksum
+from pspinal_jax.data.images.classes import first_names
 from pspinal_jax.distributed.coordination import barrier, is_primary
-from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, read_bytes
-from pspinal_jax.recipes.settings import default_settings
+from pspinal_jax.errors import RunError, UsageError, printable
+from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, json_text, read_bytes
+from pspinal_jax.recipes.ranges import OWN
+from pspinal_jax.recipes.schema import DataConfig, Recipe
+from pspinal_jax.recipes.settings import BEFORE, default_settings
+from pspinal_jax.recipes.typed import typed
 
 _SECONDS_TO_APPEAR = 20
 _LOCK = ".lock"
 _LATER = {"jax"}
 """Parts of the identity that older runs do not record."""
+_MOST_VALUES = 2**28
+"""Of one example: an input of a larger shape would fill the memory."""
+_MOST_METRICS_BYTES = 2**28
+
+
+class _Name(TypedDict):
+    name: str
+
+
+class _Identity(TypedDict):
+    card: _Name
+    data: dict[str, Any]
+    data_fingerprint: str
+    jax: NotRequired[dict[str, Any]]
+
+
+class _Device(TypedDict):
+    platform: str
+    kind: str
+    count: int
+
+
+class _Config(TypedDict):
+    """What is read of config.json, besides the recipe in its identity."""
+
+    identity: _Identity
+    num_seeds: int
+    class_names: list[str]
+    input_shape: list[int]
+    input_dtype: Literal["uint8", "float32"]
+    data_source: str
+    data_location: dict[str, str]
+    device: _Device
+    versions: dict[str, str | None]
+
+
+class _Summary(TypedDict):
+    """A number of each seed."""
+
+    mean: float
+    std: float | None
+    each: list[float]
+
+
+class _ClassRecall(TypedDict):
+    name: str
+    support: int
+    recall: list[float | None]
+
+
+class _Result(TypedDict):
+    """What is read of result.json."""
+
+    selection: str
+    test_accuracy: _Summary
+    best_on_test_accuracy: NotRequired[_Summary]
+    validation_accuracy: NotRequired[_Summary]
+    validation_balanced_accuracy: NotRequired[_Summary]
+    test_balanced_accuracy: NotRequired[_Summary]
+    test_classes: NotRequired[list[_ClassRecall]]
+    published_accuracy_percent: float | None
+    parameters: int
+    train_examples: int
+    epochs: int
+    seconds: float
+    compile_seconds: float
+
+
+class _Line(TypedDict):
+    """What every line of metrics.jsonl has."""
+
+    stage: str
+    epoch: int
+    step: int
 
 
 class RunDirectory:
@@ -126,6 +205,12 @@ class RunDirectory:
         checksum = config.pop("checksum", None) if isinstance(config, dict) else None
         if checksum != json_checksum(config):
             raise RunError(f"{self.config_path} does not match its checksum: it is damaged; train in another --workdir")
+        try:
+            _check_config(config)
+        except (UsageError, ValueError) as error:
+            raise RunError(
+                f"{self.config_path} is not what `train` writes: {error}; train in another --workdir"
+            ) from error
         return config
 
     def result(self) -> dict[str, Any] | None:
@@ -140,14 +225,26 @@ class RunDirectory:
         checksum = result.pop("checksum", None) if isinstance(result, dict) else ""  # older runs have none
         if checksum not in (None, json_checksum(result)):
             raise RunError(f"{self.result_path} is damaged: it does not match its checksum; train in another --workdir")
+        try:
+            typed("it", result, _Result)
+            seeds = self.config()["num_seeds"]
+            for name in _Result.__annotations__:
+                value = result.get(name)
+                if isinstance(value, dict) and len(value["each"]) != seeds:
+                    raise UsageError(f"{name} has {len(value['each'])} values, expected one of each of {seeds} seeds")
+        except UsageError as error:
+            raise RunError(
+                f"{self.result_path} is not what `train` writes: {error}; train in another --workdir"
+            ) from error
         return result
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, with its checksum; raises as `write_json`."""
-        write_json(self.result_path, result | {"checksum": json_checksum(json.loads(json.dumps(result)))})
+        write_json(self.result_path, result | {"checksum": json_checksum(json.loads(json_text(result)))})
 
     def _check_same(self, config: dict[str, Any]) -> None:
-        there = self.config().get("identity", {})
+        held = self.config()
+        there = held["identity"]
         later = {key: config["identity"][key] for key in _LATER & config["identity"].keys()}
         before, now = (flatten_dict(each, sep=".") for each in (later | there, config["identity"]))
         # A setting that came later than the run is at its default.
@@ -158,21 +255,93 @@ class RunDirectory:
                 f"{self.path} holds a run of the recipe {name}, not {now.get('card.name')}; choose another --workdir"
             )
         changed = differences(before, now, lambda key, was, is_now: f"{key} was {was!r} and is now {is_now!r}")
+        if [line.split(" was ")[0] for line in changed] == ["data_fingerprint"]:
+            what = "has had examples added, removed or changed since"
+            if held["class_names"] != config["class_names"]:
+                what = changed_classes(held["class_names"], config["class_names"])
+            raise UsageError(
+                f"{self.path} holds a run on other data: {config['data_source']} {what}; put that back, or "
+                "choose another --workdir"
+            )
         if changed:
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             raise UsageError(f"{self.path} holds another run: {', '.join(changed[:4])}{more}; choose another --workdir")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; damaged ones are left out, as is a last one cut off by a kill."""
-        if not self.metrics_path.is_file():
+        """The lines of metrics.jsonl; damaged ones are left out, as is a last one cut off by a kill.
+
+        Raises:
+          RunError: if it cannot be read.
+        """
+        if not self.metrics_path.exists():
             return []
         lines = []
-        for text in self.metrics_path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # no JSON, or no text
-                line = json.loads(text)
-                if isinstance(line, dict) and {"stage", "epoch", "step"} <= line.keys():
-                    lines.append(line)
+        try:
+            content = read_bytes(self.metrics_path, _MOST_METRICS_BYTES)
+        except OSError as error:
+            raise RunError(f"{self.metrics_path} cannot be read: {error.strerror or error}") from error
+        for text in content.splitlines():
+            with contextlib.suppress(ValueError, RecursionError, UsageError):  # no JSON, no text, or of other types
+                line = typed("it", json.loads(text), _Line)
+                typed("it", {key: line[key] for key in line.keys() - {"stage"}}, dict[str, float | list[float]])
+                lines.append(line)
         return lines
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Return if config.json holds what is read of it, in sizes that a run can have; else a UsageError or ValueError."""
+    typed("it", config, _Config)
+    recipe, shape = load_recipe_of(config), config["input_shape"]
+    if recipe.num_seeds != config["num_seeds"]:
+        raise UsageError(f"num_seeds is {config['num_seeds']}, but {recipe.num_seeds} in its identity")
+    if recipe.data.image_size == OWN:
+        raise UsageError(f"data.image_size is {OWN}, expected a number")
+    side = recipe.data.side
+    rank = 3 if config["input_dtype"] == "uint8" else 1
+    if len(shape) != rank or min(shape) < 1 or math.prod(shape) > _MOST_VALUES or (side and shape != [side, side, 3]):
+        raise UsageError(f"input_shape is {shape!r:.100}, expected the shape of one example of {config['input_dtype']}")
+    if not config["class_names"]:
+        raise UsageError("class_names is empty")
+
+
+def load_recipe_of(config: dict[str, Any]) -> Recipe:
+    """The recipe that a run's config.json records, its data location included; on the default mesh.
+
+    Raises:
+      UsageError: if it is none.
+    """
+    settings = config["identity"]
+    # A setting that came later than the run is at its default.
+    given = {name: settings[name] for name in Recipe.__dataclass_fields__ if name in settings and name != "mesh"}
+    given["card"] = {"name": settings["card"]["name"], "row": "", "model": ""}
+    given["data"] = data_config(settings["data"], config["data_location"])
+    recipe: Recipe = typed("identity", given, Recipe)
+    return recipe
+
+
+def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfig:
+    """The data configuration that config.json records as these settings, at this location.
+
+    Raises:
+      UsageError: if it is none.
+    """
+    data = BEFORE | settings | {key: None if value == "None" else value for key, value in location.items()}
+    if data.get("image_size") is not None:
+        data["transposed"] = False  # which runs of earlier versions took, and dropped in training
+    config: DataConfig = typed("data", data, DataConfig)
+    return config
+
+
+def changed_classes(before: Sequence[str], now: Sequence[str]) -> str:
+    """What a data set with the classes `now` has and lacks, beside the classes `before`."""
+    old, known = set(before), set(now)
+    new, gone = [name for name in now if name not in old], [name for name in before if name not in known]
+    parts = [
+        f"{verb} the {kind}class{'es' if len(names) > 1 else ''} {first_names([printable(name) for name in names])}"
+        for verb, kind, names in (("has", "new ", new), ("lacks", "", gone))
+        if names
+    ]
+    return " and ".join(parts) or "has its classes in another order"
 
 
 def read_json(path: Path) -> Any:
@@ -188,12 +357,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path`, whole or not at all.
+    """Write the JSON value `value` to `path`, see `json_text`, whole or not at all.
 
     Raises:
       RunError: if it cannot be written.
     """
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,13 +3,15 @@
 import contextlib
 import csv
 import dataclasses
-from collections.abc import Generator, Sequence
+import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pspinal_jax.data import Dataset, load_data
+from pspinal_jax.data.copies import Contents
 from pspinal_jax.data.dataset import Split
 from pspinal_jax.data.images.encoded import ImageSplit
 from pspinal_jax.data.images.stream import stream
@@ -18,11 +20,11 @@ from pspinal_jax.errors import DataError, RunError, UsageError, printable
 from pspinal_jax.files import expanded
 from pspinal_jax.progress import progress_bar, warn
 from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
-from pspinal_jax.runs.classification_report import Scored, classification_report, worst_first
+from pspinal_jax.runs.classification_report import Scored, classification_report, percent, worst_first
 from pspinal_jax.runs.classifier import Classifier, load_classifier
-from pspinal_jax.runs.directory import read_json, whole_file, write_json
+from pspinal_jax.runs.directory import changed_classes, data_config, read_json, whole_file, write_json
 from pspinal_jax.runs.metrics import plot_confusion, plot_mistakes
-from pspinal_jax.runs.restore import data_config
+from pspinal_jax.runs.seen import KINDS, read_seen
 
 MOST_MISTAKES = 24
 PICTURE_SIDE = 112
@@ -86,7 +88,7 @@ class Evaluated:
 
 
 def evaluate(
-    source: str | Path,
+    source: str | Path | Classifier,
     seed_index: int | None = None,
     data_path: str | Path | None = None,
     *,
@@ -101,9 +103,10 @@ def evaluate(
     says so. Nothing is written into an export.
 
     Args:
-      source: run directory, or an export: its directory or a file in it.
+      source: run directory, or an export: its directory or a file in it; or a loaded classifier.
       seed_index: which of the run's seeds; by default the best on validation.
-      data_path: a data set whose test split is taken in place of the run's own; an export needs one.
+      data_path: a data set whose test split is taken in place of the run's own, or all examples of a folder that holds
+        no split and is not what the run was trained on; an export needs one.
       predictions: a .csv file to write, a line an example: its file or number, true and predicted class, whether they
         are the same, and the probabilities of the two.
       output: a folder to write to in place of the run.
@@ -111,8 +114,9 @@ def evaluate(
 
     Returns:
       What `classification_report` gives, and data, where it came from, data_fingerprint, its checksum, trained_on_it,
-      whether this is the data that was trained on (None for an export that does not say), and files, the names of what
-      was written.
+      whether this is the data that was trained on (None for an export that does not say), part, what of it was scored
+      ('test' or 'all'), seen_in_training, how many of the examples scored the run was trained on and the accuracy of
+      the others (None where that is not known: a warning says so), and files, the names of what was written.
 
     Raises:
       PSpinalError: if the source or the data cannot be read or do not fit each other, the run's own data is no longer
@@ -129,24 +133,28 @@ def evaluate(
 
 
 def evaluate_examples(
-    source: str | Path,
+    source: str | Path | Classifier,
     seed_index: int | None = None,
     data_path: str | Path | None = None,
     show_progress: bool = False,
 ) -> Evaluated:
     """As `evaluate`, which see, but nothing is written."""
     enable_compilation_cache()
-    classifier = load_classifier(expanded(source), seed_index)
-    source, config, names = classifier.source, _trained_on(classifier), classifier.class_names
+    classifier = source if isinstance(source, Classifier) else load_classifier(expanded(source), seed_index)
+    config, names = _trained_on(classifier), classifier.class_names
     if data_path is None and classifier.recipe is None:
-        raise UsageError(f"{source} is an export, which does not know where its data lies; name it with --data.path")
+        raise UsageError(
+            f"{classifier.source} is an export, which does not know where its data lies; name it with --data.path"
+        )
     if data_path is not None:
         config = dataclasses.replace(config, path=Path(data_path))
-    data = load_data(dataclasses.replace(config, num_classes=len(names)))
+    # Folders say their classes themselves: how theirs differ from the run's is told below.
+    asked = dataclasses.replace(config, num_classes=None if config.image_size else len(names))
+    data = load_data(asked, needs_test=False)
     if data.class_names != tuple(names):
         raise UsageError(
-            f"{data.source} has the classes {_shortened(data.class_names)}, but the run was trained on "
-            f"{_shortened(names)}"
+            f"{data.source} {changed_classes(names, data.class_names)}; {classifier.source} tells its own {len(names)} "
+            "classes apart: give those with --data.path, or train again in another --workdir"
         )
     shape, dtype = data.example_shape, data.example_dtype
     if shape != classifier.input_shape or str(dtype) != classifier.input_dtype:
@@ -158,14 +166,51 @@ def evaluate_examples(
     same = None if trained_with is None else fingerprint == trained_with
     if data_path is None and not same:
         raise DataError(
-            f"{data.source} is no longer what the run was trained on: it has changed since, and so may have its split "
-            "into training and test examples; name the data to evaluate on with --data.path"
+            f"{data.source} is no longer what the run was trained on: examples were added, removed or changed since, "
+            "and so may have been its split into training and test examples; put them back, name the data to evaluate "
+            "on with --data.path, or train again in another --workdir"
         )
+    part = "test"
+    if not same and data.uncut is not None:
+        data, part = dataclasses.replace(data, splits={**data.splits, "test": data.uncut}), "all"
     turned = data.in_memory and config.transposed and not classifier.transposed
     scored = _score(classifier, data.test, turned=turned, shown=show_progress)
     report = classification_report(scored, names)
-    report |= {"data": data.source, "data_fingerprint": fingerprint, "trained_on_it": same}
+    report |= {"data": data.source, "data_fingerprint": fingerprint, "trained_on_it": same, "part": part}
+    report["seen_in_training"] = _seen_in_training(classifier, data, scored, same)
     return Evaluated(classifier, data, scored, report)
+
+
+def _seen_in_training(
+    classifier: Classifier, data: Dataset[Split], scored: Scored, same: bool | None
+) -> dict[str, Any] | None:
+    """Count, and warn of, what the classifier has seen of the test split of `data`; None where that is not known.
+
+    Returns:
+      examples, how many it has seen; trained_on, validated_on and trained_on_before, of these by the run and by that
+      of --init-from; accuracy_of_others, of all that it has not seen, None where there is nothing else.
+    """
+    source, test = classifier.source, data.test
+    seen = None if classifier.recipe is None else read_seen(source)
+    if seen is None and same:
+        seen = {"train": np.concatenate([split.digests for name, split in data.splits.items() if name != "test"])}
+    if seen is None:
+        kind = "an export" if classifier.recipe is None else "a run"
+        warn(printable(f"{source} is {kind} without checksums: it may have been trained on these examples"))
+        return None
+    masks = {kind: np.isin(test.digests, seen.get(kind, ())) for kind in KINDS}
+    known = np.logical_or.reduce(list(masks.values()))
+    others = (scored.predictions == scored.labels)[~known]
+    accuracy = float(others.mean()) if len(others) else None
+    if known.any():
+        root = data.source + os.sep
+        contents = Contents(test.digests, test.labels, lambda index: test.name(index).removeprefix(root))
+        text = f"{known.sum():,} of the {len(known):,} examples scored were trained or validated on"
+        rest = "" if accuracy is None else f"; accuracy on the {len(others):,} others: {percent(accuracy)}"
+        warn(printable(f"{text}: {contents.named(np.flatnonzero(known))}{rest}"))
+    names = ("trained_on", "validated_on", "trained_on_before")
+    counts = {name: int(mask.sum()) for name, mask in zip(names, masks.values(), strict=True)}
+    return {"examples": int(known.sum()), **counts, "accuracy_of_others": accuracy}
 
 
 def _trained_on(classifier: Classifier) -> DataConfig:
@@ -201,12 +246,8 @@ def _fingerprint(classifier: Classifier, config: DataConfig, data: Dataset[Split
     recipe: Recipe | None = classifier.recipe
     protocol = classifier.described.get("data", {}).get("protocol") if recipe is None else recipe.protocol
     if not data.in_memory and protocol == "validation":
-        data = data.with_validation(config.validation_fraction, config.split_seed)
+        data = data.with_validation(config.validation_fraction, config.split_seed, config.keep_copies_together)
     return data.fingerprint()
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _score(classifier: Classifier, split: Split, *, turned: bool, shown: bool) -> Scored:
@@ -247,7 +288,7 @@ def _write(folder: Path, evaluated: Evaluated) -> list[str]:
     ending = f"-{report['data_fingerprint']}" if report["trained_on_it"] is False else ""
     paths = [folder / f"{stem}{ending}{kind}" for stem, kind in _FILES]
     numbers, classes, confusion, mistakes = paths
-    name = evaluated.classifier.described["recipe"] if recipe is None else recipe.card.name
+    name = evaluated.classifier.described.get("recipe", "export") if recipe is None else recipe.card.name
     title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
     try:
         folder.mkdir(parents=True, exist_ok=True)

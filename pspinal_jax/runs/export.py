@@ -11,8 +11,8 @@ from pspinal_jax.export.program import export_classifier
 from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model, count_parameters
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.restore import load_recipe_of, load_variables
+from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
+from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.result import best_seed_index
 
 

@@ -1,7 +1,6 @@
 """What a run reports: an epoch's line, mean and spread over seeds, TensorBoard events, and plots."""
 
 import contextlib
-import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 
 from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import UsageError, printable
-from pspinal_jax.files import atomic_file
+from pspinal_jax.files import atomic_file, json_text
 from pspinal_jax.progress import warn
 from pspinal_jax.runs.directory import RunDirectory, write_json, write_text, writing
 from pspinal_jax.training.loop import REPORT
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 _LONGEST_TEXT = 60
 _LONGEST_CAPTION = 26
+_MOST_POINTS = 1000
+"""Of a curve: what more there are lie within a line's width, and make the drawing large."""
 _MOST_NUMBERED_CLASSES = 30
 """Above so many classes the confusion matrix shows colours only."""
 
@@ -64,7 +65,7 @@ class MetricsWriter:
                 f"{self.directory.metrics_path} is damaged: it lacks the lines of finished epochs "
                 f"({', '.join(missing[:5])}{more}); the run goes on, and its result does not depend on them"
             )
-        write_text(self.directory.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self.directory.metrics_path, "".join(json_text(line) + "\n" for line in lines))
         if self._events is not None:
             self._events.restart(lines)
 
@@ -81,7 +82,7 @@ class MetricsWriter:
             return
         path = self.directory.metrics_path
         with writing(path), path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text(line) + "\n")
         if self._events is not None:
             self._events.add(line)
 
@@ -114,7 +115,7 @@ class _Events:
                 self._writers[stage] = EventsWriter(str((self._path / stage / "events").absolute()))
             for name, value in line.items():
                 if name not in ("stage", "step"):
-                    summary = scalar(name, float(np.mean(value)))
+                    summary = scalar(name, float(np.mean(np.asarray(value, float))))
                     self._writers[stage].write_event(Event(step=step, wall_time=time.time(), summary=summary))
             self._writers[stage].flush()
 
@@ -136,7 +137,8 @@ def check_installed() -> None:
 
 def summary(values: list[float]) -> dict[str, Any]:
     """mean, std (of the sample; null for one value) and each."""
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    with np.errstate(invalid="ignore"):  # of a loss that is infinite
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": spread, "each": list(values)}
 
 
@@ -145,13 +147,15 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     with _figure(path, 10, 4) as figure:
         left, right = figure.subplots(1, 2)
         epochs = _count_on(lines)
+        drawn = np.unique(np.linspace(0, len(lines) - 1, _MOST_POINTS).round().astype(int))
+        epochs, lines = epochs[drawn], [lines[index] for index in drawn]
         for axis, kind, scale in ((left, "loss", 1.0), (right, "accuracy", 100.0)):
             for split in ("train", "validation", "test"):
                 key = f"{split}_{kind}"
                 here = np.array([key in line for line in lines], bool)
                 if not here.any():
                     continue
-                values = scale * np.array([np.atleast_1d(line[key]) for line in lines if key in line])
+                values = scale * np.array([np.atleast_1d(line[key]) for line in lines if key in line], float)
                 axis.plot(epochs[here], values.mean(1), marker=".", label=split)
                 if values.shape[1] > 1:
                     axis.fill_between(epochs[here], values.min(1), values.max(1), alpha=0.2)

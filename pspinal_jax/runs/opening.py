@@ -9,6 +9,7 @@ from pspinal_jax.environment import device
 from pspinal_jax.errors import printable
 from pspinal_jax.models.build import abstract_variables, count_parameters
 from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.recipes.cached import describe_head_training
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.training.stages import TrainingStage
@@ -44,6 +45,8 @@ def describe_opening(
         f"epochs of {stage.steps_per_epoch:,} steps of {recipe.batch_size} examples{of}"
         + (f"; {' then '.join(stage.name for stage in stages)}" if len(stages) > 1 else "")
     )
+    if recipe.cache_features:
+        lines.append(describe_head_training(recipe))
     return lines
 
 

@@ -45,15 +45,19 @@ class Prediction:
 
 
 def predict(
-    source: str | Path, images: Images, top: int = 1, seed_index: int | None = None, show_progress: bool = False
+    source: str | Path | Classifier,
+    images: Images,
+    top: int = 1,
+    seed_index: int | None = None,
+    show_progress: bool = False,
 ) -> list[Prediction]:
     """Classify images with a run's selected parameters.
 
     Images are decoded by threads while the model works on those before. One program is compiled, for batches of one
-    size; the last one is padded.
+    size, a power of two up to 32; the last one is padded. A classifier compiles for each such size once.
 
     Args:
-      source: run directory, or an export: its directory or a file in it.
+      source: run directory, or an export: its directory or a file in it; or a loaded classifier.
       images: files of any format that Pillow reads, Pillow images, and arrays uint8 [H, W] or [H, W, C], C 1 or 3; or
         one array uint8 [N, H, W] or [N, H, W, C]. Each may have any size: it is resized to what the model sees.
       top: how many classes to name for each.
@@ -69,15 +73,15 @@ def predict(
     """
     enable_compilation_cache()
     each = _each(images)
-    classifier = load_classifier(expanded(source), seed_index)
+    classifier = source if isinstance(source, Classifier) else load_classifier(expanded(source), seed_index)
     _check(classifier, top)
-    size = min(BATCH_SIZE, len(each))
+    size = min(BATCH_SIZE, 1 << (len(each) - 1).bit_length())
     predictions: list[Prediction] = []
     with (
         progress_bar(len(each), "predict", "image", show_progress, delay=1.0) as bar,
         contextlib.closing(_in_threads(lambda image: _read(image, classifier), each, _BATCHES_AHEAD * size)) as inputs,
     ):
-        for start in range(0, len(each), size or 1):
+        for start in range(0, len(each), size):
             batch = each[start : start + size]
             predictions += _predict_batch(classifier, batch, [next(inputs) for _ in batch], size, top)
             bar.update(len(batch))

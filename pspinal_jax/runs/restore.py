@@ -1,57 +1,31 @@
 """Reading a run back: its recipe, and the parameters that it selected."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspinal_jax.checkpoints import read_newest
 from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
-from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features
 from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.recipes.augment import AugmentConfig
-from pspinal_jax.recipes.schema import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
+from pspinal_jax.progress import say
+from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs import manifest
-from pspinal_jax.runs.directory import RunDirectory, writing
+from pspinal_jax.runs.directory import RunDirectory, load_recipe_of, writing
 from pspinal_jax.runs.features import add_backbone, head_recipe
 from pspinal_jax.runs.result import best_seed_index, leading_seed, selected_checksum
 from pspinal_jax.training.sharding import make_mesh, replicated_on
+from pspinal_jax.training.stages import TrainingProgress
 from pspinal_jax.weights import backbone_variables
 from pspinal_jax.weights.variables import first_not_finite, read_variables, save_variables
 
 START = "start.safetensors"
-
-
-def load_recipe_of(config: dict[str, Any]) -> Recipe:
-    """The recipe that a run's config.json records, its data location included; on the default mesh."""
-    settings = dict(config["identity"])
-    # A setting that came later than the run is at its default.
-    fields = {key: settings[key] for key in Recipe.__dataclass_fields__ if key in settings and key not in _NESTED}
-    return Recipe(
-        card=Card(name=settings["card"]["name"], row="", model=""),
-        data=data_config(settings["data"], config["data_location"]),
-        model=ModelConfig(**settings["model"]),
-        optimizer=OptimizerConfig(**settings["optimizer"]),
-        augment=AugmentConfig(**settings.get("augment", {})),
-        **fields,
-    )
-
-
-def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfig:
-    """The data configuration that config.json records as these settings, at this location."""
-    data: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    for key, value in location.items():
-        data[key] = None if value == "None" else Path(value)
-    if data.get("image_size") is not None:
-        data["transposed"] = False  # which runs of earlier versions took, and dropped in training
-    return DataConfig(**data)
-
-
-_NESTED = ("card", "data", "model", "optimizer", "augment", "mesh")
 
 
 def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,12 +52,15 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
         seed_index = best_seed_index(config, result, directory.metrics())
     if not 0 <= seed_index < count:
         raise UsageError(f"--seed-index is {seed_index}, expected 0 .. {count - 1}: the run has {count} seeds")
-    shapes = _trained_shapes(recipe, config)
+    try:
+        shapes = _trained_shapes(recipe, config)
+    except (UsageError, TypeError, ValueError, OverflowError) as error:  # what flax and jax say of odd sizes
+        raise RunError(f"{directory.config_path} describes no model: {error}; train in another --workdir") from error
     lead = (count,) if count > 1 else ()
     sharding = replicated_on(make_mesh())
 
     def wanted(position: dict[str, Any]) -> dict[str, Any]:
-        if not any(position["best_epoch"]):
+        if not any(typed("position", position, TrainingProgress).best_epoch):
             raise RunError(f"{run} has not finished an epoch yet; run `train` again to go on")
         model_trees = {name: shapes.get(name, {}) for name in ("params", "batch_stats")}
         abstract = jax.tree.map(
@@ -117,8 +94,8 @@ def _speaks_of(result: dict[str, Any], selected: Any, progress: dict[str, Any]) 
     if "selected_checksum" in result:
         return bool(result["selected_checksum"] == selected_checksum(selected))
     if "selected_epoch" in result:  # a run of before there was such a checksum
-        return bool(result["selected_epoch"] == (progress["selected_epoch"] or progress["best_epoch"]))
-    return bool(result["test_accuracy"]["each"] == progress["last_accuracy"])
+        return bool(result["selected_epoch"] == (progress.get("selected_epoch") or progress["best_epoch"]))
+    return bool(result["test_accuracy"]["each"] == progress.get("last_accuracy"))
 
 
 def _check_finite(run: Path, variables: dict[str, Any]) -> None:
@@ -171,34 +148,54 @@ def keep_start(
 
 
 def start_variables(
-    recipe: Recipe, model: Classifier, init_from: Path | None, input_shape: tuple[int, ...], input_dtype: Any
+    recipe: Recipe,
+    model: Classifier,
+    init_from: Path | None,
+    input_shape: tuple[int, ...],
+    input_dtype: Any,
+    class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """Variables to start from, by collection and entry; what is not in it starts from the seed.
+    """Variables to start from, by collection; what is not in them starts from the seed.
 
     Args:
       recipe: may name weights for the backbone.
       model: the recipe's.
-      init_from: run directory whose selected parameters are taken; they go before the weights.
+      init_from: run directory whose selected parameters and running statistics are taken, those of the output layer
+        only where the classes are the same; they go before the weights.
       input_shape: one example's shape.
       input_dtype: its dtype.
+      class_names: names of the classes.
 
     Raises:
       PSpinalError: if something cannot be read, or does not fit the model.
     """
     if init_from is not None:
-        return {"params": _params_of_run(init_from, abstract_variables(model, input_shape, input_dtype)["params"])}
+        return _variables_of_run(init_from, abstract_variables(model, input_shape, input_dtype), class_names)
     if recipe.model.weights is None:
         return {}
     backbone = backbone_variables(recipe.model.backbone, recipe.model.weights)
     return {collection: {"backbone": tree} for collection, tree in backbone.items()}
 
 
-def _params_of_run(run: Path, expected: Any) -> Any:
-    variables, _ = load_variables(run)
+def _variables_of_run(run: Path, expected: Any, class_names: Sequence[str]) -> dict[str, Any]:
+    variables, config = load_variables(run)
+    others = config["class_names"] != list(class_names)
+
+    def kept(tree: Any) -> dict[Any, Any]:
+        return {path: leaf for path, leaf in flatten_dict(tree).items() if not others or path[1:3] != _OUTPUT}
+
+    found = kept(variables)
     there, here = (
-        {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
-        for tree in (variables["params"], expected)
+        {"/".join(path[1:]): leaf.shape for path, leaf in leaves.items() if path[0] == "params"}
+        for leaves in (found, kept(expected))
     )
     if listed := differences(there, here, lambda name, old, new: f"{name} is {old} there and {new} here"):
         raise UsageError(f"--init-from {run} does not fit this model: {', '.join(listed)}")
-    return variables["params"]
+    if others and is_primary():
+        counts = f"{len(config['class_names'])} classes, not the {len(class_names)} of this data"
+        say(printable(f"--init-from {run} knows {counts}: the output layer starts anew, all else is kept"))
+    tree: dict[str, Any] = unflatten_dict(found)
+    return tree
+
+
+_OUTPUT = ("head", "output")

@@ -12,7 +12,7 @@ from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, printable
 from pspinal_jax.models.build import count_parameters
 from pspinal_jax.runs.build import RunSetup
-from pspinal_jax.runs.classification_report import averages, scores_by_class
+from pspinal_jax.runs.classification_report import averages, scores_by_class, without_examples
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import summary
 from pspinal_jax.training.loop import Trainer
@@ -49,8 +49,11 @@ def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> d
         result["test_accuracy"] = summary((sums["correct"] / test.count).tolist())
         selected = progress.selected_epoch or progress.best_epoch
         validation = progress.selected_accuracy or progress.best_accuracy
+        loss = [each for each in progress.selected_loss or progress.best_loss if each is not None]
         if validation:
             result[f"validation_{selected_by(recipe)}"] = summary(validation)
+        if loss and len(loss) == len(validation):
+            result["validation_loss"] = summary(loss)
         result["selected_epoch"] = selected
     lines = directory.metrics()
     trees = trainer.seed_states.trees()
@@ -67,7 +70,7 @@ def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> d
         "test_examples": test.count,
         "epochs": recipe.epochs,
         "seconds": round(progress.total_seconds, 3),
-        "compile_seconds": round(sum(line["compile_seconds"] for line in lines), 3),
+        "compile_seconds": round(sum(line.get("compile_seconds", 0.0) for line in lines), 3),
         "seeds_as": _seeds_as(trainer),
         "device": device(),
         "versions": versions(),
@@ -140,20 +143,21 @@ def _worst_classes(result: dict[str, Any]) -> list[str]:
     classes = [
         (float(np.mean(each["recall"])), each["support"], each["name"])
         for each in result.get("test_classes", [])
-        if each["support"]
+        if each["support"] and None not in each["recall"]
     ]
-    if len(classes) < 2:
+    if len(classes) < 2 or "test_balanced_accuracy" not in result:
         return []
     shown = sorted(classes, key=lambda each: each[0])[:_MOST_CLASSES]
     width = max(len(printable(name)) for _, _, name in shown)
-    lines = [f"balanced accuracy {_percent(result['test_balanced_accuracy'])}; classes recognised, worst first:"]
+    balanced = f"{_percent(result['test_balanced_accuracy'])}{without_examples(result['test_classes'])}"
+    lines = [f"balanced accuracy {balanced}; classes recognised, worst first:"]
     lines += [
         f"  {printable(name).ljust(width)}  {100 * recall:6.2f} % of {support:,}" for recall, support, name in shown
     ]
-    left = len(classes) - len(shown)
-    return lines + (
-        [f"  and {left} more classes, each {100 * sorted(classes)[_MOST_CLASSES][0]:.2f} % or more"] if left else []
-    )
+    if left := len(classes) - len(shown):
+        least = 100 * sorted(classes)[_MOST_CLASSES][0]
+        lines.append(f"  and {left} more classes{' at 100 %' if least == 100 else f', each {least:.2f} % or more'}")
+    return lines
 
 
 def _percent(values: dict[str, Any]) -> str:
@@ -164,19 +168,36 @@ def _percent(values: dict[str, Any]) -> str:
 
 
 def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metrics: list[dict[str, Any]]) -> int:
-    """Index of the seed that does best on validation; without validation, the first. Never chosen on test."""
+    """Index of the seed that does best on validation, as epochs are selected (see `improves`); of equals the first.
+
+    Without validation it is the first; nothing is ever chosen on test.
+    """
     if config["num_seeds"] == 1:
         return 0
     try:
         for name in ("validation_balanced_accuracy", "validation_accuracy"):
             if result is not None and name in result:
-                return int(np.argmax(result[name]["each"]))
+                accuracies = [result[name]["each"]]
+                losses = [
+                    result["validation_loss"]["each"] if "validation_loss" in result else [0.0] * len(accuracies[0])
+                ]
+                return _best_of(accuracies, losses)
         balances = any("validation_balanced_accuracy" in line for line in metrics)
         name = "validation_balanced_accuracy" if balances else "validation_accuracy"
-        evaluated = [line[name] for line in metrics if name in line]
-        return int(np.argmax(np.max(np.asarray(evaluated), axis=0))) if evaluated else 0
+        evaluated = [line for line in metrics if name in line]
+        accuracies, losses = (
+            np.asarray([line[key] for line in evaluated], float).reshape(-1, config["num_seeds"]).tolist()
+            for key in (name, "validation_loss")
+        )
+        return _best_of(accuracies, losses)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with --seed-index") from error
+
+
+def _best_of(accuracies: list[list[float]], losses: list[list[float]]) -> int:
+    """The seed with the best epoch, of accuracies and losses by epoch and seed; 0 where there is no epoch."""
+    seeds = [max(zip(*seed, strict=True)) for seed in zip(np.transpose(accuracies), -np.transpose(losses), strict=True)]
+    return seeds.index(max(seeds)) if seeds else 0
 
 
 def selected_checksum(selected: Any) -> str:

@@ -3,27 +3,27 @@
 import dataclasses
 import difflib
 import functools
-import numbers
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
-import numpy as np
 
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models.build import build_model
 from pspinal_jax.recipes import Recipe, load_recipe
+from pspinal_jax.recipes.cached import on_cached_features
 from pspinal_jax.recipes.options import RunOptions
-from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.recipes.typed import typed
+from pspinal_jax.runs.classifier import Classifier, load_classifier
+from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
 from pspinal_jax.runs.predict import Images, Prediction, predict
-from pspinal_jax.runs.restore import load_recipe_of, load_variables
+from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train as train_recipe
 from pspinal_jax.runs.train import work_directory
 
@@ -78,6 +78,14 @@ class Run:
         """
         return build_model(self.recipe, tuple(self.config["input_shape"]), len(self.class_names))
 
+    @functools.cached_property
+    def _classifier(self) -> Classifier:
+        """Loaded once, and with it the programs that it has compiled."""
+        return load_classifier(self.path, self.seed_index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.seed_index)  # compiled programs stay in their process
+
     @absl_quietened()
     def predict(self, images: Images, top: int = 1) -> list[Prediction]:
         """Classify `images`; see `pspinal_jax.runs.predict.predict`, which raises PSpinalError.
@@ -90,12 +98,12 @@ class Run:
         Returns:
           A `Prediction` an image, in their order; a file that cannot be read has its `error`.
         """
-        return predict(self.path, images, top, self.seed_index)
+        return predict(self._classifier, images, top)
 
     @absl_quietened()
     def evaluate(self, data_path: str | Path | None = None) -> dict[str, Any]:
         """Evaluate on the run's test split, or that of `data_path`; as `pspinal_jax.runs.evaluate.evaluate`."""
-        return evaluate(self.path, self.seed_index, data_path)
+        return evaluate(self._classifier, data_path=data_path)
 
     @absl_quietened()
     def export(self, output: str | Path | None = None) -> Path:
@@ -147,9 +155,21 @@ def train(recipe: Recipe | str | Path, **changes: Any) -> Run:
             close = difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"train has no setting {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
     options = _replaced(RunOptions(), for_options)
-    changed = _replaced(loaded, given)
+    changed = resolve(loaded, lambda recipe: _replaced(recipe, given), options)
     train_recipe(changed, options)
     return Run(work_directory(changed, options))
+
+
+def resolve(recipe: Recipe, change: Callable[[Recipe], Recipe], options: RunOptions) -> Recipe:
+    """The recipe that `train` runs, see `on_cached_features`; a run of before that came about goes on as it began."""
+    asked, plain = on_cached_features(recipe, change), change(recipe)
+    directory = RunDirectory(work_directory(plain, options))
+    if asked != plain and directory.config_path.exists():
+        began = load_recipe_of(directory.config())
+        names = plain.__dataclass_fields__.keys() - {"card", "data", "mesh"}
+        if all(getattr(began, name) == getattr(plain, name) for name in names):
+            return plain
+    return asked
 
 
 def _names(config_class: type, prefix: str = "") -> Iterator[str]:
@@ -163,31 +183,12 @@ def _names(config_class: type, prefix: str = "") -> Iterator[str]:
 def _replaced(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
     """The dataclass `config` with `changes` by dotted name, all at once, as some only fit together."""
     hints = typing.get_type_hints(type(config))
-    values = {name: _value(prefix + name, value, hints[name]) for name, value in changes.items() if "." not in name}
+    for name, value in changes.items():
+        if isinstance(value, dict):  # it would put every field that it lacks back to its default
+            expected = getattr(hints.get(name), "__name__", "no dict")
+            raise UsageError(f"{prefix}{name} is {value!r}, expected {expected}")
+    values = {name: typed(prefix + name, value, hints[name]) for name, value in changes.items() if "." not in name}
     for name in {name.split(".")[0] for name in changes if "." in name}:
         inner = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{name}.")}
         values[name] = _replaced(values.get(name, getattr(config, name)), inner, f"{prefix}{name}.")
     return dataclasses.replace(config, **values)
-
-
-def _value(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type `hint` has it: paths of text, numbers of numpy; UsageError if it is of another."""
-    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
-        if typing.get_origin(kind) is Literal:
-            if isinstance(value, str) and value in typing.get_args(kind):
-                return value
-        elif typing.get_origin(kind) is tuple:
-            if isinstance(value, Sequence | np.ndarray) and len(value) == len(typing.get_args(kind)):
-                return tuple(
-                    _value(name, each, inner) for each, inner in zip(value, typing.get_args(kind), strict=True)
-                )
-        elif kind in (int, float):
-            wanted = numbers.Integral if kind is int else numbers.Real
-            if isinstance(value, wanted) and not isinstance(value, bool):
-                return kind(value)
-        elif kind is Path and isinstance(value, str | Path):
-            return expanded(value)
-        elif isinstance(value, kind):
-            return value
-    expected = " or ".join(map(repr, typing.get_args(hint))) if typing.get_origin(hint) is Literal else hint
-    raise UsageError(f"{name} is {value!r}, expected {getattr(expected, '__name__', expected)}")

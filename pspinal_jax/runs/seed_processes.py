@@ -259,8 +259,9 @@ def _append_lines(parts: Sequence[Part], metrics: MetricsWriter, written: int) -
 
 def _join_lines(lines: Sequence[dict[str, Any]], parts: Sequence[Part]) -> dict[str, Any]:
     joined = {}
-    for name in lines[0]:
-        values: list[Any] = [line.get(name) for line in lines]
+    for name in dict.fromkeys(name for line in lines for name in line):
+        # Only a part that has left out a step in this epoch says so.
+        values: list[Any] = [line.get(name, 0 if name == "skipped_steps" else None) for line in lines]
         if name in ("stage", "epoch", "step"):
             joined[name] = values[0]
         elif name in _PART_FIELDS:

@@ -21,9 +21,8 @@ from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models.build import build_model
 from pspinal_jax.progress import say
 from pspinal_jax.runs.build import set_up
-from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.metrics import MetricsWriter
-from pspinal_jax.runs.restore import load_recipe_of
 from pspinal_jax.runs.seed_processes import (
     POLL_SECONDS,
     ROUNDS_OTHERWISE,

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset, Split
+from pspinal_jax.data.images.stream import end_within_a_worker
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
 from pspinal_jax.errors import UsageError, printable
@@ -35,6 +37,7 @@ from pspinal_jax.runs.programs import run_mesh
 from pspinal_jax.runs.restore import keep_start, start_variables
 from pspinal_jax.runs.result import make_result
 from pspinal_jax.runs.seed_processes import can_use_processes, train_in_processes, wants_processes
+from pspinal_jax.runs.seen import keep_seen, read_seen
 from pspinal_jax.training.loop import Trainer
 from pspinal_jax.training.signals import StopRequest
 
@@ -57,6 +60,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
       PSpinalError: with one line that says what is wrong and what to do.
       Stopped: after SIGINT or SIGTERM, once the run is saved.
     """
+    end_within_a_worker()
     if options.tensorboard:
         check_installed()
     asked, recipe = recipe, with_own_preprocessing(recipe)
@@ -64,15 +68,19 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)
     resuming = broadcast_from_primary(directory.config_path.exists)
-    if not resuming:  # a run of an earlier version goes on as it began
+    if resuming:  # a run of an earlier version goes on as it began
+        began = directory.config().get("identity", {}).get("data", {}).get("keep_copies_together", False)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, keep_copies_together=began))
+    else:
         check_settings(asked)
     data = primary_first(lambda: load_data(recipe.data))
     if not resuming:
         check_settings_for(asked, data.source, data.example_shape)
         _check_seed_mode(recipe, options)
     if not data.in_memory and recipe.protocol == "validation":
-        data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
-    split_examples(recipe, data)  # what does not fit is refused before anything is written
+        together = recipe.data.keep_copies_together
+        data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed, together)
+    rows = split_examples(recipe, data)  # what does not fit is refused before anything is written
     config = _config(recipe, options, data)
     everywhere = {**config["identity"], "mesh": config["mesh"], "workdir": str(directory.path)}
     assert_same(flatten_dict(everywhere, sep="."))
@@ -91,12 +99,13 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     model = build_model(recipe, shape, data.num_classes)
 
     def read_given() -> dict[str, Any]:
-        return start_variables(recipe, model, options.init_from, shape, dtype)
+        return start_variables(recipe, model, options.init_from, shape, dtype, data.class_names)
 
     given = None if resuming else read_given()
     with directory.held():
         directory.create(config)
         start = keep_start(directory, given, read_given)
+        copies = _look_for_copies(directory, data, rows, options.init_from) if is_primary() else {}
         if not data.in_memory and recipe.cache_features:
             features = cached_features(recipe, model, start, data, directory, options.workers)
             head_only, start = head_recipe(recipe), partial(head_of, start)
@@ -106,11 +115,16 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             setup = set_up(recipe, model, data, options.workers, mesh)
         if is_primary():
             _open(recipe, options, data, model, setup)
-        return _train(setup, recipe, options, directory, start)
+        return _train(setup, recipe, options, directory, start, copies)
 
 
 def _train(
-    setup: RunSetup, recipe: Recipe, options: RunOptions, directory: RunDirectory, start: Callable[[], dict[str, Any]]
+    setup: RunSetup,
+    recipe: Recipe,
+    options: RunOptions,
+    directory: RunDirectory,
+    start: Callable[[], dict[str, Any]],
+    copies: dict[str, int],
 ) -> dict[str, Any]:
     with StopRequest() as stop:
         with (
@@ -121,11 +135,33 @@ def _train(
                 train_in_processes(recipe, setup, options, metrics, store, stop)
             trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
             trainer.run()
-            result = make_result(trainer, setup, directory)
+            result = make_result(trainer, setup, directory) | {"copies": copies}
         if is_primary():
             directory.write_result(result)
             _plot(recipe, directory)
     return result
+
+
+def _look_for_copies(
+    directory: RunDirectory, data: Dataset[Split], rows: tuple[np.ndarray, np.ndarray], init_from: Path | None
+) -> dict[str, int]:
+    """Keep digests of what is trained on, and warn of test examples among it; counts for result.json."""
+    contents = data.contents()
+    keep_seen(directory.path, contents, rows, init_from)
+    test = len(contents.labels) - len(data.test) + np.arange(len(data.test))
+    counts, text = contents.find_copies(*rows, test)
+    if text:
+        warn(printable(f"{data.source}: {text}"))
+    if init_from is not None:
+        before = (read_seen(directory.path) or {}).get("before", np.zeros(0, np.uint64))
+        places = test[np.isin(contents.digests[test], before)]
+        counts["test_in_init_from"] = len(places)
+        if len(places):
+            count = f"{len(places):,} of {len(test):,} test examples are ones that {init_from} was trained on"
+            warn(printable(f"{data.source}: {count}: {contents.named(places)}"))
+        elif not len(before):
+            warn(printable(f"{init_from} is a run without checksums: it may have been trained on the test examples"))
+    return counts
 
 
 def _check_seed_mode(recipe: Recipe, options: RunOptions) -> None:

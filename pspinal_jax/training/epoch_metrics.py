@@ -19,9 +19,9 @@ def epoch_line(
     """A line of metrics.jsonl; values that differ by seed are lists where there is more than one.
 
     Returns:
-      stage, epoch (from 1), step (within the stage), learning_rate (of the epoch's last step, if known), train_loss
-      (with label smoothing, class weights, mixing and dropout as trained), train_accuracy; loss and accuracy on what
-      the stage evaluates, and balanced accuracy where the epoch is selected by it; seconds of training, examples_per_second
+      stage, epoch (from 1), step (within the stage), learning_rate (of the epoch's last step, if known); train_loss and
+      train_accuracy as trained, with label smoothing, class weights, mixing and dropout; loss and accuracy on what the
+      stage evaluates, and balanced accuracy where the epoch is selected by it; seconds of training, examples_per_second
       over all seeds, compile_seconds (spent before this epoch, not part of seconds).
     """
     count = np.maximum(np.asarray(totals["count"], float), 1.0)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from functools import partial
 from html import escape
@@ -172,6 +173,7 @@ def fit(
         selected_by=chosen.select,
         patience=chosen.patience,
         stop_on_nonfinite=chosen.on_nonfinite == "stop",
+        least_score=-sys.float_info.max,
         advice="lower the learning rate, or pass on_nonfinite='skip'",
     )
     setup = source.set_up(config, programs, chosen.drop_remainder)

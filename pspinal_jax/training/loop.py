@@ -1,6 +1,7 @@
 """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints.
 
-A loss or gradient that is not finite stops it, and what is needed to see that step again is written down.
+A loss, gradient or running statistic that is not finite stops it, and what is needed to see that step again is written
+down.
 """
 
 import contextlib
@@ -17,13 +18,14 @@ import numpy as np
 from pspinal_jax.distributed.coordination import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import StepProgress
+from pspinal_jax.recipes.typed import typed
 from pspinal_jax.training.epoch_metrics import balanced_accuracy, epoch_line, metric_name, per_seed, training_means
 from pspinal_jax.training.examples import EvaluatedSplit, Examples
 from pspinal_jax.training.programs import Programs, make_order
 from pspinal_jax.training.seed_states import SeedStates
 from pspinal_jax.training.sharding import shardings
 from pspinal_jax.training.signals import Stopped, StopRequest
-from pspinal_jax.training.stages import LoopConfig, TrainingProgress, TrainingStage
+from pspinal_jax.training.stages import LoopConfig, TrainingProgress, TrainingStage, improves
 
 Callback = Callable[[int, Any, dict[str, Any]], object]
 """(finished epochs of the stage, the state of all seeds, metrics by name) -> whether to end the training there."""
@@ -147,6 +149,7 @@ class Trainer:
 
     def _restore(self) -> None:
         def wanted(progress: dict[str, Any]) -> dict[str, Any]:
+            typed("position", progress, TrainingProgress)
             return abstract_trees(jax.eval_shape(self.seed_states.trees), self.config.num_seeds, self.setup.programs)
 
         found = self._store.restore(wanted)
@@ -175,6 +178,7 @@ class Trainer:
         if self.stage.name == "retrain":
             self.progress.selected_epoch = progress.best_epoch
             self.progress.selected_accuracy = progress.best_accuracy
+            self.progress.selected_loss = progress.best_loss
             if self.longest is not None:
                 self.progress.longest = self.longest(max(progress.best_epoch))
             self.seed_states = self._fresh_seed_states()
@@ -312,16 +316,22 @@ class Trainer:
         progress.step, progress.seconds, self._compile_seconds = 0, 0.0, 0.0
 
     def _select(self, evaluation: dict[str, list[float]], epochs: int) -> None:
-        progress, count = self.progress, self.config.num_seeds
-        accuracy = self.config.score(evaluation)
-        before = np.asarray(progress.best_accuracy or [-1.0] * count)
+        progress, config = self.progress, self.config
+        count = config.num_seeds
+        accuracy, loss = config.score(evaluation), evaluation.get("loss")
+        before = progress.best_accuracy or [config.least_score] * count
+        before_loss = progress.best_loss or [None] * count
         best_epoch = np.asarray(progress.best_epoch or [0] * count)
-        if accuracy is not None:
+        if accuracy is not None and loss is not None:
             progress.last_accuracy = accuracy
-            over = progress.out_of_patience(self.config, progress.epoch - 1)
-            improved = (np.asarray(accuracy) > before) & ~np.asarray(over)
+            over = progress.out_of_patience(config, progress.epoch - 1)
+            by = [None] * count if config.keeps_first_of_ties else before_loss
+            improved = improves(accuracy, loss, before, by) & ~np.asarray(over)
             self._steer(improved)
             progress.best_accuracy = np.where(improved, accuracy, before).tolist()
+            progress.best_loss = [
+                now if better else was for better, now, was in zip(improved, loss, before_loss, strict=True)
+            ]
         elif progress.selected_epoch:
             improved = np.asarray(progress.selected_epoch) == progress.epoch
         else:
@@ -387,10 +397,15 @@ def check_finite(
             "examples": seed_states.examples(index, step, config.batch_size).tolist(),
         }
         path = log.report(report)
-        kept = f"the last checkpoint before it is kept, and {path} tells which examples it saw; " if path else ""
+        look = "look for numbers in them that are out of all range, "
+        kept = f"the last checkpoint before it is kept, and {path} tells which examples it saw: {look}" if path else ""
+            f"the last checkpoint before it is kept, and {path} tells which examples it saw: look for numbers in them that are out of all range, "
+            if path
+            else ""
+        )
         raise RunError(
-            f"the loss or a gradient of seed {report['seed']} is not finite at step {step + 1} of epoch "
-            f"{report['epoch']}; {kept}{config.advice}"
+            f"the loss, a running statistic or a gradient of seed {report['seed']} is not finite at step {step + 1} of "
+            f"epoch {report['epoch']}; {kept}{config.advice}"
         )
 
 

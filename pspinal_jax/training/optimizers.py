@@ -92,7 +92,7 @@ def _optax_schedule(schedule: Schedule, total_steps: int, steps_per_epoch: int) 
     if schedule.name == "constant":
         return optax.constant_schedule(peak)
     if schedule.name == "cosine":
-        return optax.cosine_decay_schedule(peak, total_steps)
+        return optax.cosine_decay_schedule(peak, max(1, total_steps))  # none may be left after the warm-up
     if schedule.name == "step":
         return optax.exponential_decay(peak, schedule.decay_epochs * steps_per_epoch, 0.1, staircase=True)
     warmup = max(1, round(schedule.warmup_fraction * total_steps))

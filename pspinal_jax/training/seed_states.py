@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspinal_jax.distributed.arrays import put
 from pspinal_jax.training.chunk import Batch, EpochPlan
@@ -68,7 +69,7 @@ class SeedStates:
         """Start every seed from these variables (of one seed) in place of its own initialisation.
 
         Args:
-          variables: 'params' and 'batch_stats', or either; entries at their top that are absent stay as initialised.
+          variables: 'params' and 'batch_stats', or parts of them; what is absent stays as initialised.
         """
 
         def place(new: Any, old: jax.Array) -> jax.Array:
@@ -76,9 +77,9 @@ class SeedStates:
 
         for group in self._groups:
             for name, given in variables.items():
-                there = getattr(group.state, name)
-                fresh = {entry: jax.tree.map(place, tree, there[entry]) for entry, tree in given.items()}
-                group.state = group.state.replace(**{name: {**there, **fresh}})  # type: ignore[attr-defined]
+                there = flatten_dict(getattr(group.state, name), keep_empty_nodes=True)
+                fresh = {path: place(leaf, there[path]) for path, leaf in flatten_dict(given).items()}
+                group.state = group.state.replace(**{name: unflatten_dict(there | fresh)})  # type: ignore[attr-defined]
             group.state = _averaging_anew(group.state)
             group.best = _variables(group.state, copy=True)
 

@@ -57,6 +57,8 @@ class LoopConfig:
       restarts_rate: whether an epoch that is no better draws the learning rate anew, see `OptimizerConfig.steering`.
       stop_on_nonfinite: whether a loss or gradient that is not finite ends the run.
       advice: what to do then.
+      keeps_first_of_ties: whether of epochs that are equally good the first is kept, as by the published scripts.
+      least_score: less than any epoch's.
     """
 
     seed: int
@@ -71,6 +73,8 @@ class LoopConfig:
     restarts_rate: bool = False
     stop_on_nonfinite: bool = True
     advice: str = ""
+    keeps_first_of_ties: bool = False
+    least_score: float = -1.0
 
     def score(self, evaluation: dict[str, list[float]]) -> list[float] | None:
         """What the epoch is selected by, the larger the better; None where it is not."""
@@ -96,6 +100,17 @@ def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> li
     return stages
 
 
+def improves(accuracy: Any, loss: Any, best_accuracy: Any, best_loss: Any) -> np.ndarray:
+    """Whether an epoch is selected before the best one so far, elementwise.
+
+    The higher accuracy decides, of equal ones the lower loss, and of equal losses the later epoch. A `best_loss` of
+    None (of a checkpoint from before it was kept) is beaten by accuracy alone.
+    """
+    best_loss = np.asarray([-np.inf if each is None else each for each in best_loss])
+    tied = np.asarray(accuracy) == np.asarray(best_accuracy)
+    return np.asarray((np.asarray(accuracy) > np.asarray(best_accuracy)) | (tied & (np.asarray(loss) <= best_loss)))
+
+
 def selected_by(recipe: Recipe) -> str:
     """What the epoch is selected by: where classes shall count alike in training, they do so here."""
     balances = "balanced" in (recipe.class_weights, recipe.sampler)
@@ -117,11 +132,13 @@ class TrainingProgress:
       totals: the epoch's sums so far: loss, correct, count.
       best_epoch: the epoch whose parameters are kept, 0 for none yet.
       best_accuracy: its accuracy on what the stage evaluates, or balanced accuracy (see `selected_by`), 0 .. 1.
+      best_loss: its loss there, None in a checkpoint from before it was kept.
       last_accuracy: that of the newest epoch.
       epochs_before: epochs of earlier rounds of the paper's chain: orders and random numbers go on counting.
       rate_scale: what the learning rate is multiplied with, where it is steered.
       selected_epoch: the first stage's selection, [] while it lasts.
       selected_accuracy: its validation accuracy.
+      selected_loss: its validation loss, [] in a checkpoint from before it was kept.
       longest: epochs to retrain for where seeds of another process need more than these; 0 where there are none.
       processes: how many have trained these seeds side by side.
     """
@@ -137,10 +154,12 @@ class TrainingProgress:
     totals: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     best_epoch: list[int] = dataclasses.field(default_factory=list)
     best_accuracy: list[float] = dataclasses.field(default_factory=list)
+    best_loss: list[float | None] = dataclasses.field(default_factory=list)
     last_accuracy: list[float] = dataclasses.field(default_factory=list)
     rate_scale: list[float] = dataclasses.field(default_factory=list)
     selected_epoch: list[int] = dataclasses.field(default_factory=list)
     selected_accuracy: list[float] = dataclasses.field(default_factory=list)
+    selected_loss: list[float | None] = dataclasses.field(default_factory=list)
     longest: int = 0
     processes: int = 1
 

@@ -47,8 +47,8 @@ class Totals:
       loss: float32, sum of the examples' losses.
       metrics: sums of the examples' metrics, by name.
       count: int32, examples seen.
-      bad_step: int32, the first step of the run (from 0) in this epoch whose loss or gradients were not finite; -1
-        for none.
+      bad_step: int32, the first step of the run (from 0) in this epoch whose loss, gradients or running statistics
+        were not finite; -1 for none.
       skipped: int32, steps left out because of that; their examples are not in the other sums.
     """
 

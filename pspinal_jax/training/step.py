@@ -108,8 +108,8 @@ class TrainStep:
       frozen: entries at the top of `params` that stay as they are; they have no gradient and no optimiser state.
       micro_batches: K, into how many parts of B / K examples the batch is split, one after the other, to save memory.
         The gradient is their mean. Batch norm sees each part by itself.
-      skip_nonfinite: leave the state as it was, but for its step, where the loss or a gradient is not finite.
-        Otherwise the totals tell of it, and the state is lost.
+      skip_nonfinite: leave the state as it was, but for its step, where the loss, a gradient or a new running
+        statistic is not finite. Otherwise the totals tell of it, and the state is lost.
     """
 
     apply: Apply
@@ -168,7 +168,7 @@ class TrainStep:
         else:
             loss, metrics, gradients, batch_stats = _accumulate(gradients_of, self.micro_batches, variables, batch, key)
         new_state = self._moved(state, gradients, batch_stats, learning_rate)
-        finite = _all_finite(loss, gradients, None if self.skip_nonfinite else MOST_ENTRIES)
+        finite = _all_finite(loss, gradients, batch_stats, None if self.skip_nonfinite else MOST_ENTRIES)
         totals = totals.replace(  # type: ignore[attr-defined]
             bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
         )
@@ -237,12 +237,14 @@ def _total(values: jax.Array) -> jax.Array:
     return jnp.sum(values, dtype=jnp.int32 if counts else jnp.float32)
 
 
-def _all_finite(loss: jax.Array, gradients: Any, most_entries: int | None) -> jax.Array:
-    """Whether the loss and the gradients are finite, those of arrays of more than `most_entries` left out.
+def _all_finite(loss: jax.Array, gradients: Any, batch_stats: Any, most_entries: int | None) -> jax.Array:
+    """Whether loss, running statistics and gradients are finite, of these those of at most `most_entries` entries.
 
-    A sum is not finite where one of its terms is not.
+    A sum is not finite where one of its terms is not. A batch whose variance overflows has a finite loss and finite
+    gradients: batch norm makes zeros of it.
     """
     checked = [leaf for leaf in jax.tree.leaves(gradients) if most_entries is None or leaf.size <= most_entries]
+    checked += jax.tree.leaves(batch_stats)
     sums = [loss, *(jnp.sum(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in checked)]
     return jnp.all(jnp.isfinite(jnp.stack([total.astype(jnp.float32) for total in sums])))
 

@@ -15,7 +15,7 @@ from pspinal_jax.layers.linear import check_choice
 from pspinal_jax.models import abstract_variables
 from pspinal_jax.weights.files import read_state_dict
 from pspinal_jax.weights.hub import PREFIX
-from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables
+from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables, unwrapped
 
 Names = Literal["package", "timm"]
 """Whose names a state dict has: the pip packages' (`_blocks.0._project_conv`), or timm's (`blocks.0.0.conv_pw`)."""
@@ -109,7 +109,7 @@ def efficientnet_variables(
       DataError: if tensors are missing, left over or of another shape; all of them are listed.
       ValueError: if there is no such variant.
     """
-    kept = {name: array for name, array in state_dict.items() if name not in drop}
+    kept = {name: array for name, array in unwrapped(state_dict).items() if name not in drop}
     return to_variables(kept, _entries(variant, "timm" if "conv_stem.weight" in kept else "package"), variant)
 
 

@@ -17,6 +17,7 @@ _TENSORS = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "runn
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 """Of a kernel: OIHW to HWIO, [out, in] to [in, out]. Everything else is a vector."""
 _NAMES_TOLD, _LONGEST_NAME = 10, 80
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Layer(NamedTuple):
@@ -83,6 +84,14 @@ def to_variables(state_dict: StateDict, entries: list[Entry], whom: str) -> dict
         # A copy in any case: what was read may be a file mapped into memory.
         tree[entry.path] = np.array(array if entry.axes is None else array.transpose(entry.axes), order="C")
     return unflatten_dict(tree)
+
+
+def unwrapped(state_dict: StateDict) -> StateDict:
+    """`state_dict` without what DataParallel (module.) and torch.compile (_orig_mod.) set before every name."""
+    for prefix in _WRAPPERS * 2:  # either may wrap the other
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name.removeprefix(prefix): array for name, array in state_dict.items()}
+    return state_dict
 
 
 def to_state_dict(variables: Mapping[str, Any], entries: list[Entry], whom: str) -> dict[str, np.ndarray]:

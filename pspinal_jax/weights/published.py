@@ -14,7 +14,7 @@ from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.heads.equation import layer_name, read_layers
 from pspinal_jax.layers.linear import check_choice
 from pspinal_jax.models import Classifier, abstract_variables
-from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables
+from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables, unwrapped
 from pspinal_jax.weights.resnet import resnet_layers
 
 _HEAD = ("head",)
@@ -72,7 +72,7 @@ def classifier_variables(state_dict: StateDict, layout: str) -> dict[str, Any]:
       DataError: if tensors are missing, left over or of another shape; all of them are listed.
       ValueError: if there is no such layout.
     """
-    published = _layout(layout)
+    published, state_dict = _layout(layout), unwrapped(state_dict)
     entries = _entries(published, _sizes_in(state_dict, published))
     return to_variables(state_dict, entries, f"the layout {layout!r}")
 

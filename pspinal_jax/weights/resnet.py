@@ -9,7 +9,7 @@ import numpy as np
 from pspinal_jax.backbones.resnet import LEAST_SIDE, VARIANTS, ResNet, ResNetName, block_convs, num_features
 from pspinal_jax.models import abstract_variables
 from pspinal_jax.weights.hub import PREFIX
-from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables
+from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables, unwrapped
 
 PRETRAINED: dict[str, str] = {variant: f"{PREFIX}timm/{variant}.tv_in1k" for variant in VARIANTS}
 """Where the hub has torchvision's IMAGENET1K_V1 weights of each variant, as `read_state_dict` takes it."""
@@ -33,7 +33,7 @@ def resnet_variables(state_dict: StateDict, variant: str, *, drop: tuple[str, ..
       DataError: if tensors are missing, left over or of another shape; all of them are listed.
       ValueError: if there is no such variant.
     """
-    kept = {name: array for name, array in state_dict.items() if name not in drop}
+    kept = {name: array for name, array in unwrapped(state_dict).items() if name not in drop}
     return to_variables(kept, _entries(variant), variant)
 
 

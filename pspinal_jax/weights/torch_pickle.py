@@ -225,9 +225,12 @@ def _view(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, bits:
     if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= _MOST_AXES:
         raise ValueError("a tensor has too many axes, or not a stride for each")
     bits = {} if bits is None else bits
-    if type(bits) is not dict or not bits.keys() <= {"conj", "neg"}:
+    if type(bits) is not dict or not bits.keys() <= {"conj", "neg"} or not {*map(type, bits.values())} <= {bool}:
         raise ValueError("a tensor has bits that are not known")
-    return StoredTensor(dtype.name or "bytes", storage, offset, shape, strides, bits.get("neg") is True)
+    kind = dtype.name or "bytes"
+    if (bits.get("neg") and kind == "bool") or (bits.get("conj") and not kind.startswith("complex")):
+        raise ValueError(f"a tensor of {kind} has a bit of other numbers")
+    return StoredTensor(kind, storage, offset, shape, strides, bits.get("neg") is True)
 
 
 def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:

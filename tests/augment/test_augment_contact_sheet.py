@@ -1,8 +1,12 @@
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from pspinal_jax.studies.contact_sheet import main, sheet_rows
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "augmentation_contact_sheet.py"))
+main, sheet_rows = SCRIPT["main"], SCRIPT["sheet_rows"]
 
 
 def test_it_writes_four_rows_of_images(digits, tmp_path):

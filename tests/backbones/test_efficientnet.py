@@ -127,7 +127,7 @@ def test_training_moves_the_running_statistics():
 @pytest.mark.torch
 def test_pytorchs_twin_gives_the_same_features(variables):
     torch = pytest.importorskip("torch")
-    from pspinal_jax.benchmark.torch_twins import TorchEfficientNetLite
+    from pspinal_jax.benchmark.torch_reference import TorchEfficientNetLite
 
     twin = TorchEfficientNetLite("efficientnet_lite0").eval()
     twin.load(variables["params"])
@@ -141,7 +141,7 @@ def test_pytorchs_twin_gives_the_same_features(variables):
 @pytest.mark.parametrize("config", [(3, 2, 6, 4, 8), (5, 1, 6, 4, 4), (3, 1, 1, 4, 4)])
 def test_pytorchs_block_gives_the_same_gradients_in_training(config):
     torch = pytest.importorskip("torch")
-    from pspinal_jax.benchmark.torch_twins import TorchEfficientNetLite
+    from pspinal_jax.benchmark.torch_reference import TorchEfficientNetLite
 
     config = BlockConfig(*config)
     x = np.random.default_rng(0).standard_normal((2, 9, 8, 4))

@@ -23,7 +23,7 @@ OF_RECIPES = {
     **dict.fromkeys(("stl10", "caltech101", "fruits360", "birds225"), IMAGENET),
     **dict.fromkeys(("stl10-paper", "caltech101-paper", "fruits360-paper", "birds225-paper"), PUBLISHED),
     "folder": (127 / 255, 128 / 255, 224),
-    "features": (0.0, 1.0, None),
+    **dict.fromkeys(("features", "linear"), (0.0, 1.0, None)),
 }
 
 

@@ -33,7 +33,7 @@ def relative(ours, expected):
 
 
 def test_parameter_tree(variables):
-    """Names and shapes as documented, and SPEC.md's parameter count."""
+    """Names and shapes as documented, and the published script's parameter count."""
     widths = {1: (64, 64), 2: (128, 128), 3: (256,) * 3, 4: (256,) * 3}
     params, stats, fan_in = {}, {}, 1
     for s, stage in widths.items():

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from pspinal_jax.benchmark.torch_twins import TorchResNet as TorchResNet
+from pspinal_jax.benchmark.torch_reference import TorchResNet as TorchResNet
 
 
 def randomised(model, seed=0):

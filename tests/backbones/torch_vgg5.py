@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pspinal_jax.benchmark.torch_twins import TorchVGG5
+from pspinal_jax.benchmark.torch_reference import TorchVGG5
 
 
 def randomised(seed: int) -> TorchVGG5:

@@ -1,6 +1,5 @@
 """The benchmarks measure what they say, in small; their numbers are not tested."""
 
-import builtins
 import dataclasses
 import json
 
@@ -10,12 +9,14 @@ import pytest
 
 from pspinal_jax import weights
 from pspinal_jax.__main__ import main
-from pspinal_jax.benchmark import head
+from pspinal_jax.benchmark import head, run, steps
 from pspinal_jax.benchmark.compile import measure_published
-from pspinal_jax.benchmark.report import Measurement, write_report
+from pspinal_jax.benchmark.measurement import Settings, table, timed
+from pspinal_jax.benchmark.registry import BENCHMARKS
+from pspinal_jax.benchmark.report import format_record, plot_entries, results_of
 from pspinal_jax.benchmark.roofline import count_flops
 from pspinal_jax.benchmark.timing import Timing, median_interval, ratio, time_interleaved
-from pspinal_jax.errors import RunError
+from pspinal_jax.errors import RunError, UsageError
 
 SMALL = head.Shape(6, 4, 3, 2, 5)
 
@@ -36,7 +37,7 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_every_alternative_computes_the_gradient(monkeypatch):
-    case = head.Case(SMALL)
+    case = head.HeadGradient(SMALL)
     assert set(head.alternatives(case)) == {
         "fused, compiled loop",
         "unrolled, compiled loop",
@@ -58,37 +59,97 @@ def test_flops_count_three_products_a_kernel():
     assert SMALL.flops == 3 * 2 * batch * entries
 
 
-def test_the_report_counts_the_share_of_the_peak(tmp_path, capsys):
-    timings = {"ours": Timing(np.array([1e-3, 1e-3]), 1.0), "peer": Timing(np.array([3e-3, 3e-3]), 2.0)}
-    measurements = [Measurement("a", timings, "ours", 1000), Measurement("b", timings, "ours", 1000)]
-    results = write_report(
-        tmp_path / "new", measurements, ["x"], "command", {"flops_per_second": 4e6, "bytes_per_second": 1e9}
-    )
+PEAK = {"kind": "peak", "precision": "float32", "flops_per_second": 4e6, "bytes_per_second": 1e9}
+PEAK |= {"torch_flops_per_second": None}
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    """An entry of 'ours' and a 'peer' that takes three times as long."""
+    seconds = {"ours": Timing(np.array([1e-3, 1e-3]), 1.0), "peer": Timing(np.array([3e-3, 3e-3]), 2.0)}
+    monkeypatch.setattr("pspinal_jax.benchmark.measurement.time_interleaved", lambda *given, **how: seconds)
+    return lambda title: timed(title, {}, 1000, "float32", Settings(("float32",)), examples=64)
+
+
+def test_results_hold_ratios_shares_of_the_peak_and_rates(timings, tmp_path):
+    cases = [("machine", lambda: [dict(PEAK)]), ("a", lambda: [timings("a")]), ("b", lambda: [timings("b")])]
+    record = run.measure("step", cases, lambda record: None)
+    results = json.loads(json.dumps(results_of(record, "command")))
+    assert results["command"] == "command" and results["status"] == "done"
+    assert results["roofline"] == {"flops_per_second": 4e6, "bytes_per_second": 1e9}
     assert results["geometric_mean_times_faster"] == {"peer": pytest.approx(3.0)}
+    assert [entry["title"] for entry in results["measurements"]] == ["a", "b"]
     ours = results["measurements"][0]["alternatives"]["ours"]
     assert ours["median"] == 1e-3 and ours["share_of_peak"] == pytest.approx(0.25)
-    assert json.loads((tmp_path / "new/results.json").read_text()) == results
-    assert (tmp_path / "new/results.png").stat().st_size > 5000
-    printed = capsys.readouterr().out
-    assert "3.00 x" in printed and "25 %" in printed and "left out: x" in printed
+    assert ours["examples_per_second"] == pytest.approx(64_000)
+    printed = format_record(record, results["geometric_mean_times_faster"])
+    assert "3.00 x" in printed and "25 %" in printed and "64,000" in printed
+    assert plot_entries(tmp_path / "results.png", record["entries"], "a CPU")
+    assert (tmp_path / "results.png").stat().st_size > 5000
 
 
-def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
-    def without_torch(name, importer=None, *rest, **kwargs):
-        if name == "torch" and importer["__name__"].startswith("pspinal_jax"):
-            raise ImportError(name)
-        return imported(name, importer, *rest, **kwargs)
+def test_results_of_several_tables_are_merged():
+    def case(number):
+        bars = {"s": {f"L {number}": [1.0, 2.0]}}
+        return [table("t", ["", "x"], [[number, 1.5]], bars, {"title": "t", "by": {"a": {str(number): number}}})]
 
-    imported = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", without_torch)
+    record = run.measure("depth", [(str(number), lambda number=number: case(number)) for number in (1, 2)], lambda r: 0)
+    results = results_of(record, "command")
+    assert results["title"] == "t" and results["by"] == {"a": {"1": 1, "2": 2}}
+    assert format_record(record, {}).count("| --- |") == 1
+
+
+def failing(error):
+    def work():
+        raise error
+
+    return [("first", work), ("second", lambda: [dict(PEAK)])]
+
+
+def test_a_case_that_fails_costs_the_others_nothing_in_a_suite():
+    saved = []
+    record = run.measure(
+        "machine", failing(ValueError("no\nmemory")), lambda r: saved.append(r["status"]), keep_going=True
+    )
+    assert "first: ValueError: no" in record["left_out"] and len(record["entries"]) == 1
+    assert saved == ["running"] * 3 + ["done"]
+    with pytest.raises(ValueError, match="memory"):
+        run.measure("machine", failing(ValueError("no memory")), lambda r: None)
+
+
+def test_different_work_ends_a_section():
+    with pytest.raises(RunError, match="differ"):
+        run.measure("machine", failing(RunError("they differ")), lambda r: None, keep_going=True)
+
+
+def test_a_case_is_not_begun_after_its_time():
+    record = run.measure("machine", failing(ValueError()), lambda r: None, seconds=-1.0)
+    assert record["left_out"][-2:] == ["first: no time left", "second: no time left"] and not record["entries"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_makes_its_cases_without_torch(name, monkeypatch, without_torch):
+    monkeypatch.setattr(steps, "_NUM_EXAMPLES", 64)
+    settings = Settings(("float32",), image_side=32)
+    if name == "compare":
+        with pytest.raises(UsageError, match="torch is not installed"):
+            BENCHMARKS[name].make_cases(settings)
+    else:
+        names = [case for case, _ in BENCHMARKS[name].make_cases(settings)]
+        assert names and len(set(names)) == len(names)
+
+
+def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(without_torch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(head, "SHAPES", (SMALL,))
-    monkeypatch.setattr("pspinal_jax.benchmark.roofline.measure_roofline", lambda dtype: FAKE_CEILINGS)
+    monkeypatch.setattr("pspinal_jax.benchmark.roofline.measure_roofline", lambda dtype: dict(FAKE_CEILINGS))
     flags = ["--rounds", "1", "--seconds-per-round", "0.001", "--workdir", str(tmp_path)]
     assert main(["benchmark", "head", *flags]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert "torch" not in results["versions"]
+    assert "torch" not in results["versions"] and results["roofline"] == FAKE_CEILINGS
     assert "torch is not installed" in results["left_out"][0]
-    assert "left out: PyTorch eager" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "left out: PyTorch" in said.out
+    assert said.err.startswith("left out: PyTorch")
 
 
 FAKE_CEILINGS = {"flops_per_second": 1e11, "bytes_per_second": 1e10}
@@ -141,39 +202,32 @@ def test_the_published_settings_are_trained_in_pytorch(tmp_path):
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_an_epoch_is_an_epoch_for_everyone(monkeypatch):
+def test_an_epoch_is_an_epoch_for_everyone():
     pytest.importorskip("torch")
-    from pspinal_jax.benchmark import epoch, step
+    from pspinal_jax.benchmark.torch_reference import EAGER
 
-    for module in (epoch, step):
-        monkeypatch.setattr(module, "NUM_EXAMPLES", 640)
-    recipe, data = step.benchmark_recipe("mnist-paper"), tuple(array[:640] for array in step.fake_data())
-    work = epoch.jax_epochs(recipe, data) | epoch.torch_epochs(recipe, data)
-    assert list(work) == [
-        epoch.OURS,
-        "jitted step, Python loop",
-        "PyTorch eager",
-        "torch.compile",
-        epoch.PUBLISHED,
-    ]
-    for name in (epoch.OURS, "jitted step, Python loop", "PyTorch eager", epoch.PUBLISHED):
-        work[name](1)
+    recipe = steps.benchmark_recipe("mnist-paper")
+    images, labels, num_classes = steps.fake_data(recipe)
+    data = steps.Data(images[:640], labels[:640], num_classes)
+    work = steps.our_epochs(recipe, data) | steps.torch_epochs(recipe, data, [EAGER])
+    assert list(work) == [steps.EPOCH, steps.CALL, EAGER, steps.PUBLISHED]
+    for run_epochs in work.values():
+        run_epochs(1)
 
 
 def test_an_unknown_benchmark_is_named(capsys):
     assert main(["benchmark", "heat"]) == 2
-    assert "unknown benchmark 'heat'; there are: step, head, epoch, compile, depth, input" in capsys.readouterr().err
+    assert "unknown benchmark 'heat'; there are: machine, step, head" in capsys.readouterr().err
 
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_pytorch_computes_the_same_and_a_difference_is_noticed(monkeypatch):
     pytest.importorskip("torch")
-    case = head.Case(SMALL)
-    for work in list(head.torch_alternatives(case).values())[:1]:
-        work(2)
+    case = head.HeadGradient(SMALL)
+    head.torch_alternatives(case)["PyTorch eager"](2)
     head.check_equal(case)
-    monkeypatch.setattr(head.Case, "gradient", lambda case, *how: lambda *given: (given[0], given[1]))
+    monkeypatch.setattr(head.HeadGradient, "gradient", lambda case, *how: lambda *given: (given[0], given[1]))
     with pytest.raises(RunError, match="fused's gradient of features differs from PyTorch's"):
         head.check_equal(case)
 
@@ -187,31 +241,32 @@ def test_flops_are_counted_in_traced_functions():
     assert count_flops(function, *shapes) == 2 * 2 * 25 * (27 * 7 + 7 * 4)
 
 
-def small_images(monkeypatch):
-    from pspinal_jax.benchmark import image_step, step
-
-    monkeypatch.setattr(image_step, "NUM_CLASSES", 5)
-    recipe = step.benchmark_recipe("caltech101-paper", batch_size=4)
-    return image_step, dataclasses.replace(
-        recipe,
-        data=dataclasses.replace(recipe.data, image_size=64),
-        model=dataclasses.replace(recipe.model, backbone="resnet18", layer_width=8),
-    )
+def test_step_flops_leave_out_the_gradient_of_the_pixels():
+    recipe = steps.benchmark_recipe("mnist-paper")
+    layers = [784 + 128 * number for number in range(4)]
+    forward = 64 * 2 * (sum(layers) * 128 + (784 + 512) * 10)
+    pixels = 64 * 2 * 784 * (4 * 128 + 10)
+    assert steps.step_flops(recipe, steps.Data(np.zeros((64, 28, 28, 1), np.uint8), None, 10)) == 3 * forward - pixels
 
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_a_step_on_photographs_is_the_same_in_pytorch(monkeypatch):
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+def test_a_step_on_photographs_is_the_same_in_pytorch(backbone, monkeypatch):
     pytest.importorskip("torch")
-    image_step, recipe = small_images(monkeypatch)
-    batch = image_step.fake_images(recipe)
-    assert image_step.image_step_flops(recipe) > 3 * 4 * 2 * 1e6
-    ours = image_step.ImageStep(recipe, batch)
-    work = image_step.torch_image_steps(recipe, batch, ours)
-    assert list(work) == ["PyTorch eager, channels last", "torch.compile, channels last"]
-    work["PyTorch eager, channels last"](1)
-    ours.run(1)
-    right = weights.resnet_state_dict
-    monkeypatch.setattr(weights, "resnet_state_dict", lambda *given: right(*given) | {"bn1.bias": np.ones(64, "f")})
-    with pytest.raises(RunError, match="PyTorch's loss differs from ours"):
-        image_step.check_equal(recipe, batch)
+    from pspinal_jax.benchmark.torch_reference import EAGER
+
+    recipe = steps.benchmark_recipe("caltech101-paper", 4, backbone=backbone, side=64)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, layer_width=8))
+    data = steps.fake_data(recipe)
+    assert steps.step_flops(recipe, data) > 3 * 4 * 2 * 1e6
+    ours, variables = steps.our_steps(recipe, data)
+    assert list(ours) == [steps.BATCH]
+    for run_steps in (ours | steps.torch_steps(recipe, data, variables, [EAGER])).values():
+        run_steps(1)
+    steps.check_equal(recipe, data, EAGER)
+    if backbone == "resnet18":
+        right = weights.resnet_state_dict
+        monkeypatch.setattr(weights, "resnet_state_dict", lambda *g: right(*g) | {"bn1.bias": np.ones(64, "f")})
+        with pytest.raises(RunError, match="PyTorch's loss differs from ours"):
+            steps.check_equal(recipe, data, EAGER)

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.benchmark import suite_report
-from pspinal_jax.benchmark.head import SHAPES, Case
-from pspinal_jax.benchmark.suite import WEIGHTS, busy_share, describe_machine
+from pspinal_jax.benchmark.head import SHAPES, HeadGradient
+from pspinal_jax.benchmark.registry import SECTIONS
+from pspinal_jax.benchmark.report import write_suite_report
+from pspinal_jax.benchmark.suite import busy_share, describe_machine
 
 TIMED = {"median": 0.002, "interval_95": [0.001, 0.003], "quartiles": [0.001, 0.003], "rounds": 3, "first_call": 1.5}
+TIMED |= {"examples_per_second": 32_000.0}
 MEASUREMENT = {
     "kind": "timings",
     "precision": "tf32",
@@ -43,13 +45,20 @@ RECORD = {
 
 def write_report(tmp_path, **changes):
     (tmp_path / "step.json").write_text(json.dumps(RECORD | changes))
-    suite_report.write_suite_report(tmp_path, describe_machine("the command", 8), list(WEIGHTS))
+    write_suite_report(tmp_path, describe_machine("the command", 8))
     return (tmp_path / "report.md").read_text()
 
 
 def test_the_report_names_machine_figures_and_what_was_left_out(tmp_path):
     report = write_report(tmp_path)
-    for said in ("`the command`", "a GPU", "jax 1.2", "4.00 x (3.00 .. 5.00)", "left out: float32: no time left"):
+    for said in (
+        "`the command`",
+        "a GPU",
+        "jax 1.2",
+        "4.00 x (3.00 .. 5.00)",
+        "32,000",
+        "left out: float32: no time left",
+    ):
         assert said in report
     assert "Warning" not in report
     assert (tmp_path / "step.png").stat().st_size > 1000
@@ -123,7 +132,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path, capsys, flags, line):
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_head_is_lowered_for_accelerators(platform, dtype):
-    case = Case(SHAPES[1], dtype)
+    case = HeadGradient(SHAPES[1], dtype)
     arguments = (case.params, jnp.asarray(case.features), jax.random.key(0))
     for implementation in ("fused", "unrolled"):
         from pspinal_jax.heads.layouts import NATIVE_LAYOUT, convert_params
@@ -141,7 +150,7 @@ def test_a_rehearsal_of_all_sections_fails_nowhere(tmp_path):
         [sys.executable, "-m", "pspinal_jax", "benchmark", "all", *flags], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for name in WEIGHTS:
+    for name in SECTIONS:
         record = json.loads((tmp_path / "all" / f"{name}.json").read_text())
         assert record["status"] == "done", name
         assert record["entries"], name

@@ -16,6 +16,7 @@ from PIL import Image
 
 import pspinal_jax
 from pspinal_jax.__main__ import main
+from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.commands import doctor
 from pspinal_jax.runs.evaluate import evaluate_examples
 
@@ -229,6 +230,44 @@ def test_runs_stand_side_by_side_and_one_without_its_data_is_shown_all_the_same(
     assert "Side by side" in page and page.count("<section>") == 3 and "Learning curves" in page
     assert "report takes at least one run directory" in said(capsys, "report", status=2).err
     assert "is no folder" in said(capsys, "report", place / "run", "--output", tmp_path / "a" / "b.html", status=2).err
+
+
+MARKUP = "</table></title><form action=https://example.org><input name=password></form>"
+"""Where text of a run stands on the page: as a value, and as a key."""
+
+
+def marked(value):
+    """`value` with markup as every text in it, and as one more key of every dict of it."""
+    if isinstance(value, dict):
+        return {key: marked(each) for key, each in value.items()} | {MARKUP: MARKUP}
+    if isinstance(value, list):
+        return [marked(each) for each in value]
+    return f"{value} {MARKUP}" if isinstance(value, str) else value
+
+
+def test_report_of_a_stranger_shows_markup_as_text(place, tmp_path, capsys):
+    """Whatever part of the run's files it stands in; the page has the same tags as that of the run itself."""
+    tags = []
+    for change in (lambda value: value, marked):
+        runs = [shutil.copytree(place / "run", tmp_path / f"{name}{len(tags)}") for name in "ab"]
+        for run in runs:
+            shutil.rmtree(run / "checkpoints")
+            for name, parts in (
+                ("config.json", ("versions", "device", "data_source")),
+                ("result.json", ("selection",)),
+            ):
+                held = json.loads((run / name).read_text())
+                del held["checksum"]
+                held |= {part: change(held[part]) for part in parts}
+                if name == "config.json":
+                    held["identity"]["card"] = change(held["identity"]["card"])
+                    held["identity"]["jax"] = change(held["identity"]["jax"])
+                (run / name).write_text(json.dumps(held | {"checksum": json_checksum(held)}))
+        said(capsys, "report", *runs, "--output", tmp_path / "page.html")
+        checked = Checked()
+        checked.feed((tmp_path / "page.html").read_text())
+        tags.append(set(checked.tags))
+    assert tags[0] == tags[1] and " ".join(checked.text).count(MARKUP) > 20
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import pytest
 from comparison_support import SMALL, lasting, make_features, run, small_data
 
 import pspinal_jax
+from pspinal_jax.comparison.door import make_config
 from pspinal_jax.comparison.ledger import Key, Ledger, packed, unpacked
 from pspinal_jax.comparison.parts import flattened, make_split
-from pspinal_jax.comparison.run import CompareConfig, Comparer
+from pspinal_jax.comparison.run import CompareConfig, Comparer, rank
 from pspinal_jax.comparison.runner import Runner
 from pspinal_jax.errors import DataError, RunError, UsageError
 
@@ -114,9 +115,9 @@ def test_what_it_says(finished):
     lines = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
     for head in SMALL["heads"]:
         trials = [line for line in lines if line["kind"] == "trial" and line["method"] == head]
-        best = max(trials, key=lambda line: line["validation_accuracy"])
+        best = max(trials, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
         (chosen,) = result["methods"][head]["chosen"]
-        assert chosen["validation_accuracy"] == best["validation_accuracy"]
+        assert chosen["validation_accuracy"] == best["validation_accuracy"] and chosen["setting"] == best["setting"]
         assert {json.dumps(line["setting"]) for line in lines if line["kind"] == "seed" and line["method"] == head} == {
             json.dumps(chosen["setting"])
         }
@@ -199,7 +200,84 @@ def test_the_python_door_takes_arrays():
         pspinal_jax.compare(np.full_like(inputs, np.nan), labels, **small)
 
 
+def test_of_tied_trials_the_one_with_the_lower_loss_is_chosen():
+    """Lines from before the loss was kept come last."""
+    lines = [{"validation_accuracy": 0.5, "validation_loss": loss} for loss in (0.3, 0.2, None)]
+    lines += [{"validation_accuracy": 0.5}, {"validation_accuracy": 0.4, "validation_loss": 0.1}]
+    assert max(lines, key=rank) is lines[1] and max(lines[2:], key=rank) is lines[2]
+
+
+def test_a_trials_validation_loss_is_that_of_its_predictions(finished):
+    """Lower than that of guessing, of a head that is right; a mean over validation examples alone."""
+    lines = [json.loads(line) for line in (finished[0] / "trials.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "validation_loss" in line and line["validation_accuracy"] == 1.0:
+            assert 0.0 < line["validation_loss"] < np.log(3)
+    assert any("validation_loss" in line for line in lines)
+
+
 def test_hits_are_packed_and_unpacked():
     hits = np.random.default_rng(0).random(1001) < 0.3
     np.testing.assert_array_equal(unpacked(packed(hits), 1001), hits)
     assert Key("trial", 0, "mlp", 3)._asdict() == {"kind": "trial", "split": 0, "method": "mlp", "number": 3}
+
+
+def test_copies_lie_on_one_side_of_every_cut(tmp_path):
+    (inputs, labels), (test, test_labels) = make_features().values()
+    doubled = small_data(train=(np.tile(inputs, (2, 1)), np.tile(labels, 2)), test=(test, test_labels))
+    comparer = Comparer(doubled, make_config({**SMALL, "splits": 3}), Ledger(None), False)
+    for (number, _), (train, validation) in comparer._rows.items():
+        split = comparer.splits[number]
+        parts = [split.inputs[rows] for rows in (train, validation, np.arange(split.num_pool, len(split.labels)))]
+        held = [set(map(bytes, part)) for part in parts]
+        assert len(set.union(*held)) == sum(map(len, held))
+    assert comparer.copies[0]["test_in_train_of_drawn_splits"] == 0
+    # Five test rows of each class, and nothing but pairs to draw them from: of each class one pair is cut.
+    pairs = doubled.train.inputs[15:], doubled.train.labels[15:]
+    odd = small_data(train=pairs, test=(doubled.train.inputs[:15], doubled.train.labels[:15]))
+    counts = Comparer(odd, make_config({**SMALL, "splits": 3}), Ledger(None), False).copies[0]
+    assert (counts["test_in_train"], counts["test_in_train_of_drawn_splits"]) == (15, 6)
+    apart = Comparer(doubled, make_config({**SMALL, "keep_copies_together": False}), Ledger(None), False)
+    assert apart.copies[0]["validation_in_train"] > 0 == comparer.copies[0]["validation_in_train"]
+    assert "keep_copies_together" in comparer.identity().keys() - apart.identity().keys()
+
+
+def test_test_rows_that_are_training_rows_are_counted(tmp_path, capsys):
+    splits = make_features()
+    result = run(data=small_data(test=splits["train"]), heads=("dense",), floors=False, trials=1)
+    assert result["copies"] == {
+        "test_in_train": 120,
+        "validation_in_train": 0,
+        "in_several_classes": 0,
+        "test_in_train_of_drawn_splits": 0,
+    }
+    assert (
+        "warning: small: 120 of 120 test examples are also in train, identical: test row 0" in capsys.readouterr().err
+    )
+
+
+def test_rows_of_few_distinct_values_are_compared_all_the_same(capsys):
+    labels = np.arange(120) % 3
+    cells = small_data(train=(np.eye(3, 6)[labels], labels), test=(np.eye(3, 6)[labels[:30]], labels[:30]))
+    result = run(data=cells, heads=("dense",), floors=False, trials=1)
+    assert result["copies"]["validation_in_train"] == result["data"]["validation"] == 24
+    assert "24 of 24 validation examples are also in train" in capsys.readouterr().err
+
+
+def test_compare_cuts_test_rows_with_copies_on_one_side(capsys):
+    inputs, labels = make_features()["train"]
+    small = {**SMALL, "heads": ("dense",), "floors": False, "trials": 1}
+    found = pspinal_jax.compare(np.tile(inputs, (2, 1)), np.tile(labels, 2), progress=False, **small).result
+    assert found["copies"]["test_in_train"] == 0 and found["data"]["test"] == 48  # 16 of 80 each
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_comparison_of_before_copies_were_kept_together_goes_on_as_it_began(tmp_path):
+    inputs, labels = make_features()["train"]
+    data = small_data(train=(np.tile(inputs, (2, 1)), np.tile(labels, 2)))
+    small = {"heads": ("dense",), "floors": False, "trials": 1}
+    run(tmp_path, data, **small)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("keep_copies_together") is True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(tmp_path, data, **small)["copies"]["validation_in_train"] > 0

@@ -118,7 +118,7 @@ REFUSED = {
     "no folder": ({}, None, {}, r"does not exist or is no folder"),
     "one class": ({"a": [1]}, None, {}, r"holds 1 class folder, expected two"),
     "nothing": ({".a": [1], ".b": [1]}, None, {}, r"holds 0 class folders, expected two"),
-    "an empty class": ({"a": [1], "b": []}, None, {}, r"set/b holds no image that can be decoded"),
+    "one class that is not empty": ({"a": [1], "b": []}, None, {}, r"holds 1 class folder, expected two"),
     "an unreadable class": ({"a": [1], "b": [1]}, bad_class, {}, r"set/b holds no image that can be decoded"),
     "an empty class in test": (
         {"train/a": [1], "train/b": [1], "test/a": [1], "test/b": []},
@@ -144,6 +144,31 @@ REFUSED = {
         {},
         r"holds val and valid; keep one folder for the validation split",
     ),
+    "a split alone": (
+        {"valid/a": [1], "valid/b": [1]},
+        None,
+        {},
+        r"two or more; .*set/valid holds 2 classes: give that",
+    ),
+    "a folder too many": (
+        {"birds/a": [1], "birds/b": [1]},
+        None,
+        {},
+        r"two or more; .*set/birds holds 2 classes: give",
+    ),
+    "splits a folder down": (
+        {"birds/train/a": [1], "birds/test/a": [1]},
+        None,
+        {},
+        r"two or more; .*set/birds holds the splits train, test: give that",
+    ),
+    "no train": (
+        {"valid/a": [1], "valid/b": [1], "test/a": [1], "test/b": [1], "test/c": [1]},
+        None,
+        {},
+        r"holds valid and test but no folder named train; .*set/test holds 3 classes: give that",
+    ),
+    "train alone": ({"train/a": [1], "train/b": [1]}, None, {}, r"needs both; .*set/train holds 2 classes: give that"),
     "no test": ({"train/a": [1], "train/b": [1], "val/a": [1]}, None, {}, r"holds train but no folder named test"),
     "too few to test on": ({"a": [1, 2], "b": [1]}, None, {"test_fraction": 0.1}, r"too few images to test on 0.1"),
 }
@@ -158,6 +183,19 @@ def test_what_is_refused_says_why(tmp_path, case):
     with pytest.raises(DataError, match=message) as caught:
         read(tmp_path / "set", **options)
     assert "\n" not in str(caught.value)
+
+
+def test_empty_class_folders_are_left_out_with_a_warning(tmp_path, capsys):
+    root = write(tmp_path / "flat", {"a": [1, 2, 3, 4], "b": [5, 6, 7, 8], "c": [], "d": []})
+    data = read(root)
+    assert data.class_names == ("a", "b") and "2 class folders without an image left out: c, d" in data.passed_over
+    assert "warning: 2 class folders without an image left out: c, d\n" in capsys.readouterr().err
+    write(tmp_path / "split", {"train/a": [1], "train/b": [1], "train/c": [], "test/a": [2], "test/b": [3]})
+    assert read(tmp_path / "split").class_names == ("a", "b")
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path):
+    assert read(write(tmp_path, {"test": [1, 2, 3, 4], "valid": [5, 6, 7, 8]})).class_names == ("test", "valid")
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1])

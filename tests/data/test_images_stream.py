@@ -154,6 +154,19 @@ def test_a_process_with_workers_ends_without_a_word(how, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_workers_of_a_script_without_a_main_guard_are_one_line_that_says_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport numpy as np\n"
+        "from test_images_stream import numbered, stream\n"
+        "list(stream(numbered(10), np.arange(10), (5, 4), 4, workers=2))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 1 and last.startswith(f"pspinal_jax.errors.UsageError: {script} has no `if __name__ == ")
+    assert done.stderr.count("Traceback") == 1, "the workers themselves say nothing"
+
+
 def test_without_grain_it_says_so(monkeypatch):
     imported = builtins.__import__
 

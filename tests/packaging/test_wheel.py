@@ -32,7 +32,7 @@ def test_the_wheel_holds_the_package_and_the_recipes_and_nothing_else(wheel):
     assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"pspinal_jax"}
     configs = {Path(name).name for name in names if name.startswith("pspinal_jax/configs/")}
     assert configs == {path.name for path in (REPOSITORY / "configs").glob("*.py")}
-    assert "pspinal_jax/py.typed" in names
+    assert {"pspinal_jax/py.typed", "pspinal_jax/results/gradients.py"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [
         name for name in names if re.search(r"(^|/)(tests|test_\w+\.py|conftest\.py|__pycache__|.*\.ipynb)", name)

@@ -5,15 +5,17 @@ import jax
 import pytest
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.files import shipped
 from pspinal_jax.models.build import build_model, count_parameters
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
-from pspinal_jax.recipes.registry import configs_dir
+from pspinal_jax.recipes.cached import describe_head_training, on_cached_features
+from pspinal_jax.recipes.settings import check_settings
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_states_its_command_score_and_time(name):
     recipe = load_recipe(name)
-    header = (configs_dir() / f"{name.replace('-', '_')}.py").read_text().split("\nfrom ")[0]
+    header = (shipped("configs") / f"{name.replace('-', '_')}.py").read_text().split("\nfrom ")[0]
     assert recipe.card.name == name
     assert f"pspinal-jax train {name}" in header
     assert "expected" in header and "time" in header and "to be filled" not in header
@@ -103,7 +105,7 @@ def test_recipes_are_frozen():
 
 
 def test_configs_stand_beside_the_package_in_a_checkout():
-    assert Path(configs_dir()).name == "configs"
+    assert Path(shipped("configs")).name == "configs"
 
 
 def parameters(recipe: Recipe, shape: tuple[int, ...], num_classes: int) -> int:
@@ -111,3 +113,56 @@ def parameters(recipe: Recipe, shape: tuple[int, ...], num_classes: int) -> int:
     images = jax.ShapeDtypeStruct((2, *shape), "uint8")
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     return count_parameters(variables["params"])
+
+
+def frozen(**changes):
+    return lambda recipe: dataclasses.replace(recipe, freeze="backbone", cache_features=True, **changes)
+
+
+def test_a_shipped_recipes_head_on_cached_features_is_linear():
+    folder, linear = load_recipe("folder"), load_recipe("linear")
+    asked = on_cached_features(folder, frozen())
+    assert asked.model == dataclasses.replace(folder.model, head="dense", dropout_rate=0.0)
+    assert asked.optimizer == linear.optimizer and asked.label_smoothing == 0.0
+    assert (asked.epochs, asked.batch_size) == (linear.epochs, linear.batch_size)
+    assert asked.data == dataclasses.replace(folder.data, validation_fraction=0.0)
+    assert asked.eval_batch_size == folder.eval_batch_size
+    check_settings(asked)
+    assert describe_head_training(asked) == "cached features: the head trains as in the recipe linear"
+    check_settings(frozen(optimizer=dataclasses.replace(asked.optimizer, name="sgd"))(folder))
+
+
+def test_what_is_given_goes_before_the_training_on_cached_features():
+    asked = on_cached_features(load_recipe("folder"), frozen(epochs=12))
+    assert asked.epochs == 12 and asked.optimizer == load_recipe("linear").optimizer
+    for setting in ({"patience": 3}, {"retrain": True}):  # which need a part to look at
+        assert on_cached_features(load_recipe("folder"), frozen(**setting)).data == load_recipe("folder").data
+    assert describe_head_training(asked).endswith("as in the recipe linear, but for epochs 12")
+
+
+@pytest.mark.parametrize("setting", [{"head": "mlp"}, {"head": "progressive"}, {"layer_width": 64}, {"norm": "batch"}])
+def test_hidden_layers_on_cached_features_train_as_on_features(setting):
+    """Asking for the head that the recipe has counts too."""
+
+    def change(recipe):
+        return frozen(model=dataclasses.replace(recipe.model, **setting))(recipe)
+
+    asked, features = on_cached_features(load_recipe("folder"), change), load_recipe("features")
+    assert asked.model == dataclasses.replace(load_recipe("folder").model, **setting)
+    assert asked.optimizer == features.optimizer and asked.epochs == features.epochs
+    assert describe_head_training(asked) == "cached features: the head trains as in the recipe features"
+
+
+def test_cached_features_leave_what_is_not_shipped_alone():
+    """The paper's protocol, a recipe that has them on already, and one of the user's own."""
+    folder = load_recipe("folder")
+    own = dataclasses.replace(folder, card=dataclasses.replace(folder.card, name="mine"))
+    for recipe, change in (
+        (load_recipe("caltech101-paper"), frozen()),
+        (frozen()(folder), lambda recipe: dataclasses.replace(recipe, seed=3)),
+        (own, frozen()),
+        (folder, lambda recipe: recipe),
+    ):
+        assert on_cached_features(recipe, change) == change(recipe)
+    changed = dataclasses.replace(folder, epochs=20)
+    assert on_cached_features(changed, frozen()).epochs == 20

@@ -150,6 +150,7 @@ CHANGES = [
 
 ELSEWHERE = {
     "data.name": "which data set is read where no path is given: tests/data/test_prepare_sets.py",
+    "data.keep_copies_together": "no flag, what new runs record: tests/runs/test_seen.py, tests/data/test_copies.py",
     "num_seeds": "trained one after the other or together: tests/runs/test_train.py",
     "optimizer.steering": "draws learning rates while it trains: tests/runs/test_train.py (also refused above)",
     "cache_features": "the head trains on features: tests/runs/test_photographs.py (also refused above)",

@@ -30,12 +30,12 @@ from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.settings import check_settings, check_settings_for
 from pspinal_jax.runs import programs
 from pspinal_jax.runs.build import split_examples
+from pspinal_jax.runs.directory import load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
 from pspinal_jax.runs.features import head_recipe
 from pspinal_jax.runs.predict import predict
 from pspinal_jax.runs.programs import build_run_programs, schedule_of
-from pspinal_jax.runs.restore import load_recipe_of
 from pspinal_jax.runs.train import train
 from pspinal_jax.training.optimizers import learning_rates
 from pspinal_jax.training.programs import make_order

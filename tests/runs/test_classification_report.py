@@ -10,6 +10,7 @@ from pspinal_jax.runs.classification_report import (
     classification_report,
     describe_report,
     intervals,
+    without_examples,
     worst_first,
 )
 
@@ -93,3 +94,10 @@ def test_what_is_said_is_what_was_found(report):
 def test_the_surest_mistakes_come_first():
     found = scored([0, 0, 0], [[0.4, 0.6], [0.9, 0.1], [0.1, 0.9]]).surest_mistakes(5)
     assert found.tolist() == [2, 0]
+
+
+def test_classes_without_examples_are_named_beside_balanced_accuracy(report):
+    assert " % (without test examples: never there), macro F1" in describe_report(report)[1]
+    classes = [{"name": f"c{index}\x1b", "support": 0} for index in range(5)]
+    assert without_examples(classes) == r" (without test examples: c0\x1b, c1\x1b, c2\x1b and 2 more)"
+    assert without_examples([{"name": "a", "support": 1}]) == ""

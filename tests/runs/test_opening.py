@@ -85,4 +85,8 @@ def test_the_end_names_the_worst_classes_first_and_older_results_are_told_as_bef
     result["test_classes"] = [{"name": name, "support": many, "recall": [recall]} for name, many, recall in names]
     lines = describe_result(result).splitlines()
     assert lines[1].startswith("balanced accuracy 60.00 %") and lines[2].split() == ["b\\x1b", "25.00", "%", "of", "10"]
+    assert "(without test examples: none)" in lines[1]
     assert len(lines) == 9 and lines[-1] == "  and 4 more classes, each 75.00 % or more"
+    for each in result["test_classes"][-4:]:
+        each["recall"] = [1.0]
+    assert describe_result(result).splitlines()[-1] == "  and 4 more classes at 100 %"

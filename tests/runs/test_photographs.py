@@ -1,5 +1,6 @@
 """Runs on photographs that are read while training, by the commands that a user types."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,9 +18,12 @@ from small_runs import Killed
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import ResNet
 from pspinal_jax.data.images.decode import decode
+from pspinal_jax.recipes import load_recipe
+from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.runs.classifier import load_classifier
 from pspinal_jax.runs.predict import _read
 from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.seed_states import SeedStates
 from pspinal_jax.weights import resnet_state_dict
@@ -90,7 +94,7 @@ def test_a_folder_of_pictures_becomes_predictions_and_other_classes_are_refused(
 
     other = drawn_pictures.write_folder(tmp_path / "other", 3, side=40, shapes=("circle", "square", "triangle"))
     assert main(["evaluate", str(workdir), "--data.path", str(other)]) == 2
-    refusal = "has the classes circle, square, triangle, but the run was trained on circle, cross"
+    refusal = "has the new class triangle and lacks the class cross; "
     assert refusal in capsys.readouterr().err
 
 
@@ -191,7 +195,9 @@ def test_cached_features_train_the_same_head(pictures, tmp_path, weights, monkey
         "--model.dropout-rate",
         "0",
     ]
-    streamed = run(pictures, tmp_path / "streamed", *flags)
+    # What the recipe `features` says, and cached features take from it.
+    features = "--optimizer.name adamw --optimizer.learning-rate 0.001 --optimizer.weight-decay 0.05"
+    streamed = run(pictures, tmp_path / "streamed", *flags, *features.split(), "--optimizer.no-nesterov")
     cached = run(pictures, tmp_path / "cached", *flags, "--cache-features")
     with np.load(cached / "features.npz") as features:
         assert features["train_images"].shape == (27, 8) and features["validation_images"].shape == (6, 8)
@@ -210,6 +216,35 @@ def test_cached_features_train_the_same_head(pictures, tmp_path, weights, monkey
     assert read(run(pictures, cached, *flags, "--cache-features") / "result.json")["test_accuracy"]["mean"] == accuracy
     (cached / "backbone.safetensors").write_bytes(b"damaged")
     assert main(["predict", str(cached), str(pictures / "cross" / "000.jpg")]) == 1
+
+
+def test_a_head_on_cached_features_is_linear_and_a_run_of_before_goes_on(pictures, tmp_path, capsys):
+    flags = [flag for flag in SHORT if flag not in ("--model.layer-width", "8", "--batch-size", "--eval-batch-size")]
+    words = ["train", "folder", "--data.path", str(pictures), *flags, "--batch-size", "8"]
+    words += ["--freeze", "backbone", "--cache-features", "--workdir"]
+    assert main([*words, str(tmp_path / "new")]) == 0
+    said = capsys.readouterr().err
+    assert "cached features: the head trains as in the recipe linear, but for epochs 2, batch_size 8" in said
+    identity = read(tmp_path / "new" / "config.json")["identity"]
+    assert identity["model"]["head"] == "dense" and identity["optimizer"]["name"] == "adamw"
+    # As earlier versions ran these words: the recipe's own head and training.
+    recipe = load_recipe("folder")
+    given = {"path": pictures, "image_size": 32, "validation_fraction": 0.2}
+    before = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, **given),
+        model=dataclasses.replace(recipe.model, backbone="resnet18", weights=None),
+        epochs=2,
+        batch_size=8,
+        freeze="backbone",
+        cache_features=True,
+    )
+    result = train(before, RunOptions(workdir=tmp_path / "before"))
+    assert read(tmp_path / "before" / "config.json")["identity"]["optimizer"]["name"] == "sgd"
+    assert main([*words, str(tmp_path / "before")]) == 0
+    assert "finished: nothing is trained again" in capsys.readouterr().err
+    assert read(tmp_path / "before" / "result.json")["selected_checksum"] == result["selected_checksum"]
+    assert main([*words, str(tmp_path / "before"), "--epochs", "3"]) == 2
 
 
 @pytest.mark.slow

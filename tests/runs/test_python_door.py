@@ -1,10 +1,12 @@
 """The Python door: the same runs, answers and refusals as the command line's."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +15,7 @@ import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes import DataConfig, load_recipe
+from pspinal_jax.runs import classifier
 
 SETTINGS = {"data.num_classes": 3, "epochs": 1, "batch-size": 16, "eval_batch_size": 16, "data__num_validation": 20}
 
@@ -51,6 +54,24 @@ def test_a_loaded_run_answers_as_the_commands_do(run, arrays, tmp_path, capsys):
         np.testing.assert_allclose([each.classes[0][1] for each in found], probabilities, atol=1e-6)
     assert [each.path for each in loaded.predict(given[-1])] == [None, *paths[1:3], *[None] * 4]
     assert loaded.predict([]) == []
+
+
+def test_predict_and_evaluate_again_neither_load_nor_compile_again(run, arrays, monkeypatch):
+    loads, load = [], classifier.load_variables
+    monkeypatch.setattr(classifier, "load_variables", lambda *words: loads.append(words) or load(*words))
+    loaded, inputs = pspinal_jax.load_run(run.path), arrays["test_images"]
+    first = loaded.predict(inputs[:8])
+    loaded.evaluate()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
+    try:
+        again = [loaded.predict(inputs[:count]) for count in (5, 6, 7, 8)]
+        loaded.evaluate()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert len(loads) == 1 and not [event for event in compiled if "compile" in event or "jaxpr_trace" in event]
+    assert all(each == first[: len(each)] for each in again)
+    assert pickle.loads(pickle.dumps(loaded)).predict(inputs[:8]) == first
 
 
 def test_an_image_that_pillow_has_opened_stays_as_it_is_and_is_read_as_its_file(run, tmp_path):

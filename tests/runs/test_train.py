@@ -14,9 +14,12 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes import ModelConfig, OptimizerConfig
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import best_seed_index
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.examples import ResidentExamples
+from pspinal_jax.training.stages import improves
+from pspinal_jax.weights import read_variables
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +62,62 @@ def test_a_run_learns_and_leaves_its_files(finished):
 
 def test_the_selected_epoch_is_the_best_on_validation(finished):
     workdir, result = finished
-    accuracies = [line["validation_accuracy"] for line in metrics(workdir)]
-    assert result["selected_epoch"] == [int(np.argmax(accuracies)) + 1]
-    assert result["validation_accuracy"]["each"] == [max(accuracies)]
+    seen = [(line["validation_accuracy"], -line["validation_loss"], line["epoch"]) for line in metrics(workdir)]
+    accuracy, loss, epoch = max(seen)
+    assert result["selected_epoch"] == [epoch]
+    assert result["validation_accuracy"]["each"] == [accuracy] and result["validation_loss"]["each"] == [-loss]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "best", "expected"),
+    [
+        (0.6, 9.0, (0.5, 0.1), True),
+        (0.4, 0.0, (0.5, 0.1), False),
+        (0.5, 0.05, (0.5, 0.1), True),
+        (0.5, 0.2, (0.5, 0.1), False),
+        (0.5, 0.1, (0.5, 0.1), True),
+        (0.5, 0.05, (0.5, None), False),
+        (0.6, 9.0, (0.5, None), True),
+    ],
+)
+def test_of_tied_epochs_the_lower_loss_is_selected_then_the_later(accuracy, loss, best, expected):
+    assert improves([accuracy, 0.0], [loss, 0.0], [best[0], 1.0], [best[1], 0.0]).tolist() == [expected, False]
+
+
+def test_of_tied_seeds_the_one_with_the_lower_loss_stands_for_the_run():
+    config, each = {"num_seeds": 2}, {"validation_accuracy": {"each": [0.5, 0.5]}}
+    lines = [
+        {"validation_accuracy": [0.5, 0.4], "validation_loss": [0.3, 0.1]},
+        {"validation_accuracy": [0.4, 0.5], "validation_loss": [0.1, 0.2]},
+    ]
+    assert best_seed_index(config, {**each, "validation_loss": {"each": [0.3, 0.2]}}, []) == 1
+    assert best_seed_index(config, each, []) == 0
+    assert best_seed_index(config, None, lines) == 1 and best_seed_index(config, None, []) == 0
+
+
+def test_a_run_in_progress_of_before_the_loss_was_kept_goes_on(finished, recipe, tmp_path, monkeypatch):
+    """Its checkpoint's progress lacks the fields, as an older version wrote it."""
+    whole, calls = trainer_module.Trainer._finish_epoch, [0]
+
+    def dies(self, *args):
+        calls[0] += 1
+        if calls[0] == 3:
+            self._store.finish()
+            raise Killed
+        whole(self, *args)
+
+    def older(store, serial, trees, progress):
+        save(store, serial, trees, {name: progress[name] for name in progress.keys() - {"best_loss", "selected_loss"}})
+
+    save = trainer_module.CheckpointStore.save
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer_module.Trainer, "_finish_epoch", dies)
+        patch.setattr(trainer_module.CheckpointStore, "save", older)
+        train(recipe, options(tmp_path / "run"))
+    lines = metrics(tmp_path / "run")
+    result = train(recipe, options(tmp_path / "run"))
+    assert len(lines) == 2 and metrics(tmp_path / "run") == metrics(finished[0])
+    assert result["validation_accuracy"] == finished[1]["validation_accuracy"]
 
 
 def test_evaluate_reports_what_the_run_reported(finished):
@@ -274,6 +330,38 @@ def test_init_from_starts_from_the_other_runs_parameters(finished, recipe, tmp_p
     wider = dataclasses.replace(recipe, model=ModelConfig(layer_width=7, num_layers=3, norm="batch"))
     with pytest.raises(UsageError, match=r"--init-from .* does not fit this model: head/layer_1/bias is \(6,\)"):
         train(wider, options(tmp_path / "wider", init_from=finished[0]))
+
+
+def test_init_from_keeps_hidden_layers_and_statistics_where_the_classes_are_others(
+    finished, recipe, arrays, tmp_path, capsys
+):
+    np.savez(tmp_path / "named.npz", **arrays, class_names=np.array(["a", "b", "c", "d"]))
+    tiny = dataclasses.replace(recipe.optimizer, learning_rate=1e-12)
+    data = dataclasses.replace(recipe.data, path=tmp_path / "named.npz", num_classes=4)
+    train(dataclasses.replace(recipe, optimizer=tiny, data=data), options(tmp_path / "run", init_from=finished[0]))
+    assert "knows 3 classes, not the 4 of this data: the output layer starts anew" in capsys.readouterr().err
+    before, start = load_variables(finished[0])[0], read_variables(tmp_path / "run" / "start.safetensors")
+    after = load_variables(tmp_path / "run")[0]["params"]["head"]
+    assert after.pop("output")["kernel"].shape[-1] == 4 and before["params"]["head"].pop("output")
+    chex.assert_trees_all_close(after, before["params"]["head"], atol=1e-6)
+    chex.assert_trees_all_equal(start, before)
+    assert start["batch_stats"]
+
+
+def test_resuming_on_data_that_has_changed_says_what_has(recipe, arrays, tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays, class_names=np.array(["a", "b", "c"]))
+    here = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, path=path, num_classes=None), epochs=1, num_seeds=1
+    )
+    train(here, options(tmp_path / "run"))
+    labels = (arrays["train_labels"] + 1) % 3
+    np.savez(path, **{**arrays, "train_labels": labels}, class_names=np.array(["a", "b", "other"]))
+    with pytest.raises(UsageError, match=r"other data: .*data.npz has the new class other and lacks the class c; put"):
+        train(here, options(tmp_path / "run"))
+    np.savez(path, **{**arrays, "train_labels": labels}, class_names=np.array(["a", "b", "c"]))
+    with pytest.raises(UsageError, match=r"has had examples added, removed or changed since; put that back, or choose"):
+        train(here, options(tmp_path / "run"))
 
 
 def test_bfloat16_trains_with_float32_parameters(recipe, tmp_path):

@@ -13,8 +13,9 @@ from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.checkpoints.store import CheckpointStore
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes import AugmentConfig, ModelConfig, OptimizerConfig, load_recipe
+from pspinal_jax.runs.directory import load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
-from pspinal_jax.runs.restore import load_recipe_of, load_variables
+from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.epoch_metrics import balanced_accuracy

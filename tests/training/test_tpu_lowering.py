@@ -18,7 +18,7 @@ FAST = ("mnist",)
 
 
 def input_of(recipe):
-    if recipe.card.name == "features":
+    if recipe.card.name in ("features", "linear"):
         return (2048,), np.float32
     side = recipe.data.image_size
     if side is not None:

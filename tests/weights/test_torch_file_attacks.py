@@ -120,6 +120,25 @@ def test_tensors_that_reach_beyond_the_file(refusal, write, wrong):
     refusal(write(entries(a=wrong)))
 
 
+def bits(name, value=b"\x88"):
+    """The instructions of a dict with the bit `name`, which is True."""
+    return b"}" + text(name) + value + b"s"
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "odd",
+    [
+        tensor(kind="BoolStorage", bits=bits("neg")), tensor(bits=bits("conj")), tensor(bits=bits("other")),
+        tensor(bits=bits("neg", b"N")), tensor(bits=bits("neg", b"]")), tensor(bits=bits("neg", text("x"))),
+        tensor(bits=b"]"), tensor(kind="ComplexFloatStorage", bits=bits("conj")), tensor(bits=b"\x88"),
+        tensor((1,), (2**62,)), tensor((0, 2**62), (1, 1)),
+    ],
+)  # fmt: skip
+def test_tensors_with_odd_bits_and_strides(refusal, write, odd):
+    refusal(write(entries(a=odd), {"0": np.zeros(6, bool if b"Bool" in odd else np.float32)}))
+
+
 @FORMATS
 def test_bombs_are_refused_before_they_go_off(refusal, write):
     doubled = b"N" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(100))  # 2**100 leaves

@@ -152,7 +152,7 @@ def test_the_packages_weights_fit(variant):
 def test_every_layer_is_pytorchs(variant, tmp_path):
     """Random weights go through a file of PyTorch's; the twin takes them by the package's names."""
     torch = pytest.importorskip("torch")
-    from pspinal_jax.benchmark.torch_twins import TorchEfficientNetLite
+    from pspinal_jax.benchmark.torch_reference import TorchEfficientNetLite
 
     variables = random_variables(variant)
     variables["params"] = jax.tree.map(  # of the size that keeps activations alive through all layers

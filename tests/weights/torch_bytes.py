@@ -21,12 +21,12 @@ def number(value):
     return pickle.dumps(value, 2)[2:-1]
 
 
-def tensor(shape=(2, 3), strides=(3, 1), offset=0, key="0", kind="FloatStorage", count=6):
-    """The instructions that torch.save writes for a tensor."""
+def tensor(shape=(2, 3), strides=(3, 1), offset=0, key="0", kind="FloatStorage", count=6, bits=b""):
+    """The instructions that torch.save writes for a tensor; `bits` are those of a dict, for a negated one say."""
     storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key) + text("cpu") + number(count)
     sizes = b"".join(b"(" + b"".join(map(number, each)) + b"t" for each in (shape, strides))
     start = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
-    return start + b"tQ" + number(offset) + sizes + b"\x89ccollections\nOrderedDict\n)RtR"
+    return start + b"tQ" + number(offset) + sizes + b"\x89ccollections\nOrderedDict\n)R" + bits + b"tR"
 
 
 def entries(**values):

@@ -8,7 +8,7 @@ import zlib
 from typing import Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from pspinal_jax.errors import DataError
 
@@ -36,6 +36,10 @@ _WHITE_IS_ZERO = 0
 """TIFF's tags, and the value of PhotometricInterpretation for grey images whose 0 is white."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_AVIF = {b"avif", b"avis"}
+_HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+"""Brands of files of ISO's base media format (ISO/IEC 14496-12, section 4.3)."""
+_LONGEST_BRANDS = 256
 
 _DRAFT_GAP = 2
 """A JPEG is decoded at a half, quarter or eighth of its size where that leaves this many times the wanted size.
@@ -54,7 +58,8 @@ def decode(
 ) -> np.ndarray:
     """The image in `data` as RGB, resized to `size`.
 
-    JPEG, PNG, BMP, GIF, TIFF, WebP, PPM and JPEG 2000 in any mode: grey, 16-bit grey (its upper 8 bits), palette, CMYK.
+    JPEG, PNG, BMP, GIF, TIFF, WebP, PPM and JPEG 2000 in any mode: grey, 16-bit grey (its upper 8 bits), palette, CMYK;
+    AVIF where Pillow has it, and HEIC where pillow-heif is installed.
     What is transparent is laid over white; EXIF's orientation is applied; of several frames the first is taken.
     Resizing is Pillow's bilinear, antialiased, as torchvision's Resize does it to PIL images. A JPEG at least four
     times as large as wanted in both directions is first decoded at a half, quarter or eighth of its size; what that
@@ -135,7 +140,24 @@ def _copy(image: Image.Image) -> Image.Image:
 def _open(data: bytes) -> Image.Image:
     if data.startswith(_PNG):
         _check_png(data)
-    return Image.open(io.BytesIO(data), formats=_FORMATS)
+    return Image.open(io.BytesIO(data), formats=_media_format(data) if data[4:8] == b"ftyp" else _FORMATS)
+
+
+def _media_format(data: bytes) -> tuple[str, ...]:
+    """Pillow's name of a format that not every installation reads; ValueError where this one does not."""
+    brands = {data[at : at + 4] for at in range(8, min(int.from_bytes(data[:4]), _LONGEST_BRANDS), 4)}
+    if brands & _AVIF:
+        if not features.check("avif"):
+            raise ValueError("it is an AVIF image, which this Pillow does not read: pip install 'pillow>=11.3'")
+        return ("AVIF",)
+    if brands & _HEIC:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise ValueError("it is a HEIC image, which takes pillow-heif: pip install pillow-heif") from None
+        register_heif_opener()
+        return ("HEIF",)
+    return _FORMATS
 
 
 def _check_png(data: bytes) -> None:

@@ -1,6 +1,7 @@
 """Images as they are stored: encoded bytes with labels, decoded only when they are read."""
 
 import dataclasses
+import functools
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from pspinal_jax.data.copies import digest_bytes, digest_files
 from pspinal_jax.errors import DataError
 from pspinal_jax.files import read_bytes
 
@@ -31,6 +33,21 @@ class Stamped(Protocol):
 
     def fingerprint(self) -> int:
         """A checksum that changes when an image does."""
+
+
+@runtime_checkable
+class Digested(Protocol):
+    """What an `Encoded` has beside that if it need not be read to find copies."""
+
+    def digests(self) -> np.ndarray:
+        """uint64 [N], see `pspinal_jax.data.copies`."""
+
+
+def digests_of(encoded: Encoded) -> np.ndarray:
+    """The digests uint64 [N] of `encoded`: its own if it is `Digested`, else of what is read."""
+    if isinstance(encoded, Digested):
+        return encoded.digests()
+    return np.array([digest_bytes(encoded[index]) for index in range(len(encoded))], np.uint64)
 
 
 def fingerprint_of(encoded: Encoded) -> int:
@@ -65,6 +82,15 @@ class ImageSplit:
     @property
     def inputs(self) -> None:
         """None: images are read one by one."""
+
+    @functools.cached_property
+    def digests(self) -> np.ndarray:
+        """See `Split`."""
+        return digests_of(self.encoded)
+
+    def name(self, index: int) -> str:
+        """See `Split`."""
+        return self.encoded.name(index)
 
     def read(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """Image number `index` as uint8 [H, W, 3], resized to `size`.
@@ -131,6 +157,10 @@ class Selected:
         """A checksum of all images there, and of which are taken."""
         return zlib.crc32(np.ascontiguousarray(self.indices, np.int64).data, fingerprint_of(self.encoded))
 
+    def digests(self) -> np.ndarray:
+        """Those of the images that are taken."""
+        return digests_of(self.encoded)[self.indices]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Joined:
@@ -152,6 +182,10 @@ class _Joined:
     def name(self, index: int) -> str:
         part, at = self._place(index)
         return part.name(at)
+
+    def digests(self) -> np.ndarray:
+        """Those of both."""
+        return np.concatenate([digests_of(self.first), digests_of(self.second)])
 
 
 IMAGE_SUFFIXES = (
@@ -190,10 +224,14 @@ MOST_BYTES = 2**28
 
 
 class Files:
-    """The encoded images in `files`, paths relative to `root`. What is no file is an OSError, and not opened."""
+    """The encoded images in `files`, paths relative to `root`. What is no file is an OSError, and not opened.
 
-    def __init__(self, root: Path, files: Sequence[str], crcs: Sequence[int] = ()) -> None:
-        self.root, self.files, self.crcs = str(root), tuple(files), np.asarray(crcs, np.int64)
+    Whoever asks for checksums has given those of the contents, `crcs`, and sizes in bytes.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str], crcs: Sequence[int] = (), sizes: Sequence[int] = ()) -> None:
+        self.root, self.files = str(root), tuple(files)
+        self.crcs, self.sizes = np.asarray(crcs, np.int64), np.asarray(sizes, np.int64)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -208,6 +246,10 @@ class Files:
     def fingerprint(self) -> int:
         """A checksum of names and contents, those that were given as `crcs`."""
         return zlib.crc32(self.crcs.data, zlib.crc32("\0".join(self.files).encode(errors="surrogateescape")))
+
+    def digests(self) -> np.ndarray:
+        """Those of the contents, uint64 [N]."""
+        return digest_files(self.sizes, self.crcs)
 
 
 Images: TypeAlias = np.ndarray | Encoded

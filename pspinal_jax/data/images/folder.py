@@ -1,9 +1,11 @@
 """A folder of images: a folder per class, with or without folders per split above them."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from pspinal_jax.data.dataset import Dataset, split_by_class
@@ -23,7 +25,15 @@ SPLIT_FOLDERS = {
 
 
 def read_folder(
-    path: Path, *, image_size: int, test_fraction: float, split_seed: int, strict: bool, show_progress: bool = False
+    path: Path,
+    *,
+    image_size: int,
+    test_fraction: float,
+    split_seed: int,
+    strict: bool,
+    keep_copies_together: bool = True,
+    needs_test: bool = True,
+    show_progress: bool = False,
 ) -> Dataset[ImageSplit]:
     """The images below `path`, in folders that bear the classes' names.
 
@@ -36,37 +46,56 @@ def read_folder(
       test_fraction: where there are no folders for splits, the fraction of each class that makes the test split.
       split_seed: decides that draw.
       strict: whether an image that cannot be decoded is an error; otherwise it is left out, with a warning.
+      keep_copies_together: whether files of the same content go to one side of that draw.
+      needs_test: whether a draw that gives no test example is an error.
       show_progress: whether to show a bar on standard error while decoding.
 
     Raises:
       UsageError: if `test_fraction` is needed and does not lie between 0 and 1.
-      DataError: if there are fewer than two classes, a class without a readable image, splits whose classes differ,
-        or, if `strict`, an image that cannot be decoded.
+      DataError: if there are fewer than two classes (a folder that holds no image in any split is left out, with a
+        warning), a class without a readable image in a split, splits whose classes differ, or, if `strict`, an image
+        that cannot be decoded.
     """
     path = expanded(path)
     if not path.is_dir():
         raise DataError(f"{path} does not exist or is no folder; give a folder of class folders")
     folders = find_split_folders(path) or {"all": ""}
     listed = {split: list_classes(path, folder) for split, folder in folders.items()}
+    empty = [name for name in sorted({*chain(*listed.values())}) if not any(each.get(name) for each in listed.values())]
+    for classes in listed.values():
+        for name in empty:
+            classes.pop(name, None)
     names = _class_names(path, folders, listed)
     files = [file for classes in listed.values() for each in classes.values() for file in each]
     checks = check_files(path, files, show_progress)
     skipped = tuple(file for file in files if checks[file].problem is not None)
-    reasons = tuple(with_reason(file, str(checks[file].problem)) for file in skipped)
+    reasons = {file: with_reason(file, str(checks[file].problem)) for file in skipped}
     if skipped and strict:
-        raise DataError(f"{skipped_text(reasons, str(path))}; mend or remove them, or do not ask for strictness")
+        text = skipped_text([*reasons.values()], str(path))
+        raise DataError(f"{text}; mend or remove them, or do not ask for strictness")
     splits = {}
     for split, classes in listed.items():
         good = {name: [file for file in each if checks[file].problem is None] for name, each in classes.items()}
-        found, labels = in_order(good, names, partial(_nothing_in, path / folders[split]))
-        splits[split] = ImageSplit(Files(path, found, [checks[file].crc for file in found]), labels)
-    warn_of_skipped(reasons, str(path))
+        why = {name: first_names([reasons[file] for file in each if file in reasons]) for name, each in classes.items()}
+        found, labels = in_order(good, names, partial(_nothing_in, path / folders[split], why))
+        crcs, sizes = [checks[file].crc for file in found], [checks[file].stamp[0] for file in found]
+        splits[split] = ImageSplit(Files(path, found, crcs, sizes), labels)
+    warn_of_skipped([*reasons.values()], str(path))
     passed_over = find_passed_over(path, folders, frozenset(files))
+    if empty:
+        text = f"{len(empty)} class folder{_s(empty)} without an image left out"
+        passed_over = (f"{text}: {first_names(empty)}", *passed_over)
     for line in passed_over if is_primary() else ():
         print(f"warning: {line}", file=sys.stderr)
-    if "all" in splits:
-        splits = _draw_test(path, splits["all"], test_fraction, split_seed)
-    return Dataset(splits, names, str(path), (image_size, image_size, 3), skipped=skipped, passed_over=passed_over)
+    uncut = splits.get("all")
+    if uncut is not None:
+        splits = _draw_test(uncut, test_fraction, split_seed, keep_copies_together)
+        if needs_test and not len(splits["test"]):
+            raise DataError(
+                f"{path} has too few images to test on {test_fraction} of each class; choose a larger fraction"
+            )
+    shape = (image_size, image_size, 3)
+    return Dataset(splits, names, str(path), shape, skipped=skipped, passed_over=passed_over, uncut=uncut)
 
 
 def find_split_folders(path: Path) -> dict[str, str]:
@@ -85,9 +114,13 @@ def find_split_folders(path: Path) -> dict[str, str]:
             found[split] = matching[0]
     if {"train", "test"} <= set(found):
         return found
-    # A class may be called train; but then it holds images, not folders.
-    if "train" in found and _folders(path / found["train"]):
-        raise DataError(f"{path} holds {found['train']} but no folder named test; a folder of splits needs both")
+    # Classes may have such names; but then they hold images, not folders.
+    trains = "train" in found and bool(_folders(path / found["train"]))
+    if trains or (1 < len(found) == len(names) and all(_folders(path / name) for name in names)):
+        has, lacks = (found["train"], "test") if trains else (" and ".join(found.values()), "train")
+        raise DataError(
+            f"{path} holds {has} but no folder named {lacks}; a folder of splits needs both{_to_give(path)}"
+        )
     return {}
 
 
@@ -164,18 +197,30 @@ def _class_names(path: Path, folders: dict[str, str], listed: dict[str, dict[str
         ),
     )
     if len(names) < 2:
-        raise DataError(f"{path} holds {len(names)} class folder{'s' if len(names) != 1 else ''}, expected two or more")
+        many = f"{len(names)} class folder{'s' if len(names) != 1 else ''}"
+        raise DataError(f"{path} holds {many}, expected two or more{_to_give(path)}")
     return names
 
 
-def _nothing_in(folder: Path, name: str) -> str:
-    return f"{folder / name} holds no image that can be decoded; fill or remove it"
+def _nothing_in(folder: Path, why: dict[str, str], name: str) -> str:
+    reason = f" ({why[name]})" if why[name] else ""
+    return f"{folder / name} holds no image that can be decoded{reason}; fill or remove it"
 
 
-def _draw_test(path: Path, images: ImageSplit, fraction: float, seed: int) -> dict[str, ImageSplit]:
+def _to_give(path: Path) -> str:
+    """What lies one folder below `path` and could be read in its place, as an advice; nothing where nothing does."""
+    for name in sorted(_folders(path), key=lambda name: -len(_folders(path / name))):
+        with contextlib.suppress(DataError):
+            splits, inner = find_split_folders(path / name), _folders(path / name)
+            holds = f"the splits {', '.join(splits.values())}" if splits else f"{len(inner)} classes"
+            if len(inner) > 1:
+                return f"; {path / name} holds {holds}: give that"
+    return ""
+
+
+def _draw_test(images: ImageSplit, fraction: float, seed: int, together: bool) -> dict[str, ImageSplit]:
     if not 0 < fraction < 1:
         raise UsageError(f"the test fraction is {fraction}, expected 0 < fraction < 1")
-    train, test = split_by_class(images.labels, fraction, seed)
-    if not len(test):
-        raise DataError(f"{path} has too few images to test on {fraction} of each class; choose a larger fraction")
+    copies = images.digests if together else None
+    train, test = split_by_class(images.labels, fraction, seed, copies)
     return {"train": images.take(train), "test": images.take(test)}

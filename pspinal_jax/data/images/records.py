@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.data.cache import Named, read_through_cache
+from pspinal_jax.data.copies import digest_bytes
 from pspinal_jax.data.dataset import Dataset, check_labels
 from pspinal_jax.data.images.encoded import ImageSplit
 from pspinal_jax.data.prepared import check_format, import_tfds, open_prepared
@@ -52,24 +53,25 @@ def _read_split(builder: Any, directory: Path, split: str) -> ImageSplit:
         raise DataError(f"{directory} has no example in its split {split}; delete it and prepare the data set again")
 
     def fits(known: Named) -> bool:
-        return (
-            set(known) == {"labels", "crc"} and known["labels"].shape == (count,) and known["labels"].dtype == np.int32
+        wanted = {"labels": np.int32, "digests": np.uint64}
+        return set(known) == {*wanted, "crc"} and all(
+            (known[name].shape, known[name].dtype) == ((count,), dtype) for name, dtype in wanted.items()
         )
 
     stamp = _stamp(directory, info.filenames)
     known = read_through_cache(
         directory, f"{split}.labels", stamp, lambda: _read_labels(Records(directory, split, count)), fits
     )
-    return ImageSplit(Records(directory, split, count, int(known["crc"])), known["labels"])
+    return ImageSplit(Records(directory, split, count, int(known["crc"]), known["digests"]), known["labels"])
 
 
 def _read_labels(records: "Records") -> Named:
-    labels, crc = np.zeros(len(records), np.int32), 0
+    labels, digests, crc = np.zeros(len(records), np.int32), np.zeros(len(records), np.uint64), 0
     for index in range(len(records)):
         example = records.example(index)
-        labels[index] = example["label"]
+        labels[index], digests[index] = example["label"], digest_bytes(example["image"])
         crc = zlib.crc32(example["image"], crc)
-    return {"labels": labels, "crc": np.array(crc)}
+    return {"labels": labels, "digests": digests, "crc": np.array(crc)}
 
 
 def _stamp(directory: Path, files: Iterable[str]) -> str:
@@ -84,8 +86,11 @@ def _stamp(directory: Path, files: Iterable[str]) -> str:
 class Records:
     """The encoded images of one split of a prepared directory; the files are opened when the first is read."""
 
-    def __init__(self, directory: Path, split: str, length: int, crc: int = 0) -> None:
+    def __init__(
+        self, directory: Path, split: str, length: int, crc: int = 0, digests: np.ndarray | None = None
+    ) -> None:
         self.directory, self.split, self.length, self.crc = directory, split, length, crc
+        self._digests = np.zeros(length, np.uint64) if digests is None else digests
         self._source: Any = None
         self._lock = threading.Lock()
 
@@ -128,6 +133,10 @@ class Records:
     def fingerprint(self) -> int:
         """The checksum of the images."""
         return self.crc
+
+    def digests(self) -> np.ndarray:
+        """The digests that were given, uint64 [N]."""
+        return self._digests
 
 
 def _open_split(directory: Path, split: str) -> Any:

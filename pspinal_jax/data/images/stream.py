@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator
 from functools import partial
@@ -13,11 +14,23 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.data.dataset import Split
-from pspinal_jax.errors import DataError, RunError
+from pspinal_jax.errors import DataError, RunError, UsageError
 
 _MOST_THREADS = 8
 _BATCHES_AHEAD = 2
 """How many finished batches may wait, per worker process."""
+_RAN_THE_SCRIPT = 87
+"""Exit status of a worker process that never came to its work, see `end_within_a_worker`."""
+
+
+def end_within_a_worker() -> None:
+    """End this process if it is a worker that still imports its main module, a script that is not guarded.
+
+    Worker processes are spawned: each imports the user's script. Without `if __name__ == "__main__"` the script does in
+    them all that it does, beginning with what starts workers.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself looks at
+        os._exit(_RAN_THE_SCRIPT)
 
 
 def stream(
@@ -49,7 +62,9 @@ def stream(
     Raises:
       DataError: if grain is not installed, or an image cannot be read; the message names it.
       RunError: if a worker process dies.
+      UsageError: if worker processes run the script that started them.
     """
+    end_within_a_worker()
     order = np.asarray(order)[first_batch * batch_size :]
     if not len(order):
         return
@@ -77,6 +92,12 @@ class _Running:
         except RuntimeError as error:
             if "Worker process" not in str(error):
                 raise
+            if f"exit code {_RAN_THE_SCRIPT}" in str(error):
+                script = getattr(sys.modules["__main__"], "__file__", "the script")
+                raise UsageError(
+                    f'{script} has no `if __name__ == "__main__":` before what it does, so each worker process runs it '
+                    "from its top; put that line there, or leave workers out"
+                ) from None
             raise RunError(
                 "a worker process that decodes images ended unexpectedly, perhaps for want of memory or shared "
                 "memory; use fewer workers"

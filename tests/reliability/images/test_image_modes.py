@@ -3,10 +3,11 @@
 import io
 import os
 import struct
+import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from pspinal_jax.data.images.checks import check_files
 from pspinal_jax.data.images.decode import decode
@@ -53,17 +54,65 @@ def tiff(values, bits, photometric, sample_format=1):
     return b"II*\0" + struct.pack("<I", 8 + len(content)) + content + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "WEBP", "AVIF"])
 @pytest.mark.parametrize("value", [1, *LAID])
 def test_an_orientation_is_applied_once(kind, value):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
     pixels = np.zeros((24, 16, 3), np.uint8)
     pixels[:12, :8], pixels[:12, 8:], pixels[12:, :8] = (250, 20, 20), (20, 250, 20), (20, 20, 250)
     upright, exif = Image.fromarray(pixels), Image.Exif()
     exif[0x0112] = value
     lying = upright.transpose(LAID[value]) if value in LAID else upright
-    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
-    seen = decode(encoded(lying, kind, exif=exif, **options), (24, 16)).astype(int)
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
+    options["AVIF"]["subsampling"] = "4:4:4"
+    seen = decode(encoded(lying, kind, exif=exif, **options.get(kind, {})), (24, 16)).astype(int)
     assert np.abs(seen - pixels).mean() < 2
+
+
+def test_heic_is_read_where_pillow_heif_is_installed():
+    """And turned by libheif alone, which goes by the file and not by EXIF (ISO/IEC 23008-12, section 6.5.10)."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    pixels, exif = np.repeat(RAMP[..., None], 3, -1), Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(pixels), "HEIF", quality=100, chroma=444, exif=exif)
+    Image.OPEN.pop("HEIF")  # as in a process that has seen none yet
+    assert np.abs(decode(data, (32, 32)).astype(int) - pixels).mean() < 2
+
+
+def media(*brands):
+    """The beginning of a file of ISO's base media format."""
+    return struct.pack(">I", 8 + 4 * len(brands)) + b"ftyp" + b"".join(brands) + bytes(40)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (
+            media(b"avif", bytes(4), b"mif1"),
+            "it is an AVIF image, which this Pillow does not read: pip install 'pillow",
+        ),
+        (media(b"mif1", bytes(4), b"avif"), "it is an AVIF image"),
+        (media(b"heic", bytes(4), b"mif1"), "it is a HEIC image, which takes pillow-heif: pip install pillow-heif"),
+        (media(b"mif1", bytes(4), b"heic"), "it is a HEIC image"),
+        (media(b"isom", bytes(4), b"mp41"), "its format is not known"),
+        (b"\xff\xff\xff\xffftyp" + bytes(99), "its format is not known"),
+    ],
+)
+def test_formats_that_nothing_here_reads_are_named_with_what_to_install(data, reason, monkeypatch):
+    monkeypatch.setattr(features, "check", lambda name: False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(DataError, match=reason):
+        decode(data, (32, 32))
+
+
+def test_class_of_such_images_alone_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for path in (folder / "dark").iterdir():
+        path.with_suffix(".heic").write_bytes(media(b"heic", bytes(4)))
+        path.unlink()
+    with pytest.raises(DataError, match=r"dark holds no image that can be decoded \(.*pip install pillow-heif"):
+        read_folder(folder, strict=False, image_size=8, test_fraction=0.25, split_seed=0)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [(mode, kind) for mode, kinds in TAKEN.items() for kind in kinds])

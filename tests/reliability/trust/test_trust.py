@@ -12,13 +12,16 @@ from PIL import Image
 
 import pspinal_jax
 from pspinal_jax.__main__ import main
+from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.data import prepared
 from pspinal_jax.data.archives import open_zip
 from pspinal_jax.data.images.folder import read_folder
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepared import read_prepared
-from pspinal_jax.errors import DataError
+from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.files import read_bytes
+from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.restore import load_variables
 
 OPTIONS = {"image_size": 8, "test_fraction": 0.25, "split_seed": 0}
 
@@ -195,3 +198,104 @@ def test_postscript_in_a_data_set_is_never_handed_on():
     assert buffer.getvalue().startswith(b"%!PS")
     with pytest.raises(OSError, match="cannot identify"):
         prepared._decode(buffer.getvalue())
+
+
+def rewrite(path, change):
+    """`change` the JSON file `path` of a run, and its checksum with it, as a stranger can."""
+    held = json.loads(path.read_text())
+    held.pop("checksum", None)
+    change(held)
+    path.write_text(json.dumps(held | {"checksum": json_checksum(held)}))
+
+
+def setting(place, value):
+    """A change of what lies at the dotted `place`."""
+
+    def change(held):
+        *folders, last = place.split(".")
+        for each in folders:
+            held = held[each]
+        if value is KeyError:
+            del held[last]
+        else:
+            held[last] = value
+
+    return change
+
+
+STRANGE_CONFIGS = [
+    *((place, value) for place in ("identity", "device", "class_names") for value in (None, 7, "text", {})),
+    *(("versions", value) for value in (None, 7, {"jax": 7})),
+    *((f"identity.{part}", None) for part in ("card", "data", "model", "optimizer", "augment", "epochs", "dtype")),
+    *((f"identity.{part}", {"unknown": 1}) for part in ("data", "model", "augment")),
+    *(("identity.eval_batch_size", value) for value in (True, 10**30, 2.5, "8", -1)),
+    *(("identity.data.mean", value) for value in ("text", [1, 2], [1, 2, "3"], 1e300, float("nan"))),
+    *(("identity.model.num_layers", value) for value in (10**9, 10**300)),
+    *(("identity.model.layer_width", value) for value in (10**15, 0)),
+    *(("identity.num_seeds", value) for value in (2, 10**12)),
+    *(("input_shape", value) for value in ([], [4, 4], [4, 4, 0], [10**6, 10**6, 1], [4, 4, "1"], "441", [4.0, 4, 1])),
+    *(("data_location", value) for value in (["a"], {"path": 7}, {"path": "a\0b"}, {"folder": "a"})),
+    *((place, KeyError) for place in ("identity", "identity.card.name", "num_seeds", "device.count", "data_source")),
+    *(("class_names", value) for value in ([], ["a", {"a": 1}], [1, 2, 3])),
+    ("identity.data.image_size", "own"),
+    ("identity.data.image_size", 16),
+    ("input_dtype", "text"),
+    ("num_seeds", 2),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), STRANGE_CONFIGS)
+def test_config_of_a_stranger_with_its_checksum_right_is_one_line(run, tmp_path, place, value):
+    shutil.copy(run / "config.json", tmp_path)
+    rewrite(tmp_path / "config.json", setting(place, value))
+    with pytest.raises(RunError, match=r"config.json is not what `train` writes: .* another --workdir") as told:
+        RunDirectory(tmp_path).config()
+    assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *((place, "text") for place in ("seconds", "parameters", "test_accuracy.each", "test_classes", "epochs")),
+        *(("test_accuracy", value) for value in (None, [], {"mean": 1.0, "std": None})),
+        *(("test_accuracy.each", value) for value in ([], [1.0, 1.0], [None])),
+        *((place, KeyError) for place in ("seconds", "selection", "published_accuracy_percent")),
+        ("test_classes", [{"name": "a"}]),
+        ("selection", 3),
+        ("compile_seconds", 10**400),
+    ],
+)
+def test_result_of_a_stranger_with_its_checksum_right_is_one_line(run, tmp_path, place, value):
+    for name in ("config.json", "result.json"):
+        shutil.copy(run / name, tmp_path)
+    rewrite(tmp_path / "result.json", setting(place, value))
+    with pytest.raises(RunError, match=r"result.json is not what `train` writes: .*; train in another --workdir"):
+        RunDirectory(tmp_path).result()
+
+
+def test_model_of_a_stranger_that_cannot_be_built_is_one_line(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    rewrite(tmp_path / "run" / "config.json", setting("identity.model.backbone", "vgg5"))
+    with pytest.raises(RunError, match="describes no model: the backbone vgg5 takes images"):
+        load_variables(tmp_path / "run")
+
+
+def test_metrics_of_a_stranger_are_left_out(run, tmp_path):
+    good = (run / "metrics.jsonl").read_text()
+    strange = [
+        {"stage": 1},
+        {"stage": {}, "epoch": 1, "step": 1},
+        {"stage": "train", "epoch": "1", "step": 1},
+        {"stage": "train", "epoch": 1, "step": 1, "train_loss": "much"},
+        {"stage": "train", "epoch": 10**30, "step": 1},
+        {"stage": "train", "epoch": 1, "step": 1, "train_loss": [[1.0]]},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, strange)) + "\n" + good)
+    assert RunDirectory(tmp_path).metrics() == RunDirectory(run).metrics() != []
+
+
+@every_kind
+def test_metrics_that_are_no_file_are_one_line(tmp_path, kind):
+    NO_FILES[kind](tmp_path / "metrics.jsonl")
+    with pytest.raises(RunError, match=rf"metrics.jsonl cannot be read: .*({kind}|it has)"):
+        RunDirectory(tmp_path).metrics()

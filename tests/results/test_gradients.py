@@ -9,12 +9,11 @@ import optax
 import pytest
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.studies import gradient_report
-from pspinal_jax.studies.gradient_report import format_row, summarise
-from pspinal_jax.studies.gradient_study import Study, make_network
-from pspinal_jax.studies.gradients import gradient_norms, root_mean_square_norm
+from pspinal_jax.commands import gradients
 
-STUDY = Study((2,), width=4, num_seeds=1, epochs=0, every=1, batch_size=8, learning_rate=0.1, norm=None)
+study = gradients.load_study()
+gradient_norms, make_network = study.gradient_norms, study.make_network
+STUDY = study.Study((2,), width=4, num_seeds=1, epochs=0, every=1, batch_size=8, learning_rate=0.1, norm=None)
 FAST = {"xla_backend_optimization_level": 0}
 
 
@@ -75,8 +74,8 @@ def test_dense_has_no_layers_and_its_gradient_is_known():
 
 def test_norms_whose_squares_underflow_are_not_zero():
     rows = jnp.full((3, 4), 1e-30, jnp.float32)
-    assert float(root_mean_square_norm(rows)) == pytest.approx(2e-30, rel=1e-5)
-    assert float(root_mean_square_norm(jnp.zeros((3, 4)))) == 0.0
+    assert float(study.root_mean_square_norm(rows)) == pytest.approx(2e-30, rel=1e-5)
+    assert float(study.root_mean_square_norm(jnp.zeros((3, 4)))) == 0.0
 
 
 def test_a_head_whose_activations_cannot_be_told_apart_is_refused():
@@ -92,16 +91,17 @@ def test_what_is_not_finite_is_no_number_in_the_json():
     followed |= {"pre_activations": np.ones((2, 3, 2)), "kernels": np.ones((2, 3, 3))}
     followed["features"][1, 0] = np.nan
     followed["pre_activations"][0, 1] = 0
-    summary = {"parameters": 5, **summarise(followed)}
+    summary = {"parameters": 5, **study.summarise(followed)}
     assert summary["features"] == [[1.0, 1.0, 1.0], [None, 1.0, 1.0]]
     assert summary["first_to_last_layer"][0] == [1.0, None, 1.0]
     json.dumps(summary, allow_nan=False)
-    assert "| 1 (1 .. 1) | not finite | no ratio | 1 (1 .. 1) |" in format_row("plain", 2, summary)
+    assert "| 1 (1 .. 1) | not finite | no ratio | 1 (1 .. 1) |" in study.format_row("plain", 2, summary)
 
 
 def test_the_command_measures_trains_and_writes(npz_path, tmp_path, monkeypatch, capsys):
-    two = {name: gradient_report.NETWORKS[name] for name in ("progressive", "plain, He")}
-    monkeypatch.setattr(gradient_report, "NETWORKS", two)
+    two = {name: study.NETWORKS[name] for name in ("progressive", "plain, He")}
+    monkeypatch.setattr(study, "NETWORKS", two)
+    monkeypatch.setattr(gradients, "load_study", lambda: study)
     workdir = tmp_path / "new" / "study"
     flags = ["--depths", "1", "--width", "8", "--num-seeds", "2", "--epochs", "3", "--every", "2", "--norm", "batch"]
     flags += ["--data.path", str(npz_path), "--batch-size", "16", "--workdir", str(workdir)]

@@ -2,23 +2,80 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pspinal_jax.benchmark.report import plot_bars, torch_version
+from pspinal_jax.benchmark.measurement import Case, Entry, Settings, has_torch, table
 from pspinal_jax.comparison.heads import HeadName, build_head
 from pspinal_jax.comparison.program import Examples, Part, Plan
 from pspinal_jax.comparison.runner import Runner, Task
 from pspinal_jax.comparison.settings import Ranges, Setting, draw_trial, training_seed
-from pspinal_jax.environment import device, versions
-from pspinal_jax.files import write_json
+from pspinal_jax.errors import UsageError
 from pspinal_jax.training.optimizers import Schedule
 
-OURS, TORCH = "pspinal_jax compare", "PyTorch eager"
+OURS, TORCH, FIRST = "pspinal_jax compare", "PyTorch eager", "first trial, compilation included"
 NUM_FEATURES, NUM_CLASSES, NUM_TRAIN, NUM_VALIDATION = 1280, 101, 2424, 606
 """Caltech-101 on frozen features, as `compare` splits it."""
+
+
+def cases(
+    settings: Settings,
+    trials: int = 4,
+    epochs: int = 20,
+    batch_size: int = 64,
+    heads: Sequence[HeadName] = ("progressive", "spinal", "mlp", "dense"),
+) -> list[Case]:
+    """Trials of each head, on both sides.
+
+    Args:
+      settings: not used: nothing is repeated.
+      trials: of every head.
+      epochs: passes of each trial.
+      batch_size: examples a step.
+      heads: their names.
+
+    Raises:
+      UsageError: without torch.
+    """
+    if not has_torch():
+        raise UsageError("benchmark compare has nothing to compare with: torch is not installed (extra `torch`)")
+    plan = Plan(epochs, batch_size, 500, Schedule("one_cycle", 1.0))
+    measured: dict[str, dict[str, float]] = {}
+    title = f"{trials} trials of {epochs} epochs a head, batch {batch_size}"
+
+    def case(name: HeadName) -> list[Entry]:
+        measured[name] = seconds = measure(name, trials, plan)
+        totals = {side: sum(each[side] for each in measured.values()) for side in (OURS, TORCH)}
+        times = {name: seconds[TORCH] / seconds[OURS], "together": totals[TORCH] / totals[OURS]}
+        row = [name, seconds[OURS], seconds[FIRST], seconds[TORCH], times[name], times["together"]]
+        columns = ["head", f"{OURS}, s", f"{FIRST}, s", f"{TORCH}, s", "times as long", "together so far"]
+        bars = {"s": {f"{name}, {side}": [seconds[side]] for side in (OURS, TORCH)}}
+        fields: dict[str, Any] = {"trials": trials, "epochs": epochs, "batch_size": batch_size}
+        fields |= {"seconds": {name: seconds}, "times_faster": times}
+        return [table(title, columns, [row], bars, fields)]
+
+    return [(name, partial(case, name)) for name in heads]
+
+
+def measure(name: HeadName, trials: int, plan: Plan) -> dict[str, float]:
+    """Seconds of so many trials of a head, by side, and of our first, which compiles."""
+    tasks, examples = make_work(trials, name)
+    head: Any = build_head(name, NUM_FEATURES, NUM_CLASSES, 256, 4, "published")[0]
+    runner = Runner({name: head}, plan, trials)
+
+    def ours(some: list[Task]) -> float:
+        start = time.perf_counter()
+        list(runner.run(some, examples, [name]))
+        return time.perf_counter() - start
+
+    seconds = {FIRST: ours(tasks[:1]), OURS: ours(tasks)}
+    start = time.perf_counter()
+    for task in tasks:
+        model = torch_head(name, getattr(head, "layer_width", 0), task.setting.dropout_rate)
+        train_in_torch(model, plan, task.setting, task.seed, examples)
+    return seconds | {TORCH: time.perf_counter() - start}
 
 
 def make_work(trials: int, head: HeadName) -> tuple[list[Task], Examples]:
@@ -44,7 +101,7 @@ def torch_head(name: HeadName, layer_width: int, rate: float) -> Any:
     import torch
     from torch import nn
 
-    from pspinal_jax.benchmark.torch_twins import TorchProgressiveHead
+    from pspinal_jax.benchmark.torch_reference import TorchProgressiveHead
 
     class Spinal(nn.Module):
         def __init__(self) -> None:
@@ -101,51 +158,3 @@ def train_in_torch(model: Any, plan: Plan, setting: Setting, seed: int, examples
     model.eval()
     with torch.no_grad():
         return np.asarray(model(inputs[NUM_TRAIN:]).argmax(1))
-
-
-def report(
-    workdir: Path, trials: int, epochs: int, batch_size: int, heads: Sequence[HeadName], command: str
-) -> dict[str, Any]:
-    """Time every head's trials on both sides, one head after the other, and write results.json and results.png."""
-    plan = Plan(epochs, batch_size, 500, Schedule("one_cycle", 1.0))
-    measured: dict[str, dict[str, float]] = {}
-    for name in heads:
-        tasks, examples = make_work(trials, name)
-        head: Any = build_head(name, NUM_FEATURES, NUM_CLASSES, 256, 4, "published")[0]
-        runner = Runner({name: head}, plan, trials)
-        start = time.perf_counter()
-        list(runner.run(tasks[:1], examples, [name]))
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        list(runner.run(tasks, examples, [name]))
-        measured[name] = {OURS: time.perf_counter() - start, "first trial, compilation included": first}
-        width = getattr(head, "layer_width", 0)
-        start = time.perf_counter()
-        for task in tasks:
-            model = torch_head(name, width, task.setting.dropout_rate)
-            train_in_torch(model, plan, task.setting, task.seed, examples)
-        measured[name][TORCH] = time.perf_counter() - start
-        print(f"{name}: {trials} trials of {epochs} epochs: {_line(measured[name])}", flush=True)
-    totals = {side: sum(each[side] for each in measured.values()) for side in (OURS, TORCH)}
-    print(f"together: {_line(totals)}")
-    results = {
-        "command": command,
-        "trials": trials,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "seconds": measured,
-        "times_faster": {name: each[TORCH] / each[OURS] for name, each in measured.items()}
-        | {"together": totals[TORCH] / totals[OURS]},
-        "device": device(),
-        "versions": versions() | torch_version(),
-    }
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "results.json", results)
-    rows = {f"{name}, {side}": [each[side]] for name, each in measured.items() for side in (OURS, TORCH)}
-    plot_bars(workdir / "results.png", rows, "s", f"{trials} trials of {epochs} epochs a head ({device()['kind']})")
-    return results
-
-
-def _line(seconds: dict[str, float]) -> str:
-    times = seconds[TORCH] / seconds[OURS]
-    return f"ours {seconds[OURS]:.1f} s, PyTorch eager {seconds[TORCH]:.1f} s, {times:.2f} times as long"

@@ -1,6 +1,6 @@
 """An image of what the augmentation does: rows of raw, perspective, rotated and doubly warped images.
 
-python -m pspinal_jax.studies.contact_sheet --data ../shared/data/mnist.npz --out docs/augmentation_contact_sheet.png
+python docs/augmentation_contact_sheet.py --data ../shared/data/mnist.npz --out docs/augmentation_contact_sheet.png
 """
 
 import argparse
@@ -69,7 +69,7 @@ def draw_sheet(rows: dict[str, np.ndarray], scale: int) -> Image.Image:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line (`arguments`, or the process's own), draw the sheet and write it."""
-    parser = argparse.ArgumentParser(prog="python -m pspinal_jax.studies.contact_sheet", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help=".npz with uint8 'train_images' [N, H, W] or [.., C]")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--count", type=int, default=12, help="number of images")

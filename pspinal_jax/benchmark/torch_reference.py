@@ -1,9 +1,10 @@
-"""The PyTorch side of the measurements: head, VGG-5, ResNets, EfficientNet-Lite and the training step. Imports torch.
+"""The PyTorch side of the benchmarks: head, VGG-5, ResNets, EfficientNet-Lite and the training step. Imports torch.
 
 The ResNets have torchvision's names for their tensors.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from torch import nn
 from torch.nn import functional
 
 from pspinal_jax.backbones import efficientnet
+from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.layers.depthwise import same_padding
+from pspinal_jax.models.preprocessing import normalisation
+from pspinal_jax.recipes.schema import Recipe
 
 
 class TorchProgressiveHead(nn.Module):
-    """The progressive head of SPEC's equation in PyTorch, on features [N, D]."""
+    """The progressive head in PyTorch, on features [N, D]: the equation of pspinal_jax/heads/equation.py."""
 
     def __init__(
         self,
@@ -45,20 +49,31 @@ class TorchProgressiveHead(nn.Module):
             outputs.append(functional.relu(hidden))
         return self.output(torch.cat([dropped, *outputs], 1))
 
-    def load(self, params: dict[str, Any]) -> None:
-        """Take over the parameters of a `ProgressiveSpinalHead`, given as its documented tree."""
 
-        def copy(module: nn.Module, name: str, array: Any) -> None:
-            getattr(module, name).data.copy_(torch.from_numpy(np.array(array)))
+def load_head(params: dict[str, Any], dropout_rate: float) -> TorchProgressiveHead:
+    """The head with the sizes and parameters of a `ProgressiveSpinalHead`, given as its documented tree."""
+    layers = [params[f"layer_{index}"] for index in range(1, len(params))]
+    (num_features, layer_width), num_classes = layers[0]["kernel"].shape, params["output"]["kernel"].shape[1]
+    head = TorchProgressiveHead(
+        num_features, num_classes, layer_width, len(layers), dropout_rate, batch_norm="norm" in layers[0]
+    )
+    norms = head.norms or [None] * len(layers)
+    for tree, layer, norm in zip(layers, head.layers, norms, strict=True):
+        _copy(tree, layer, norm)
+    _copy(params["output"], head.output)
+    return head
 
-        layers = [(layer, params[f"layer_{index + 1}"]) for index, layer in enumerate(self.layers)]
-        for layer, tree in [*layers, (self.output, params["output"])]:
-            copy(layer, "weight", np.asarray(tree["kernel"]).T)
-            copy(layer, "bias", tree["bias"])
-        if self.norms is not None:
-            for norm, (_, tree) in zip(self.norms, layers, strict=True):
-                copy(norm, "weight", tree["norm"]["scale"])
-                copy(norm, "bias", tree["norm"]["bias"])
+
+def _copy(tree: dict[str, Any], layer: Any, norm: Any = None) -> None:
+    """Take over kernel, bias and batch norm of one of our layers, given as its documented tree."""
+    kernel = np.asarray(tree["kernel"])
+    pairs = [(layer.weight, kernel.transpose((1, 0) if kernel.ndim == 2 else (3, 2, 0, 1)))]
+    if layer.bias is not None:
+        pairs.append((layer.bias, tree["bias"]))
+    if norm is not None:
+        pairs += [(norm.weight, tree["norm"]["scale"]), (norm.bias, tree["norm"]["bias"])]
+    for tensor, array in pairs:
+        tensor.data.copy_(torch.from_numpy(np.array(array)))
 
 
 class TorchClassifier(nn.Module):
@@ -76,32 +91,100 @@ class TorchClassifier(nn.Module):
         return self.head(features)
 
 
-def make_step(
-    model: Callable[[torch.Tensor], torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    mean: float | tuple[float, ...],
-    std: float | tuple[float, ...],
-    compiled: bool,
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A training step on the examples at the given indices, which returns the loss; data lie on the model's device."""
-    shift, scale = (torch.as_tensor(value, device=images.device) for value in (mean, std))
+Step = Callable[..., torch.Tensor]
 
-    def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        inputs = (images[rows].float() / 255 - shift) / scale
-        return functional.cross_entropy(model(inputs), labels[rows])
 
-    forward = torch.compile(loss_of) if compiled else loss_of
-
-    def step(rows: torch.Tensor) -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = forward(rows)
+def _eager(loss_of: Step, clear: Callable[[], Any], update: Callable[[], Any]) -> Step:
+    def step(*inputs: torch.Tensor) -> torch.Tensor:
+        clear()
+        loss = loss_of(*inputs)
         loss.backward()
-        optimizer.step()
+        update()
         return loss
 
     return step
+
+
+def _compiled(loss_of: Step, clear: Callable[[], Any], update: Callable[[], Any]) -> Step:
+    return _eager(torch.compile(loss_of), clear, update)
+
+
+EAGER = "PyTorch eager"
+MODES: dict[str, Callable[[Step, Callable[[], Any], Callable[[], Any]], Step]] = {
+    EAGER: _eager,
+    "torch.compile": _compiled,
+}
+"""By name, from a loss, what clears the gradients and what updates with them to a step that returns the loss."""
+
+
+def repeated(step: Step, inputs: Callable[[int], Any]) -> Work:
+    """So many steps, the i-th on ``inputs(i)``; returns when they are done."""
+
+    def run(count: int) -> None:
+        for index in range(count):
+            loss = step(inputs(index))
+        float(loss.detach())  # waits for the device
+
+    return run
+
+
+def recipe_step(recipe: Recipe, data: Any, variables: dict[str, Any], mode: str) -> tuple[Step, nn.Module]:
+    """The training step of `recipe`, which returns the loss of the examples at given indices, and its model.
+
+    Args:
+      recipe: the recipe.
+      data: `images`, `labels`; they are copied to the device.
+      variables: our initial parameters and running statistics.
+      mode: out of `MODES`.
+    """
+    device, config = torch_device(), recipe.optimizer
+    model = build_classifier(recipe, variables).to(device).train()
+    images, labels = torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).long().to(device)
+    shift, scale = (torch.as_tensor(value, device=device) for value in normalisation(recipe))
+    if config.name == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            model.parameters(), config.learning_rate, config.momentum, fused=True
+        )
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, (config.momentum, 0.999), fused=True)
+    forward = computing_in(recipe.dtype, model)
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(forward((images[rows].float() / 255 - shift) / scale), labels[rows])
+
+    return MODES[mode](loss_of, partial(optimizer.zero_grad, set_to_none=True), optimizer.step), model
+
+
+def build_classifier(recipe: Recipe, variables: dict[str, Any]) -> TorchClassifier:
+    """The PyTorch classifier of `recipe` with our variables."""
+    params, name = variables["params"], recipe.model.backbone
+    if name == "none":
+        backbone: nn.Module | None = None
+    elif name.startswith("resnet") or name.startswith("wide_resnet"):
+        from pspinal_jax.weights import resnet_state_dict  # loads safetensors, which not every benchmark needs
+
+        own = {collection: tree["backbone"] for collection, tree in variables.items()}
+        backbone = torch_resnet(name, resnet_state_dict(own, name))
+    else:
+        backbone = TorchVGG5() if name == "vgg5" else TorchEfficientNetLite(name)
+        backbone.load(params["backbone"])
+    return TorchClassifier(backbone, load_head(params["head"], recipe.model.dropout_rate))
+
+
+def backbone_features(recipe: Recipe, data: Any) -> Work:
+    """Passes of the backbone of `recipe` over ``data.images``, without training and with random parameters."""
+    name, device = recipe.model.backbone, torch_device()
+    backbone = TorchEfficientNetLite(name) if name.startswith("efficientnet") else TorchResNet(*VARIANTS[name])
+    forward = computing_in(recipe.dtype, backbone.to(device, memory_format=torch.channels_last).eval())
+    images = torch.from_numpy(data.images).to(device)
+
+    def run(count: int) -> None:
+        with torch.inference_mode():
+            for _ in range(count):
+                result = forward((images.float() / 255).permute(0, 3, 1, 2))
+            float(result[0, 0])  # waits for the device
+
+    return run
 
 
 def computing_in(dtype: str, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -141,15 +224,6 @@ class ImageExamples(torch.utils.data.Dataset):
         return (torch.from_numpy(pixels).float().div(255).unsqueeze(-1) - self._mean) / self._std, int(
             self._labels[index]
         )
-
-
-def make_head(shape: Any, dropout_rate: float, params: dict[str, Any]) -> TorchProgressiveHead:
-    """The head of `shape` (num_features, layer_width, num_layers, num_classes, ..) with our parameters, training."""
-    model = TorchProgressiveHead(
-        shape.num_features, shape.num_classes, shape.layer_width, shape.num_layers, dropout_rate
-    )
-    model.load(params)
-    return model.train()
 
 
 DEPTHS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -268,15 +342,7 @@ class TorchVGG5(nn.Module):
         """Take over the parameters of our `VGG5`."""
         for s, layers in enumerate(self.stages, start=1):
             for i, layer in enumerate(layers, start=1):
-                tree = params[f"stage_{s}"][f"conv_{i}"]
-                pairs = [
-                    (layer["conv"].weight, np.asarray(tree["kernel"]).transpose(3, 2, 0, 1)),
-                    (layer["conv"].bias, tree["bias"]),
-                    (layer["norm"].weight, tree["norm"]["scale"]),
-                    (layer["norm"].bias, tree["norm"]["bias"]),
-                ]
-                for tensor, array in pairs:
-                    tensor.data.copy_(torch.from_numpy(np.array(array)))
+                _copy(params[f"stage_{s}"][f"conv_{i}"], layer["conv"], layer["norm"])
 
 
 class TorchEfficientNetLite(nn.Module):
@@ -324,10 +390,7 @@ class TorchEfficientNetLite(nn.Module):
             tree = params
             for part in name.split("/"):
                 tree = tree[part]
-            norm = tree["norm"]
-            arrays = (np.asarray(tree["kernel"]).transpose(3, 2, 0, 1), norm["scale"], norm["bias"])
-            for tensor, array in zip((unit.conv.weight, unit.norm.weight, unit.norm.bias), arrays, strict=True):
-                tensor.data.copy_(torch.from_numpy(np.array(array)))
+            _copy(tree, unit.conv, unit.norm)
 
 
 class ConvNormRelu6(nn.Module):

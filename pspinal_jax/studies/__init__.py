@@ -1,1 +1,0 @@
-"""Studies of the heads: what the paper claims beside its accuracies, measured."""
