@@ -399,10 +399,6 @@ def check_finite(
         path = log.report(report)
         look = "look for numbers in them that are out of all range, "
         kept = f"the last checkpoint before it is kept, and {path} tells which examples it saw: {look}" if path else ""
-            f"the last checkpoint before it is kept, and {path} tells which examples it saw: look for numbers in them that are out of all range, "
-            if path
-            else ""
-        )
         raise RunError(
             f"the loss, a running statistic or a gradient of seed {report['seed']} is not finite at step {step + 1} of "
             f"epoch {report['epoch']}; {kept}{config.advice}"
