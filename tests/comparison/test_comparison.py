@@ -235,7 +235,9 @@ def test_copies_lie_on_one_side_of_every_cut(tmp_path):
     # Five test rows of each class, and nothing but pairs to draw them from: of each class one pair is cut.
     pairs = doubled.train.inputs[15:], doubled.train.labels[15:]
     odd = small_data(train=pairs, test=(doubled.train.inputs[:15], doubled.train.labels[:15]))
-    counts = Comparer(odd, make_config({**SMALL, "splits": 3}), Ledger(None), False).copies[0]
+    drawn = Comparer(odd, make_config({**SMALL, "splits": 3}), Ledger(None), False)
+    assert all(np.bincount(split.test_labels).tolist() == [5, 5, 5] for split in drawn.splits)
+    counts = drawn.copies[0]
     assert (counts["test_in_train"], counts["test_in_train_of_drawn_splits"]) == (15, 6)
     apart = Comparer(doubled, make_config({**SMALL, "keep_copies_together": False}), Ledger(None), False)
     assert apart.copies[0]["validation_in_train"] > 0 == comparer.copies[0]["validation_in_train"]
