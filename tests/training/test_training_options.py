@@ -85,6 +85,14 @@ def test_a_warm_up_is_followed_by_the_schedule_of_the_rest(name):
     np.testing.assert_allclose(rates[30:], rest, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["constant", "cosine", "step"])
+def test_a_warm_up_may_take_every_step(name):
+    """1.97 of 2 epochs are rounded to all 20 steps."""
+    schedule = Schedule(name, 0.5, warmup_epochs=1.97)
+    rates = np.concatenate([learning_rates(schedule, epoch, 10, 2) for epoch in range(2)])
+    np.testing.assert_allclose(rates, 0.02 + (0.5 - 0.02) * np.arange(20) / 20, rtol=1e-5)
+
+
 PARAMS = {"backbone": {"kernel": jnp.full((3, 2), 2.0)}, "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
 
 
