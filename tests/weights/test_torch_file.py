@@ -134,7 +134,11 @@ def test_what_both_read_of_damaged_files_is_the_same(tmp_path):
     for content in changed(path.read_bytes(), 1000, np.random.default_rng(0)):
         path.write_bytes(content)
         try:
-            ours, theirs = read_state_dict(path), torch.load(path, weights_only=True)
+            ours = read_state_dict(path)
+        except DataError:  # and nothing else
+            continue
+        try:
+            theirs = torch.load(path, weights_only=True)
         except Exception:
             continue
         both += 1
