@@ -19,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "pspinal_jax"
+CACHE = REPOSITORY / ".cache" / "mutants"
 ROOMS = {
     "heads": (["heads"], ["heads"]),
     "layers": (["layers"], ["heads", "backbones", "training/test_compiler_options.py"]),
@@ -168,14 +170,27 @@ def copy_tree(folder: Path) -> Path:
     return folder
 
 
-def run_tests(folder: Path, tests: list[str], timeout: float, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Pytest in a copy of the tree, by itself and with a compilation cache of its own."""
+LIMITS = 'ulimit -d 12000000 -f 4000000 2>/dev/null; exec "$@"'
+"""A mutant may ask for any amount of memory or disk: kilobytes, and blocks of 512 bytes."""
+
+
+def run_tests(folder: Path, tests: list[str], timeout: float, **variables: str) -> tuple[int | None, str]:
+    """(exit status, None past `timeout`; what is said) of pytest in a copy of the tree, with caches of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "PSPINAL_"))}
     kept |= {"PYTHONPATH": f"{folder}:{folder / 'results'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    kept |= {"JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "mutants" / "xla"), **variables}
-    flags = ["-x", "-q", "--tb=no", "-p", "no:randomly", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *flags, "-m", "not slow and not torch", *tests]
-    return subprocess.run(command, cwd=folder, env=kept | variables, timeout=timeout, capture_output=True, text=True)
+    kept |= {"JAX_COMPILATION_CACHE_DIR": str(CACHE / "xla"), "PSPINAL_JAX_CACHE": f"{folder}-cache", **variables}
+    shutil.rmtree(f"{folder}-cache", ignore_errors=True)
+    flags = ["-x", "-q", "--tb=no", "--basetemp", f"{folder}-tmp", "-m", "not slow and not torch"]
+    flags += [word for name in ("randomly", "xdist", "cacheprovider") for word in ("-p", f"no:{name}")]
+    command = ["nice", "sh", "-c", LIMITS, "sh", sys.executable, "-m", "pytest", *flags, *tests]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=kept, start_new_session=True, **pipes) as process:
+        try:
+            said, _ = process.communicate(timeout=timeout)
+            return process.returncode, said
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0]
 
 
 def traced(folder: Path, name: str) -> dict[str, dict[str, Any]]:
@@ -184,14 +199,14 @@ def traced(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     for root in (folder / PACKAGE, folder / "tests" / name):
         for path in sorted([root] if root.is_file() else root.rglob("*.py")):
             digest.update(path.read_bytes())
-    kept = REPOSITORY / ".cache" / "mutants" / f"{name.replace('/', '-')}-{digest.hexdigest()[:12]}.json"
+    kept = CACHE / f"{name.replace('/', '-')}-{digest.hexdigest()[:12]}.json"
     if not kept.exists():
         part = kept.with_suffix(".part")
         part.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):  # the second time with what the first has compiled
-            done = run_tests(folder, ["-p", "mutants", f"tests/{name}"], 7200, MUTANTS_TRACE=str(part))
-            if done.returncode:
-                raise SystemExit(f"tests/{name} fails without a mutant:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            status, said = run_tests(folder, ["-p", "mutants", f"tests/{name}"], 7200, MUTANTS_TRACE=str(part))
+            if status:
+                raise SystemExit(f"tests/{name} fails without a mutant:\n{said[-4000:]}")
         part.rename(kept)
     return json.loads(kept.read_text())
 
@@ -227,18 +242,14 @@ def attempt(mutant: dict[str, Any], folder: Path, tests: dict[str, dict[str, Any
         whole = path.read_bytes()
         path.write_bytes(whole[: mutant["first"]] + mutant["after"].encode() + whole[mutant["last"] :])
         try:
-            done = run_tests(folder, chosen, 120 + 10 * most)
-            outcome = "killed" if done.returncode else "survived"
-            failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-            killer = (
-                failed[0].split(" - ")[0] if failed else f"exit status {done.returncode}" if done.returncode else None
-            )
-            if done.returncode == 5:
-                raise RuntimeError(f"pytest found none of {chosen}")
-        except subprocess.TimeoutExpired:
-            outcome, killer = "killed", "timeout"
+            status, said = run_tests(folder, chosen, 120 + 5 * most)
         finally:
             path.write_bytes(whole)
+        if status == 5:
+            raise RuntimeError(f"pytest found none of {chosen}")
+        failed = [line.split(" - ")[0] for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        outcome = "survived" if status == 0 else "killed"
+        killer = None if status == 0 else "timeout" if status is None else [*failed, f"exit status {status}"][0]
     seconds = round(time.monotonic() - start, 1)
     shown = ("id", "room", "file", "line", "operator", "before", "after")
     return {name: mutant[name] for name in shown} | {
@@ -270,12 +281,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30.0, help="of tests for each mutant")
+    parser.add_argument("--again", action="store_true", help="try once more what was not killed")
     parser.add_argument("--rooms", nargs="+", choices=list(ROOMS), default=list(ROOMS))
     parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "mutants.jsonl")
     arguments = parser.parse_args()
     chosen = drawn(arguments.number, arguments.seed, arguments.rooms)
     arguments.output.touch()
-    known = {json.loads(line)["id"] for line in arguments.output.read_text().splitlines()}
+    done = map(json.loads, arguments.output.read_text().splitlines())
+    known = {each["id"] for each in done if each["outcome"] == "killed" or not arguments.again}
     with tempfile.TemporaryDirectory() as temporary:
         folders = [copy_tree(Path(temporary) / str(number)) for number in range(arguments.workers)]
         with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
