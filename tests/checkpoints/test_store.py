@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, and what is not what was saved is found out."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -143,6 +144,37 @@ def test_no_checkpoint_is_said(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(RunError, match="holds no checkpoint"):
         read_newest(tmp_path / "checkpoints", abstract)
+
+
+def test_what_cannot_be_read_or_written_is_one_line(copied, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(RunError, match=r"a checkpoint cannot be written to .*file/checkpoints: .*earlier"):
+        CheckpointStore(tmp_path / "file" / "checkpoints")
+    os.mkfifo(copied / "12" / "pipe")  # which a reader would wait for
+    for opening in (lambda: read_newest(copied, abstract), lambda: CheckpointStore(copied)):
+        with pytest.raises(RunError, match=r"12/pipe cannot be read: .*; remove it"):
+            opening()
+
+
+def test_what_a_killed_save_left_is_removed(copied):
+    left = copied / "13.orbax-checkpoint-tmp-1"
+    left.mkdir()
+    (left / "part").write_text("cut")
+    with CheckpointStore(copied) as checkpoints:
+        assert not checkpoints.empty and not left.exists()
+    assert steps(copied) == [11, 12]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing d/1 [os_error_code='28' source='file.cc:1']"), os.strerror(28)),
+        (ValueError("of another\nkind " + "x" * 400), "of another kind " + "x" * 284),
+    ],
+)
+def test_the_reason_is_the_operating_systems_where_it_gave_one(error, reason):
+    assert store._reason(error) == reason
 
 
 def test_checksums_tell_values_dtypes_and_shapes_apart():

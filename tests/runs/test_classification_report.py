@@ -33,6 +33,7 @@ def test_a_class_that_is_never_found_halves_balanced_accuracy_and_not_accuracy(r
     assert report["balanced_accuracy"] == pytest.approx((8 / 9 + 0) / 2)
     assert report["macro_f1"] == pytest.approx((2 * 8 / (9 + 9) + 0) / 2)
     assert report["loss"] == pytest.approx(-(8 * np.log(0.8) + np.log(0.3) + np.log(0.2)) / 10)
+    assert report["calibration_error"] == pytest.approx((8 * 0.2 + 0.6 + 0.7) / 10)
     assert report["confusion"] == [[8, 0, 1], [1, 0, 0], [0, 0, 0]]
     assert report["class_accuracy"] == {"a": pytest.approx(8 / 9), "b": 0.0, "never there": None}
     a, b, never = report["classes"]
