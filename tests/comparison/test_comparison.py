@@ -45,10 +45,11 @@ def test_the_test_split_chooses_nothing(finished):
 
 
 def test_trials_get_no_test_example_and_nobody_its_label(monkeypatch):
-    seen = {}
+    seen, rows = {}, {}
 
     def spy(self, tasks, examples, order):
         seen[tasks[0].key.kind] = examples
+        rows.update({(task.key.kind, task.key.number): task.part.train.tolist() for task in tasks})
         return ran(self, tasks, examples, order)
 
     ran = Runner.run
@@ -57,6 +58,13 @@ def test_trials_get_no_test_example_and_nobody_its_label(monkeypatch):
     assert not seen["trial"].inputs[120:].any() and seen["seed"].inputs[120:].any()
     assert not seen["trial"].labels[120:].any() and not seen["seed"].labels[120:].any()
     np.testing.assert_array_equal(seen["trial"].inputs[:120], seen["seed"].inputs[:120])
+    # All trials are cut as the first seed is, and every seed in its own way.
+    split = make_split(flattened(small_data()), 0, 1, 0)
+    cuts = [split.rows(0.2, seed)[0].tolist() for seed in range(2)]
+    assert rows == {("trial", 0): cuts[0], ("trial", 1): cuts[0], ("trial", 2): cuts[0]} | {
+        ("seed", number): cut for number, cut in enumerate(cuts)
+    }
+    assert cuts[0] != cuts[1]
 
 
 def test_what_is_finished_is_not_done_again_and_a_cut_line_is(finished, tmp_path):
@@ -144,6 +152,11 @@ def test_seeds_have_validation_parts_of_their_own_and_splits_tests_of_their_own(
         tests.append(sorted(rows[120:]))
     assert tests[0] != tests[1] != tests[2] != tests[0]
     np.testing.assert_array_equal(split.inputs[120:], data.test.inputs)
+    # Of each class as many as the data's own test has, by a generator of the class's own.
+    labels = np.concatenate([data.train.labels, data.test.labels])
+    drawn = [np.random.default_rng([5, 1, c]).permutation(np.flatnonzero(labels == c))[:20] for c in range(3)]
+    inputs = np.concatenate([data.train.inputs, data.test.inputs])
+    np.testing.assert_array_equal(make_split(data, 1, 3, 5).inputs[120:], inputs[np.sort(np.concatenate(drawn))])
 
 
 def test_a_validation_split_of_the_datas_own_is_used():
@@ -191,7 +204,7 @@ def test_the_python_door_takes_arrays():
     assert "dense *" in repr(comparison) and "| **dense** |" in comparison._repr_markdown_()
     cut = pspinal_jax.compare(inputs, labels, test_fraction=0.25, **small)
     assert cut.result["data"]["test"] == 30
-    assert len(cut.plot().axes) == 3 if cut.best != "dense" else 2
+    assert len(cut.plot().axes) == 1 + len({cut.best, "dense"})
     with pytest.raises(UsageError, match="together"):
         pspinal_jax.compare(inputs, labels, test_labels=labels)
     with pytest.raises(UsageError, match=r"features \(120, 6\) and labels \(119,\)"):

@@ -1,65 +1,112 @@
-"""What a run reports, where its numbers are not finite or its lines are many."""
+"""An epoch's line, means over seeds, and what is drawn: by the figure itself, before it becomes pixels."""
 
-import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from pspinal_jax.files import json_text, write_json
-from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.metrics import MetricsWriter, plot_curves, summary
-from pspinal_jax.runs.seed_processes import Part, _join_lines
-
-NAN, INFINITE = float("nan"), float("inf")
+from pspinal_jax.runs import metrics
 
 
-def test_json_has_null_for_what_is_not_finite(tmp_path):
-    value = {"a": [1, NAN, (np.float64("inf"), "NaN")], "b": {"c": -INFINITE, "d": None, "e": True}, "f": 0.1}
-    plain = {"a": [1, None, [None, "NaN"]], "b": {"c": None, "d": None, "e": True}, "f": 0.1}
-    assert json.loads(json_text(value)) == plain and "\n" not in json_text(value)
-    write_json(tmp_path / "value.json", value)
-    assert (tmp_path / "value.json").read_text() == json.dumps(plain, indent=2) + "\n"
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """A function that makes a plot and gives its axes."""
+    figures = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, part, **options: figures.append(figure) or Path(part).write_bytes(b"")
+    )
+
+    def draw(plot, *arguments):
+        plot(*arguments, tmp_path / "plot.png", "a title")
+        return figures[-1].axes
+
+    return draw
 
 
-def test_result_json_that_holds_null_matches_its_checksum(tmp_path):
-    run = RunDirectory(tmp_path)
-    run.write_result({"test_loss": summary([INFINITE, 1.0])})
-    assert run.result() == {"test_loss": {"mean": None, "std": None, "each": [None, 1.0]}}
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_an_epochs_line_has_means_over_its_examples_and_rounded_times(seeds):
+    stage = SimpleNamespace(name="train", steps_per_epoch=7, evaluates="validation")
+    progress = SimpleNamespace(epoch=3, seconds=2.123456)
+    totals = {"count": [8, 4], "loss": [4.0, 6.0], "correct": [6, 1]}
+    totals = {name: values[:seeds] for name, values in totals.items()}
+    found = metrics.epoch_line(
+        stage,
+        progress,
+        totals,
+        {"loss": [0.5, 0.6][:seeds]},
+        learning_rates=[0.1, 0.2][:seeds],
+        compile_seconds=1.23456,
+    )
+    each = {"learning_rate": [0.1, 0.2], "train_loss": [0.5, 1.5], "train_accuracy": [0.75, 0.25]}
+    each["validation_loss"] = [0.5, 0.6]
+    assert found == {
+        **{"stage": "train", "epoch": 3, "step": 21, "seconds": 2.1235, "compile_seconds": 1.235},
+        **{name: values if seeds == 2 else values[0] for name, values in each.items()},
+        "examples_per_second": {1: 3.8, 2: 5.7}[seeds],
+    }
 
 
-@pytest.mark.parametrize("values", [NAN, [1.0, INFINITE]], ids=["one seed", "two"])
-def test_curves_and_events_of_lines_that_hold_null(tmp_path, values, capsys):
-    lines = [{"stage": "train", "epoch": 1, "step": 1, "train_loss": 1.0 if values is NAN else [1.0, 2.0]}]
-    lines.append({"stage": "train", "epoch": 2, "step": 2, "train_loss": values})
-    with MetricsWriter(RunDirectory(tmp_path)) as metrics:
-        for line in lines:
-            metrics.append(line)
-    written = RunDirectory(tmp_path).metrics()
-    assert None in np.ravel(written[1]["train_loss"])
-    plot_curves(written, tmp_path / "curves.svg", "")
-    assert (tmp_path / "curves.svg").exists() and not capsys.readouterr().err
-    with MetricsWriter(RunDirectory(tmp_path), tensorboard=True) as metrics:
-        metrics.rewind([("train", 1), ("train", 2)])
+def test_an_epoch_of_which_every_step_was_left_out_divides_by_nothing():
+    stage = SimpleNamespace(name="train", steps_per_epoch=7, evaluates=None)
+    totals = {"count": [0], "loss": [0.0], "correct": [0]}
+    progress = SimpleNamespace(epoch=1, seconds=1.0)
+    found = metrics.epoch_line(stage, progress, totals, {}, learning_rates=[0.1], compile_seconds=0.0)
+    assert (found["train_loss"], found["train_accuracy"]) == (0.0, 0.0)
 
 
-def test_curves_of_many_lines_are_thinned_out_and_keep_their_ends(tmp_path, monkeypatch):
+def test_scores_of_seeds():
+    predictions = np.array([[0, 0, 1, 2], [1, 1, 1, 1]])
+    labels = np.array([0, 0, 1, 1])  # and none of class 2
+    assert metrics.balanced_accuracy(predictions, labels) == [0.75, 0.5]
+    assert metrics.summary([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(np.sqrt(2)), "each": [1.0, 3.0]}
+    assert metrics.summary([1.0]) == {"mean": 1.0, "std": None, "each": [1.0]}
+
+
+def test_curves_go_on_from_stage_to_stage_and_show_the_range_of_the_seeds(drawn):
     lines = [
-        {"stage": stage, "epoch": epoch, "step": epoch, "train_loss": [1.0, 2.0], "train_accuracy": [0.5, 0.6]}
-        for stage in ("train", "retrain")
-        for epoch in range(1, 50_001)
+        {"stage": stage, "epoch": epoch, "train_loss": [epoch, epoch + 2.0], "train_accuracy": [0.5, 0.7]}
+        for stage, epochs in (("train", (1, 2, 3)), ("retrain", (1, 2)))
+        for epoch in epochs
     ]
-    drawn = []
-    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, epochs, *rest, **options: drawn.append(epochs))
-    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self: None)
-    plot_curves(lines, tmp_path / "curves.svg", "")
-    for epochs in drawn:
-        assert (epochs[0], epochs[-1]) == (1, 100_000) and len(epochs) == 1000 and (np.diff(epochs) > 0).all()
-    assert len(drawn) == 2 and (tmp_path / "curves.svg").stat().st_size < 1_000_000
+    lines[1] |= {"validation_loss": [0.0, 1.0], "validation_accuracy": [0.2, 0.4]}
+    left, right = drawn(metrics.plot_curves, lines)
+    train, validation = left.get_lines()
+    assert (train.get_xdata().tolist(), train.get_ydata().tolist()) == ([1, 2, 3, 4, 5], [2, 3, 4, 2, 3])
+    assert (validation.get_xdata().tolist(), validation.get_ydata().tolist()) == ([2], [0.5])
+    band = left.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (1, 5)
+    np.testing.assert_allclose(right.get_lines()[1].get_ydata(), [30])
+    alone = drawn(metrics.plot_curves, [line | {"train_loss": 1.0, "train_accuracy": 0.5} for line in lines[:1]])
+    assert not alone[0].collections
 
 
-def test_lines_of_processes_join_where_only_some_have_left_out_steps(tmp_path):
-    parts = [Part(RunDirectory(tmp_path / name), first, count) for name, first, count in (("0", 0, 1), ("1", 1, 2))]
-    line = {"stage": "train", "epoch": 1, "step": 2, "seconds": 0.5, "examples_per_second": 2.0}
-    for skipped, joined in ((({}, {"skipped_steps": [0, 3]}), [0, 0, 3]), (({"skipped_steps": 2}, {}), [2, 0, 0])):
-        assert _join_lines([line | each for each in skipped], parts)["skipped_steps"] == joined
-    assert "skipped_steps" not in _join_lines([line, line], parts)
+def test_the_matrix_has_its_counts_where_there_are_any_and_names_that_can_be_told_apart(drawn):
+    matrix = np.array([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
+    names = ["a" * 70 + "1", "a" * 70 + "2", "c"]
+    axis, _ = drawn(metrics.plot_confusion, matrix, names)
+    texts = {text.get_position(): (text.get_text(), text.get_color()) for text in axis.texts}
+    assert texts == {(0, 0): ("8", "white"), (1, 0): ("2", "black"), (0, 1): ("5", "black"), (1, 1): ("5", "black")}
+    np.testing.assert_allclose(axis.images[0].get_array(), [[0.8, 0.2, 0], [0.5, 0.5, 0], [0, 0, 0]])
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    cut = "a" * 59 + "…"
+    assert labels == [f"0: {cut}", f"1: {cut}", "2: c"] == [label.get_text() for label in axis.get_yticklabels()]
+    assert drawn(metrics.plot_confusion, np.eye(30, dtype=int), [f"c{i}" for i in range(30)])[0].texts
+    assert not drawn(metrics.plot_confusion, np.eye(31, dtype=int), [f"c{i}" for i in range(31)])[0].texts
+
+
+def test_mistakes_stand_six_in_a_row_with_captions_that_fit(drawn):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (5, 4, 1 if index else 3)).astype(np.uint8) for index in range(7)]
+    axes = drawn(metrics.plot_mistakes, pictures, ["a\n" + "b" * 40] + [str(index) for index in range(1, 7)])
+    assert len(axes) == 12 and [len(axis.images) for axis in axes] == [1] * 7 + [0] * 5
+    assert axes[0].get_title() == "a\n" + "b" * 25 + "…" and axes[6].get_title() == "6"
+    np.testing.assert_array_equal(axes[0].images[0].get_array(), pictures[0])
+    np.testing.assert_array_equal(axes[6].images[0].get_array(), pictures[6][..., 0])
+    assert len(drawn(metrics.plot_mistakes, pictures[:2], ["1", "2"])) == 2
+
+
+def test_what_the_font_lacks_is_a_replacement_character():
+    assert metrics._drawable("héllo\n\U0001f426") == "héllo\\n\ufffd"
+    assert metrics._drawable("x" * 60) == "x" * 60 and metrics._drawable("x" * 61) == "x" * 59 + "…"

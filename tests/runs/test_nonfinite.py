@@ -72,16 +72,16 @@ def test_such_steps_can_be_left_out(recipe, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 
-def step(params, skip, factor=1.0):
-    """One step of a model whose loss is finite and whose gradient of 'steep' may not be."""
+def step(params, skip, number=4, totals=None):
+    """Step `number` of a model whose loss is finite and whose gradient of 'steep' may not be."""
 
     def apply(variables, inputs, **options):
-        kernel = variables["params"]["kernel"] + factor * jnp.sqrt(variables["params"]["steep"])
+        kernel = variables["params"]["kernel"] + jnp.sqrt(variables["params"]["steep"])
         return inputs @ kernel, {}
 
-    state = TrainState(jnp.int32(4), params, {}, optax.identity().init(params))
+    state = TrainState(jnp.int32(number), params, {}, optax.identity().init(params))
     batch = (jnp.ones((2, 3)), jnp.array([0, 0]))
-    arguments = (state, Totals.zero(), batch, jnp.float32(0.1), jax.random.key(0))
+    arguments = (state, totals or Totals.zero(), batch, jnp.float32(0.1), jax.random.key(0))
     return train_step(apply, optax.identity(), *arguments, skip_nonfinite=skip)
 
 
@@ -120,3 +120,14 @@ def test_a_running_statistic_counts_where_loss_and_gradients_are_finite(skip, mi
     assert np.isfinite(after.params["output"]["kernel"]).all() and np.isfinite(totals.loss)
     if skip:
         jax.tree.map(np.testing.assert_array_equal, (after.batch_stats, after.ema), (state.batch_stats, state.ema))
+
+
+def test_of_several_bad_steps_the_first_is_told_and_all_are_counted():
+    bad, good = ({"kernel": jnp.ones((3, 2)), "steep": jnp.full((3, 2), value)} for value in (0.0, 1.0))
+    for skip in (False, True):
+        totals, told = Totals.zero(), []
+        for number, params in enumerate((good, bad, good, bad)):
+            _, totals = step(params, skip, number, totals)
+            told.append((int(totals.bad_step), int(totals.skipped)))
+        firsts = [(-1, 0), (1, 1), (1, 1), (1, 2)]
+        assert told == [(first, skipped * skip) for first, skipped in firsts]

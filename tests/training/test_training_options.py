@@ -162,13 +162,17 @@ def test_what_is_frozen_has_no_average():
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_step_with_all_of_it_is_the_plain_one_written_out(micro_batches):
-    """Mixed batch, weighted loss, clipped gradient, momentum; without dropout and batch norm of its own."""
+    """Shifted and mixed batch, weighted loss, clipped gradient, momentum; without dropout and batch norm."""
     head = ProgressiveSpinalHead(num_classes=3, layer_width=5, num_layers=2, dropout_rate=0.0)
+
+    def shift(key, inputs):
+        return inputs + jax.random.normal(key, inputs.shape)
+
     options = {"mix": lambda key, x, y: mix(key, x, y, mixup=0.5), "class_weights": WEIGHTS, "label_smoothing": 0.1}
     run = build_programs(
         Classifier(head=head),
         make_optimizer("sgd", momentum=0.9, gradient_clip=0.05),
-        StepConfig((6,), np.float32, 8, 16, micro_batches=micro_batches, **options),
+        StepConfig((6,), np.float32, 8, 16, micro_batches=micro_batches, augment=shift, **options),
     )
     found, order, totals = states(run, steps=3)
     tx = optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.1, momentum=0.9))
@@ -176,7 +180,9 @@ def test_a_step_with_all_of_it_is_the_plain_one_written_out(micro_batches):
     opt_state = tx.init(params)
     for step in range(3):
         rows = np.asarray(order)[8 * step : 8 * step + 8]
-        inputs, targets = mix(keys.mix_key(keys.step_key(SEED, step)), INPUTS[rows], LABELS[rows], mixup=0.5)
+        key = keys.step_key(SEED, step)
+        shifted = shift(keys.augment_key(key), INPUTS[rows])
+        inputs, targets = mix(keys.mix_key(key), shifted, LABELS[rows], mixup=0.5)
         share = np.asarray(targets.share)[:, None]
         weighted = [share * np.eye(3)[LABELS[rows]], (1 - share) * np.eye(3)[np.asarray(targets.others)]]
         soft = sum(
