@@ -84,7 +84,7 @@ def main(args: Sequence[str]) -> int:
         example="pspinal-jax compare features.npz",
     )
     command = f"pspinal-jax compare {shlex.join(args)}"
-    with leave_at_once(f"finished trials are kept. Go on with: {printable(command)}"):
+    with leave_at_once(f"finished trials are kept. Go on with: {command}"):
         from pspinal_jax.comparison.door import compare_data, make_config
         from pspinal_jax.comparison.sources import load_features
 

@@ -68,7 +68,7 @@ def main(args: Sequence[str]) -> int:
         print(json_text([_as_json(prediction) for prediction in predictions], indent=2))
     elif parsed.csv is None:
         _print_table(good)
-    where = f", written to {printable(parsed.csv)}" if parsed.csv is not None else ""
+    where = f", written to {parsed.csv}" if parsed.csv is not None else ""
     if len(images) > 1 or where:
         say(
             f"{len(good)} of {len(images)} images classified in {seconds:.1f} s, loading and compiling included "
@@ -118,7 +118,7 @@ def _name_failed(predictions: Sequence["Prediction"], good: int) -> int:
     if failed and good:
         say(f"warning: {len(failed)} of {len(predictions)} images could not be read:")
     for prediction in failed:
-        say(printable(f"  {prediction.path}: {prediction.error}"))
+        say(f"  {prediction.path}: {prediction.error}")
     if not good:
         say(f"error: {'the image' if len(failed) == 1 else f'none of the {len(failed)} images'} could be read")
     return 0 if good else 1

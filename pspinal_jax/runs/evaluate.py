@@ -16,7 +16,7 @@ from pspinal_jax.data.dataset import Split
 from pspinal_jax.data.images.encoded import ImageSplit
 from pspinal_jax.data.images.stream import stream
 from pspinal_jax.environment import enable_compilation_cache
-from pspinal_jax.errors import DataError, RunError, UsageError, printable
+from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.progress import progress_bar, warn
 from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
@@ -295,7 +295,7 @@ def _write(folder: Path, evaluated: Evaluated) -> list[str]:
         write_json(numbers, report)
         _write_classes(classes, report["classes"])
     except (RunError, OSError) as error:
-        warn(printable(error))
+        warn(str(error))
         return []
     plot_confusion(np.asarray(report["confusion"]), list(names), confusion, title)
     found = evaluated.mistakes()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.data.images.stream import end_within_a_worker
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
-from pspinal_jax.errors import UsageError, printable
+from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
@@ -90,7 +89,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         if is_primary() and not directory.curves_path.exists():  # a kill came between the two
             _plot(recipe, directory)
         if is_primary():
-            say(printable(f"{directory.path} holds this run, finished: nothing is trained again; its result:"))
+            say(f"{directory.path} holds this run, finished: nothing is trained again; its result:")
         return directory.result() or {}
     mesh = run_mesh(recipe, resuming=resuming)
     if resuming:
@@ -195,7 +194,7 @@ def _warn_of_devices(recipe: Recipe, directory: RunDirectory) -> None:
     """Say so where the rest of the run will be another than it would have been on the devices it began on."""
     began, now = directory.config()["device"]["count"], device()["count"]
     if recipe.batch_norm == "per_device" and began != now and is_primary():
-        print(f"warning: with --batch-norm per_device {now} devices give another result than {began}", file=sys.stderr)
+        warn(f"with --batch-norm per_device {now} devices give another result than {began}")
 
 
 def _plot(recipe: Recipe, directory: RunDirectory) -> None:

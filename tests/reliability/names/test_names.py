@@ -12,6 +12,8 @@ from PIL import Image
 
 import pspinal_jax
 from pspinal_jax.__main__ import main
+from pspinal_jax.data.images.checks import check_files
+from pspinal_jax.progress import progress_bar, say, warn
 from pspinal_jax.runs import metrics as metrics_module
 from pspinal_jax.runs.metrics import plot_confusion, plot_curves
 
@@ -143,3 +145,24 @@ def test_a_plot_that_fails_says_so_on_one_line(tmp_path, monkeypatch, capsys):
     plot_curves(LINES, tmp_path / "curves.png", "title")
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"warning: {tmp_path / 'curves.png'} was not drawn: no such font") and "\x1b" not in said
+
+
+def test_what_is_said_on_standard_error_holds_no_escape_sequences(capfd):
+    say("a \x1b[31mred\nname")
+    warn("caf\udce9 \x9b")
+    with progress_bar(1, "check \x1b]0;x\x07", "image", True) as bar:
+        bar.update()
+    said = capfd.readouterr().err
+    assert said.startswith("a \\x1b[31mred\\nname\nwarning: caf\\udce9 \\x9b\n") and r"check \x1b]0;x\x07" in said
+    assert not {"\x1b", "\x07", "\x9b"} & set(said)
+
+
+def test_images_of_any_folder_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("PSPINAL_JAX_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "caf\udce9\n"
+    root.mkdir()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(root / "0\udcff.png")
+    checks = check_files(root, ["0\udcff.png"], show_progress=False)
+    (stored,) = (tmp_path / "cache" / "pictures").iterdir()
+    monkeypatch.setattr("pspinal_jax.data.images.checks.check", None)  # nothing is decoded again
+    assert check_files(root, ["0\udcff.png"], show_progress=False) == checks and stored.exists()
