@@ -14,7 +14,6 @@ import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.data.images.checks import check_files
 from pspinal_jax.progress import progress_bar, say, warn
-from pspinal_jax.runs import metrics as metrics_module
 from pspinal_jax.runs.metrics import plot_confusion, plot_curves
 
 NAMES = [
@@ -141,7 +140,7 @@ def test_a_plot_that_fails_says_so_on_one_line(tmp_path, monkeypatch, capsys):
     def failing(text):
         raise ValueError("no such\nfont \x1b[31m")
 
-    monkeypatch.setattr(metrics_module, "_drawable", failing)
+    monkeypatch.setattr("pspinal_jax.runs.metrics.drawable", failing)
     plot_curves(LINES, tmp_path / "curves.png", "title")
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"warning: {tmp_path / 'curves.png'} was not drawn: no such font") and "\x1b" not in said
