@@ -1,6 +1,5 @@
 """`pspinal-jax predict RUN_OR_EXPORT IMAGES...`: classes and probabilities of images, folders or a list of them."""
 
-import csv
 import dataclasses
 import os
 import sys
@@ -13,7 +12,7 @@ import tyro
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import RunError, UsageError, printable
-from pspinal_jax.files import atomic_file, json_text
+from pspinal_jax.files import check_target, json_text, write_csv
 from pspinal_jax.progress import say
 
 if TYPE_CHECKING:
@@ -53,8 +52,8 @@ def main(args: Sequence[str]) -> int:
         example="pspinal-jax predict runs/folder new_pictures --csv predictions.csv",
     )
     source, given = _source_and_images(parsed)
-    if parsed.csv is not None and not parsed.csv.absolute().parent.is_dir():
-        raise UsageError(f"--csv is {parsed.csv}, but {parsed.csv.parent} is no folder")
+    if parsed.csv is not None:
+        check_target(parsed.csv, "--csv")
     from pspinal_jax.runs.predict import find_images, predict
 
     images = find_images(given)
@@ -63,7 +62,11 @@ def main(args: Sequence[str]) -> int:
     seconds = time.perf_counter() - start
     good = [prediction for prediction in predictions if prediction.error is None]
     if parsed.csv is not None:
-        _write_csv(parsed.csv, predictions, parsed.top)
+        try:
+            _write_csv(parsed.csv, predictions, parsed.top)
+        except RunError:  # a disk that has become full
+            _print_table(good)
+            raise
     if parsed.json:
         print(json_text([_as_json(prediction) for prediction in predictions], indent=2))
     elif parsed.csv is None:
@@ -128,17 +131,12 @@ def _write_csv(path: Path, predictions: Sequence["Prediction"], top: int) -> Non
     """A line an image, in their order; of what could not be read the error alone."""
     ranks = range(1, top + 1)
     columns = ["image", *(f"{what}_{rank}" if top > 1 else what for rank in ranks for what in ("class", "probability"))]
+    rows = []
+    for prediction in predictions:
+        cells = [cell for name, probability in prediction.classes for cell in (name, f"{probability:.6f}")]
+        rows.append([prediction.path, *cells, *[""] * (2 * top - len(cells)), prediction.error or ""])
     try:
-        with (
-            atomic_file(path) as part,
-            part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            rows = csv.writer(file)
-            rows.writerow([*columns, "error"])
-            for prediction in predictions:
-                cells = [cell for name, probability in prediction.classes for cell in (name, f"{probability:.6f}")]
-                cells += [""] * (2 * top - len(cells))
-                rows.writerow([prediction.path, *cells, prediction.error or ""])
+        write_csv(path, [*columns, "error"], rows)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 

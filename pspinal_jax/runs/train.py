@@ -19,7 +19,7 @@ from pspinal_jax.data.images.stream import end_within_a_worker
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
 from pspinal_jax.errors import UsageError
-from pspinal_jax.files import expanded
+from pspinal_jax.files import check_target, expanded
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.models.preprocessing import with_own_preprocessing
@@ -66,6 +66,8 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)
+    if is_primary() and not directory.result_path.exists():
+        check_target(directory.path, "work directory", directory.config_path.name, directory.metrics_path.name)
     resuming = broadcast_from_primary(directory.config_path.exists)
     if resuming:  # a run of an earlier version goes on as it began
         began = directory.config().get("identity", {}).get("data", {}).get("keep_copies_together", False)
@@ -150,16 +152,16 @@ def _look_for_copies(
     test = len(contents.labels) - len(data.test) + np.arange(len(data.test))
     counts, text = contents.find_copies(*rows, test)
     if text:
-        warn(printable(f"{data.source}: {text}"))
+        warn(f"{data.source}: {text}")
     if init_from is not None:
         before = (read_seen(directory.path) or {}).get("before", np.zeros(0, np.uint64))
         places = test[np.isin(contents.digests[test], before)]
         counts["test_in_init_from"] = len(places)
         if len(places):
             count = f"{len(places):,} of {len(test):,} test examples are ones that {init_from} was trained on"
-            warn(printable(f"{data.source}: {count}: {contents.named(places)}"))
+            warn(f"{data.source}: {count}: {contents.named(places)}")
         elif not len(before):
-            warn(printable(f"{init_from} is a run without checksums: it may have been trained on the test examples"))
+            warn(f"{init_from} is a run without checksums: it may have been trained on the test examples")
     return counts
 
 
