@@ -244,9 +244,9 @@ def format_terminal(result: Mapping[str, Any]) -> str:
 
 
 def write_report(workdir: Path, result: dict[str, Any]) -> None:
-    """Write compare.md and compare.json, and then compare.png."""
-    write_text(workdir / "compare.md", format_table(result) + "\n")
+    """Write compare.json, compare.md and compare.png, what matters most first."""
     write_json(workdir / "compare.json", result)
+    write_text(workdir / "compare.md", format_table(result) + "\n")
     with drawn(workdir / "compare.png", *_size(result)) as figure:
         _draw(result, figure)
 
