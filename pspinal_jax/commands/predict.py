@@ -1,7 +1,9 @@
 """`pspinal-jax predict RUN_OR_EXPORT IMAGES...`: classes and probabilities of images, folders or a list of them."""
 
+import codecs
 import dataclasses
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ class PredictArguments:
     """Run directory of a `train`, or the directory of an `export`; with --artifact the first image."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files; folders, in which all images are taken, those in folders below included; - for a list on standard
-    input, a file or folder a line."""
+    input, a file or folder a line, or with NUL between them."""
     artifact: Path | None = None
     """Classify with this export, the directory that `export` wrote, in place of a run."""
     top: int = 1
@@ -108,11 +110,39 @@ def _listed(images: Sequence[Path]) -> list[Path]:
             found.append(image)
             continue
         content = getattr(sys.stdin, "buffer", sys.stdin).read() if sys.stdin is not None else b""
-        lines = (os.fsencode(content) if isinstance(content, str) else content).splitlines()
-        found += [Path(os.fsdecode(line)) for line in lines if line.strip()]
+        found += read_list(os.fsencode(content) if isinstance(content, str) else content)
         if not found:
             raise UsageError("standard input lists no image; give a file or a folder a line")
     return found
+
+
+def read_list(content: bytes) -> list[Path]:
+    """The files that a list names: a line each, or with NUL between them, as `find -print0` writes.
+
+    UTF-16, as shells on Windows write, is known by its mark or by how it begins; other bytes are taken as they are, but
+    for UTF-8's mark.
+
+    Raises:
+      UsageError: if it is damaged UTF-16.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif b"\0" in content and _UTF_16.search(content):
+        encoding = "utf-16-be" if content.startswith(b"\0") else "utf-16-le"
+    else:
+        encoding = ""
+    if encoding:
+        try:
+            content = content.decode(encoding).encode()
+        except UnicodeError as error:
+            raise UsageError(f"standard input is a list in UTF-16 that is damaged: {error}; write it anew") from error
+    content = content.removeprefix(codecs.BOM_UTF8)
+    names = content.split(b"\0") if b"\0" in content else content.splitlines()
+    return [Path(os.fsdecode(name)) for name in names if name.strip()]
+
+
+_UTF_16 = re.compile(rb"\A(?:[^\0]\0)+?[\n./\\]\0|\A(?:\0[^\0])+?\0[\n./\\]", re.DOTALL)
+"""ASCII up to a character that is no picture's whole name, as it would be in a list with NUL between names."""
 
 
 def _name_failed(predictions: Sequence["Prediction"], good: int) -> int:
