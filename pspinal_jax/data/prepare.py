@@ -17,7 +17,7 @@ from pspinal_jax.data.images.checks import warn_of_skipped
 from pspinal_jax.data.images.encoded import Examples
 from pspinal_jax.data.images.published import read_published
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.data.prepared import default_data_dir, find_prepared, import_tfds
+from pspinal_jax.data.prepared import check_name, default_data_dir, find_prepared, import_tfds
 from pspinal_jax.data.stl10 import read_stl10
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import check_target, expanded, locked
@@ -58,6 +58,7 @@ def prepare_data_set(
     """
     _check_sources(data_set, raw, npz)
     root = default_data_dir() if data_dir is None else expanded(data_dir)
+    check_name(root)
     directory = root / data_set.name / OUR_VERSION
     was_there = directory.exists()  # asked first: another process may be about to finish it
     if there := find_prepared(root, data_set.name):

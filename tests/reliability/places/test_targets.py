@@ -71,15 +71,15 @@ def test_a_folder_in_the_place_of_a_result_is_noticed(place):
 @pytest.mark.parametrize(
     "words",
     [
-        "predict nothing nothing.png --csv folder",
-        "evaluate nothing --predictions folder",
-        "evaluate nothing --output file",
-        "report nothing --output folder",
-        "extract-features folder --data.path nothing --output folder",
-        "compare nothing --workdir file",
-        "train folder --data.path nothing --workdir file",
-        "prepare mnist --raw nothing --data-dir file",
-        "gradients --data.path nothing.npz --workdir file",
+        "predict absent nothing.png --csv folder",
+        "evaluate absent --predictions folder",
+        "evaluate absent --output file",
+        "report absent --output folder",
+        "extract-features folder --data.path absent --output folder",
+        "compare absent --workdir file",
+        "train folder --data.path absent --workdir file",
+        "prepare mnist --raw absent --data-dir file",
+        "gradients --data.path absent.npz --workdir file",
         "benchmark step --workdir file",
         "benchmark all --workdir file",
     ],
@@ -89,8 +89,14 @@ def test_every_command_looks_at_its_place_before_anything_else(place, capsys, wo
     before = contents(place)
     assert main(words.split()) in (1, 2)
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and words.split()[-1] in said and "nothing " not in said
+    assert said.startswith("error: ") and said.count("\n") == 1 and words.split()[-1] in said and "absent " not in said
     assert contents(place) == before
+
+
+def test_a_data_folder_that_is_not_utf_8_is_one_line(place, capsys):
+    assert main(["prepare", "digits", "--data-dir", "caf\udce9"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(r"error: caf\udce9 holds bytes that are not UTF-8")
 
 
 def test_variables_on_a_full_disk_are_an_error_of_the_system_and_leave_nothing(tmp_path):
