@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
