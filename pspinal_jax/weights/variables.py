@@ -1,5 +1,6 @@
 """A model's variables as one .safetensors file, in our own names."""
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def save_variables(path: Path, variables: Mapping[str, Any]) -> None:
         try:
             save_file(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR)), part)
         except SafetensorError as error:  # of a disk that is full
-            raise OSError(str(error)) from error
+            raise OSError(errno.EIO, str(error), str(path)) from error
         part.chmod(mode)
 
 
