@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 from pspinal_jax.augment.perspective import perspective_coefficients, warp_perspective
 from pspinal_jax.augment.pipeline import Augmentation, apply_warp, draw_warp
 from pspinal_jax.augment.rotation import rotate
+from pspinal_jax.errors import PSpinalError
+from pspinal_jax.files import check_target
 
 _GAP = 4
 _LABEL_WIDTH = 84
@@ -77,8 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scale", type=int, default=3, help="size of a pixel")
     options = parser.parse_args(arguments)
     try:
+        check_target(options.out, "--out")
         images = load_images(options.data, options.count)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, PSpinalError) as error:
         parser.error(str(error))
     draw_sheet(sheet_rows(images, options.seed), options.scale).save(options.out, optimize=True)
 

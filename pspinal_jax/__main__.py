@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from pspinal_jax import __version__
-from pspinal_jax.errors import PSpinalError, UsageError, printable
+from pspinal_jax.errors import PSpinalError, UsageError
 from pspinal_jax.progress import Unfailing, say
 
 SECONDS_TO_END = 20
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
         except PSpinalError as error:
-            say(f"error: {printable(error)}")
+            say(f"error: {error}")
             return error.exit_status
         except BrokenPipeError:
             return 1
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             say("error: interrupted")
             return 130  # as shells report a program that SIGINT ended
         except OSError as error:
-            say(f"error: {printable(error)}")
+            say(f"error: {error}")
             return 1
         except MemoryError as error:
-            say(f"error: this machine's memory is not enough: {printable(error) or 'nothing is left of it'}")
+            say(f"error: this machine's memory is not enough: {str(error) or 'nothing is left of it'}")
             return 1
 
 

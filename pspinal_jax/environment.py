@@ -163,7 +163,7 @@ def enable_compilation_cache() -> Path | None:
     PSPINAL_JAX_CACHE=off turns it off. A cache that JAX is already configured with (JAX_COMPILATION_CACHE_DIR) is kept.
 
     Returns:
-      The folder, or None where there is no cache.
+      The folder, or None where there is no cache: one whose name is not UTF-8 is left out.
 
     Raises:
       UsageError: as `check_platform`.
@@ -173,9 +173,14 @@ def enable_compilation_cache() -> Path | None:
     if base is None:
         return None
     configured = jax.config.values["jax_compilation_cache_dir"]
+    folder = Path(configured) if configured else base if os.environ.get(CACHE_SWITCH) else base / "xla"
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # XLA takes UTF-8 alone, and fails on other bytes
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
     if configured:
-        return Path(configured)
-    folder = base if os.environ.get(CACHE_SWITCH) else base / "xla"
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written is no reason not to train

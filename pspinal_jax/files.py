@@ -1,6 +1,7 @@
 """Files: written whole or not at all, held by one process at a time, under any name; and where caches lie."""
 
 import contextlib
+import csv
 import errno
 import json
 import math
@@ -8,12 +9,13 @@ import os
 import re
 import socket
 import stat
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pspinal_jax.errors import UsageError
+from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.progress import say
 
 CACHE_SWITCH = "PSPINAL_JAX_CACHE"
@@ -21,6 +23,9 @@ CACHE_SWITCH = "PSPINAL_JAX_CACHE"
 
 MOST_JSON_BYTES = 2**26
 """That a JSON file of ours may have."""
+
+_LONGEST_NAME = 200
+"""Bytes of a file's name that the name of its part has."""
 
 
 @contextlib.contextmanager
@@ -30,7 +35,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
       OSError: if it cannot be written; what was at `path` stays.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])  # a name may be as long as a file system takes
+    part = path.with_name(f"{name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield part
         os.replace(part, path)
@@ -64,6 +70,66 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table to `path`, whole or not at all; raises as `atomic_file`.
+
+    Names of files and classes are text from strangers: a control character is written as its escape, and what a
+    spreadsheet would take for a formula has an apostrophe before it, a path "./", with which it is the same file. Bytes
+    that are not UTF-8 stay as they are.
+    """
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([columns, *([_cell(value) for value in row] for row in rows)])
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, str | Path):
+        return value
+    text = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
+    if not text.lstrip().startswith(_FORMULA):
+        return text
+    return f"./{text}" if isinstance(value, Path) else f"'{text}"
+
+
+def check_target(path: Path, name: str, *inside: str) -> None:
+    """Return if the file `path` can be written, as far as that can be known before; nothing is left behind.
+
+    Args:
+      path: the file, in a folder that is there.
+      name: what to call it in a message.
+      *inside: the files that shall be written in the folder `path`, which may have to be made, in place of `path`.
+
+    Raises:
+      UsageError: if something else than a file is there, or no folder to write it in.
+      RunError: if it cannot be written.
+    """
+    files = [path.absolute() / file for file in inside] or [path.absolute()]
+    folder = files[0].parent
+    while inside and not os.path.lexists(folder):
+        folder = folder.parent
+    if not inside and not folder.is_dir():
+        raise UsageError(f"{name} is {path}, but {path.parent} is no folder")
+    try:
+        for file in files:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                require_file(file)
+    except OSError as error:
+        raise UsageError(
+            f"{name} is {path}, but nothing can be written to {error.filename}: {error.strerror}"
+        ) from error
+    try:
+        with tempfile.TemporaryDirectory(suffix=".part", dir=folder) as probe:
+            for file in files:
+                target = probe / file.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.touch()
+    except OSError as error:
+        raise RunError(f"{name} {path} cannot be written: {error.strerror or error}; choose another") from error
 
 
 def require_file(path: Path, most_bytes: int | None = None) -> None:
@@ -176,8 +242,10 @@ def expanded(path: str | Path) -> Path:
     """`path` with ~ as the user's home.
 
     Raises:
-      UsageError: if there is no home.
+      UsageError: if there is no home, or no file can have that name.
     """
+    if "\0" in str(path):
+        raise UsageError(f"{str(path)!r} holds a NUL character, which no file's name can")
     try:
         return Path(path).expanduser()
     except RuntimeError:

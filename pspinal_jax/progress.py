@@ -7,6 +7,8 @@ import contextlib
 import sys
 from typing import Any
 
+from pspinal_jax.errors import printable
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -39,8 +41,8 @@ class Unfailing:
 
 
 def say(line: str) -> None:
-    """Print `line` on standard error."""
-    print(line, file=Unfailing(sys.stderr), flush=True)
+    """Print `line` on standard error; what is not printable in it, as its escape."""
+    print(printable(line), file=Unfailing(sys.stderr), flush=True)
 
 
 def warn(line: str) -> None:
@@ -74,7 +76,7 @@ def progress_bar(
     stream = Unfailing(sys.stderr)
     return tqdm(
         total=total,
-        desc=description,
+        desc=printable(description),
         unit=unit,
         unit_scale=unit_scale,
         initial=initial,

@@ -26,14 +26,15 @@ from pspinal_jax.data.dataset import ArraySplit, make_dataset
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepare import read_digits
 from pspinal_jax.environment import device, enable_compilation_cache, versions
-from pspinal_jax.errors import DataError, RunError, UsageError
-from pspinal_jax.files import expanded
+from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.files import check_target, expanded
 from pspinal_jax.heads import DenseHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.heads.baselines import DropLinear
 from pspinal_jax.heads.equation import layer_name
 from pspinal_jax.layers.linear import Activation, Initializer, Linear, Tree, as_rows
 from pspinal_jax.models.build import abstract_variables, count_parameters
-from pspinal_jax.runs.directory import whole_file, write_json
+from pspinal_jax.pictures import drawable, drawn
+from pspinal_jax.runs.directory import write_json, writing
 
 NETWORKS = {
     "progressive": "ProgressiveSpinalNet: every layer and the output see the features and all earlier layers",
@@ -288,17 +289,6 @@ HEADER = (
 _DIGITS = 4
 
 
-def open_workdir(workdir: Path) -> None:
-    """Make the directory; RunError if that, or writing into it, is not possible."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / "results.json.part"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"work directory {workdir} cannot be written: {error.strerror or error}") from error
-
-
 def report(workdir: Path, study: Study, examples: Examples, source: str, command: str) -> dict[str, Any]:
     """Measure every network at every depth, print a row for each, and write results.json and results.png.
 
@@ -325,6 +315,8 @@ def report(workdir: Path, study: Study, examples: Examples, source: str, command
         "device": device(),
         "versions": versions(),
     }
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "results.json", results)
     _plot(workdir / "results.png", results, study)
     return results
@@ -393,34 +385,30 @@ def _spread(values: list[float | None], digits: str = ".2g", otherwise: str = "n
 
 def _plot(path: Path, results: dict[str, Any], study: Study) -> None:
     """Top: at the features, by depth. Bottom: at each layer of the deepest. Left: at the start. Right: at the end."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharey="row")
-    deepest = study.depths[-1]
-    for column, (index, epoch) in enumerate(((0, 0), (-1, study.epochs))):
-        top, bottom = axes[:, column]
-        for name, by_depth in results["networks"].items():
-            values = np.array([by_depth[str(depth)]["features"][index] for depth in study.depths], float)
-            _line(top, study.depths, (np.median(values, 1), values.min(1), values.max(1)), name)
-            layers = by_depth[str(deepest)]["pre_activations"]
-            low_to_high = tuple(np.array(layers[key][index], float) for key in ("median", "low", "high"))
-            _line(bottom, range(1, deepest + 1), low_to_high, name)
-        dense = np.median(np.array(results["dense"]["features"][index], float))
-        top.axhline(dense, color="grey", linestyle=":", label="dense")
-        top.set(title=f"at the features, epoch {epoch}", xlabel="hidden layers", xscale="log")
-        top.set_xticks(study.depths, [str(depth) for depth in study.depths])
-        top.minorticks_off()
-        bottom.set(title=f"at each layer of {deepest}, epoch {epoch}", xlabel="layer")
-    for axis in axes.flat:
-        axis.set_yscale("log", nonpositive="mask")
-        axis.grid(alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("gradient norm per example")
-    axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{results['title']} (median and range)", fontsize=10)
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=110, format="png")
+    with drawn(path, 11, 7) as figure:
+        axes = figure.subplots(2, 2, sharey="row")
+        deepest = study.depths[-1]
+        for column, (index, epoch) in enumerate(((0, 0), (-1, study.epochs))):
+            top, bottom = axes[:, column]
+            for name, by_depth in results["networks"].items():
+                values = np.array([by_depth[str(depth)]["features"][index] for depth in study.depths], float)
+                _line(top, study.depths, (np.median(values, 1), values.min(1), values.max(1)), name)
+                layers = by_depth[str(deepest)]["pre_activations"]
+                low_to_high = tuple(np.array(layers[key][index], float) for key in ("median", "low", "high"))
+                _line(bottom, range(1, deepest + 1), low_to_high, name)
+            dense = np.median(np.array(results["dense"]["features"][index], float))
+            top.axhline(dense, color="grey", linestyle=":", label="dense")
+            top.set(title=f"at the features, epoch {epoch}", xlabel="hidden layers", xscale="log")
+            top.set_xticks(study.depths, [str(depth) for depth in study.depths])
+            top.minorticks_off()
+            bottom.set(title=f"at each layer of {deepest}, epoch {epoch}", xlabel="layer")
+        for axis in axes.flat:
+            axis.set_yscale("log", nonpositive="mask")
+            axis.grid(alpha=0.3)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("gradient norm per example")
+        axes[0, 0].legend(fontsize=8)
+        figure.suptitle(drawable(f"{results['title']} (median and range)", 200), fontsize=10)
 
 
 def _line(axis: Any, x: Sequence[int], low_to_high: tuple[np.ndarray, ...], name: str) -> None:
@@ -485,8 +473,8 @@ def main(args: Sequence[str]) -> int:
     names = {field.name for field in dataclasses.fields(Study)}
     given = {name: value for name, value in dataclasses.asdict(arguments).items() if name in names}
     study = Study(**{**given, "depths": tuple(sorted(arguments.depths)), "norm": _norm(arguments)})
+    check_target(arguments.workdir, "work directory", "results.json")
     examples, source = read_examples(arguments.data_path, arguments.max_examples, study.batch_size)
-    open_workdir(arguments.workdir)
     enable_compilation_cache()
     report(arguments.workdir, study, examples, source, f"pspinal-jax gradients {shlex.join(args)}".strip())
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pspinal_jax.benchmark.measurement import Case, Entry, Settings, table
-from pspinal_jax.errors import RunError
+from pspinal_jax.errors import RunError, printable
 
 
 def cases(
@@ -31,7 +31,7 @@ def cases(
     """
     recipe, *flags = train
     words = [recipe, *(f"--{flag}" for flag in flags)]
-    title = f"seconds of `pspinal-jax train {' '.join(words)}`, process start to end"
+    title = printable(f"seconds of `pspinal-jax train {' '.join(words)}`, process start to end")
 
     def case() -> list[Entry]:
         seconds = measure(words, settings.rounds)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pspinal_jax.benchmark.measurement import Case, Entry, Settings, has_torch, in_precisions, timed
+from pspinal_jax.benchmark.measurement import Case, Entry, Settings, checked, has_torch, in_precisions, timed
 from pspinal_jax.benchmark.timing import Precision, Work, layer_dtype, set_precision
 from pspinal_jax.errors import RunError
 from pspinal_jax.heads import ProgressiveSpinalHead
@@ -141,10 +141,9 @@ def cases(settings: Settings, shapes: Sequence[Shape] = ()) -> list[Case]:
     """The head at several sizes, beside PyTorch's."""
     shapes = shapes or SHAPES
 
-    def check() -> list[Entry]:
+    def check() -> None:
         for shape in [min(shapes, key=lambda shape: shape.flops)] if settings.quick else shapes:
             check_equal(HeadGradient(shape))
-        return []
 
     def case(shape: Shape, precision: Precision) -> list[Entry]:
         head = HeadGradient(shape, jnp.dtype(layer_dtype(precision)))
@@ -154,12 +153,12 @@ def cases(settings: Settings, shapes: Sequence[Shape] = ()) -> list[Case]:
         title, rows = f"{shape}, {precision}", shape.batch_size
         return [timed(title, work, shape.flops, precision, settings, examples=rows)]
 
-    checks: list[Case] = [("equality with PyTorch", check)] if has_torch() else []
-    return checks + [
+    cases = [
         (f"{shape}, {name}", run)
         for shape in shapes
         for name, run in in_precisions(settings.precisions, partial(case, shape))
     ]
+    return checked(check, cases) if has_torch() else cases
 
 
 def alternatives(head: HeadGradient, quick: bool = False) -> dict[str, Work]:

@@ -69,6 +69,17 @@ def in_precisions(precisions: Sequence[Precision], case: Callable[[Precision], l
     return [(precision, under(precision)) for precision in precisions]
 
 
+def checked(check: Callable[[], None], cases: list[Case]) -> list[Case]:
+    """`cases`, the first of which begins with `check`: a check alone would use up the time and measure nothing."""
+    (name, first), *others = cases
+
+    def run() -> list[Entry]:
+        check()
+        return first()
+
+    return [(name, run), *others]
+
+
 def timed(
     title: str,
     work: Mapping[str, Work],

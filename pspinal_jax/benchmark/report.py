@@ -1,5 +1,6 @@
 """The outcome of benchmarks: Markdown tables, plots, results.json of one and report.md of `benchmark all`."""
 
+import contextlib
 import json
 import textwrap
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ import numpy as np
 
 from pspinal_jax.benchmark.measurement import Entry
 from pspinal_jax.benchmark.registry import BENCHMARKS, SECTIONS
+from pspinal_jax.errors import printable
 from pspinal_jax.files import write_json, write_text
+from pspinal_jax.pictures import drawn
 
 _BUSY = 0.1
 _FAIRNESS = """\
@@ -147,29 +150,27 @@ def plot_entries(path: Path, entries: list[Entry], title: str) -> bool:
         for unit, rows in entry.get("bars", {}).items():
             bars = {name: [min(values), float(np.median(values)), max(values)] for name, values in rows.items()}
             panels.setdefault((entry["title"], unit), {}).update(bars)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:  # tables are enough
-        return False
+    with contextlib.suppress(OSError):
+        path.unlink()
     if not panels:
         return False
     heights = [0.36 * len(bars) + 0.9 for bars in panels.values()]
-    figure = Figure(figsize=(8, sum(heights) + 0.5), layout="constrained")
-    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
-    for axis, ((name, unit), bars) in zip(axes[:, 0], panels.items(), strict=True):
-        _plot_bars(axis, bars, unit)
-        axis.set_title(textwrap.fill(name, 100), fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
-    return True
+    # Tables are enough where matplotlib is not installed.
+    with contextlib.suppress(ImportError), drawn(path, 8, sum(heights) + 0.5) as figure:
+        axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
+        for axis, ((name, unit), bars) in zip(axes[:, 0], panels.items(), strict=True):
+            _plot_bars(axis, bars, unit)
+            axis.set_title(textwrap.fill(printable(name), 100), fontsize=9)
+        figure.suptitle(title, fontsize=10)
+    return path.exists()
 
 
 def _plot_bars(axis: Any, bars: dict[str, list[float]], unit: str) -> None:
     names = list(bars)[::-1]
     low, median, high = np.array([bars[name] for name in names]).T
-    drawn = axis.barh(names, median, xerr=[median - low, high - median], color="#4878a8", capsize=3)
+    shown = axis.barh(names, median, xerr=[median - low, high - median], color="#4878a8", capsize=3)
     labels = [f"{value:,.{2 if value < 100 else 0}f} {unit}" for value in median]
-    axis.bar_label(drawn, labels, padding=6, fontsize=8)
+    axis.bar_label(shown, labels, padding=6, fontsize=8)
     axis.margins(x=0.2)
     if max(median) > 30 * min(median):
         axis.set_xscale("log")
@@ -198,7 +199,7 @@ def write_suite_report(workdir: Path, about: dict[str, Any]) -> None:
 def _header(about: dict[str, Any], records: dict[str, Any]) -> str:
     known: dict[str, Any] = next((record for record in records.values() if "device" in record), {})
     rows = {
-        "command": f"`{about['command']}`",
+        "command": f"`{printable(about['command'])}`",
         "date": about["date"],
         "device": known.get("device", {}).get("kind", "unknown"),
         "GPU, driver, memory": about["gpu"] or "none",

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import sys
 import threading
 import time
 import traceback
@@ -30,6 +29,7 @@ from pspinal_jax.benchmark.timing import Precision
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError
 from pspinal_jax.files import write_json
+from pspinal_jax.progress import say
 
 NO_TORCH = "PyTorch: torch is not installed (extra `torch`)"
 
@@ -116,13 +116,13 @@ def measure(
 
     if BENCHMARKS[name].against_torch and not has_torch():
         left_out.append(NO_TORCH)
-        print(f"left out: {NO_TORCH}", file=sys.stderr, flush=True)
+        say(f"left out: {NO_TORCH}")
     update()
     for case, work in cases:
         if time.monotonic() - started > seconds:
             left_out.append(f"{case}: no time left")
             continue
-        print(f"{name}: {case}", file=sys.stderr, flush=True)
+        say(f"{name}: {case}")
         try:
             new = work()
         except Exception as error:

@@ -16,6 +16,7 @@ from pspinal_jax.benchmark.measurement import (
     Case,
     Entry,
     Settings,
+    checked,
     has_torch,
     in_precisions,
     peak_memory,
@@ -241,10 +242,9 @@ def _step_cases(settings: Settings, recipe_in: Callable[[str], Recipe], name: st
     data, modes = fake_data(recipe), _torch_modes(recipe, settings)
     what = f"one training step of {name}, batch {recipe.batch_size}"
 
-    def check() -> list[Entry]:
+    def check() -> None:
         for mode in modes:
             check_equal(recipe, data, mode)
-        return []
 
     def case(precision: Precision) -> list[Entry]:
         recipe = recipe_in(layer_dtype(precision))
@@ -254,9 +254,8 @@ def _step_cases(settings: Settings, recipe_in: Callable[[str], Recipe], name: st
         flops, size = step_flops(recipe, data), recipe.batch_size
         return [timed(f"{what}, {precision}", work, flops, precision, settings, examples=size)]
 
-    checks: list[Case] = [("equality with PyTorch", check)]
-    checked = modes and not (settings.quick and _takes_batches(recipe))
-    return (checks if checked else []) + in_precisions(settings.precisions, case)
+    cases = in_precisions(settings.precisions, case)
+    return cases if settings.quick and _takes_batches(recipe) else checked(check, cases)
 
 
 def backbone(settings: Settings, backbone: str) -> list[Case]:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 from pspinal_jax.benchmark.registry import SECTIONS
 from pspinal_jax.benchmark.report import write_suite_report
 from pspinal_jax.benchmark.run import run_section
-from pspinal_jax.errors import UsageError
-from pspinal_jax.files import write_json
+from pspinal_jax.errors import UsageError, printable
+from pspinal_jax.files import check_target, write_json
+from pspinal_jax.progress import say
 
 _SECONDS_TO_START = 4.0
 """A section's process needs about so long until its first case; it comes on top of the section's own time."""
@@ -68,12 +68,12 @@ def run_suite(
             left = end - time.monotonic() - _SECONDS_TO_START * (len(names) - number)
             seconds = max(_LEAST_SECONDS, left * SECTIONS[name] / sum(SECTIONS[other] for other in names[number:]))
             busy = busy_share()
-            print(f"[{number + 1}/{len(names)}] {name}: up to {seconds:.0f} s", file=sys.stderr, flush=True)
+            say(f"[{number + 1}/{len(names)}] {name}: up to {seconds:.0f} s")
             status = _run(workdir, name, seconds, end + _GRACE_SECONDS, precisions, tiny)
             failed += not status.startswith((_DONE, _NO_TIME))
             _amend(workdir / f"{name}.json", name, status, busy)
             write_suite_report(workdir, about)
-    print(f"{workdir / 'report.md'}", flush=True)
+    print(printable(workdir / "report.md"), flush=True)
     return failed
 
 
@@ -85,6 +85,7 @@ def _check(workdir: Path, minutes: float, sections: Sequence[str], overwrite: bo
         raise UsageError(f"--minutes is {minutes:g}, expected a positive number")
     if (workdir / "report.md").exists() and not overwrite:
         raise UsageError(f"{workdir} holds a report already; give another --workdir, or --overwrite to write over it")
+    check_target(workdir, "work directory", "report.md", "suite.json")
 
 
 def _run(workdir: Path, name: str, seconds: float, latest: float, precisions: Sequence[str], tiny: bool) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pspinal_jax.benchmark.registry import BENCHMARKS
 from pspinal_jax.errors import UsageError
-from pspinal_jax.files import expanded
+from pspinal_jax.files import check_target, expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,7 @@ def main(args: Sequence[str]) -> int:
         example=f"pspinal-jax benchmark {name}",
         default=default,
     )
+    check_target(parsed.workdir, "work directory", "results.json")
     check_platform()
     from pspinal_jax.benchmark.run import run_alone
 

@@ -84,14 +84,16 @@ def main(args: Sequence[str]) -> int:
         example="pspinal-jax compare features.npz",
     )
     command = f"pspinal-jax compare {shlex.join(args)}"
-    with leave_at_once(f"finished trials are kept. Go on with: {printable(command)}"):
+    with leave_at_once(f"finished trials are kept. Go on with: {command}"):
         from pspinal_jax.comparison.door import compare_data, make_config
+        from pspinal_jax.comparison.ledger import check_workdir
         from pspinal_jax.comparison.sources import load_features
 
         settings = dataclasses.asdict(parsed)
         source, workdir, backbone, weights = (settings.pop(k) for k in ("data", "workdir", "backbone", "weights"))
         config = make_config(settings)
         workdir = workdir or Path("runs") / f"compare-{Path(source).stem or 'data'}"
+        check_workdir(workdir)
         data = load_features(source, workdir, backbone, weights)
         comparison = compare_data(data, config, workdir, command)
     print(comparison)

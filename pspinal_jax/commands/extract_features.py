@@ -9,7 +9,8 @@ import tyro
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.commands.train import take_recipe
-from pspinal_jax.errors import DataError, UsageError, printable
+from pspinal_jax.errors import UsageError, printable
+from pspinal_jax.files import check_target
 from pspinal_jax.recipes import Recipe
 
 
@@ -46,8 +47,7 @@ def main(args: Sequence[str]) -> int:
     recipe = parsed.recipe
     if recipe.model.backbone == "none":
         raise UsageError(f"{name} has no backbone; extract-features takes a recipe of images with one")
-    if not parsed.output.parent.is_dir():
-        raise UsageError(f"--output is {parsed.output}, but {parsed.output.parent} is no folder")
+    check_target(parsed.output, "--output")
     check_settings(recipe)
     recipe = with_own_preprocessing(recipe)
     data = load_data(recipe.data)
@@ -61,10 +61,7 @@ def main(args: Sequence[str]) -> int:
     start = start_variables(recipe, model, parsed.init_from, shape, dtype, data.class_names)
     variables = complete_backbone(recipe, model, start, shape, dtype)
     features = extract_features(recipe, model, variables, data, parsed.workers)
-    try:
-        save_features(parsed.output, features)
-    except OSError as error:
-        raise DataError(f"{parsed.output} cannot be written: {error.strerror or error}") from error
+    save_features(parsed.output, features)
     print(f"{len(features.train)} training and {len(features.test)} test features in {printable(parsed.output)}")
     print(f"train a head on them with: pspinal-jax train features --data.path {printable(parsed.output)}")
     return 0

@@ -1,8 +1,9 @@
 """`pspinal-jax predict RUN_OR_EXPORT IMAGES...`: classes and probabilities of images, folders or a list of them."""
 
-import csv
+import codecs
 import dataclasses
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import tyro
 
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import RunError, UsageError, printable
-from pspinal_jax.files import atomic_file, json_text
+from pspinal_jax.files import check_target, json_text, write_csv
 from pspinal_jax.progress import say
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class PredictArguments:
     """Run directory of a `train`, or the directory of an `export`; with --artifact the first image."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files; folders, in which all images are taken, those in folders below included; - for a list on standard
-    input, a file or folder a line."""
+    input, a file or folder a line, or with NUL between them."""
     artifact: Path | None = None
     """Classify with this export, the directory that `export` wrote, in place of a run."""
     top: int = 1
@@ -53,8 +54,8 @@ def main(args: Sequence[str]) -> int:
         example="pspinal-jax predict runs/folder new_pictures --csv predictions.csv",
     )
     source, given = _source_and_images(parsed)
-    if parsed.csv is not None and not parsed.csv.absolute().parent.is_dir():
-        raise UsageError(f"--csv is {parsed.csv}, but {parsed.csv.parent} is no folder")
+    if parsed.csv is not None:
+        check_target(parsed.csv, "--csv")
     from pspinal_jax.runs.predict import find_images, predict
 
     images = find_images(given)
@@ -63,12 +64,16 @@ def main(args: Sequence[str]) -> int:
     seconds = time.perf_counter() - start
     good = [prediction for prediction in predictions if prediction.error is None]
     if parsed.csv is not None:
-        _write_csv(parsed.csv, predictions, parsed.top)
+        try:
+            _write_csv(parsed.csv, predictions, parsed.top)
+        except RunError:  # a disk that has become full
+            _print_table(good)
+            raise
     if parsed.json:
         print(json_text([_as_json(prediction) for prediction in predictions], indent=2))
     elif parsed.csv is None:
         _print_table(good)
-    where = f", written to {printable(parsed.csv)}" if parsed.csv is not None else ""
+    where = f", written to {parsed.csv}" if parsed.csv is not None else ""
     if len(images) > 1 or where:
         say(
             f"{len(good)} of {len(images)} images classified in {seconds:.1f} s, loading and compiling included "
@@ -105,11 +110,39 @@ def _listed(images: Sequence[Path]) -> list[Path]:
             found.append(image)
             continue
         content = getattr(sys.stdin, "buffer", sys.stdin).read() if sys.stdin is not None else b""
-        lines = (os.fsencode(content) if isinstance(content, str) else content).splitlines()
-        found += [Path(os.fsdecode(line)) for line in lines if line.strip()]
+        found += read_list(os.fsencode(content) if isinstance(content, str) else content)
         if not found:
             raise UsageError("standard input lists no image; give a file or a folder a line")
     return found
+
+
+def read_list(content: bytes) -> list[Path]:
+    """The files that a list names: a line each, or with NUL between them, as `find -print0` writes.
+
+    UTF-16, as shells on Windows write, is known by its mark or by how it begins; other bytes are taken as they are, but
+    for UTF-8's mark.
+
+    Raises:
+      UsageError: if it is damaged UTF-16.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif b"\0" in content and _UTF_16.search(content):
+        encoding = "utf-16-be" if content.startswith(b"\0") else "utf-16-le"
+    else:
+        encoding = ""
+    if encoding:
+        try:
+            content = content.decode(encoding).encode()
+        except UnicodeError as error:
+            raise UsageError(f"standard input is a list in UTF-16 that is damaged: {error}; write it anew") from error
+    content = content.removeprefix(codecs.BOM_UTF8)
+    names = content.split(b"\0") if b"\0" in content else content.splitlines()
+    return [Path(os.fsdecode(name)) for name in names if name.strip()]
+
+
+_UTF_16 = re.compile(rb"\A(?:[^\0]\0)+?[\n./\\]\0|\A(?:\0[^\0])+?\0[\n./\\]", re.DOTALL)
+"""ASCII up to a character that is no picture's whole name, as it would be in a list with NUL between names."""
 
 
 def _name_failed(predictions: Sequence["Prediction"], good: int) -> int:
@@ -118,7 +151,7 @@ def _name_failed(predictions: Sequence["Prediction"], good: int) -> int:
     if failed and good:
         say(f"warning: {len(failed)} of {len(predictions)} images could not be read:")
     for prediction in failed:
-        say(printable(f"  {prediction.path}: {prediction.error}"))
+        say(f"  {prediction.path}: {prediction.error}")
     if not good:
         say(f"error: {'the image' if len(failed) == 1 else f'none of the {len(failed)} images'} could be read")
     return 0 if good else 1
@@ -128,17 +161,12 @@ def _write_csv(path: Path, predictions: Sequence["Prediction"], top: int) -> Non
     """A line an image, in their order; of what could not be read the error alone."""
     ranks = range(1, top + 1)
     columns = ["image", *(f"{what}_{rank}" if top > 1 else what for rank in ranks for what in ("class", "probability"))]
+    rows = []
+    for prediction in predictions:
+        cells = [cell for name, probability in prediction.classes for cell in (name, f"{probability:.6f}")]
+        rows.append([prediction.path, *cells, *[""] * (2 * top - len(cells)), prediction.error or ""])
     try:
-        with (
-            atomic_file(path) as part,
-            part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            rows = csv.writer(file)
-            rows.writerow([*columns, "error"])
-            for prediction in predictions:
-                cells = [cell for name, probability in prediction.classes for cell in (name, f"{probability:.6f}")]
-                cells += [""] * (2 * top - len(cells))
-                rows.writerow([prediction.path, *cells, prediction.error or ""])
+        write_csv(path, [*columns, "error"], rows)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -37,6 +37,6 @@ def main(args: Sequence[str]) -> int:
 
     output = parsed.output or (parsed.runs[0] if len(parsed.runs) == 1 else Path()) / "report.html"
     for problem in write_report(parsed.runs, output, show_progress=True):
-        warn(printable(problem))
+        warn(problem)
     print(printable(f"written to {output} ({output.stat().st_size / 1e6:.1f} MB); open it in a browser"))
     return 0

@@ -114,7 +114,7 @@ def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:
             run = train(recipe, **vars(options))
     except Stopped as stop:
         if is_primary():
-            say(printable(f"stopped by {stop}; the run is saved. {again}"))
+            say(f"stopped by {stop}; the run is saved. {again}")
         return 0
     if is_primary():
         print(describe_result(run.result))

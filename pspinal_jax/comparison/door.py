@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.comparison.ledger import Ledger, keeps_copies_together
+from pspinal_jax.comparison.ledger import Ledger, check_workdir, keeps_copies_together
 from pspinal_jax.comparison.report import format_table, format_terminal, make_result, plot, write_report
 from pspinal_jax.comparison.run import CompareConfig, Comparer
 from pspinal_jax.comparison.settings import Ranges
 from pspinal_jax.data.copies import copies_of_a_class, digest_rows
 from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset, split_by_class
 from pspinal_jax.environment import enable_compilation_cache
-from pspinal_jax.errors import RunError, UsageError, printable
+from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.progress import warn
 
@@ -139,6 +139,8 @@ def compare_data(
 ) -> Comparison:
     """The comparison on `data`, or what is left of it in `workdir`; raises as `compare`."""
     enable_compilation_cache()
+    if workdir is not None:
+        check_workdir(workdir)
     ledger = Ledger(workdir)
     config = dataclasses.replace(config, keep_copies_together=keeps_copies_together(workdir))
     comparer = Comparer(data, config, ledger, progress)
@@ -148,8 +150,8 @@ def compare_data(
             [*filter(None, [text]), f"of the splits that are drawn, {drawn:,} test examples are also in train"]
         )
     if text:
-        warn(printable(f"{data.source}: {text}"))
-    with ledger.opened(comparer.identity()):
+        warn(f"{data.source}: {text}")
+    with ledger.opened(comparer.identity(), len(comparer.splits[0].test_labels)):
         comparer.run()
         result = make_result(comparer, command)
         if workdir is not None:

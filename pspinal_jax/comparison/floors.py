@@ -64,9 +64,12 @@ def _neighbours(
 
 
 def _vote(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """The most frequent of each row of `labels` [M, k], nearest first; of equals the one with nearer neighbours."""
+    """The most frequent of each row of `labels` [M, k], nearest first.
+
+    Of equals it is the one with nearer neighbours (the smaller sum of ranks), then the first class.
+    """
     rows, k = labels.shape
-    votes = np.zeros((rows, num_classes))
+    votes = np.zeros((rows, num_classes), int)
     for rank in range(k):
-        votes[np.arange(rows), labels[:, rank]] += 1.0 - 0.9 * rank / k**2  # all deductions of a row stay below 1
+        votes[np.arange(rows), labels[:, rank]] += k * k - rank  # all deductions of a row are less than one vote
     return votes.argmax(1)

@@ -12,7 +12,9 @@ from pspinal_jax.comparison.ledger import Key, unpacked
 from pspinal_jax.comparison.run import Comparer
 from pspinal_jax.comparison.statistics import bootstrap_means, interval_95, spread
 from pspinal_jax.environment import device, versions
-from pspinal_jax.files import atomic_file, write_json, write_text
+from pspinal_jax.errors import printable
+from pspinal_jax.files import write_json, write_text
+from pspinal_jax.pictures import drawable, drawn, plain_text
 
 FLOOR_NAMES = {"knn": "k nearest neighbours", "ridge": "ridge regression"}
 
@@ -197,7 +199,7 @@ def format_table(result: Mapping[str, Any]) -> str:
         f"{execution['device']['kind']}, jax {execution['versions']['jax']}; programs compiled by the last start: "
         f"{compiled}. `{result['command']}`",
     ]
-    return "\n\n".join(["\n".join(lines), *notes])
+    return "\n\n".join(["\n".join(lines), *map(printable, notes)])
 
 
 def _several(count: int, noun: str) -> str:
@@ -242,20 +244,30 @@ def format_terminal(result: Mapping[str, Any]) -> str:
 
 
 def write_report(workdir: Path, result: dict[str, Any]) -> None:
-    """Write compare.md, compare.png and, last, compare.json."""
-    write_text(workdir / "compare.md", format_table(result) + "\n")
-    with atomic_file(workdir / "compare.png") as part:
-        plot(result).savefig(part, dpi=110, format="png")
+    """Write compare.json, compare.md and compare.png, what matters most first."""
     write_json(workdir / "compare.json", result)
+    write_text(workdir / "compare.md", format_table(result) + "\n")
+    with drawn(workdir / "compare.png", *_size(result)) as figure:
+        _draw(result, figure)
 
 
 def plot(result: Mapping[str, Any]) -> Any:
     """A matplotlib Figure: every seed a point beside the mean, and the paired differences with their intervals."""
     from matplotlib.figure import Figure
 
+    with plain_text():
+        figure = Figure(figsize=_size(result), layout="constrained")
+        _draw(result, figure)
+    return figure
+
+
+def _size(result: Mapping[str, Any]) -> tuple[float, float]:
+    return 4.6 * (1 + len(result["differences"])), 1.4 + 0.45 * len(result["methods"])
+
+
+def _draw(result: Mapping[str, Any], figure: Any) -> None:
     names = list(result["methods"])[::-1]
     goals = list(result["differences"])
-    figure = Figure(figsize=(4.6 * (1 + len(goals)), 1.4 + 0.45 * len(names)), layout="constrained")
     axes = figure.subplots(1, 1 + len(goals), sharey=True, squeeze=False)[0]
     for place, name in enumerate(names):
         test = result["methods"][name]["test_accuracy"]
@@ -274,5 +286,4 @@ def plot(result: Mapping[str, Any]) -> Any:
                 axis.plot(100 * each["mean"], place, "o", color=color, markersize=5)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(f"points {goal.replace('_', ' ')}, 95 % interval")
-    figure.suptitle(textwrap.fill(Path(result["data"]["source"]).name, 80), fontsize=10)
-    return figure
+    figure.suptitle(drawable(Path(result["data"]["source"]).name), fontsize=10)

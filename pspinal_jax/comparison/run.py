@@ -1,6 +1,7 @@
 """The order of things in a comparison: tune on validation, train seeds of the best setting, look at the test once."""
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -163,7 +164,7 @@ class Comparer:
 
     def _train(self, split: int, keys: Sequence[Key], with_test: bool) -> None:
         start = time.perf_counter()
-        missing = [key for key in keys if not self._is_done(key)]
+        missing = [key for key in keys if not self._is_done(key, [self.trial_of(key).as_json()])]
         self._bar.update(len(keys) - len(missing))
         if not missing:
             return
@@ -182,10 +183,11 @@ class Comparer:
             self._finish(task, outcome, seconds)
         self.seconds["seeds" if with_test else "trials"] += time.perf_counter() - start
 
-    def _is_done(self, key: Key) -> bool:
-        """Whether the ledger has its line, of this setting."""
+    def _is_done(self, key: Key, settings: Sequence[dict[str, Any]]) -> bool:
+        """Whether the ledger has its line, of one of `settings`."""
         line = self.ledger.lines.get(key)
-        return line is not None and line["setting"] == self.trial_of(key).as_json()
+        # As text: in Python, 1 is 1.0 and True.
+        return line is not None and _text(line["setting"]) in map(_text, settings)
 
     def _finish(self, task: Task, outcome: Outcome, seconds: float) -> None:
         key: Key = task.key
@@ -225,14 +227,15 @@ class Comparer:
     def _floor(self, split: int, floor: FloorName) -> None:
         """All settings of a floor as one line (the one that did best), then that one on every seed's split."""
         lines, tuned = self.ledger.lines, Key("trial", split, floor, 0)
-        if tuned not in lines:
-            tried = [self._try_floor(tuned, floor_settings(floor, scaling)) for scaling in self.scalings]
+        settings = [floor_settings(floor, scaling) for scaling in self.scalings]
+        if not self._is_done(tuned, [each for alike in settings for each in alike]):
+            tried = [self._try_floor(tuned, alike) for alike in settings]
             best = max(tried, key=lambda line: line["validation_accuracy"])
             self.ledger.add(tuned, {**best, "seconds": round(sum(line["seconds"] for line in tried), 3)})
         self._advance(tuned)
         for seed in range(self.config.num_seeds):
             key, setting = Key("seed", split, floor, seed), lines[tuned]["setting"]
-            if key not in lines or lines[key]["setting"] != setting:
+            if not self._is_done(key, [setting]):
                 self.ledger.add(key, self._try_floor(key, [setting]))
             self._advance(key)
 
@@ -260,6 +263,10 @@ def rank(line: dict[str, Any]) -> tuple[float, float]:
     """
     loss = line.get("validation_loss")
     return line["validation_accuracy"], -np.inf if loss is None else -loss
+
+
+def _text(setting: dict[str, Any]) -> str:
+    return json.dumps(setting, sort_keys=True)
 
 
 _DECIDING = (

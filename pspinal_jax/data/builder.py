@@ -8,10 +8,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from pspinal_jax.data.catalogue import DataSet
+from pspinal_jax.data.catalogue import OUR_VERSION, DataSet
 from pspinal_jax.data.images.encoded import Examples, Images
-
-OUR_VERSION = "1.0.0"
 
 
 def make_builder(
@@ -30,7 +28,6 @@ def make_builder(
     # where mnist and others already are.
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = data_set.name
-        # Not the numbers of TFDS's own versions, so that the two can lie side by side.
         VERSION = tfds.core.Version(OUR_VERSION)
         RELEASE_NOTES = {OUR_VERSION: "First version."}
 

@@ -49,7 +49,7 @@ def content_stamp(directory: Path) -> str | None:
         if sum(path.stat().st_size for path in files) > _MOST_BYTES:
             return None
         for path in files:
-            digest.update(f"{path.name}\0{path.stat().st_size}\0{_crc(path)}\0".encode())
+            digest.update(f"{path.name}\0{path.stat().st_size}\0{_crc(path)}\0".encode(errors="surrogateescape"))
     except OSError:
         return None
     return digest.hexdigest()

@@ -8,6 +8,9 @@ from typing import Literal
 
 from pspinal_jax.errors import UsageError
 
+OUR_VERSION = "1.0.0"
+"""Of what we prepare. Not the numbers of TFDS's own versions, so that the two can lie side by side."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Download:

@@ -1,5 +1,6 @@
 """Fetching raw files: a quick answer where the network is not there, and no file kept whose checksum is wrong."""
 
+import errno
 import hashlib
 import http.client
 import urllib.error
@@ -16,6 +17,7 @@ from pspinal_jax.progress import progress_bar
 _SECONDS_TO_ANSWER = 4.0
 _SECONDS_WITHOUT_DATA = 20.0
 _CHUNK = 1 << 18
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _NETWORK_ERRORS = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
 
 
@@ -54,6 +56,8 @@ def download(data_set: DataSet, missing: list[Download], folder: Path, show_prog
                         "the raw files with --raw DIR"
                     )
         except _NETWORK_ERRORS as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                raise
             if isinstance(error, urllib.error.HTTPError):
                 error.close()  # it holds the connection
             raise _unreachable(data_set, missing, item, error) from error

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data.catalogue import DataSet
+from pspinal_jax.data.catalogue import OUR_VERSION, DataSet
 from pspinal_jax.data.download import check_reachable, download, missing_downloads
 from pspinal_jax.data.idx import Arrays, read_raw
 from pspinal_jax.data.images.checks import warn_of_skipped
 from pspinal_jax.data.images.encoded import Examples
 from pspinal_jax.data.images.published import read_published
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.data.prepared import default_data_dir, find_prepared, import_tfds
+from pspinal_jax.data.prepared import check_name, default_data_dir, find_prepared, import_tfds
 from pspinal_jax.data.stl10 import read_stl10
 from pspinal_jax.errors import DataError, UsageError
-from pspinal_jax.files import expanded, locked
+from pspinal_jax.files import check_target, expanded, locked
 from pspinal_jax.progress import progress_bar
 
 
@@ -58,8 +58,14 @@ def prepare_data_set(
     """
     _check_sources(data_set, raw, npz)
     root = default_data_dir() if data_dir is None else expanded(data_dir)
+    check_name(root)
+    directory = root / data_set.name / OUR_VERSION
+    was_there = directory.exists()  # asked first: another process may be about to finish it
     if there := find_prepared(root, data_set.name):
         return Preparation(there, was_there=True)
+    if was_there:
+        raise DataError(f"{directory} exists but is no complete data set; delete it and prepare again")
+    check_target(root, "data folder", f"{data_set.name}/dataset_info.json")
     with contextlib.ExitStack() as archives:
         # All that can be wrong with the input is found before anything is written.
         examples = _read(data_set, raw, npz, archives, show_progress)
@@ -75,7 +81,7 @@ def prepare_data_set(
                 if examples is None:
                     download(data_set, missing_downloads(data_set, downloads), downloads, show_progress)
                     examples = _read_files(data_set, downloads, archives, show_progress)
-                directory = _write(data_set, root, examples, show_progress)
+                _write(data_set, root, examples, show_progress)
         except OSError as error:
             problem = f"{data_set.name} cannot be prepared in {root}: {error}; choose another data folder"
             raise DataError(problem) from error
@@ -129,12 +135,9 @@ def _read_npz(data_set: DataSet, path: Path) -> Arrays:
     return splits | _cut_parts(data_set, splits)
 
 
-def _write(data_set: DataSet, root: Path, examples: Examples, show_progress: bool) -> Path:
-    from pspinal_jax.data.builder import OUR_VERSION, make_builder
+def _write(data_set: DataSet, root: Path, examples: Examples, show_progress: bool) -> None:
+    from pspinal_jax.data.builder import make_builder
 
-    directory = root / data_set.name / OUR_VERSION
-    if directory.exists():
-        raise DataError(f"{directory} exists but is no complete data set; delete it and prepare again")
     total = sum(len(labels) for _, labels in examples.splits.values())
     tfds = import_tfds()
     config = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -147,9 +150,10 @@ def _write(data_set: DataSet, root: Path, examples: Examples, show_progress: boo
             # Without locks, another process may have finished first: its folder is in place, and our rename fails.
             if find_prepared(root, data_set.name) is None:
                 raise
+        except RuntimeError as error:  # array_record's, of a full disk
+            raise OSError(str(error)) from error
         finally:
             _remove_if_empty(root / data_set.name)
-    return directory
 
 
 def _cut_parts(data_set: DataSet, splits: Arrays) -> Arrays:
@@ -163,8 +167,6 @@ def _cut_parts(data_set: DataSet, splits: Arrays) -> Arrays:
 
 def _clear_leftovers(directory: Path, downloads: Path) -> None:
     """Remove what killed processes were writing; only while holding the lock, and only our own version's folders."""
-    from pspinal_jax.data.builder import OUR_VERSION
-
     for leftover in directory.glob(f"incomplete.*_{OUR_VERSION}"):
         shutil.rmtree(leftover)
     for leftover in downloads.glob("*.part"):

@@ -91,11 +91,22 @@ def open_prepared(directory: Path) -> Any:
       DataError: if there is none, or it asks for more than TFDS's own features; nothing of it is imported then.
     """
     tfds = import_tfds()
+    check_name(directory)
     _check_trust(directory)
     try:
         return tfds.builder_from_directory(directory)
     except Exception as error:  # TFDS raises many kinds here
         raise DataError(f"{directory} is no data set that TFDS can read: {error}") from error
+
+
+def check_name(directory: Path) -> None:
+    """Raise DataError if array_record cannot open files below `directory`: it takes UTF-8 alone."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{directory} holds bytes that are not UTF-8, and array_record opens no file there; rename it"
+        ) from None
 
 
 def _check_trust(directory: Path) -> None:

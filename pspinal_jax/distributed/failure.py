@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from pspinal_jax.distributed.coordination import client, count, index
-from pspinal_jax.errors import PSpinalError
+from pspinal_jax.errors import PSpinalError, printable
 
 _SECONDS_TO_BE_TOLD = 2.0
 """How long a process that lost another one waits for a better explanation."""
@@ -174,6 +174,6 @@ def _end(line: str, status: int, seconds: float = 0.0) -> None:
         time.sleep(60)  # another thread is at it, and ends the process
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        print(f"{_before_a_line()}{'error: ' if status else ''}{line}", file=sys.stderr, flush=True)
+        print(f"{_before_a_line()}{'error: ' if status else ''}{printable(line)}", file=sys.stderr, flush=True)
     time.sleep(seconds)
     os._exit(status)

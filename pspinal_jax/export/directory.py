@@ -22,7 +22,7 @@ from jax import export
 
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import MOST_JSON_BYTES, expanded, read_bytes, require_file, write_json
+from pspinal_jax.files import MOST_JSON_BYTES, check_target, expanded, read_bytes, require_file, write_json
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.weights.variables import save_variables
 
@@ -48,8 +48,10 @@ def check_free(path: Path) -> None:
     """Return if an export may be written to `path`: nothing is there, an empty directory or an older export.
 
     Raises:
-      RunError: otherwise; it names what is in the way.
+      RunError: otherwise; it names what is in the way, or says why it cannot be written.
     """
+    path = expanded(path).resolve()
+    check_target(path.parent, "the folder of the export,", f"{path.name}.{_this_process()}.part/{PROGRAM}")
     if not path.exists():
         return
     if not path.is_dir():
@@ -82,16 +84,19 @@ def write_export(path: Path, exported: export.Exported, variables: dict[str, Any
         _discard_leftovers(path)
         # Names of this process's own: neither another export nor what a killed one left is in the way.
         part, old = (path.with_name(f"{path.name}.{_this_process()}.{kind}") for kind in ("part", "old"))
-        part.mkdir()
-        (part / PROGRAM).write_bytes(exported.serialize())
-        save_variables(part / PARAMETERS, variables)
-        checksums = {name: _checksum(part / name) for name in (PROGRAM, PARAMETERS)}
-        content = {"format": FORMAT, **description, "sha256": checksums}
-        write_json(part / DESCRIPTION, content | {"checksum": json_checksum(content)})
-        if path.exists() and any(path.iterdir()):
-            os.replace(path, old)
-        os.replace(part, path)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            part.mkdir()
+            (part / PROGRAM).write_bytes(exported.serialize())
+            save_variables(part / PARAMETERS, variables)
+            checksums = {name: _checksum(part / name) for name in (PROGRAM, PARAMETERS)}
+            content = {"format": FORMAT, **description, "sha256": checksums}
+            write_json(part / DESCRIPTION, content | {"checksum": json_checksum(content)})
+            if path.exists() and any(path.iterdir()):
+                os.replace(path, old)
+            os.replace(part, path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 

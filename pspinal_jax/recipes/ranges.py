@@ -51,6 +51,13 @@ def check_ranges(recipe: Any) -> None:
     _require(recipe, not recipe.retrain or not paper, "retrain", "False with --protocol paper")
 
 
+def refuses_batches_of_one(recipe: Any) -> bool:
+    """Whether a batch norm of `recipe` sees one position of each example, and so refuses a batch of one."""
+    model = recipe.model
+    in_backbone = model.is_resnet and recipe.data.image_size == 32 and recipe.freeze == "none"
+    return in_backbone or (model.norm == "batch" and model.head != "dense")
+
+
 def _require(recipe: Any, holds: bool, name: str, expected: str) -> None:
     if not holds:
         raise UsageError(f"{name} is {operator.attrgetter(name)(recipe)}, expected {expected}")
@@ -83,7 +90,8 @@ def _check_data(recipe: Any) -> None:
 def _check_model(recipe: Any) -> None:
     model = recipe.model
     alone = recipe.batch_norm == "global" and recipe.batch_size == recipe.micro_batches  # run_mesh sees to per_device
-    _require(recipe, model.norm != "batch" or not alone, "batch_size", "2 or more a micro-batch for batch norm")
+    alone = alone and refuses_batches_of_one(recipe)
+    _require(recipe, not alone, "batch_size", "2 or more a micro-batch for batch norm")
     for name, most in (("layer_width", 2**20), ("num_layers", 1000)):  # more would only fill the memory
         _require(recipe, 1 <= getattr(model, name) <= most, f"model.{name}", f"1 .. {most}")
     for name in ("dropout_rate", "layer_dropout_rate"):

@@ -9,6 +9,7 @@ from pspinal_jax.data.copies import copies_of_a_class
 from pspinal_jax.data.dataset import Dataset, Split, hold_out
 from pspinal_jax.errors import UsageError
 from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.recipes.ranges import refuses_batches_of_one
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.programs import build_run_programs, check_classes, class_weights, schedule_of
 from pspinal_jax.training.examples import (
@@ -88,6 +89,13 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
             f"batch_size is {recipe.batch_size}, but only {len(train)} examples are left to train on; "
             "choose a smaller --batch-size"
         )
+    for stage in make_stages(recipe, train, validation):
+        if stage.tail_size == 1 and refuses_batches_of_one(recipe):
+            raise UsageError(
+                f"batch_size is {recipe.batch_size}, which leaves 1 of {len(stage.subset)} examples as the last batch "
+                "of an epoch, and batch norm learns from 2 or more; choose another --batch-size, or leave it out with "
+                "--data.drop-remainder"
+            )
     return train, validation
 
 

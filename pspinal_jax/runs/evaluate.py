@@ -1,10 +1,9 @@
 """`evaluate`: what a run's selected parameters, or an export, do on a test split."""
 
 import contextlib
-import csv
 import dataclasses
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from pspinal_jax.data.dataset import Split
 from pspinal_jax.data.images.encoded import ImageSplit
 from pspinal_jax.data.images.stream import stream
 from pspinal_jax.environment import enable_compilation_cache
-from pspinal_jax.errors import DataError, RunError, UsageError, printable
-from pspinal_jax.files import expanded
+from pspinal_jax.errors import DataError, RunError, UsageError
+from pspinal_jax.files import check_target, expanded, write_csv
 from pspinal_jax.progress import progress_bar, warn
 from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
 from pspinal_jax.runs.classification_report import Scored, classification_report, percent, worst_first
 from pspinal_jax.runs.classifier import Classifier, load_classifier
-from pspinal_jax.runs.directory import changed_classes, data_config, read_json, whole_file, write_json
+from pspinal_jax.runs.directory import changed_classes, data_config, read_json, write_json, writing
 from pspinal_jax.runs.metrics import plot_confusion, plot_mistakes
 from pspinal_jax.runs.seen import KINDS, read_seen
 
@@ -122,14 +121,20 @@ def evaluate(
       PSpinalError: if the source or the data cannot be read or do not fit each other, the run's own data is no longer
         what it was trained on, its logits are not finite, or `predictions` cannot be written.
     """
+    table = None if predictions is None else expanded(predictions)
+    if table is not None:
+        check_target(table, "--predictions")
+    if output is not None:
+        check_target(expanded(output), "--output", "evaluation.json", "classes.csv")
     evaluated = evaluate_examples(source, seed_index, data_path, show_progress)
-    if predictions is not None:
-        write_predictions(expanded(predictions), evaluated)
     classifier = evaluated.classifier
     folder = classifier.source if output is None else expanded(output)
-    if classifier.recipe is None and output is None:
-        return evaluated.report | {"files": []}
-    return evaluated.report | {"files": _write(folder, evaluated)}
+    paths = [] if classifier.recipe is None and output is None else _write(folder, evaluated)
+    if table is not None:
+        write_predictions(table, evaluated)
+    if paths:
+        _draw(paths, evaluated)
+    return evaluated.report | {"files": [path.name for path in paths if path.exists()]}
 
 
 def evaluate_examples(
@@ -196,7 +201,7 @@ def _seen_in_training(
         seen = {"train": np.concatenate([split.digests for name, split in data.splits.items() if name != "test"])}
     if seen is None:
         kind = "an export" if classifier.recipe is None else "a run"
-        warn(printable(f"{source} is {kind} without checksums: it may have been trained on these examples"))
+        warn(f"{source} is {kind} without checksums: it may have been trained on these examples")
         return None
     masks = {kind: np.isin(test.digests, seen.get(kind, ())) for kind in KINDS}
     known = np.logical_or.reduce(list(masks.values()))
@@ -207,7 +212,7 @@ def _seen_in_training(
         contents = Contents(test.digests, test.labels, lambda index: test.name(index).removeprefix(root))
         text = f"{known.sum():,} of the {len(known):,} examples scored were trained or validated on"
         rest = "" if accuracy is None else f"; accuracy on the {len(others):,} others: {percent(accuracy)}"
-        warn(printable(f"{text}: {contents.named(np.flatnonzero(known))}{rest}"))
+        warn(f"{text}: {contents.named(np.flatnonzero(known))}{rest}")
     names = ("trained_on", "validated_on", "trained_on_before")
     counts = {name: int(mask.sum()) for name, mask in zip(names, masks.values(), strict=True)}
     return {"examples": int(known.sum()), **counts, "accuracy_of_others": accuracy}
@@ -281,31 +286,39 @@ def _batches(split: Split, shape: tuple[int, ...], size: int) -> Generator[tuple
         yield split.inputs[first : first + size], split.labels[first : first + size]
 
 
-def _write(folder: Path, evaluated: Evaluated) -> list[str]:
-    """Write the report and return the names of the files, which are others for other data than the run's own."""
-    report, names = evaluated.report, evaluated.classifier.class_names
-    recipe = evaluated.classifier.recipe
+def _write(folder: Path, evaluated: Evaluated) -> list[Path]:
+    """Write the numbers; returns the paths of `_FILES`, which are others for other data than the run's own."""
+    report = evaluated.report
     ending = f"-{report['data_fingerprint']}" if report["trained_on_it"] is False else ""
     paths = [folder / f"{stem}{ending}{kind}" for stem, kind in _FILES]
-    numbers, classes, confusion, mistakes = paths
-    name = evaluated.classifier.described.get("recipe", "export") if recipe is None else recipe.card.name
-    title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(numbers, report)
-        _write_classes(classes, report["classes"])
+        write_json(paths[0], report)
+        _write_classes(paths[1], report["classes"])
     except (RunError, OSError) as error:
-        warn(printable(error))
+        warn(str(error))
         return []
+    _list_others(folder)
+    return paths
+
+
+def _draw(paths: Sequence[Path], evaluated: Evaluated) -> None:
+    """Draw the pictures among `paths`, those of `_FILES`; what cannot be drawn is a warning."""
+    report, names, recipe = evaluated.report, evaluated.classifier.class_names, evaluated.classifier.recipe
+    *_, confusion, mistakes = paths
+    name = evaluated.classifier.described.get("recipe", "export") if recipe is None else recipe.card.name
+    title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
     plot_confusion(np.asarray(report["confusion"]), list(names), confusion, title)
-    found = evaluated.mistakes()
+    try:
+        found = evaluated.mistakes()
+    except DataError as error:  # a picture that was there a moment ago
+        warn(f"{mistakes} was not drawn: {error}")
+        return
     if found:
         captions = [f"{each.true}\nas {each.predicted} {100 * each.probability:.0f} %" for each in found]
         plot_mistakes([each.picture for each in found], captions, mistakes, f"{name}: the surest mistakes")
     elif mistakes.exists():
         mistakes.unlink()  # those of an earlier evaluation, of another seed perhaps
-    _list_others(folder)
-    return [path.name for path in paths if path.exists()]
 
 
 _FILES = (("evaluation", ".json"), ("classes", ".csv"), ("confusion", ".png"), ("mistakes", ".png"))
@@ -313,24 +326,23 @@ _FILES = (("evaluation", ".json"), ("classes", ".csv"), ("confusion", ".png"), (
 
 def _write_classes(path: Path, classes: list[dict[str, Any]]) -> None:
     """The table of classes, worst first; of what cannot be computed, nothing."""
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "support", "precision", "recall", "f1"])
-        for each in worst_first(classes):
-            rows.writerow([each["name"], each["support"], each["precision"], each["recall"], each["f1"]])
+    columns = ("support", "precision", "recall", "f1")
+    rows = [[each["name"], *(each[column] for column in columns)] for each in worst_first(classes)]
+    with writing(path):
+        write_csv(path, ["class", *columns], rows)
 
 
 def write_predictions(path: Path, evaluated: Evaluated) -> None:
     """Write a line an example; RunError if that is not possible. See `evaluate`."""
     scored, names, split = evaluated.scored, evaluated.classifier.class_names, evaluated.data.test
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = csv.writer(file)
-        rows.writerow(["example", "true", "predicted", "correct", "probability", "probability_of_true"])
-        for index, (label, predicted) in enumerate(zip(scored.labels, scored.predictions, strict=True)):
-            name = split.encoded.name(index) if isinstance(split, ImageSplit) else index
-            probabilities = (scored.confidence[index], np.exp(scored.log_likelihood[index]))
-            shown = [f"{value:.6f}" for value in probabilities]
-            rows.writerow([name, names[label], names[predicted], int(label == predicted), *shown])
+    rows = []
+    for index, (label, predicted) in enumerate(zip(scored.labels, scored.predictions, strict=True)):
+        name = Path(split.encoded.name(index)) if isinstance(split, ImageSplit) else index
+        probabilities = (scored.confidence[index], np.exp(scored.log_likelihood[index]))
+        shown = [f"{value:.6f}" for value in probabilities]
+        rows.append([name, names[label], names[predicted], int(label == predicted), *shown])
+    with writing(path):
+        write_csv(path, ["example", "true", "predicted", "correct", "probability", "probability_of_true"], rows)
 
 
 def _list_others(run: Path) -> None:

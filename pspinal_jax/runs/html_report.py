@@ -19,8 +19,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from pspinal_jax.environment import versions
-from pspinal_jax.errors import PSpinalError, RunError, UsageError, printable
-from pspinal_jax.files import expanded, write_text
+from pspinal_jax.errors import PSpinalError, RunError, printable
+from pspinal_jax.files import check_target, expanded, write_text
 from pspinal_jax.runs.classification_report import MOST_ROWS, percent, without_examples, worst_first
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.evaluate import Evaluated, Mistake, evaluate_examples
@@ -115,8 +115,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path, show_progress: 
       PSpinalError: if a run's config.json or result.json cannot be read, or the page cannot be written.
     """
     output = expanded(output)
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"--output is {output}, but {output.parent} is no folder")
+    check_target(output, "--output")
     read = [_read(expanded(run), show_progress) for run in runs]
     title = read[0].name if len(read) == 1 else f"{len(read)} runs"
     environment = Environment(

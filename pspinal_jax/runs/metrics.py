@@ -2,24 +2,20 @@
 
 import contextlib
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pspinal_jax.distributed.coordination import is_primary
-from pspinal_jax.errors import UsageError, printable
-from pspinal_jax.files import atomic_file, json_text
+from pspinal_jax.errors import UsageError
+from pspinal_jax.files import json_text
+from pspinal_jax.pictures import drawable, drawn
 from pspinal_jax.progress import warn
 from pspinal_jax.runs.directory import RunDirectory, write_json, write_text, writing
 from pspinal_jax.training.loop import REPORT
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_LONGEST_TEXT = 60
 _LONGEST_CAPTION = 26
 _MOST_POINTS = 1000
 """Of a curve: what more there are lie within a line's width, and make the drawing large."""
@@ -144,11 +140,11 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss and accuracy by epoch: the mean over seeds, and their range where there is more than one."""
-    with _figure(path, 10, 4) as figure:
+    with drawn(path, 10, 4) as figure:
         left, right = figure.subplots(1, 2)
         epochs = _count_on(lines)
-        drawn = np.unique(np.linspace(0, len(lines) - 1, _MOST_POINTS).round().astype(int))
-        epochs, lines = epochs[drawn], [lines[index] for index in drawn]
+        shown = np.unique(np.linspace(0, len(lines) - 1, _MOST_POINTS).round().astype(int))
+        epochs, lines = epochs[shown], [lines[index] for index in shown]
         for axis, kind, scale in ((left, "loss", 1.0), (right, "accuracy", 100.0)):
             for split in ("train", "validation", "test"):
                 key = f"{split}_{kind}"
@@ -166,22 +162,22 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         left.set_ylabel("loss (nats)")
         right.set_ylabel("accuracy (%)")
         if title:
-            figure.suptitle(_drawable(title))
+            figure.suptitle(drawable(title))
 
 
 def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title: str) -> None:
     """The confusion matrix [C, C], rows the true class; colours are fractions of the row."""
     size = float(np.clip(0.45 * len(class_names), 5, 16))
-    with _figure(path, size + 1, size) as figure:
+    with drawn(path, size + 1, size) as figure:
         axis = figure.subplots()
         fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
         figure.colorbar(image, ax=axis, label="fraction of the true class")
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
-        axis.set_title(_drawable(title))
+        axis.set_title(drawable(title))
         if len(class_names) <= _MOST_NUMBERED_CLASSES:
-            labels = [_drawable(name) for name in class_names]
+            labels = [drawable(name) for name in class_names]
             # Names that cannot be told apart any more have their number before them.
             labels = labels if len({*labels}) == len(labels) else [f"{i}: {label}" for i, label in enumerate(labels)]
             axis.set_xticks(range(len(labels)), labels, rotation=90)
@@ -196,14 +192,14 @@ def plot_mistakes(pictures: Sequence[np.ndarray], captions: Sequence[str], path:
     """A contact sheet of `pictures`, each uint8 [H, W, C], C 1 or 3, with its caption of some lines above it."""
     columns = min(6, len(pictures))
     rows = -(-len(pictures) // columns)
-    with _figure(path, 1.9 * columns + 0.4, 2.25 * rows + 0.5) as figure:
+    with drawn(path, 1.9 * columns + 0.4, 2.25 * rows + 0.5) as figure:
         for axis in figure.subplots(rows, columns, squeeze=False).flat:
             axis.set_axis_off()
         for axis, picture, caption in zip(figure.axes, pictures, captions, strict=False):
             axis.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=255)
-            lines = [_drawable(line, _LONGEST_CAPTION) for line in caption.splitlines()]
+            lines = [drawable(line, _LONGEST_CAPTION) for line in caption.splitlines()]
             axis.set_title("\n".join(lines), fontsize=7)
-        figure.suptitle(_drawable(title))
+        figure.suptitle(drawable(title))
 
 
 def _count_on(lines: list[dict[str, Any]]) -> np.ndarray:
@@ -214,34 +210,3 @@ def _count_on(lines: list[dict[str, Any]]) -> np.ndarray:
         numbers += [before + epoch for epoch in here]
         before += max(here)
     return np.array(numbers)
-
-
-@contextlib.contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """A figure (inches) that is saved to `path` at the end of the `with`. A plot that fails is one warning, no more.
-
-    What is written on it is text, never markup.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure  # no pyplot: a notebook's backend is its own
-
-        with matplotlib.rc_context({"text.usetex": False, "text.parse_math": False}), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of layouts that do not fit
-            figure = Figure(figsize=(width, height), layout="constrained")
-            yield figure
-            with atomic_file(path) as part:
-                figure.savefig(part, dpi=110, format=path.suffix[1:])
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        warn(printable(f"{path} was not drawn: {reason}"))
-
-
-def _drawable(text: str, longest: int = _LONGEST_TEXT) -> str:
-    """`text` on one line, with a replacement character for what the font lacks, and cut to a length that fits."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    text = printable(text)
-    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
-    glyphs = get_font(findfont(FontProperties())).get_charmap()
-    return "".join(char if ord(char) in glyphs else "\ufffd" for char in text)

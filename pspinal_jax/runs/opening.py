@@ -34,7 +34,7 @@ def describe_opening(
     name = "" if recipe.card.name == "none" else f"{recipe.card.name}: "
     counts = class_counts(recipe, data)
     sizes = ", ".join(f"{split} {of_class.sum():,}" for split, of_class in counts.items())
-    lines = [printable(f"{name}{data.source}, {data.num_classes} classes; examples: {sizes}")]
+    lines = [f"{name}{data.source}, {data.num_classes} classes; examples: {sizes}"]
     lines += _classes(data.class_names, counts)
     lines.append(f"input {' x '.join(map(str, data.example_shape))} {data.example_dtype}; {_model(recipe, init_from)}")
     lines.append(_parameters(recipe, data, model))
@@ -75,11 +75,10 @@ def _classes(names: tuple[str, ...], counts: dict[str, np.ndarray]) -> list[str]
         ]
         return ["  " + "  ".join(row) for row in rows]
     order = np.argsort(train, kind="stable")
-    smallest = ", ".join(f"{printable(names[index])} {train[index]:,}" for index in order[:_NAMED])
+    smallest = ", ".join(f"{names[index]} {train[index]:,}" for index in order[:_NAMED])
     largest = order[-1]
     return [
-        f"  in train {smallest} .. {printable(names[largest])} {train[largest]:,} examples a class, "
-        f"median {np.median(train):,.0f}"
+        f"  in train {smallest} .. {names[largest]} {train[largest]:,} examples a class, median {np.median(train):,.0f}"
     ]
 
 
@@ -88,9 +87,9 @@ def _model(recipe: Recipe, init_from: Path | None) -> str:
     layers = "" if model.head == "dense" else f" ({model.num_layers} layers of {model.layer_width})"
     head = f"{model.head} head{'' if model.head == 'mlp' else layers}"
     if model.backbone == "none":
-        return head if init_from is None else printable(f"{head}, from {init_from}")
+        return head if init_from is None else f"{head}, from {init_from}"
     weights = f"from {init_from}" if init_from is not None else f"weights {model.weights or 'random'}"
-    return printable(f"backbone {model.backbone}, {weights}; {head}")
+    return f"backbone {model.backbone}, {weights}; {head}"
 
 
 def _parameters(recipe: Recipe, data: Dataset[Split], model: Classifier) -> str:

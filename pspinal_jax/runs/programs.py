@@ -1,7 +1,6 @@
 """From a recipe and its model to the programs that a run calls, whatever its data."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.progress import say
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.training.optimizers import Schedule, make_optimizer
 from pspinal_jax.training.programs import Execution, Programs, build_programs
@@ -163,7 +163,7 @@ def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
     if any(length not in (-1, mesh.shape[axis]) for axis, length in zip(AXES, asked, strict=True)):
         line = f"the run goes on over {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)} of {devices} devices"
     if line and is_primary():
-        print(line, file=sys.stderr)
+        say(line)
     return mesh
 
 

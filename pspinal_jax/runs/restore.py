@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspinal_jax.checkpoints import read_newest
 from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
-from pspinal_jax.errors import RunError, UsageError, printable
+from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features
 from pspinal_jax.models.classifier import Classifier
@@ -193,7 +193,7 @@ def _variables_of_run(run: Path, expected: Any, class_names: Sequence[str]) -> d
         raise UsageError(f"--init-from {run} does not fit this model: {', '.join(listed)}")
     if others and is_primary():
         counts = f"{len(config['class_names'])} classes, not the {len(class_names)} of this data"
-        say(printable(f"--init-from {run} knows {counts}: the output layer starts anew, all else is kept"))
+        say(f"--init-from {run} knows {counts}: the output layer starts anew, all else is kept")
     tree: dict[str, Any] = unflatten_dict(found)
     return tree
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.data.copies import Contents
-from pspinal_jax.errors import PSpinalError, printable
+from pspinal_jax.errors import PSpinalError
 from pspinal_jax.progress import warn
 from pspinal_jax.runs import manifest
 from pspinal_jax.runs.directory import writing
@@ -50,6 +50,6 @@ def read_seen(run: Path) -> dict[str, np.ndarray] | None:
         manifest.check(run, SEEN)
         found: dict[str, Any] = read_variables(run / SEEN)
     except PSpinalError as error:
-        warn(printable(error))
+        warn(str(error))
         return None
     return {kind: np.ravel(found[kind]) for kind in KINDS if kind in found}

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,8 @@ from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.data.images.stream import end_within_a_worker
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
-from pspinal_jax.errors import UsageError, printable
-from pspinal_jax.files import expanded
+from pspinal_jax.errors import UsageError
+from pspinal_jax.files import check_target, expanded
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.models.preprocessing import with_own_preprocessing
@@ -67,6 +66,8 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)
+    if is_primary() and not directory.result_path.exists():
+        check_target(directory.path, "work directory", directory.config_path.name, directory.metrics_path.name)
     resuming = broadcast_from_primary(directory.config_path.exists)
     if resuming:  # a run of an earlier version goes on as it began
         began = directory.config().get("identity", {}).get("data", {}).get("keep_copies_together", False)
@@ -90,7 +91,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         if is_primary() and not directory.curves_path.exists():  # a kill came between the two
             _plot(recipe, directory)
         if is_primary():
-            say(printable(f"{directory.path} holds this run, finished: nothing is trained again; its result:"))
+            say(f"{directory.path} holds this run, finished: nothing is trained again; its result:")
         return directory.result() or {}
     mesh = run_mesh(recipe, resuming=resuming)
     if resuming:
@@ -151,16 +152,16 @@ def _look_for_copies(
     test = len(contents.labels) - len(data.test) + np.arange(len(data.test))
     counts, text = contents.find_copies(*rows, test)
     if text:
-        warn(printable(f"{data.source}: {text}"))
+        warn(f"{data.source}: {text}")
     if init_from is not None:
         before = (read_seen(directory.path) or {}).get("before", np.zeros(0, np.uint64))
         places = test[np.isin(contents.digests[test], before)]
         counts["test_in_init_from"] = len(places)
         if len(places):
             count = f"{len(places):,} of {len(test):,} test examples are ones that {init_from} was trained on"
-            warn(printable(f"{data.source}: {count}: {contents.named(places)}"))
+            warn(f"{data.source}: {count}: {contents.named(places)}")
         elif not len(before):
-            warn(printable(f"{init_from} is a run without checksums: it may have been trained on the test examples"))
+            warn(f"{init_from} is a run without checksums: it may have been trained on the test examples")
     return counts
 
 
@@ -195,7 +196,7 @@ def _warn_of_devices(recipe: Recipe, directory: RunDirectory) -> None:
     """Say so where the rest of the run will be another than it would have been on the devices it began on."""
     began, now = directory.config()["device"]["count"], device()["count"]
     if recipe.batch_norm == "per_device" and began != now and is_primary():
-        print(f"warning: with --batch-norm per_device {now} devices give another result than {began}", file=sys.stderr)
+        warn(f"with --batch-norm per_device {now} devices give another result than {began}")
 
 
 def _plot(recipe: Recipe, directory: RunDirectory) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from pspinal_jax.distributed.coordination import count
+from pspinal_jax.errors import printable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -71,7 +72,7 @@ def leave_at_once(advice: str) -> Iterator[None]:
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        line = f"stopped by {signal.Signals(number).name}; {advice}"
+        line = printable(f"stopped by {signal.Signals(number).name}; {advice}")
         if count() > 1:
             from pspinal_jax.distributed.failure import leave_together
 

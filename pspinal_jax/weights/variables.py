@@ -1,5 +1,6 @@
 """A model's variables as one .safetensors file, in our own names."""
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,20 @@ def save_variables(path: Path, variables: Mapping[str, Any]) -> None:
     Args:
       path: a .safetensors file, overwritten where it exists.
       variables: collections of nested dicts of arrays, as linen's ``init`` gives them.
+
+    Raises:
+      OSError: if it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     with atomic_file(path) as part:
         part.touch()
         mode = part.stat().st_mode  # what the user's umask gives; safetensors gives the owner alone access
-        save_file(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR)), part)
+        try:
+            save_file(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR)), part)
+        except SafetensorError as error:  # of a disk that is full
+            raise OSError(errno.EIO, str(error), str(path)) from error
         part.chmod(mode)
 
 

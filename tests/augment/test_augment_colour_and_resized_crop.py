@@ -74,6 +74,25 @@ def test_boxes_have_the_areas_and_aspects_that_were_asked_for():
     np.testing.assert_allclose([aspect.mean(), flips.mean()], [0, 0.5], atol=0.03)
 
 
+def test_a_box_is_the_first_of_ten_that_fits_or_the_first_of_all_cut_to_the_image():
+    key, count, aspect = jax.random.key(3), 400, 40.0  # with which most do not fit
+    box_key, corner_key, flip_key = jax.random.split(key, 3)
+    corners, sides, flips = map(np.asarray, draw_boxes(key, count, ResizedCrop(0.25, aspect)))
+    numbers = np.asarray(jax.random.uniform(box_key, (count * 20,))).reshape(count, 10, 2)
+    area, ratio = 0.25 + 0.75 * numbers[..., 0], aspect ** (2 * numbers[..., 1] - 1)
+    boxes = np.sqrt(np.stack([area / ratio, area * ratio], -1))
+    expected, tries = [], set()
+    for tried in boxes:
+        fitting = np.flatnonzero(tried.max(1) <= 1)
+        expected.append(tried[fitting[0]] if len(fitting) else np.minimum(tried[0], 1))
+        tries.add(fitting[0] if len(fitting) else None)
+    assert {None, 0, 9} <= tries
+    np.testing.assert_allclose(sides, expected, rtol=1e-4)
+    places = np.asarray(jax.random.uniform(corner_key, (count, 2)))
+    np.testing.assert_allclose(corners, places * (1 - sides), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(flips, np.asarray(jax.random.uniform(flip_key, (count,))) < 0.5)
+
+
 def test_it_is_a_function_of_the_key():
     first = resized_crop_flip(jax.random.key(5), IMAGES, 20)
     assert first.shape == (4, 20, 20, 3) and first.dtype == np.uint8

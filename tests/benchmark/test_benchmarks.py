@@ -11,7 +11,7 @@ from pspinal_jax import weights
 from pspinal_jax.__main__ import main
 from pspinal_jax.benchmark import head, run, steps
 from pspinal_jax.benchmark.compile import measure_published
-from pspinal_jax.benchmark.measurement import Settings, table, timed
+from pspinal_jax.benchmark.measurement import Settings, checked, table, timed
 from pspinal_jax.benchmark.registry import BENCHMARKS
 from pspinal_jax.benchmark.report import format_record, plot_entries, results_of
 from pspinal_jax.benchmark.roofline import count_flops
@@ -125,6 +125,13 @@ def test_different_work_ends_a_section():
 def test_a_case_is_not_begun_after_its_time():
     record = run.measure("machine", failing(ValueError()), lambda r: None, seconds=-1.0)
     assert record["left_out"][-2:] == ["first: no time left", "second: no time left"] and not record["entries"]
+
+
+def test_a_check_is_a_part_of_the_first_case():
+    calls = []
+    (_, first), (_, second) = checked(lambda: calls.append("check"), [("a", lambda: ["a"]), ("b", lambda: ["b"])])
+    assert second() == ["b"] and not calls
+    assert first() == ["a"] and calls == ["check"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

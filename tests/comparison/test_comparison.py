@@ -9,7 +9,9 @@ from comparison_support import SMALL, lasting, make_features, run, small_data
 import pspinal_jax
 from pspinal_jax.comparison.door import make_config
 from pspinal_jax.comparison.ledger import Key, Ledger, packed, unpacked
+from pspinal_jax.comparison.ledger import _parse as parse_line
 from pspinal_jax.comparison.parts import flattened, make_split
+from pspinal_jax.comparison.report import write_report
 from pspinal_jax.comparison.run import CompareConfig, Comparer, rank
 from pspinal_jax.comparison.runner import Runner
 from pspinal_jax.errors import DataError, RunError, UsageError
@@ -45,10 +47,11 @@ def test_the_test_split_chooses_nothing(finished):
 
 
 def test_trials_get_no_test_example_and_nobody_its_label(monkeypatch):
-    seen = {}
+    seen, rows = {}, {}
 
     def spy(self, tasks, examples, order):
         seen[tasks[0].key.kind] = examples
+        rows.update({(task.key.kind, task.key.number): task.part.train.tolist() for task in tasks})
         return ran(self, tasks, examples, order)
 
     ran = Runner.run
@@ -57,6 +60,13 @@ def test_trials_get_no_test_example_and_nobody_its_label(monkeypatch):
     assert not seen["trial"].inputs[120:].any() and seen["seed"].inputs[120:].any()
     assert not seen["trial"].labels[120:].any() and not seen["seed"].labels[120:].any()
     np.testing.assert_array_equal(seen["trial"].inputs[:120], seen["seed"].inputs[:120])
+    # All trials are cut as the first seed is, and every seed in its own way.
+    split = make_split(flattened(small_data()), 0, 1, 0)
+    cuts = [split.rows(0.2, seed)[0].tolist() for seed in range(2)]
+    assert rows == {("trial", 0): cuts[0], ("trial", 1): cuts[0], ("trial", 2): cuts[0]} | {
+        ("seed", number): cut for number, cut in enumerate(cuts)
+    }
+    assert cuts[0] != cuts[1]
 
 
 def test_what_is_finished_is_not_done_again_and_a_cut_line_is(finished, tmp_path):
@@ -74,6 +84,95 @@ def test_what_is_finished_is_not_done_again_and_a_cut_line_is(finished, tmp_path
         written = (again / "trials.jsonl").read_text().splitlines()
         assert written[:kept] == lines[:kept] and len(written) == len(lines)
     assert not any(resumed["execution"]["compilations"].values())
+
+
+DAMAGES = {
+    "no test_hits": ("seed", "test_hits", None),
+    "no seconds": ("seed", "seconds", None),
+    "hits cut short": ("seed", "test_hits", "AA=="),
+    "hits that are no base64": ("seed", "test_hits", "!!!!"),
+    "hits of another test split": ("seed", "test_hits", packed(np.ones(80, bool))),
+    "hits that are a number": ("seed", "test_hits", 3),
+    "an accuracy that is text": ("seed", "test_accuracy", "1"),
+    "an accuracy that is not that of the hits": ("seed", "test_accuracy", 0.123),
+    "an accuracy of 7": ("trial", "validation_accuracy", 7.0),
+    "an accuracy of NaN": ("trial", "validation_accuracy", float("nan")),
+    "an accuracy that is true": ("trial", "validation_accuracy", True),
+    "a loss that is text": ("trial", "train_loss", "1"),
+    "a loss of infinity": ("trial", "train_loss", float("inf")),
+    "finite as text": ("trial", "finite", "yes"),
+    "endless seconds": ("trial", "seconds", float("inf")),
+    "a setting that is a list": ("trial", "setting", []),
+    "a negative number": ("trial", "number", -1),
+    "a number that is true": ("trial", "number", True),
+    "a method that is a list": ("trial", "method", ["dense"]),
+    "another kind": ("trial", "kind", "look"),
+}
+
+
+@pytest.mark.parametrize("summed", [True, False], ids=["with a checksum", "as before checksums"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_of_trials_is_noticed(finished, damage, summed):
+    kind, name, value = DAMAGES[damage]
+    lines = [json.loads(line) for line in (finished[0] / "trials.jsonl").read_text().splitlines()]
+    line = next(line for line in lines if line["kind"] == kind and line["method"] == "dense")
+    if not summed:
+        del line["checksum"]
+    assert parse_line(json.dumps(line), 60) is not None
+    line[name] = value
+    if value is None:
+        del line[name]
+    assert parse_line(json.dumps(line), 60) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, '{"kind": "trial"}'])
+def test_a_line_that_is_none_is_noticed(text):
+    assert parse_line(text, 60) is None
+
+
+def test_a_line_that_says_something_else_does_not_match_its_checksum(finished):
+    line = json.loads((finished[0] / "trials.jsonl").read_text().splitlines()[0])
+    line["seconds"] += 1.0
+    assert parse_line(json.dumps(line), 60) is None
+
+
+def test_what_is_damaged_is_computed_again_and_older_lines_count(finished, tmp_path, capsys):
+    workdir, result = finished
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    (tmp_path / "compare.json.7-7.part").write_text("what a kill has left")
+    lines = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["checksum"]
+    damaged = [line for line in lines if line["method"] in ("knn", "ridge")]
+    for line, setting in zip(damaged, ({}, {"k": 0}, 0, damaged[3]["setting"] | {"k": 1.0}), strict=False):
+        line["setting"] = setting
+    seed = next(line for line in lines if line["kind"] == "seed" and line["method"] == "dense")
+    seed["test_accuracy"] = 7.0
+    (tmp_path / "trials.jsonl").write_text("\n".join(map(json.dumps, lines)))  # the last one lacks its end
+    resumed = run(tmp_path)
+    assert lasting(resumed) == lasting(result)
+    assert resumed["execution"]["compilations"] == {"progressive": 0, "dense": 1}
+    assert "trials.jsonl has 2 damaged lines: what was there is computed again" in capsys.readouterr().err
+    assert lasting(run(tmp_path)) == lasting(result) and capsys.readouterr().err == ""
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(finished, tmp_path, monkeypatch, capsys):
+    def failing(result, figure):
+        raise ValueError("no font")
+
+    _, result = finished
+    monkeypatch.setattr("pspinal_jax.comparison.report._draw", failing)
+    write_report(tmp_path, result | {"data": result["data"] | {"source": "a$\\frac$\udcff\x1b[31m|"}})
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "compare.md"}
+    assert "compare.png was not drawn: no font" in capsys.readouterr().err
+    assert "\x1b" not in (tmp_path / "compare.md").read_text()
+
+
+def test_a_source_of_any_name_is_drawn(finished, tmp_path, capsys):
+    result = finished[1] | {"data": finished[1]["data"] | {"source": "a$\\frac$\udcff\x1b[31m_{"}}
+    write_report(tmp_path, result)
+    pspinal_jax.comparison.door.Comparison(result).plot().savefig(tmp_path / "again.png")
+    assert (tmp_path / "compare.png").exists() and capsys.readouterr().err == ""
 
 
 def test_more_trials_heads_and_seeds_go_on_with_what_is_there(finished, tmp_path):
@@ -144,6 +243,11 @@ def test_seeds_have_validation_parts_of_their_own_and_splits_tests_of_their_own(
         tests.append(sorted(rows[120:]))
     assert tests[0] != tests[1] != tests[2] != tests[0]
     np.testing.assert_array_equal(split.inputs[120:], data.test.inputs)
+    # Of each class as many as the data's own test has, by a generator of the class's own.
+    labels = np.concatenate([data.train.labels, data.test.labels])
+    drawn = [np.random.default_rng([5, 1, c]).permutation(np.flatnonzero(labels == c))[:20] for c in range(3)]
+    inputs = np.concatenate([data.train.inputs, data.test.inputs])
+    np.testing.assert_array_equal(make_split(data, 1, 3, 5).inputs[120:], inputs[np.sort(np.concatenate(drawn))])
 
 
 def test_a_validation_split_of_the_datas_own_is_used():
@@ -191,7 +295,7 @@ def test_the_python_door_takes_arrays():
     assert "dense *" in repr(comparison) and "| **dense** |" in comparison._repr_markdown_()
     cut = pspinal_jax.compare(inputs, labels, test_fraction=0.25, **small)
     assert cut.result["data"]["test"] == 30
-    assert len(cut.plot().axes) == 3 if cut.best != "dense" else 2
+    assert len(cut.plot().axes) == 1 + len({cut.best, "dense"})
     with pytest.raises(UsageError, match="together"):
         pspinal_jax.compare(inputs, labels, test_labels=labels)
     with pytest.raises(UsageError, match=r"features \(120, 6\) and labels \(119,\)"):
@@ -235,7 +339,9 @@ def test_copies_lie_on_one_side_of_every_cut(tmp_path):
     # Five test rows of each class, and nothing but pairs to draw them from: of each class one pair is cut.
     pairs = doubled.train.inputs[15:], doubled.train.labels[15:]
     odd = small_data(train=pairs, test=(doubled.train.inputs[:15], doubled.train.labels[:15]))
-    counts = Comparer(odd, make_config({**SMALL, "splits": 3}), Ledger(None), False).copies[0]
+    drawn = Comparer(odd, make_config({**SMALL, "splits": 3}), Ledger(None), False)
+    assert all(np.bincount(split.test_labels).tolist() == [5, 5, 5] for split in drawn.splits)
+    counts = drawn.copies[0]
     assert (counts["test_in_train"], counts["test_in_train_of_drawn_splits"]) == (15, 6)
     apart = Comparer(doubled, make_config({**SMALL, "keep_copies_together": False}), Ledger(None), False)
     assert apart.copies[0]["validation_in_train"] > 0 == comparer.copies[0]["validation_in_train"]

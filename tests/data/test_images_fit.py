@@ -49,8 +49,11 @@ def test_crop_and_pad_of_sides_that_do_not_divide():
 
 def test_a_crop_may_lie_elsewhere_as_seeds_decide():
     whole = WIDE.resize((48, 16), BILINEAR)
-    for place, left in ((0.0, 0), (0.25, 8), (1.0, 32)):
-        close(decode(WIDE, (16, 16), "crop", place), whole.crop((left, 0, left + 16, 16)))
+    tall = WIDE.transpose(Image.Transpose.TRANSPOSE)
+    for place, first in ((0.0, 0), (0.25, 8), (1.0, 32)):
+        expected = np.asarray(whole.crop((first, 0, first + 16, 16)))
+        close(decode(WIDE, (16, 16), "crop", place), expected)
+        close(decode(tall, (16, 16), "crop", place), expected.swapaxes(0, 1))
     file = io.BytesIO()
     WIDE.save(file, "PNG")
     split = ImageSplit(InMemory([file.getvalue()] * 3), np.arange(3), "crop")

@@ -12,6 +12,7 @@ from PIL import Image
 from raw_images import birds_members, write_files
 
 from pspinal_jax.data.catalogue import CATALOGUE
+from pspinal_jax.data.copies import digest_bytes
 from pspinal_jax.data.images.decode import decode
 from pspinal_jax.data.images.records import read_image_records
 from pspinal_jax.data.images.stream import stream
@@ -40,6 +41,8 @@ def test_records_are_read_without_tensorflow_and_labels_once(prepared, monkeypat
     again = read_image_records(prepared, 4)
     assert again.fingerprint() == first.fingerprint() and again.class_names == first.class_names
     np.testing.assert_array_equal(again.validation.labels, [0, 0, 1, 1])
+    encoded = again.train.encoded
+    assert again.train.digests.tolist() == [digest_bytes(encoded[index]) for index in range(len(encoded))]
     assert again.train.encoded.name(3) == f"train[3] of {prepared}"
     with Image.open(io.BytesIO(again.train.encoded[0])) as image:
         assert image.format == "JPEG"

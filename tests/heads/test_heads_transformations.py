@@ -80,6 +80,14 @@ def on_an_explicit_mesh(function, *args):
         return jax.jit(function)(*args, jax.device_put(rows, NamedSharding(mesh, P("data"))))
 
 
+def seeds_on_an_explicit_mesh(function, params, rows):
+    mesh = jax.make_mesh((1,), ("seed",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        stacked = jax.tree.map(lambda leaf: np.stack([0 * leaf, leaf]), params)
+        stacked = jax.device_put(stacked, NamedSharding(mesh, P("seed")))
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[1], jax.jit(jax.vmap(function, (0, None)))(stacked, rows))
+
+
 def with_nan_checks(function, *args):
     with jax.debug_nans(True):
         return jax.jit(function)(*args)
@@ -87,6 +95,7 @@ def with_nan_checks(function, *args):
 
 TRANSFORMATIONS = {
     "explicit mesh": on_an_explicit_mesh,
+    "seeds on an explicit mesh": seeds_on_an_explicit_mesh,
     "remat": lambda function, *args: jax.jit(jax.checkpoint(function))(*args),
     "debug_nans": with_nan_checks,
     "vmap": lambda function, params, rows: jax.tree.map(
@@ -131,6 +140,41 @@ def test_gradients_under_transformations_are_those_without(name, options, implem
     ours = TRANSFORMATIONS[name](gradients, params, FEATURES)
     for leaf, plain in zip(jax.tree.leaves(ours), jax.tree.leaves(gradients(params, FEATURES)), strict=True):
         np.testing.assert_allclose(leaf, plain, rtol=1e-4, atol=1e-4)
+
+
+DROPS = {"dropout_rate": 0.2, "layer_dropout_rate": 0.3}
+SEEDED = {
+    **{name: ProgressiveSpinalHead(3, 4, norm="batch", implementation=name) for name in IMPLEMENTATIONS},
+    **{f"{name}, masks": ProgressiveSpinalHead(3, 4, implementation=name, **DROPS) for name in IMPLEMENTATIONS},
+    **{f"{name}, 1 layer": ProgressiveSpinalHead(3, 4, num_layers=1, implementation=name) for name in IMPLEMENTATIONS},
+    "scan, masks, 1 layer": ProgressiveSpinalHead(3, 4, num_layers=1, implementation="scan", **DROPS),
+    "bfloat16": ProgressiveSpinalHead(3, 4, dtype=jnp.bfloat16),
+    "spinal": SpinalHead(3, 4, norm="batch"),
+    "mlp": MLPHead(3, 4, norm="batch"),
+    "dense": DenseHead(3, dropout_rate=0.2),
+}
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_seeds_on_an_explicit_mesh_initialise_and_train(name):
+    head = SEEDED[name]
+
+    def step(key):
+        variables = head.init(key, FEATURES, train=False)
+
+        def loss(params):
+            options = {"train": True, "rngs": {"dropout": key}, "mutable": ["batch_stats"]}
+            logits, new = head.apply({**variables, "params": params}, FEATURES, **options)
+            return jnp.sum(logits.astype(jnp.float32) ** 2), new
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    mesh = jax.make_mesh((1,), ("seed",), axis_types=(AxisType.Explicit,))
+    keys = jax.random.split(jax.random.key(0), 2)
+    with jax.set_mesh(mesh):
+        mapped = jax.jit(jax.vmap(step)).eval_shape(jax.device_put(keys, NamedSharding(mesh, P("seed"))))
+    for leaf in jax.tree.leaves(mapped):
+        assert leaf.shape[0] == 2 and leaf.sharding.spec[0] == "seed"
 
 
 @every_implementation

@@ -33,6 +33,7 @@ def test_a_class_that_is_never_found_halves_balanced_accuracy_and_not_accuracy(r
     assert report["balanced_accuracy"] == pytest.approx((8 / 9 + 0) / 2)
     assert report["macro_f1"] == pytest.approx((2 * 8 / (9 + 9) + 0) / 2)
     assert report["loss"] == pytest.approx(-(8 * np.log(0.8) + np.log(0.3) + np.log(0.2)) / 10)
+    assert report["calibration_error"] == pytest.approx((8 * 0.2 + 0.6 + 0.7) / 10)
     assert report["confusion"] == [[8, 0, 1], [1, 0, 0], [0, 0, 0]]
     assert report["class_accuracy"] == {"a": pytest.approx(8 / 9), "b": 0.0, "never there": None}
     a, b, never = report["classes"]
@@ -58,6 +59,15 @@ def test_calibration_error_is_the_mean_gap_in_bins():
     assert calibration_error(np.ones(3), np.ones(3, bool)) == 0.0
 
 
+def test_a_confidence_on_a_bins_edge_belongs_to_the_bin_below():
+    """Bins are (k/B, (k+1)/B], and the first holds 0 too."""
+    apart = calibration_error(np.array([0.5, 0.75]), np.array([True, False]), bins=2)
+    assert apart == (abs(1 - 0.5) + abs(0 - 0.75)) / 2
+    together = calibration_error(np.array([0.75, 1.0]), np.array([False, True]), bins=2)
+    assert together == abs(1 - 1.75) / 2
+    assert calibration_error(np.array([0.0, 0.5]), np.array([False, True]), bins=2) == abs(1 - 0.5) / 2
+
+
 def test_top_5_counts_examples_whose_class_is_among_the_first_five():
     rows = np.tile([0.3, 0.25, 0.2, 0.1, 0.08, 0.07], (6, 1))
     assert classification_report(scored(range(6), rows), tuple("abcdef"))["top_5_accuracy"] == pytest.approx(5 / 6)
@@ -72,6 +82,24 @@ def test_the_intervals_hold_the_scores_and_narrow_with_more_examples(report):
     # Wilson, of 8 in 10 (E. Wilson, 1927).
     assert few["accuracy"] == pytest.approx([0.4902, 0.9433], abs=5e-4)
     assert intervals(np.array(report["confusion"])) == few
+
+
+@pytest.mark.parametrize("score", ["balanced_accuracy", "macro_f1"])
+def test_the_bootstraps_interval_is_what_drawing_examples_one_by_one_gives(score):
+    confusion = np.array([[30, 10, 0], [5, 12, 3], [2, 0, 1]])
+    labels, predictions = (np.repeat(places, confusion[np.nonzero(confusion)]) for places in np.nonzero(confusion))
+    rng, found = np.random.default_rng(1), []
+    for _ in range(4000):
+        drawn = rng.integers(63, size=63)
+        table = np.zeros((3, 3))
+        np.add.at(table, (labels[drawn], predictions[drawn]), 1)
+        with np.errstate(invalid="ignore"):
+            recall, f1 = np.diag(table) / table.sum(1), 2 * np.diag(table) / (table.sum(0) + table.sum(1))
+        there = table.sum(1) > 0
+        found.append((recall if score == "balanced_accuracy" else f1)[there].mean())
+    # 1,000 draws know an end to 0.01, and the ends of 90 and of 99 % lie 0.03 and more away.
+    np.testing.assert_allclose(intervals(confusion)[score], np.quantile(found, [0.025, 0.975]), atol=0.012)
+    assert np.diff(np.quantile(found, [0.025, 0.05, 0.95, 0.975]))[[0, 2]].min() > 0.015
 
 
 def test_the_table_has_at_most_twenty_classes_worst_first():

@@ -24,6 +24,18 @@ def folder(tmp_path, monkeypatch):
         jax.config.update(name, value)
 
 
+def test_a_folder_that_xla_cannot_name_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PSPINAL_JAX_CACHE", str(tmp_path / "caf\udce9"))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        for configured in (None, str(tmp_path / "caf\udce9")):
+            jax.config.update("jax_compilation_cache_dir", configured)
+            assert environment.enable_compilation_cache() is None
+            assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.mark.parametrize(
     ("content", "kept"),
     [

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: stop and say where, or leave the step out."""
+"""A loss, gradient or running statistic that is not finite: stop and say where, or leave the step out."""
 
 import dataclasses
 import json
@@ -12,11 +12,12 @@ from small_runs import options
 
 from pspinal_jax.data.dataset import ArraySplit, array_dataset
 from pspinal_jax.errors import RunError
+from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
-from pspinal_jax.training.state import Totals, TrainState
+from pspinal_jax.training.state import Totals, TrainState, init_state
 from pspinal_jax.training.step import TrainStep
 
 POISONED = 37
@@ -71,16 +72,16 @@ def test_such_steps_can_be_left_out(recipe, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 
-def step(params, skip, factor=1.0):
-    """One step of a model whose loss is finite and whose gradient of 'steep' may not be."""
+def step(params, skip, number=4, totals=None):
+    """Step `number` of a model whose loss is finite and whose gradient of 'steep' may not be."""
 
     def apply(variables, inputs, **options):
-        kernel = variables["params"]["kernel"] + factor * jnp.sqrt(variables["params"]["steep"])
+        kernel = variables["params"]["kernel"] + jnp.sqrt(variables["params"]["steep"])
         return inputs @ kernel, {}
 
-    state = TrainState(jnp.int32(4), params, {}, optax.identity().init(params))
+    state = TrainState(jnp.int32(number), params, {}, optax.identity().init(params))
     batch = (jnp.ones((2, 3)), jnp.array([0, 0]))
-    arguments = (state, Totals.zero(), batch, jnp.float32(0.1), jax.random.key(0))
+    arguments = (state, totals or Totals.zero(), batch, jnp.float32(0.1), jax.random.key(0))
     return TrainStep(apply, optax.identity(), skip_nonfinite=skip)(*arguments)
 
 
@@ -96,3 +97,37 @@ def test_a_gradient_counts_where_the_loss_is_finite(skip):
     state, totals = step({**params, "steep": jnp.ones((3, 2))}, skip)
     assert int(totals.bad_step) == -1 and int(totals.skipped) == 0 and int(totals.count) == 2
     assert (np.asarray(state.params["kernel"]) != 1).any()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_running_statistic_counts_where_loss_and_gradients_are_finite(skip, micro_batches):
+    head, optimizer = ProgressiveSpinalHead(2, 3, num_layers=1, norm="batch", dropout_rate=0.0), optax.identity()
+    state = init_state(head, optimizer, jax.ShapeDtypeStruct((2, 3), jnp.float32), (), True, jnp.uint32(0))
+    inputs = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+
+    def step(inputs):
+        batch, key = (inputs, jnp.array([0, 1, 0, 1])), jax.random.key(0)
+        arguments = (state, Totals.zero(), batch, jnp.float32(0.1), key)
+        options = {"ema_decay": 0.9, "micro_batches": micro_batches, "skip_nonfinite": skip}
+        return TrainStep(head.apply, optimizer, **options)(*arguments)
+
+    _, totals = step(inputs)
+    assert int(totals.bad_step) == -1
+    inputs[2, 1] = 1e20  # its square overflows; the layer's outputs do not
+    after, totals = step(inputs)
+    assert int(totals.bad_step) == 0 and int(totals.skipped) == skip
+    assert np.isfinite(after.params["output"]["kernel"]).all() and np.isfinite(totals.loss)
+    if skip:
+        jax.tree.map(np.testing.assert_array_equal, (after.batch_stats, after.ema), (state.batch_stats, state.ema))
+
+
+def test_of_several_bad_steps_the_first_is_told_and_all_are_counted():
+    bad, good = ({"kernel": jnp.ones((3, 2)), "steep": jnp.full((3, 2), value)} for value in (0.0, 1.0))
+    for skip in (False, True):
+        totals, told = Totals.zero(), []
+        for number, params in enumerate((good, bad, good, bad)):
+            _, totals = step(params, skip, number, totals)
+            told.append((int(totals.bad_step), int(totals.skipped)))
+        firsts = [(-1, 0), (1, 1), (1, 1), (1, 2)]
+        assert told == [(first, skipped * skip) for first, skipped in firsts]

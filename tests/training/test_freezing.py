@@ -13,6 +13,7 @@ from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.programs import make_order
+from pspinal_jax.training.state import Totals, TrainState
 
 RNG = np.random.default_rng(0)
 INPUTS = RNG.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
@@ -129,6 +130,27 @@ def test_each_micro_batch_updates_the_running_statistics_in_turn():
     state, totals = train(run, steps=1)
     np.testing.assert_allclose(state.batch_stats["backbone"]["BatchNorm_0"]["mean"], mean, rtol=1e-4, atol=1e-5)
     assert int(totals.count) == 8 and int(state.step) == 1
+
+
+def test_each_micro_batch_has_dropout_masks_of_its_own():
+    """A model that writes down the keys it is given, and the examples, in its running statistics."""
+
+    def apply(variables, inputs, train, rngs, mutable):
+        seen = variables["batch_stats"]
+        new = {"keys": jax.random.key_data(rngs["dropout"])[None], "inputs": inputs[None, :, 0]}
+        updated = {name: jnp.concatenate([seen[name][1:], each]) for name, each in new.items()}
+        return inputs @ variables["params"]["kernel"], {"batch_stats": updated}
+
+    optimizer, key = make_optimizer("sgd"), jax.random.key(7)
+    params = {"kernel": jnp.ones((1, 3))}
+    stats = {"keys": jnp.zeros((4, 2), jnp.uint32), "inputs": jnp.zeros((4, 2))}
+    state = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
+    batch = (jnp.arange(8.0)[:, None], jnp.arange(8) % 3)
+    step = TrainStep(apply, optimizer, micro_batches=4)
+    state, _ = step(state, Totals.zero(), batch, jnp.float32(0.1), key)
+    expected = np.stack([jax.random.key_data(jax.random.fold_in(key, index)) for index in range(4)])
+    np.testing.assert_array_equal(state.batch_stats["keys"], expected)
+    np.testing.assert_array_equal(state.batch_stats["inputs"], np.arange(8).reshape(2, 4).T)
 
 
 def test_a_last_smaller_batch_from_the_host_is_not_split():

@@ -86,6 +86,14 @@ def test_a_warm_up_is_followed_by_the_schedule_of_the_rest(name):
     np.testing.assert_allclose(rates[30:], rest, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["constant", "cosine", "step"])
+def test_a_warm_up_may_take_every_step(name):
+    """1.97 of 2 epochs are rounded to all 20 steps."""
+    schedule = Schedule(name, 0.5, warmup_epochs=1.97)
+    rates = np.concatenate([learning_rates(schedule, epoch, 10, 2) for epoch in range(2)])
+    np.testing.assert_allclose(rates, 0.02 + (0.5 - 0.02) * np.arange(20) / 20, rtol=1e-5)
+
+
 PARAMS = {"backbone": {"kernel": jnp.full((3, 2), 2.0)}, "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
 
 
@@ -155,20 +163,25 @@ def test_what_is_frozen_has_no_average():
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_step_with_all_of_it_is_the_plain_one_written_out(micro_batches):
-    """Mixed batch, weighted loss, clipped gradient, momentum; without dropout and batch norm of its own."""
+    """Shifted and mixed batch, weighted loss, clipped gradient, momentum; without dropout and batch norm."""
     head = ProgressiveSpinalHead(num_classes=3, layer_width=5, num_layers=2, dropout_rate=0.0)
+
+    def shift(key, inputs):
+        return inputs + jax.random.normal(key, inputs.shape)
+
     options = {"mix": lambda key, x, y: mix(key, x, y, mixup=0.5), "class_weights": WEIGHTS, "label_smoothing": 0.1}
     optimizer = make_optimizer("sgd", momentum=0.9, gradient_clip=0.05)
-    run = make_programs(
-        Classifier(head=head), optimizer, (6,), np.float32, 8, 16, micro_batches=micro_batches, **options
-    )
+    options |= {"micro_batches": micro_batches, "augment": shift}
+    run = make_programs(Classifier(head=head), optimizer, (6,), np.float32, 8, 16, **options)
     found, order, totals = states(run, steps=3)
     tx = optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.1, momentum=0.9))
     params = found[0].params
     opt_state = tx.init(params)
     for step in range(3):
         rows = np.asarray(order)[8 * step : 8 * step + 8]
-        inputs, targets = mix(keys.mix_key(keys.step_key(SEED, step)), INPUTS[rows], LABELS[rows], mixup=0.5)
+        key = keys.step_key(SEED, step)
+        shifted = shift(keys.augment_key(key), INPUTS[rows])
+        inputs, targets = mix(keys.mix_key(key), shifted, LABELS[rows], mixup=0.5)
         share = np.asarray(targets.share)[:, None]
         weighted = [share * np.eye(3)[LABELS[rows]], (1 - share) * np.eye(3)[np.asarray(targets.others)]]
         soft = sum(

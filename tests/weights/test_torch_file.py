@@ -129,12 +129,16 @@ def test_pytorch_reads_the_same(tmp_path, as_archive, protocol):
 def test_what_both_read_of_damaged_files_is_the_same(tmp_path):
     torch = pytest.importorskip("torch")
     path, both = tmp_path / "x.pt", 0
-    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(7)}
+    tensors = {"a": torch.arange(240.0).reshape(20, 12), "b": torch.arange(70)}  # about half of the file
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
     for content in changed(path.read_bytes(), 1000, np.random.default_rng(0)):
         path.write_bytes(content)
         try:
-            ours, theirs = read_state_dict(path), torch.load(path, weights_only=True)
+            ours = read_state_dict(path)
+        except DataError:  # and nothing else
+            continue
+        try:
+            theirs = torch.load(path, weights_only=True)
         except Exception:
             continue
         both += 1
@@ -142,7 +146,7 @@ def test_what_both_read_of_damaged_files_is_the_same(tmp_path):
             ours,
             {name: each.float().numpy() if each.is_floating_point() else each.numpy() for name, each in theirs.items()},
         )
-    assert both > 10
+    assert both > 150
 
 
 @pytest.mark.parametrize("variant", ["lite0", "lite1", "lite2"])

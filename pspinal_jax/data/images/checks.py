@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from pspinal_jax.data.images.encoded import Encoded, Files
 from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import DataError
 from pspinal_jax.files import cache_folder, write_text
-from pspinal_jax.progress import progress_bar
+from pspinal_jax.progress import progress_bar, warn
 
 _SIZE = (16, 16)  # every byte is decoded whatever the size, and resizing costs least so
 _MOST_THREADS = 8
@@ -74,7 +73,7 @@ def _check(encoded: Encoded, index: int) -> Checked:
 def warn_of_skipped(names: Sequence[str], source: str) -> None:
     """Say on standard error how many images of `source` are left out, and the first of them."""
     if names and is_primary():
-        print(f"warning: {skipped_text(names, source)}; left out", file=sys.stderr)
+        warn(f"{skipped_text(names, source)}; left out")
 
 
 def skipped_text(names: Sequence[str], source: str) -> str:
@@ -136,7 +135,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def _place(root: Path) -> Path | None:
     folder = cache_folder()
-    return folder and folder / "pictures" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}.json"
+    return folder and folder / "pictures" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.json"
 
 
 def _load(place: Path) -> FileChecks:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -15,6 +14,7 @@ from pspinal_jax.data.images.encoded import Files, ImageSplit, is_image, list_im
 from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import expanded
+from pspinal_jax.progress import warn
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -86,7 +86,7 @@ def read_folder(
         text = f"{len(empty)} class folder{_s(empty)} without an image left out"
         passed_over = (f"{text}: {first_names(empty)}", *passed_over)
     for line in passed_over if is_primary() else ():
-        print(f"warning: {line}", file=sys.stderr)
+        warn(line)
     uncut = splits.get("all")
     if uncut is not None:
         splits = _draw_test(uncut, test_fraction, split_seed, keep_copies_together)

@@ -94,10 +94,10 @@ class Records:
         self._source: Any = None
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> tuple[Path, str, int, int]:
-        return self.directory, self.split, self.length, self.crc
+    def __getstate__(self) -> tuple[Path, str, int, int, np.ndarray]:
+        return self.directory, self.split, self.length, self.crc, self._digests
 
-    def __setstate__(self, state: tuple[Path, str, int, int]) -> None:
+    def __setstate__(self, state: tuple[Path, str, int, int, np.ndarray]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def __len__(self) -> int:

@@ -47,7 +47,11 @@ def encoded(image, kind, **options):
 def tiff(values, bits, photometric, sample_format=1):
     """A grey TIFF of one strip; photometric 0 has white as 0."""
     height, width = values.shape
-    content = values.astype(f"<u{bits // 8}").tobytes()
+    if bits == 12:  # two levels in three bytes, the upper bits first
+        first, second = values.reshape(-1, 2).T
+        content = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    else:
+        content = values.astype(f"<u{bits // 8}").tobytes()
     tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)]
     tags += [(277, 3, 1), (278, 4, height), (279, 4, len(content)), (339, 3, sample_format)]
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
@@ -127,13 +131,17 @@ def test_every_mode_shows_the_levels_that_it_holds(mode, kind):
     assert np.abs(seen - expected[..., None]).max() <= 3
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("photometric", [0, 1])
-def test_white_as_zero_is_white(bits, photometric):
-    scale = 1 if bits == 8 else 257
-    levels = RAMP.astype(np.int64) * scale
-    seen = decode(tiff(levels if photometric else 255 * scale - levels, bits, photometric), (32, 32)).astype(int)
-    assert np.abs(seen - RAMP[..., None]).max() <= 2
+@pytest.mark.parametrize(("bits", "photometric"), [(8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
+def test_levels_of_so_many_bits_are_those_of_eight_and_white_as_zero_is_white(bits, photometric):
+    levels = RAMP.astype(np.int64) << (bits - 8)
+    most = (1 << bits) - 1
+    seen = decode(tiff(levels if photometric else most - levels, bits, photometric), (32, 32))
+    np.testing.assert_array_equal(seen, np.repeat(RAMP[..., None], 3, -1))
+
+
+def test_grey_levels_of_twelve_bits_keep_their_upper_eight():
+    levels = np.arange(4096).reshape(64, 64)
+    np.testing.assert_array_equal(decode(tiff(levels, 12, 1), (64, 64))[..., 1], levels >> 4)
 
 
 @pytest.mark.parametrize(

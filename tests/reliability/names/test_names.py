@@ -1,10 +1,12 @@
 """Names are text, not markup: in plots, in tables, in files, and on terminals that lack their letters."""
 
+import csv
 import io
 import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,11 @@ from PIL import Image
 
 import pspinal_jax
 from pspinal_jax.__main__ import main
-from pspinal_jax.runs import metrics as metrics_module
+from pspinal_jax.commands.predict import read_list
+from pspinal_jax.data.images.checks import check_files
+from pspinal_jax.errors import UsageError
+from pspinal_jax.files import expanded, write_csv
+from pspinal_jax.progress import progress_bar, say, warn
 from pspinal_jax.runs.metrics import plot_confusion, plot_curves
 
 NAMES = [
@@ -139,7 +145,72 @@ def test_a_plot_that_fails_says_so_on_one_line(tmp_path, monkeypatch, capsys):
     def failing(text):
         raise ValueError("no such\nfont \x1b[31m")
 
-    monkeypatch.setattr(metrics_module, "_drawable", failing)
+    monkeypatch.setattr("pspinal_jax.runs.metrics.drawable", failing)
     plot_curves(LINES, tmp_path / "curves.png", "title")
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"warning: {tmp_path / 'curves.png'} was not drawn: no such font") and "\x1b" not in said
+
+
+def test_what_is_said_on_standard_error_holds_no_escape_sequences(capfd):
+    say("a \x1b[31mred\nname")
+    warn("caf\udce9 \x9b")
+    with progress_bar(1, "check \x1b]0;x\x07", "image", True) as bar:
+        bar.update()
+    said = capfd.readouterr().err
+    assert said.startswith("a \\x1b[31mred\\nname\nwarning: caf\\udce9 \\x9b\n") and r"check \x1b]0;x\x07" in said
+    assert not {"\x1b", "\x07", "\x9b"} & set(said)
+
+
+LISTED = ["a.png", "b c/é猫.png", "d.png"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("between", ["\n", "\r\n", "\0"], ids=["lines", "lines of Windows", "NUL"])
+def test_lists_of_pictures_are_read_in_every_encoding(encoding, between):
+    if between == "\0" and encoding in ("utf-16-le", "utf-16-be"):
+        between = "\n\n"
+    for end in ("", between):
+        text = between.join(LISTED) + end
+        assert list(map(str, read_list(text.encode(encoding)))) == LISTED
+
+
+def test_lists_with_nul_may_hold_newlines_and_any_bytes():
+    assert list(map(str, read_list(b"a\nb.png\0caf\xe9\0"))) == ["a\nb.png", "caf\udce9"]
+    assert list(map(str, read_list(b"0\0001\0002\0"))) == ["0", "1", "2"]
+    assert list(map(str, read_list(b".\0./a.png\0"))) == [".", "a.png"]
+    assert read_list(b"") == read_list(b"\n \n\0") == []
+    with pytest.raises(UsageError, match="UTF-16 that is damaged"):
+        read_list(b"\xff\xfea")
+
+
+def test_a_path_with_nul_is_refused():
+    with pytest.raises(UsageError, match="NUL"):
+        expanded("a\0b")
+
+
+def test_no_cell_of_a_table_is_a_formula_or_an_escape_sequence(tmp_path):
+    cells = ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", " =1", "\uff1d1", Path("=cmd\x1b[31m"), "\x9b", 'a,"b']
+    write_csv(tmp_path / ("x" * 250), ["a", "b"], [[cell, number] for number, cell in enumerate(cells)])
+    (place,) = tmp_path.iterdir()
+    with place.open(newline="", encoding="utf-8") as file:
+        _, *rows = csv.reader(file)
+    assert [row[0] for row in rows] == [
+        *("'=1+1", "'+1", "'-1", "'@SUM(1)", r"\t=1", r"\r=1", "' =1", "'\uff1d1", r"./=cmd\x1b[31m", r"\x9b", 'a,"b'),
+    ]
+    assert [row[1] for row in rows] == [str(number) for number in range(len(cells))]
+
+
+def test_bytes_that_are_no_text_stay_in_a_table(tmp_path):
+    write_csv(tmp_path / "t.csv", ["a"], [[Path("caf\udce9")], [None], [0.5], [-0.5]])
+    assert (tmp_path / "t.csv").read_bytes() == b'a\r\ncaf\xe9\r\n""\r\n0.5\r\n-0.5\r\n'
+
+
+def test_images_of_any_folder_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("PSPINAL_JAX_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "caf\udce9\n"
+    root.mkdir()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(root / "0\udcff.png")
+    checks = check_files(root, ["0\udcff.png"], show_progress=False)
+    (stored,) = (tmp_path / "cache" / "pictures").iterdir()
+    monkeypatch.setattr("pspinal_jax.data.images.checks.check", None)  # nothing is decoded again
+    assert check_files(root, ["0\udcff.png"], show_progress=False) == checks and stored.exists()

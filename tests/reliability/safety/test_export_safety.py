@@ -100,21 +100,26 @@ def exported(function, inputs=1):
     return bytes(jax_export.export(jax.jit(function))(*specs).serialize())
 
 
+UNREADABLE = "cannot be read by jax"
+OTHER_SHAPES = "does not take inputs to probabilities of 3 classes"
 OTHER_PROGRAMS = {
-    "empty": lambda: b"",
-    "words": lambda: b"no program at all" * 50,
-    "zeros": lambda: bytes(1000),
-    "other classes": lambda: exported(lambda x: jnp.zeros((2, 7))),
-    "two inputs": lambda: exported(lambda x, y: jnp.zeros((2, 3)), 2),
-    "no matrix": lambda: exported(lambda x: jnp.zeros(3)),
-    "fixed batch": lambda: exported(lambda x: jnp.zeros((2, 3))),
+    "empty": (lambda: b"", UNREADABLE),
+    "words": (lambda: b"no program at all" * 50, UNREADABLE),
+    "zeros": (lambda: bytes(1000), UNREADABLE),
+    "other classes": (lambda: exported(lambda x: jnp.zeros((2, 7))), OTHER_SHAPES),
+    "fewer classes": (lambda: exported(lambda x: jnp.zeros((2, 2))), OTHER_SHAPES),
+    "two inputs": (lambda: exported(lambda x, y: jnp.zeros((2, 3)), 2), OTHER_SHAPES),
+    "two outputs": (lambda: exported(lambda x: (jnp.zeros((2, 3)), jnp.zeros((2, 3)))), OTHER_SHAPES),
+    "no matrix": (lambda: exported(lambda x: jnp.zeros(3)), OTHER_SHAPES),
+    "fixed batch": (lambda: exported(lambda x: jnp.zeros((2, 3))), "cannot be run: Shape mismatch"),
 }
 
 
 @pytest.mark.parametrize("name", OTHER_PROGRAMS)
 def test_what_is_not_our_program_is_one_line(export, name):
-    put_program(export, OTHER_PROGRAMS[name]())
-    with pytest.raises(RunError) as caught:
+    make, message = OTHER_PROGRAMS[name]
+    put_program(export, make())
+    with pytest.raises(RunError, match=message) as caught:
         predict(export, IMAGES)
     assert "\n" not in str(caught.value)
 
