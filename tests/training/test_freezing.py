@@ -14,6 +14,7 @@ from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.programs import make_order
 from pspinal_jax.training.state import Totals, TrainState
+from pspinal_jax.training.step import TrainStep
 
 RNG = np.random.default_rng(0)
 INPUTS = RNG.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
