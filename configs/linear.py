@@ -1,7 +1,7 @@
 # A linear layer on features: what --freeze backbone --cache-features trains where no flag says otherwise.
 #   command   pspinal-jax train linear --data.path features.npz
 #   expected  Caltech-101, 30 a class: 92.97 +- 0.97 % (3 splits), where scikit-learn's LogisticRegression has 92.69
-#   time      6 s of processor time there, beside 4 s of imports; AMD EPYC
+#   time      6 s of processor time there, beside 1.5 s of imports; AMD EPYC
 from pspinal_jax.recipes import Card, DataConfig, ModelConfig, OptimizerConfig, Recipe
 
 recipe = Recipe(

@@ -258,7 +258,7 @@ def test_step_flops_leave_out_the_gradient_of_the_pixels():
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("backbone", ["resnet18", pytest.param("efficientnet_lite0", marks=pytest.mark.slow)])
 def test_a_step_on_photographs_is_the_same_in_pytorch(backbone, monkeypatch):
     pytest.importorskip("torch")
     from pspinal_jax.benchmark.torch_reference import EAGER
