@@ -82,8 +82,8 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
     for stage in make_stages(recipe, train, validation):
         if stage.tail_size == 1 and refuses_batches_of_one(recipe):
             raise UsageError(
-                f"batch_size is {recipe.batch_size}, which leaves 1 of {len(stage.subset)} examples as the last batch of "
-                "an epoch, and batch norm learns from 2 or more; choose another --batch-size, or leave it out with "
+                f"batch_size is {recipe.batch_size}, which leaves 1 of {len(stage.subset)} examples as the last batch "
+                "of an epoch, and batch norm learns from 2 or more; choose another --batch-size, or leave it out with "
                 "--data.drop-remainder"
             )
     return train, validation
