@@ -246,14 +246,15 @@ def explicit_sharding(primal: jax.Array) -> NamedSharding | None:
 def joined(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
     """jnp.concatenate, also where vmap maps some of the arrays over a mesh of Explicit axes and leaves others alone.
 
-    JAX's rule for that expects those others on the mesh too (jax 0.12.0).
+    JAX's rule for that expects those others on the mesh too (jax 0.12.0), where a choice of all their entries brings
+    them. (So does reshard, but vmap has no rule for its gradient.)
     """
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     explicit = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if explicit is not None:
-        whole = NamedSharding(explicit, PartitionSpec())
+        full = partial(lax.full, sharding=NamedSharding(explicit, PartitionSpec()))
         arrays = [
-            jax.sharding.reshard(array, whole) if mesh.empty else array
+            lax.select(full(array.shape, True), array, full(array.shape, 0, array.dtype)) if mesh.empty else array
             for array, mesh in zip(arrays, meshes, strict=True)
         ]
     return jnp.concatenate(arrays, axis)
