@@ -155,7 +155,7 @@ def evaluate_examples(
         config = dataclasses.replace(config, path=Path(data_path))
     # Folders say their classes themselves: how theirs differ from the run's is told below.
     asked = dataclasses.replace(config, num_classes=None if config.image_size else len(names))
-    data = load_data(asked, needs_test=False)
+    data = load_data(asked, names, needs_test=False)
     if data.class_names != tuple(names):
         raise UsageError(
             f"{data.source} {changed_classes(names, data.class_names)}; {classifier.source} tells its own {len(names)} "

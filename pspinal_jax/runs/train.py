@@ -74,7 +74,8 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, keep_copies_together=began))
     else:
         check_settings(asked)
-    data = primary_first(lambda: load_data(recipe.data))
+    classes = directory.config()["class_names"] if resuming else None
+    data = primary_first(lambda: load_data(recipe.data, classes))
     if not resuming:
         check_settings_for(asked, data.source, data.example_shape)
         _check_seed_mode(recipe, options)
