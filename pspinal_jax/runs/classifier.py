@@ -90,7 +90,8 @@ def _of_run(run: Path, seed_index: int | None) -> Classifier:
         rows = np.asarray(program(placed, shard_batch(mesh, inputs)), np.float64)
         if not np.isfinite(rows).all():
             raise RunError(f"{run} gives logits that are not finite: training diverged; its answers would mean nothing")
-        return rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
+        rows -= np.logaddexp.reduce(rows, axis=-1, keepdims=True)
+        return rows
 
     return Classifier(
         source=run,

@@ -308,7 +308,7 @@ def _draw(paths: Sequence[Path], evaluated: Evaluated) -> None:
     *_, confusion, mistakes = paths
     name = evaluated.classifier.described.get("recipe", "export") if recipe is None else recipe.card.name
     title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
-    plot_confusion(np.asarray(report["confusion"]), list(names), confusion, title)
+    plot_confusion(evaluated.scored.confusion(len(names)), list(names), confusion, title)
     try:
         found = evaluated.mistakes()
     except DataError as error:  # a picture that was there a moment ago

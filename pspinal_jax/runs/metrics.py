@@ -19,6 +19,7 @@ from pspinal_jax.runs.progress import TrainingProgress, TrainingStage
 _LONGEST_CAPTION = 26
 _MOST_POINTS = 1000
 """Of a curve: what more there are lie within a line's width, and make the drawing large."""
+_MOST_DRAWN_CLASSES = 500
 _MOST_NUMBERED_CLASSES = 30
 """Above so many classes the confusion matrix shows colours only."""
 
@@ -212,13 +213,23 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
             figure.suptitle(drawable(title))
 
 
-def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title: str) -> None:
-    """The confusion matrix [C, C], rows the true class; colours are fractions of the row."""
-    size = float(np.clip(0.45 * len(class_names), 5, 16))
+def plot_confusion(matrix: Any, class_names: list[str], path: Path, title: str) -> None:
+    """The confusion matrix [C, C], an array or a sparse one, rows the true class; colours are fractions of the row.
+
+    Of more than 500 classes neighbours are drawn together.
+    """
+    from scipy.sparse import coo_array
+
+    pairs, count = coo_array(matrix), len(class_names)
+    each = -(-count // _MOST_DRAWN_CLASSES)
+    side = -(-count // each)
+    matrix = coo_array((pairs.data, (pairs.row // each, pairs.col // each)), shape=(side, side)).toarray()
+    size = float(np.clip(0.45 * count, 5, 16)) if count <= _MOST_NUMBERED_CLASSES else 9.0
     with drawn(path, size + 1, size) as figure:
         axis = figure.subplots()
         fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+        extent = (-0.5, count - 0.5, count - 0.5, -0.5)
+        image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, extent=extent)
         figure.colorbar(image, ax=axis, label="fraction of the true class")
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
