@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax.traverse_util import flatten_dict
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -80,8 +79,9 @@ class _Run:
             )
             lacking = without_examples(report["classes"])
             for name, label in (("balanced_accuracy", f"balanced accuracy{lacking}"), ("macro_f1", "macro F1")):
-                low, high = report["intervals"][name]
-                tiles.append((percent(report[name]), f"{label}, {100 * low:.1f} to {100 * high:.1f}"))
+                ends = report["intervals"][name]
+                interval = f", {100 * ends[0]:.1f} to {100 * ends[1]:.1f}" if ends else ""
+                tiles.append((percent(report[name]), label + interval))
             if "top_5_accuracy" in report:
                 tiles.append((percent(report["top_5_accuracy"]), "top-5 accuracy"))
             tiles.append((f"{report['loss']:.4f}", "negative log-likelihood, nats"))
@@ -149,7 +149,8 @@ def _read(path: Path, show_progress: bool) -> _Run:
         if lines:
             plot_curves(lines, curves, "")
         if evaluated is not None:
-            plot_confusion(np.asarray(evaluated.report["confusion"]), list(config["class_names"]), confusion, "")
+            names = list(config["class_names"])
+            plot_confusion(evaluated.scored.confusion(len(names)), names, confusion, "")
         return _Run(path, config, result, evaluated, problem, _drawn(curves), _drawn(confusion))
 
 
