@@ -118,6 +118,7 @@ class Dataset(Generic[S]):
       skipped: names of the unreadable files that were left out.
       passed_over: what else was left out of a folder or a file, a line each.
       uncut: all examples, where the test split was cut from them and is none of the data's own.
+      columns: names of the D features, where a frame or a table gave them.
     """
 
     splits: Mapping[str, S]
@@ -128,6 +129,7 @@ class Dataset(Generic[S]):
     skipped: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
     uncut: S | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

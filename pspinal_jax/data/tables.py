@@ -73,7 +73,7 @@ def make_dataset(
                 f"{source}: train has inputs of shape {train.inputs.shape[1:]} ({train.inputs.dtype}) and {name} "
                 f"{other.inputs.shape[1:]} ({other.inputs.dtype}); they must be the same"
             )
-    return array_dataset(checked, names, source)
+    return dataclasses.replace(array_dataset(checked, names, source), columns=tuple(columns["train"] or ()))
 
 
 def cut_test(
@@ -131,6 +131,32 @@ def read_table(path: Path, classes: Classes, test_fraction: float, seed: int) ->
     if is_primary():
         say(printable(line))
     return cut_test(make_dataset({"train": (frame[taken], frame[label])}, str(path), classes), test_fraction, seed)
+
+
+def read_rows(given: Any, columns: Sequence[str], width: int) -> np.ndarray:
+    """Features float32 [N, D] to predict from.
+
+    Args:
+      given: the path of a table, a frame, or an array.
+      columns: names of the features that a run was trained on, by which a table or a frame is read, whatever else it
+        holds; none where they have no names.
+      width: D.
+
+    Raises:
+      DataError: if the table cannot be read, a column is not there or not of numbers, or a value is missing.
+    """
+    source = str(given) if isinstance(given, Path) else "features"
+    given = _read_frame(given) if isinstance(given, Path) else given
+    held = dict(_columns(given) or ())
+    if held and columns:
+        if missing := [name for name in columns if name not in held]:
+            raise DataError(f"{source} has no column {_listed(missing)}, on which the run was trained")
+        inputs = np.column_stack([_numbers(source, name, held[name]) for name in columns])
+    else:
+        inputs, _ = _inputs(source, given)
+    if inputs.ndim != 2 or inputs.shape[1] != width:
+        raise DataError(f"{source} has shape {list(inputs.shape)}, but the run was trained on {width} features")
+    return _check_split(source, inputs, np.zeros(len(inputs), np.int32)).inputs
 
 
 def _read_frame(path: Path) -> Any:

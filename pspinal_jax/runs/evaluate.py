@@ -167,6 +167,11 @@ def evaluate_examples(
             f"{data.source} has inputs of shape {list(shape)} ({dtype}), but the run was trained on "
             f"{list(classifier.input_shape)} ({classifier.input_dtype})"
         )
+    if data.columns and classifier.columns and data.columns != classifier.columns:
+        raise UsageError(
+            f"{data.source} has the features {_shortened(data.columns)}, but the run was trained on "
+            f"{_shortened(classifier.columns)}, in this order"
+        )
     fingerprint, trained_with = _fingerprint(classifier, config, data), _trained_with(classifier)
     same = None if trained_with is None else fingerprint == trained_with
     if data_path is None and not same:

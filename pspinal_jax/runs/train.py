@@ -233,6 +233,7 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dict[s
         "class_names": list(data.class_names),
         "input_shape": list(data.example_shape),
         "input_dtype": str(data.example_dtype),
+        "columns": list(data.columns),
         "data_source": data.source,
         "left_out": [*data.skipped, *data.passed_over],
         "data_location": where,

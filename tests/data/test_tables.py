@@ -4,7 +4,6 @@ import builtins
 
 import numpy as np
 import pytest
-from conftest import make_arrays
 
 import pspinal_jax
 from pspinal_jax.data.load import read_file
@@ -183,8 +182,7 @@ def test_pandas_own_kinds_of_missing_and_of_labels_are_known():
     assert "column 'when' of the features holds" in refused(inputs=dates)
 
 
-def test_npz_with_labels_of_text_is_taken(tmp_path):
-    arrays = make_arrays()
+def test_npz_with_labels_of_text_is_taken(tmp_path, arrays):
     plain = read_npz(saved(tmp_path / "a.npz", arrays), None)
     text = {name: NAMES[value] if name.endswith("labels") else value for name, value in arrays.items()}
     data = read_npz(saved(tmp_path / "b.npz", text), None)
