@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -23,7 +24,7 @@ from pspinal_jax.files import check_target, expanded, write_text
 from pspinal_jax.runs.classification_report import MOST_ROWS, percent, without_examples, worst_first
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.evaluate import Evaluated, Mistake, evaluate_examples
-from pspinal_jax.runs.metrics import plot_confusion, plot_curves
+from pspinal_jax.runs.metrics import MOST_NUMBERED_CLASSES, plot_confusion, plot_curves
 
 _SMALL_PICTURE = 64
 
@@ -51,6 +52,17 @@ class _Run:
     @property
     def classes(self) -> list[dict[str, Any]]:
         return [] if self.report is None else worst_first(self.report["classes"])
+
+    @property
+    def confusions(self) -> list[tuple[str, list[tuple[int, float]]]]:
+        """A class's name, and how often and which share of it was taken for each; none where a picture shows more."""
+        if self.evaluated is None or len(self.evaluated.classifier.class_names) > MOST_NUMBERED_CLASSES:
+            return []
+        names = self.evaluated.classifier.class_names
+        counts = self.evaluated.scored.confusion(len(names)).toarray()
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        cells = [list(zip(*row, strict=True)) for row in zip(counts.tolist(), shares.tolist(), strict=True)]
+        return list(zip(names, cells, strict=True))
 
     @property
     def mistakes(self) -> list[tuple[Mistake, str, bool]]:
@@ -148,8 +160,8 @@ def _read(path: Path, show_progress: bool) -> _Run:
         curves, confusion = Path(folder) / "curves.svg", Path(folder) / "confusion.svg"
         if lines:
             plot_curves(lines, curves, "")
-        if evaluated is not None:
-            names = list(config["class_names"])
+        names = list(config["class_names"])
+        if evaluated is not None and len(names) > MOST_NUMBERED_CLASSES:
             plot_confusion(evaluated.scored.confusion(len(names)), names, confusion, "")
         return _Run(path, config, result, evaluated, problem, _drawn(curves), _drawn(confusion))
 

@@ -20,7 +20,7 @@ _LONGEST_CAPTION = 26
 _MOST_POINTS = 1000
 """Of a curve: what more there are lie within a line's width, and make the drawing large."""
 _MOST_DRAWN_CLASSES = 500
-_MOST_NUMBERED_CLASSES = 30
+MOST_NUMBERED_CLASSES = 30
 """Above so many classes the confusion matrix shows colours only."""
 
 
@@ -224,7 +224,7 @@ def plot_confusion(matrix: Any, class_names: list[str], path: Path, title: str) 
     each = -(-count // _MOST_DRAWN_CLASSES)
     side = -(-count // each)
     matrix = coo_array((pairs.data, (pairs.row // each, pairs.col // each)), shape=(side, side)).toarray()
-    size = float(np.clip(0.45 * count, 5, 16)) if count <= _MOST_NUMBERED_CLASSES else 9.0
+    size = float(np.clip(0.45 * count, 5, 16)) if count <= MOST_NUMBERED_CLASSES else 9.0
     with drawn(path, size + 1, size) as figure:
         axis = figure.subplots()
         fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -234,7 +234,7 @@ def plot_confusion(matrix: Any, class_names: list[str], path: Path, title: str) 
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
         axis.set_title(drawable(title))
-        if len(class_names) <= _MOST_NUMBERED_CLASSES:
+        if len(class_names) <= MOST_NUMBERED_CLASSES:
             labels = [drawable(name) for name in class_names]
             # Names that cannot be told apart any more have their number before them.
             labels = labels if len({*labels}) == len(labels) else [f"{i}: {label}" for i, label in enumerate(labels)]
