@@ -168,9 +168,10 @@ def evaluate_examples(
             f"{list(classifier.input_shape)} ({classifier.input_dtype})"
         )
     if data.columns and classifier.columns and data.columns != classifier.columns:
+        first = next(i for i, pair in enumerate(zip(data.columns, classifier.columns, strict=True)) if len({*pair}) > 1)
         raise UsageError(
-            f"{data.source} has the features {_shortened(data.columns)}, but the run was trained on "
-            f"{_shortened(classifier.columns)}, in this order"
+            f"feature {first} of {data.source} is {data.columns[first]!r}, but the run was trained on "
+            f"{classifier.columns[first]!r} there; give it the run's columns, in their order"
         )
     fingerprint, trained_with = _fingerprint(classifier, config, data), _trained_with(classifier)
     same = None if trained_with is None else fingerprint == trained_with
