@@ -11,7 +11,8 @@ import argparse
 
 import numpy as np
 
-from pspinal_jax.runs.classification_report import LEVEL, bootstrap, intervals
+from pspinal_jax.runs.classification_report import LEVEL, bootstrap
+from pspinal_jax.runs.classification_report import _macro_f1_interval as macro_f1_interval
 
 SETTINGS = [
     (classes, members, accuracy, design)
@@ -50,7 +51,7 @@ def coverage(classes: int, members: int, accuracy: float, design: str, repeats: 
         true = each[drawn.sum(1) > 0].mean()
         _, f1 = bootstrap(drawn)
         percentiles = np.percentile(f1, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-        for held, interval in zip(found, (percentiles, intervals(drawn)["macro_f1"]), strict=True):
+        for held, interval in zip(found, (percentiles, macro_f1_interval(drawn, f1)), strict=True):
             if interval is not None:
                 held.append((interval[0] <= true <= interval[1], interval[1] - interval[0]))
     means = [100 * np.mean(held, axis=0) if len(held) > repeats / 2 else None for held in found]

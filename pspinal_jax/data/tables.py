@@ -16,7 +16,7 @@ import numpy as np
 from pspinal_jax.data.copies import copies_of_a_class
 from pspinal_jax.data.dataset import ArraySplit, Dataset, array_dataset, check_labels, split_by_class
 from pspinal_jax.distributed.coordination import is_primary
-from pspinal_jax.errors import DataError, UsageError, printable
+from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import require_file
 from pspinal_jax.progress import say
 
@@ -128,8 +128,8 @@ def read_table(path: Path, classes: Classes, test_fraction: float, seed: int) ->
         )
     line = f"{path}: labels are its column {label!r}, features its {len(taken)} others"
     line += "; the row numbers in its first column are left out" if left_out else ""
-    if is_primary():
-        say(printable(line))
+    if is_primary() and (classes is None or isinstance(classes, int)):  # a run has said so before
+        say(line)
     return cut_test(make_dataset({"train": (frame[taken], frame[label])}, str(path), classes), test_fraction, seed)
 
 
@@ -375,7 +375,7 @@ def _find_classes(
         labels = {name: np.searchsorted(found, values) for name, values in labels.items()}
         if is_primary():
             shown = ", ".join(map(str, found[:5])) + (f" .. {found[-1]}" if len(found) > 5 else "")
-            say(printable(f"{source}: labels {shown} are {len(names)} classes, named {_listed(names)}"))
+            say(f"{source}: labels {shown} are {len(names)} classes, named {_listed(names)}")
     else:
         names = tuple(map(str, range(count)))
     for name, values in labels.items():
