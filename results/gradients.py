@@ -22,9 +22,10 @@ import optax
 import tyro
 
 from pspinal_jax.commands.parse import parse
-from pspinal_jax.data.dataset import ArraySplit, make_dataset
+from pspinal_jax.data.dataset import ArraySplit
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepare import read_digits
+from pspinal_jax.data.tables import make_dataset
 from pspinal_jax.environment import device, enable_compilation_cache, versions
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import check_target, expanded

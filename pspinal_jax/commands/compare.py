@@ -20,8 +20,9 @@ class CompareArguments:
     """
 
     data: Annotated[str, tyro.conf.Positional]
-    """An .npz file of features or images (train_images, train_labels, test_images, test_labels), the directory or the
-    name of a prepared data set, or a folder of images in class folders."""
+    """An .npz file of features or images (train_images, train_labels, test_images, test_labels), a table of features
+    (.csv, .tsv, .parquet) with a column of labels, the directory or the name of a prepared data set, or a folder of
+    images in class folders."""
     workdir: Path | None = None
     """Where trials.jsonl, compare.json, compare.md and compare.png go; runs/compare-NAME by default. The same command
     goes on with what is there: finished trials are not run again."""
@@ -75,7 +76,9 @@ class CompareArguments:
 def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args:
-        raise UsageError("compare takes data: an .npz file, a prepared data set or a folder of images; see --help")
+        raise UsageError(
+            "compare takes data: an .npz file, a table, a prepared data set or a folder of images; see --help"
+        )
     parsed = parse(
         CompareArguments,
         args,
@@ -94,7 +97,7 @@ def main(args: Sequence[str]) -> int:
         config = make_config(settings)
         workdir = workdir or Path("runs") / f"compare-{Path(source).stem or 'data'}"
         check_workdir(workdir)
-        data = load_features(source, workdir, backbone, weights)
+        data = load_features(source, workdir, backbone, weights, config.seed)
         comparison = compare_data(data, config, workdir, command)
     print(comparison)
     print(f"results in {printable(workdir)}: compare.json, compare.md, compare.png, trials.jsonl")

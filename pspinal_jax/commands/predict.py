@@ -31,7 +31,8 @@ class PredictArguments:
     """Run directory of a `train`, or the directory of an `export`; with --artifact the first image."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files; folders, in which all images are taken, those in folders below included; - for a list on standard
-    input, a file or folder a line, or with NUL between them."""
+    input, a file or folder a line, or with NUL between them. For a run that was trained on features, tables (.csv,
+    .tsv, .parquet)."""
     artifact: Path | None = None
     """Classify with this export, the directory that `export` wrote, in place of a run."""
     top: int = 1
@@ -74,10 +75,11 @@ def main(args: Sequence[str]) -> int:
     elif parsed.csv is None:
         _print_table(good)
     where = f", written to {parsed.csv}" if parsed.csv is not None else ""
-    if len(images) > 1 or where:
+    count, what = len(predictions), "images" if len(predictions) == len(images) else "rows"
+    if count > 1 or where:
         say(
-            f"{len(good)} of {len(images)} images classified in {seconds:.1f} s, loading and compiling included "
-            f"({len(images) / seconds:.1f} images/s){where}"
+            f"{len(good)} of {count} {what} classified in {seconds:.1f} s, loading and compiling included "
+            f"({count / seconds:.1f} {what}/s){where}"
         )
     return _name_failed(predictions, len(good))
 

@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pspinal_jax.comparison.ledger import Ledger, check_workdir, keeps_copies_together
 from pspinal_jax.comparison.report import format_table, format_terminal, make_result, plot, write_report
 from pspinal_jax.comparison.run import CompareConfig, Comparer
 from pspinal_jax.comparison.settings import Ranges
-from pspinal_jax.data.copies import copies_of_a_class, digest_rows
-from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset, split_by_class
+from pspinal_jax.data.dataset import ArraySplit, Dataset
+from pspinal_jax.data.tables import cut_test, make_dataset
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import expanded
@@ -71,8 +69,10 @@ def compare(
         ['dense', 'knn', 'mlp', 'ridge']
 
     Args:
-      features: floating-point [N, D], or images uint8 [N, H, W] or [N, H, W, C], which are flattened.
-      labels: integers [N], 0 .. C-1.
+      features: numbers [N, D], as an array or a frame (pandas, Polars, PyArrow), or images uint8 [N, H, W] or
+        [N, H, W, C], which are flattened.
+      labels: integers or text [N], as an array, list or series. Integers 0 .. C-1 are numbers of classes; other labels
+        are names of classes.
       test_features: of the test split, likewise; without it `test_fraction` of each class is cut from `features` by
         the seed.
       test_labels: its labels.
@@ -89,37 +89,20 @@ def compare(
       A `Comparison`.
 
     Raises:
-      DataError: if the arrays do not fit.
+      DataError: if the arrays do not fit, a column is text, or a cell or a label is missing or masked.
       UsageError: if a setting does not.
       RunError: if `workdir` holds something else, or cannot be written.
     """
     folder = None if workdir is None else expanded(workdir)
     config = dataclasses.replace(make_config(settings), keep_copies_together=keeps_copies_together(folder))
-    tested = None if test_features is None and test_labels is None else (test_features, test_labels)
-    train, test = _split((features, labels), tested, test_fraction, config)
+    if (test_features is None) != (test_labels is None):
+        raise UsageError("test_features and test_labels are given together, or neither")
     names = None if class_names is None else tuple(map(str, class_names))
-    data = make_dataset({"train": train, "test": test}, "arrays", None, names)
+    splits = {"train": (features, labels)} | ({} if test_features is None else {"test": (test_features, test_labels)})
+    data = make_dataset(splits, "arrays", None, names)
+    if test_features is None:
+        data = cut_test(data, test_fraction, config.seed, config.keep_copies_together)
     return compare_data(data, config, folder, "pspinal_jax.compare(features, labels, ..)", progress)
-
-
-def _split(
-    given: tuple[Any, Any], tested: tuple[Any, Any] | None, fraction: float, config: CompareConfig
-) -> tuple[Any, Any]:
-    """(train, test), each (inputs, labels); what is not given is cut by class; UsageError where that cannot be."""
-    inputs, labels = map(np.asarray, given)
-    if tested is not None:
-        if tested[0] is None or tested[1] is None:
-            raise UsageError("test_features and test_labels are given together, or neither")
-        return (inputs, labels), (np.asarray(tested[0]), np.asarray(tested[1]))
-    if not 0 < fraction < 1:
-        raise UsageError(f"test_fraction is {fraction}, expected 0 < test_fraction < 1")
-    if inputs.ndim < 1 or labels.ndim != 1 or len(inputs) != len(labels):
-        raise UsageError(f"features {inputs.shape} and labels {labels.shape} must have one entry an example")
-    copies = copies_of_a_class(digest_rows(inputs), labels) if config.keep_copies_together else None
-    rest, drawn = split_by_class(labels, fraction, config.seed, copies)
-    if not len(drawn):
-        raise UsageError(f"no class has enough examples to hold out {fraction:g} of it; give test_features")
-    return (inputs[rest], labels[rest]), (inputs[drawn], labels[drawn])
 
 
 def make_config(settings: dict[str, Any]) -> CompareConfig:

@@ -11,6 +11,7 @@ from pspinal_jax.comparison.ledger import keeps_copies_together
 from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.dataset import ArraySplit, Dataset
+from pspinal_jax.data.load import read_file
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepared import open_prepared, read_prepared
 from pspinal_jax.errors import DataError, RunError, UsageError
@@ -18,7 +19,7 @@ from pspinal_jax.files import MOST_JSON_BYTES, expanded, read_bytes, write_json
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.preprocessing import with_own_preprocessing
 from pspinal_jax.recipes import Recipe, load_recipe
-from pspinal_jax.recipes.schema import DataConfig
+from pspinal_jax.recipes.schema import TABLES, DataConfig
 from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
 from pspinal_jax.runs.restore import start_variables
 
@@ -26,14 +27,18 @@ MOST_PIXELS = 64 * 64 * 3
 """Of images that a head sees as they are; of larger ones it sees a backbone's features."""
 
 
-def load_features(source: str, workdir: Path, backbone: str | None, weights: str | None) -> Dataset[ArraySplit]:
+def load_features(
+    source: str, workdir: Path, backbone: str | None, weights: str | None, seed: int = 0
+) -> Dataset[ArraySplit]:
     """The data set that `source` names, as features or small images.
 
     Args:
-      source: an .npz file, the directory or the name of a prepared data set, or a folder of class folders.
+      source: an .npz file, a table (.csv, .tsv, .parquet), the directory or the name of a prepared data set, or a
+        folder of class folders.
       workdir: where the features of a folder of images are kept.
       backbone: what gives them; None for that of the recipe `folder`.
       weights: its weights; None for that recipe's, 'random' for random numbers.
+      seed: cuts the test split of a table, a fifth of each class.
 
     Raises:
       DataError: if it is not there, or not readable.
@@ -44,14 +49,14 @@ def load_features(source: str, workdir: Path, backbone: str | None, weights: str
         if not (path / "dataset_info.json").is_file() or not _has_small_images(path):
             return _features_of_images(path, workdir, backbone, weights)
         data: Any = read_prepared(path, None)
-    elif path.exists() or path.suffix == ".npz":
-        data = read_npz(path, None)
+    elif path.exists() or path.suffix.lower() in (".npz", *TABLES):
+        data = read_file(path, None, seed=seed)
     elif source in CATALOGUE:
         data = load_data(DataConfig(name=source))
     else:
         raise DataError(
-            f"{source} does not exist; compare takes an .npz file, a folder, the directory of a prepared data set, or "
-            f"the name of one: {', '.join(CATALOGUE)}"
+            f"{source} does not exist; compare takes an .npz file, a table, a folder, the directory of a prepared data "
+            f"set, or the name of one: {', '.join(CATALOGUE)}"
         )
     if backbone is not None or weights is not None:
         raise UsageError(f"--backbone and --weights are for folders of images; {source} is taken as it is")

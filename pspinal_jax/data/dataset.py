@@ -1,10 +1,9 @@
-"""A data set: its splits, its classes, and what a model sees of an example. Arrays are checked when it is made."""
+"""A data set: its splits, its classes, and what a model sees of an example."""
 
 import dataclasses
 import functools
 import os
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -119,6 +118,7 @@ class Dataset(Generic[S]):
       skipped: names of the unreadable files that were left out.
       passed_over: what else was left out of a folder or a file, a line each.
       uncut: all examples, where the test split was cut from them and is none of the data's own.
+      columns: names of the D features, where a frame or a table gave them.
     """
 
     splits: Mapping[str, S]
@@ -129,6 +129,7 @@ class Dataset(Generic[S]):
     skipped: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
     uncut: S | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -202,92 +203,10 @@ class Dataset(Generic[S]):
         return dataclasses.replace(self, splits={**self.splits, **drawn})
 
 
-def make_dataset(
-    splits: dict[str, tuple[np.ndarray, np.ndarray]],
-    source: str,
-    num_classes: int | None,
-    class_names: tuple[str, ...] | None = None,
-) -> Dataset[ArraySplit]:
-    """Check raw arrays and bring them into what training takes.
-
-    Args:
-      splits: 'train', 'test' and perhaps 'validation', each (inputs, labels). Inputs: uint8 [N, H, W] or
-        [N, H, W, C], or floating [N, D].
-      source: where they come from; named in every error.
-      num_classes: C, or None for one more than the largest training label, up to 1,000 or the number of examples.
-      class_names: their names, each once; the numbers as text where None.
-
-    Raises:
-      DataError: if a shape, dtype, length, label or value does not fit.
-    """
-    checked = {name: _check_split(f"{source}: {name}", *arrays) for name, arrays in splits.items()}
-    train = checked["train"]
-    for name, other in checked.items():
-        if train.inputs.shape[1:] != other.inputs.shape[1:] or train.inputs.dtype != other.inputs.dtype:
-            raise DataError(
-                f"{source}: train has inputs of shape {train.inputs.shape[1:]} ({train.inputs.dtype}) and {name} "
-                f"{other.inputs.shape[1:]} ({other.inputs.dtype}); they must be the same"
-            )
-    if num_classes is None:
-        num_classes = len(class_names) if class_names else _count_classes(source, train.labels)
-    if class_names is None:
-        class_names = tuple(map(str, range(num_classes)))
-    if len(class_names) != num_classes:
-        raise DataError(f"{source}: {len(class_names)} class names for {num_classes} classes")
-    if twice := [name for name, count in Counter(class_names).items() if count > 1]:
-        raise DataError(f"{source}: the class name {twice[0]!r} stands there more than once; every class needs its own")
-    for name, split in checked.items():
-        check_labels(f"{source}: {name}", split.labels, num_classes)
-    return array_dataset(checked, class_names, source)
-
-
-def _count_classes(source: str, labels: np.ndarray) -> int:
-    """One more than the largest label, as long as that can be meant: memory is taken for each class."""
-    count, most = max(2, int(labels.max()) + 1), max(1000, len(labels))
-    if count > most:
-        raise DataError(
-            f"{source}: train_labels go up to {count - 1}, with {len(labels)} examples; number the classes from 0, or "
-            "set --data.num-classes"
-        )
-    return count
-
-
 def array_dataset(splits: dict[str, ArraySplit], class_names: tuple[str, ...], source: str) -> Dataset[ArraySplit]:
     """The data set of `splits`, 'train', 'test' and perhaps 'validation', which are as they should be."""
     inputs = splits["train"].inputs
     return Dataset(splits, class_names, source, inputs.shape[1:], inputs.dtype)
-
-
-def _check_split(where: str, inputs: np.ndarray, labels: np.ndarray) -> ArraySplit:
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{where}_labels have shape {labels.shape} and dtype {labels.dtype}, expected integers [N]")
-    if inputs.ndim < 1 or len(inputs) != len(labels):
-        raise DataError(f"{where}: {len(inputs) if inputs.ndim else 0} images but {len(labels)} labels")
-    if len(labels) == 0:
-        raise DataError(f"{where} is empty")
-    limits = np.iinfo(np.int32)
-    if int(labels.min()) < limits.min or int(labels.max()) > limits.max:  # before a cast would make others of them
-        low, high = int(labels.min()), int(labels.max())
-        raise DataError(f"{where}_labels go from {low} to {high}, expected 0 .. C-1, the numbers of C classes")
-    if 0 in inputs.shape:
-        raise DataError(f"{where}_images have shape {inputs.shape}: there is nothing in them")
-    if inputs.dtype == np.uint8 and inputs.ndim in (3, 4):
-        images = inputs if inputs.ndim == 4 else inputs[..., None]
-        return ArraySplit(np.ascontiguousarray(images), labels.astype(np.int32))
-    if np.issubdtype(inputs.dtype, np.floating) and inputs.ndim == 2:
-        with np.errstate(over="ignore"):
-            single = np.ascontiguousarray(inputs, np.float32)
-        for values, what in ((inputs, "NaN or infinity"), (single, "numbers beyond float32's range")):
-            bad = ~np.isfinite(values).all(axis=1)
-            if bad.any():
-                raise DataError(
-                    f"{where}: features hold {what} in {int(bad.sum())} rows, first in row {int(bad.argmax())}"
-                )
-        return ArraySplit(single, labels.astype(np.int32))
-    raise DataError(
-        f"{where}_images have shape {inputs.shape} and dtype {inputs.dtype}, expected uint8 images [N, H, W] or "
-        "[N, H, W, C], or floating-point features [N, D]"
-    )
 
 
 def check_labels(where: str, labels: np.ndarray, num_classes: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,21 @@ from pspinal_jax.data.images.records import read_image_records
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.data.prepared import STOCK_EMNIST, default_data_dir, find_prepared, find_versions, read_prepared
+from pspinal_jax.data.tables import Classes, read_table
 from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import DataError
 from pspinal_jax.files import expanded
-from pspinal_jax.recipes.schema import DataConfig
+from pspinal_jax.recipes.schema import TABLES, DataConfig
 
 
-def load_data(config: DataConfig, needs_test: bool = True) -> Dataset[Split]:
+def load_data(config: DataConfig, class_names: Sequence[str] | None = None, needs_test: bool = True) -> Dataset[Split]:
     """The data set that `config` names, as its recipe wants to see it.
 
     Args:
-      config: with `path`, that .npz file, prepared TFDS directory or, for images, folder of class folders is read.
-        Without, the TFDS data set `name` is read from `data_dir`; one that needs no files (digits) is prepared there
-        on first use.
+      config: with `path`, that .npz file, table, prepared TFDS directory or, for images, folder of class folders is
+        read. Without, the TFDS data set `name` is read from `data_dir`; one that needs no files (digits) is prepared
+        there on first use.
+      class_names: of a run, to which the labels of arrays belong; None for those that the data has.
       needs_test: whether a folder of too few images to cut a test split from is refused.
 
     Raises:
@@ -35,7 +38,7 @@ def load_data(config: DataConfig, needs_test: bool = True) -> Dataset[Split]:
     """
     if config.image_size is not None:
         return _load_images(config, config.side, needs_test)
-    data = _load_arrays(config)
+    data = _load_arrays(config, config.num_classes if class_names is None else class_names)
     return _transpose(data) if config.transposed else data
 
 
@@ -50,16 +53,25 @@ def _transpose(data: Dataset[ArraySplit]) -> Dataset[ArraySplit]:
     return dataclasses.replace(data, splits=turned)
 
 
-def _load_arrays(config: DataConfig) -> Dataset[ArraySplit]:
+def read_file(path: Path, classes: Classes, test_fraction: float = 0.2, seed: int = 0) -> Dataset[ArraySplit]:
+    """The data set in an .npz file, or in a table, of which the last two cut the test split; raises as `load_data`."""
+    if path.suffix.lower() in TABLES:
+        return read_table(path, classes, test_fraction, seed)
+    return read_npz(path, classes)
+
+
+def _load_arrays(config: DataConfig, classes: Classes) -> Dataset[ArraySplit]:
     if config.path is not None:
         path = expanded(config.path)
-        return read_prepared(path, config.num_classes) if path.is_dir() else read_npz(path, config.num_classes)
+        if path.is_dir():
+            return read_prepared(path, classes)
+        return read_file(path, classes, config.test_fraction, config.split_seed)
     if config.name.split("/")[0] == "emnist":
         raise DataError(f"{config.name}: {STOCK_EMNIST}")
     known = CATALOGUE.get(config.name)
     if known is not None and not known.files:
-        return read_prepared(prepare_data_set(known, config.data_dir).directory, config.num_classes)
-    return read_prepared(_find_directory(config), config.num_classes)
+        return read_prepared(prepare_data_set(known, config.data_dir).directory, classes)
+    return read_prepared(_find_directory(config), classes)
 
 
 def _load_images(config: DataConfig, image_size: int, needs_test: bool) -> Dataset[ImageSplit]:
@@ -104,7 +116,7 @@ def _find_directory(config: DataConfig) -> Path:
 def _not_prepared(config: DataConfig, root: Path) -> DataError:
     folder = "" if config.data_dir is None else f" --data-dir {shlex.quote(str(config.data_dir))}"
     first = f"run: pspinal-jax prepare {config.name}{folder}; or " if config.name in CATALOGUE else ""
-    takes = "an .npz file" if config.image_size is None else "a folder of class folders"
+    takes = "an .npz or .csv file" if config.image_size is None else "a folder of class folders"
     return DataError(
         f"data set {config.name} is not prepared in {root}; {first}give --data.path {takes} or a directory that "
         "TFDS prepared as array_record, or set --data.data-dir"

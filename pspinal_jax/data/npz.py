@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset
+from pspinal_jax.data.dataset import ArraySplit, Dataset
+from pspinal_jax.data.tables import Classes, make_dataset
 from pspinal_jax.distributed.coordination import is_primary
 from pspinal_jax.errors import DataError
 from pspinal_jax.files import require_file
@@ -20,11 +21,12 @@ _VALIDATION = ("validation_images", "validation_labels")
 _NAMES = "class_names"
 
 
-def read_npz(path: Path, num_classes: int | None) -> Dataset[ArraySplit]:
+def read_npz(path: Path, classes: Classes) -> Dataset[ArraySplit]:
     """The data set in `path`: train_images, train_labels, test_images, test_labels; class_names and validation_images
     and validation_labels if it has them. Other arrays are left out, and a warning names them.
 
-    Images are uint8 [N, H, W] or [N, H, W, C]; 2-D float arrays are features [N, D]; class_names are text [C].
+    Images are uint8 [N, H, W] or [N, H, W, C]; 2-D arrays of numbers are features [N, D]; class_names are text [C].
+    For labels and `classes` see `make_dataset`.
 
     Raises:
       DataError: if the file is missing, unreadable or larger than the memory, lacks an array or holds arrays that do
@@ -40,7 +42,7 @@ def read_npz(path: Path, num_classes: int | None) -> Dataset[ArraySplit]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in wanted}
     except FileNotFoundError:
-        raise DataError(f"data file {path} does not exist; give --data.path an .npz file") from None
+        raise DataError(f"data file {path} does not exist; give --data.path an .npz, .csv or .parquet file") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read as an .npz file: {error.strerror or error}") from error
     # NotImplementedError and RuntimeError: compressed in a way that Python cannot undo, and encrypted.
@@ -51,7 +53,7 @@ def read_npz(path: Path, num_classes: int | None) -> Dataset[ArraySplit]:
         for name in ("train", "validation", "test")
         if f"{name}_images" in arrays
     }
-    data = make_dataset(splits, str(path), num_classes, _class_names(path, arrays.get(_NAMES)))
+    data = make_dataset(splits, str(path), classes, _class_names(path, arrays.get(_NAMES)))
     unused = sorted(set(held) - set(wanted))
     if not unused:
         return data
@@ -87,7 +89,9 @@ def _check_headers(archive: zipfile.ZipFile, names: list[str]) -> None:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(member)
             promised, follow = math.prod(shape) * dtype.itemsize, entry.file_size - member.tell()
-        if min(shape, default=0) < 0 or (promised != follow and not dtype.hasobject):
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, which are never unpickled; save plain numbers or text")
+        if min(shape, default=0) < 0 or promised != follow:
             raise ValueError(f"{name} should have shape {shape} ({dtype}), {promised} bytes, but {follow} follow")
         total += promised
     if total > memory:

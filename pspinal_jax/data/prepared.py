@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.data.cache import Named, content_stamp, read_through_cache
-from pspinal_jax.data.dataset import ArraySplit, Dataset, make_dataset
+from pspinal_jax.data.dataset import ArraySplit, Dataset
+from pspinal_jax.data.tables import Classes, make_dataset
 from pspinal_jax.errors import DataError
 from pspinal_jax.files import MOST_JSON_BYTES, expanded, read_bytes, require_file
 
@@ -74,14 +75,14 @@ def _is_array_record(directory: Path) -> bool:
     return isinstance(info, dict) and info.get("fileFormat") == "array_record"
 
 
-def read_prepared(directory: Path, num_classes: int | None) -> Dataset[ArraySplit]:
+def read_prepared(directory: Path, classes: Classes) -> Dataset[ArraySplit]:
     """The data set whose dataset_info.json stands in `directory`, as arrays.
 
     Raises:
       DataError: if it was not prepared as array_record, has no train and test split of images with labels, cannot be
         read, or is TFDS's own emnist.
     """
-    return read_builder(open_prepared(directory), num_classes)
+    return read_builder(open_prepared(directory), classes)
 
 
 def open_prepared(directory: Path) -> Any:
@@ -171,7 +172,7 @@ def check_format(builder: Any) -> str:
     return source
 
 
-def read_builder(builder: Any, num_classes: int | None) -> Dataset[ArraySplit]:
+def read_builder(builder: Any, classes: Classes) -> Dataset[ArraySplit]:
     """The data set of a prepared TFDS `builder`, as arrays; see `read_prepared`."""
     source = check_format(builder)
     directory = Path(builder.data_dir)
@@ -188,7 +189,7 @@ def read_builder(builder: Any, num_classes: int | None) -> Dataset[ArraySplit]:
     splits = {name: (arrays[f"{name}_images"], arrays[f"{name}_labels"]) for name in ("train", "test")}
     label = builder.info.features["label"]
     names = tuple(label.names) if getattr(label, "names", None) else None
-    return make_dataset(splits, source, num_classes, names)
+    return make_dataset(splits, source, classes, names)
 
 
 def _read_arrays(builder: Any) -> Named:

@@ -187,6 +187,7 @@ class _Damaged(RunError):
 
 class _Input(TypedDict):
     fit: NotRequired[str]
+    columns: NotRequired[list[str]]
 
 
 class _Description(TypedDict):

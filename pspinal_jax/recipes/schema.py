@@ -13,6 +13,10 @@ except ImportError:  # recipes can be used, and benchmarks run, where the comman
     Suppress = None  # type: ignore[misc]
 
 
+TABLES = (".csv", ".tsv", ".parquet")
+"""Endings of files that are read as tables."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Card:
     """What a recipe is, as opposed to how it trains; not settable on the command line."""
@@ -34,9 +38,10 @@ class DataConfig:
     name: str
     """TFDS name of the data set."""
     path: Path | None = None
-    """Read this instead: an .npz file with train_images (or 2-D float features), train_labels, test_images and
-    test_labels, the directory of a data set that TFDS prepared as array_record or, for image files, a folder of class
-    folders (or of train, valid and test folders that hold class folders)."""
+    """Read this instead: an .npz file with train_images (or 2-D features), train_labels, test_images and test_labels, a
+    table of features and labels (.csv, .tsv or .parquet, read by pandas), the directory of a data set that TFDS
+    prepared as array_record or, for image files, a folder of class folders (or of train, valid and test folders that
+    hold class folders)."""
     data_dir: Path | None = None
     """TFDS data folder; by default TFDS's own (TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     num_classes: int | None = None
@@ -63,7 +68,7 @@ class DataConfig:
     """Image files: fraction of each class held out of train to select the epoch by, where the data has no validation
     split of its own and the protocol is not paper."""
     test_fraction: float = 0.2
-    """Image files in class folders without a test folder: fraction of each class that is the test split."""
+    """Tables, and image files in class folders without a test folder: fraction of each class that is the test split."""
     strict: bool = False
     """Image files: refuse a folder with unreadable images; otherwise they are named and left out."""
     split_seed: int = 0
@@ -82,6 +87,11 @@ class DataConfig:
     """Leave out the last, smaller training batch of an epoch (other examples each epoch)."""
     shuffle: bool = True
     """Visit the training examples in another order every epoch; the published STL-10 script does not."""
+
+    @property
+    def is_table(self) -> bool:
+        """Whether `path` is a table, from which a test split is cut."""
+        return self.image_size is None and self.path is not None and self.path.suffix.lower() in TABLES
 
     @property
     def side(self) -> int:

@@ -23,6 +23,7 @@ def check_settings(recipe: Recipe) -> None:
     """
     data, model, optimizer = recipe.data, recipe.model, recipe.optimizer
     images, held_out = data.image_size is not None, data.num_validation > 0
+    cut = images or data.is_table
     trained_backbone = model.is_resnet and recipe.freeze == "none"
     trains_backbone = model.backbone != "none" and recipe.freeze == "none"
     cached, one_cycle = recipe.cache_features, optimizer.schedule == "one_cycle"
@@ -33,9 +34,9 @@ def check_settings(recipe: Recipe) -> None:
         ("data.data_dir", None, data.path is None, "without --data.path, which is read instead"),
         ("data.num_validation", 0, not images, "for image files, which take --data.validation-fraction"),
         ("data.validation_fraction", 0.0, images, "without --data.image-size; arrays take --data.num-validation"),
-        ("data.test_fraction", 0.2, images, "without --data.image-size: arrays have a test split of their own"),
+        ("data.test_fraction", 0.2, cut, "for arrays, which have a test split of their own"),
         ("data.strict", False, images, "without --data.image-size: arrays are always checked"),
-        ("data.split_seed", 0, images or held_out, "without --data.num-validation: nothing is held out"),
+        ("data.split_seed", 0, cut or held_out, "without --data.num-validation: nothing is held out"),
         ("data.fit", "squash", images, "without --data.image-size: arrays have the size that they have"),
         ("data.transposed", False, not images, "for image files, which are taken as they are"),
         ("model.remat", False, trained_backbone, "unless a ResNet backbone is trained"),

@@ -32,6 +32,7 @@ class Classifier:
       class_names: names of the C classes.
       input_shape: one example's shape.
       input_dtype: 'uint8' for images, 'float32' for features.
+      columns: names of the features, where a table gave them.
       batch_size: examples that an evaluation hands it at a time.
       log_probabilities: inputs [B, ...] on the host to float64 [B, C], nats; RunError where they are not finite. A
         program is compiled for each B.
@@ -45,6 +46,7 @@ class Classifier:
     class_names: tuple[str, ...]
     input_shape: tuple[int, ...]
     input_dtype: str
+    columns: tuple[str, ...]
     batch_size: int
     log_probabilities: Callable[[np.ndarray], np.ndarray]
     transposed: bool
@@ -90,13 +92,15 @@ def _of_run(run: Path, seed_index: int | None) -> Classifier:
         rows = np.asarray(program(placed, shard_batch(mesh, inputs)), np.float64)
         if not np.isfinite(rows).all():
             raise RunError(f"{run} gives logits that are not finite: training diverged; its answers would mean nothing")
-        return rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
+        rows -= np.logaddexp.reduce(rows, axis=-1, keepdims=True)
+        return rows
 
     return Classifier(
         source=run,
         class_names=tuple(names),
         input_shape=shape,
         input_dtype=config["input_dtype"],
+        columns=tuple(config.get("columns", ())),
         batch_size=divisible_size(mesh, recipe.eval_batch_size),
         log_probabilities=log_probabilities,
         transposed=recipe.data.transposed,
@@ -128,6 +132,7 @@ def _of_export(path: Path) -> Classifier:
         class_names=tuple(artifact.class_names),
         input_shape=artifact.input_shape,
         input_dtype=str(artifact.input_dtype),
+        columns=tuple(artifact.description["input"].get("columns", ())),
         batch_size=EXPORT_BATCH,
         log_probabilities=log_probabilities,
         transposed=False,

@@ -63,6 +63,7 @@ class _Config(TypedDict):
     class_names: list[str]
     input_shape: list[int]
     input_dtype: Literal["uint8", "float32"]
+    columns: NotRequired[list[str]]
     data_source: str
     data_location: dict[str, str]
     device: _Device

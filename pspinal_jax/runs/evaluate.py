@@ -155,7 +155,7 @@ def evaluate_examples(
         config = dataclasses.replace(config, path=Path(data_path))
     # Folders say their classes themselves: how theirs differ from the run's is told below.
     asked = dataclasses.replace(config, num_classes=None if config.image_size else len(names))
-    data = load_data(asked, needs_test=False)
+    data = load_data(asked, names, needs_test=False)
     if data.class_names != tuple(names):
         raise UsageError(
             f"{data.source} {changed_classes(names, data.class_names)}; {classifier.source} tells its own {len(names)} "
@@ -166,6 +166,12 @@ def evaluate_examples(
         raise UsageError(
             f"{data.source} has inputs of shape {list(shape)} ({dtype}), but the run was trained on "
             f"{list(classifier.input_shape)} ({classifier.input_dtype})"
+        )
+    if data.columns and classifier.columns and data.columns != classifier.columns:
+        first = next(i for i, pair in enumerate(zip(data.columns, classifier.columns, strict=True)) if len({*pair}) > 1)
+        raise UsageError(
+            f"feature {first} of {data.source} is {data.columns[first]!r}, but the run was trained on "
+            f"{classifier.columns[first]!r} there; give it the run's columns, in their order"
         )
     fingerprint, trained_with = _fingerprint(classifier, config, data), _trained_with(classifier)
     same = None if trained_with is None else fingerprint == trained_with
@@ -308,7 +314,7 @@ def _draw(paths: Sequence[Path], evaluated: Evaluated) -> None:
     *_, confusion, mistakes = paths
     name = evaluated.classifier.described.get("recipe", "export") if recipe is None else recipe.card.name
     title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
-    plot_confusion(np.asarray(report["confusion"]), list(names), confusion, title)
+    plot_confusion(evaluated.scored.confusion(len(names)), list(names), confusion, title)
     try:
         found = evaluated.mistakes()
     except DataError as error:  # a picture that was there a moment ago

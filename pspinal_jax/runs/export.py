@@ -63,6 +63,7 @@ def _describe(
             "shape": ["N", *config["input_shape"]],
             "dtype": config["input_dtype"],
             **({"fit": recipe.data.fit} if recipe.data.fit != "squash" else {}),
+            **({"columns": config["columns"]} if config.get("columns") else {}),
         },
         "output": {"shape": ["N", len(names)], "dtype": "float32", "holds": "probabilities"},
         "recipe": recipe.card.name,

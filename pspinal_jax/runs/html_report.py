@@ -24,7 +24,7 @@ from pspinal_jax.files import check_target, expanded, write_text
 from pspinal_jax.runs.classification_report import MOST_ROWS, percent, without_examples, worst_first
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.evaluate import Evaluated, Mistake, evaluate_examples
-from pspinal_jax.runs.metrics import plot_confusion, plot_curves
+from pspinal_jax.runs.metrics import MOST_NUMBERED_CLASSES, plot_confusion, plot_curves
 
 _SMALL_PICTURE = 64
 
@@ -54,6 +54,17 @@ class _Run:
         return [] if self.report is None else worst_first(self.report["classes"])
 
     @property
+    def confusions(self) -> list[tuple[str, list[tuple[int, float]]]]:
+        """A class's name, and how often and which share of it was taken for each; none where a picture shows more."""
+        if self.evaluated is None or len(self.evaluated.classifier.class_names) > MOST_NUMBERED_CLASSES:
+            return []
+        names = self.evaluated.classifier.class_names
+        counts = self.evaluated.scored.confusion(len(names)).toarray()
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        cells = [list(zip(*row, strict=True)) for row in zip(counts.tolist(), shares.tolist(), strict=True)]
+        return list(zip(names, cells, strict=True))
+
+    @property
     def mistakes(self) -> list[tuple[Mistake, str, bool]]:
         """The surest mistakes, each with its picture as a URL and whether that is small."""
         return [] if self.evaluated is None else [_with_picture(each) for each in self.evaluated.mistakes()]
@@ -80,8 +91,9 @@ class _Run:
             )
             lacking = without_examples(report["classes"])
             for name, label in (("balanced_accuracy", f"balanced accuracy{lacking}"), ("macro_f1", "macro F1")):
-                low, high = report["intervals"][name]
-                tiles.append((percent(report[name]), f"{label}, {100 * low:.1f} to {100 * high:.1f}"))
+                ends = report["intervals"][name]
+                interval = f", {100 * ends[0]:.1f} to {100 * ends[1]:.1f}" if ends else ""
+                tiles.append((percent(report[name]), label + interval))
             if "top_5_accuracy" in report:
                 tiles.append((percent(report["top_5_accuracy"]), "top-5 accuracy"))
             tiles.append((f"{report['loss']:.4f}", "negative log-likelihood, nats"))
@@ -148,8 +160,9 @@ def _read(path: Path, show_progress: bool) -> _Run:
         curves, confusion = Path(folder) / "curves.svg", Path(folder) / "confusion.svg"
         if lines:
             plot_curves(lines, curves, "")
-        if evaluated is not None:
-            plot_confusion(np.asarray(evaluated.report["confusion"]), list(config["class_names"]), confusion, "")
+        names = list(config["class_names"])
+        if evaluated is not None and len(names) > MOST_NUMBERED_CLASSES:
+            plot_confusion(evaluated.scored.confusion(len(names)), names, confusion, "")
         return _Run(path, config, result, evaluated, problem, _drawn(curves), _drawn(confusion))
 
 

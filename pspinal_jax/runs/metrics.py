@@ -19,7 +19,8 @@ from pspinal_jax.training.loop import REPORT
 _LONGEST_CAPTION = 26
 _MOST_POINTS = 1000
 """Of a curve: what more there are lie within a line's width, and make the drawing large."""
-_MOST_NUMBERED_CLASSES = 30
+_MOST_DRAWN_CLASSES = 500
+MOST_NUMBERED_CLASSES = 30
 """Above so many classes the confusion matrix shows colours only."""
 
 
@@ -165,18 +166,28 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
             figure.suptitle(drawable(title))
 
 
-def plot_confusion(matrix: np.ndarray, class_names: list[str], path: Path, title: str) -> None:
-    """The confusion matrix [C, C], rows the true class; colours are fractions of the row."""
-    size = float(np.clip(0.45 * len(class_names), 5, 16))
+def plot_confusion(matrix: Any, class_names: list[str], path: Path, title: str) -> None:
+    """The confusion matrix [C, C], an array or a sparse one, rows the true class; colours are fractions of the row.
+
+    Of more than 500 classes neighbours are drawn together.
+    """
+    from scipy.sparse import coo_array
+
+    pairs, count = coo_array(matrix), len(class_names)
+    each = -(-count // _MOST_DRAWN_CLASSES)
+    side = -(-count // each)
+    matrix = coo_array((pairs.data, (pairs.row // each, pairs.col // each)), shape=(side, side)).toarray()
+    size = float(np.clip(0.45 * count, 5, 16)) if count <= MOST_NUMBERED_CLASSES else 9.0
     with drawn(path, size + 1, size) as figure:
         axis = figure.subplots()
         fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+        extent = (-0.5, count - 0.5, count - 0.5, -0.5)
+        image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, extent=extent)
         figure.colorbar(image, ax=axis, label="fraction of the true class")
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
         axis.set_title(drawable(title))
-        if len(class_names) <= _MOST_NUMBERED_CLASSES:
+        if len(class_names) <= MOST_NUMBERED_CLASSES:
             labels = [drawable(name) for name in class_names]
             # Names that cannot be told apart any more have their number before them.
             labels = labels if len({*labels}) == len(labels) else [f"{i}: {label}" for i, label in enumerate(labels)]

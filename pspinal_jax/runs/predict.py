@@ -14,10 +14,12 @@ from PIL import Image
 
 from pspinal_jax.data.images.decode import decode
 from pspinal_jax.data.images.encoded import MOST_BYTES, list_images
+from pspinal_jax.data.tables import read_rows
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import expanded, read_bytes
 from pspinal_jax.progress import progress_bar
+from pspinal_jax.recipes.schema import TABLES
 from pspinal_jax.runs.classifier import Classifier, load_classifier
 
 BATCH_SIZE = 32
@@ -25,8 +27,8 @@ _MOST_THREADS = 8
 _BATCHES_AHEAD = 3
 """How many batches of images are decoded while the model is at work."""
 
-Images = Sequence[str | Path | Image.Image | np.ndarray] | np.ndarray
-"""Paths, Pillow images and arrays, see `predict`."""
+Images = Any
+"""Paths, Pillow images, arrays and frames, see `predict`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Prediction:
     """What the model says of one image.
 
     Attributes:
-      path: the image's file; None for an array or a Pillow image.
+      path: the image's file, or a table's with the row's number after a colon; None for an array or a Pillow image.
       classes: (name, probability) of the most probable classes, most probable first; empty where there is an error.
       error: why it could not be read, or None.
     """
@@ -51,7 +53,7 @@ def predict(
     seed_index: int | None = None,
     show_progress: bool = False,
 ) -> list[Prediction]:
-    """Classify images with a run's selected parameters.
+    """Classify images, or rows of features, with a run's selected parameters.
 
     Images are decoded by threads while the model works on those before. One program is compiled, for batches of one
     size, a power of two up to 32; the last one is padded. A classifier compiles for each such size once.
@@ -60,26 +62,33 @@ def predict(
       source: run directory, or an export: its directory or a file in it; or a loaded classifier.
       images: files of any format that Pillow reads, Pillow images, and arrays uint8 [H, W] or [H, W, C], C 1 or 3; or
         one array uint8 [N, H, W] or [N, H, W, C]. Each may have any size: it is resized to what the model sees.
+        For a run that was trained on features, numbers [N, D] as an array or a frame, or tables by their paths.
       top: how many classes to name for each.
       seed_index: which of the run's seeds; by default the best on validation. An export has but one.
       show_progress: whether to show a bar on standard error when it takes long.
 
     Returns:
-      A prediction an image, in their order; files that cannot be read have an error.
+      A prediction an image or row, in their order; images that cannot be read have an error.
 
     Raises:
-      UsageError: if `images`, `top` or `seed_index` are not as above, or `source` does not classify images.
+      UsageError: if `images`, `top` or `seed_index` are not as above.
+      DataError: if features are not of numbers, or some are missing.
       RunError: if the run or the export cannot be read.
     """
     enable_compilation_cache()
-    each = _each(images)
     classifier = source if isinstance(source, Classifier) else load_classifier(expanded(source), seed_index)
     _check(classifier, top)
+    each: Sequence[Path | Image.Image | None]
+    each, rows = _rows(classifier, images) if len(classifier.input_shape) == 1 else (_each(images), None)
     size = min(BATCH_SIZE, 1 << (len(each) - 1).bit_length())
     predictions: list[Prediction] = []
     with (
         progress_bar(len(each), "predict", "image", show_progress, delay=1.0) as bar,
-        contextlib.closing(_in_threads(lambda image: _read(image, classifier), each, _BATCHES_AHEAD * size)) as inputs,
+        contextlib.closing(
+            _in_threads(lambda image: _read(image, classifier), each, _BATCHES_AHEAD * size)
+            if rows is None
+            else (row for row in rows)
+        ) as inputs,
     ):
         for start in range(0, len(each), size):
             batch = each[start : start + size]
@@ -122,13 +131,34 @@ def _in_threads(function: Callable[[Any], Any], items: Iterable[Any], ahead: int
                 future.cancel()
 
 
+def _rows(classifier: Classifier, given: Any) -> tuple[Sequence[Path | None], np.ndarray]:
+    """What to call the rows of features in `given`, by their table and number, and the rows, float32 [N, D]."""
+    width = classifier.input_shape[0]
+    tables = [given] if isinstance(given, str | Path) else given
+    if not (isinstance(tables, list | tuple) and tables and all(isinstance(each, str | Path) for each in tables)):
+        rows = read_rows(given, classifier.columns, width)
+        return [None] * len(rows), rows
+    names, found = [], []
+    for path in map(expanded, tables):
+        if path.suffix.lower() not in TABLES:
+            raise UsageError(
+                f"{path} is no table ({', '.join(TABLES)}), but {classifier.source} was trained on features, "
+                "not on images"
+            )
+        found.append(read_rows(path, classifier.columns, width))
+        names += [Path(f"{path}:{row}") for row in range(len(found[-1]))]
+    return names, np.concatenate(found)
+
+
 def _each(images: Images) -> list[Path | Image.Image]:
     """One image after the other; UsageError if something among them is none."""
-    one = isinstance(images, str | Path | Image.Image)
+    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "UO":
+        images = images.tolist()
+    one = isinstance(images, str | Path | Image.Image) or hasattr(images, "columns")
     if one or (
         isinstance(images, np.ndarray) and (images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3)))
     ):
-        what = f"an array {list(images.shape)}" if isinstance(images, np.ndarray) else repr(images)
+        what = f"an array {list(images.shape)}" if isinstance(images, np.ndarray) else f"{images!r:.100}"
         raise UsageError(f"images is {what}, expected several images; put one image into a list")
     return [_opened(image) for image in images]
 
@@ -138,6 +168,8 @@ def _opened(image: Any) -> Path | Image.Image:
         return expanded(image)
     if isinstance(image, Image.Image):
         return image
+    if np.ma.is_masked(image):
+        raise UsageError("an image is an array of which pixels are masked, expected all of them; fill them in")
     array = np.asarray(image)
     grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
     if array.dtype != np.uint8 or not array.size or not (grey or (array.ndim == 3 and array.shape[2] == 3)):
@@ -149,11 +181,7 @@ def _opened(image: Any) -> Path | Image.Image:
 
 def _check(classifier: Classifier, top: int) -> None:
     source, shape = classifier.source, classifier.input_shape
-    if len(shape) != 3 or classifier.input_dtype != "uint8":
-        raise UsageError(
-            f"{source} was trained on features of shape {list(shape)}, not on images; predict takes images"
-        )
-    if shape[2] not in (1, 3):
+    if len(shape) == 3 and shape[2] not in (1, 3):
         raise UsageError(f"{source} was trained on images of {shape[2]} channels; predict takes grey and colour images")
     if not 1 <= top <= len(classifier.class_names):
         raise UsageError(f"--top is {top}, expected 1 .. {len(classifier.class_names)}, the number of classes")
@@ -161,13 +189,13 @@ def _check(classifier: Classifier, top: int) -> None:
 
 def _predict_batch(
     classifier: Classifier,
-    images: Sequence[Path | Image.Image],
+    images: Sequence[Path | Image.Image | None],
     inputs: Sequence[np.ndarray | str],
     size: int,
     top: int,
 ) -> list[Prediction]:
     """Predictions of `images`, which were read as `inputs`, computed as one batch of `size`."""
-    batch = np.zeros((size, *classifier.input_shape), np.uint8)
+    batch = np.zeros((size, *classifier.input_shape), classifier.input_dtype)
     for index, pixels in enumerate(inputs):
         if isinstance(pixels, np.ndarray):
             batch[index] = pixels

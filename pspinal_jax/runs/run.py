@@ -92,7 +92,8 @@ class Run:
 
         Args:
           images: paths (Path or text), Pillow images and arrays uint8 [H, W] or [H, W, C] of any size, in any mixture;
-            or one array uint8 [N, H, W] or [N, H, W, C]. C is 1 or 3.
+            or one array uint8 [N, H, W] or [N, H, W, C]. C is 1 or 3. Of a run on features, numbers [N, D] as an array
+            or a frame, whose columns are found by their names, or tables by their paths.
           top: how many classes to name for each.
 
         Returns:

@@ -70,7 +70,7 @@ def _train_part(run: RunDirectory, part: Part, core: int, checkpoint_seconds: fl
         recipe = dataclasses.replace(
             whole, seed=whole.seed + part.first, num_seeds=part.count, seed_mode="loop", mesh=type(whole.mesh)()
         )
-        data = load_data(recipe.data)
+        data = load_data(recipe.data, config["class_names"])
         model = build_model(recipe, data.example_shape, data.num_classes)
         setup = set_up(recipe, model, data)
         if first_steps not in ("-", first_steps_checksum(setup)):

@@ -74,7 +74,8 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, keep_copies_together=began))
     else:
         check_settings(asked)
-    data = primary_first(lambda: load_data(recipe.data))
+    classes = directory.config()["class_names"] if resuming else None
+    data = primary_first(lambda: load_data(recipe.data, classes))
     if not resuming:
         check_settings_for(asked, data.source, data.example_shape)
         _check_seed_mode(recipe, options)
@@ -232,6 +233,7 @@ def _config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dict[s
         "class_names": list(data.class_names),
         "input_shape": list(data.example_shape),
         "input_dtype": str(data.example_dtype),
+        "columns": list(data.columns),
         "data_source": data.source,
         "left_out": [*data.skipped, *data.passed_over],
         "data_location": where,

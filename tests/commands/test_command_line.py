@@ -107,7 +107,7 @@ def test_bad_data_gets_one_line(capsys, tmp_path, arrays):
     features = np.full((96, 5), np.nan)
     bad = {
         "lacks test_labels": {"test_labels": None},
-        "96 images but 95 labels": {"train_labels": np.zeros(95, int)},
+        "96 examples but 95 labels": {"train_labels": np.zeros(95, int)},
         "labels go from 10 to 10, expected 0 .. 9": {"train_labels": np.full(96, 10)},
         "NaN or infinity in 96 rows": {"train_images": features, "test_images": features[:50]},
     }

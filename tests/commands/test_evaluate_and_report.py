@@ -219,6 +219,16 @@ def test_the_report_holds_all_and_loads_nothing(place, tmp_path, capsys):
         assert shown in text
     assert "standard deviation of 2 seeds" in text and "optimizer.learning_rate" in text and "jax" in text
     assert checked.tags.count("figure") == min(24, report["examples"] - report["correct"])
+    assert 'class="matrix"' in page and 'alt="Confusion matrix"' not in page
+
+
+def test_the_reports_confusions_are_a_table_of_names_or_of_many_classes_a_picture(place, tmp_path, monkeypatch):
+    from pspinal_jax.runs.html_report import write_report
+
+    monkeypatch.setattr("pspinal_jax.runs.html_report.MOST_NUMBERED_CLASSES", 2)
+    write_report([place / "run"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert 'class="matrix"' not in page and 'alt="Confusion matrix"' in page
 
 
 def test_runs_stand_side_by_side_and_one_without_its_data_is_shown_all_the_same(place, tmp_path, capsys):

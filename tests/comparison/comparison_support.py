@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from pspinal_jax.comparison.door import compare_data, make_config
-from pspinal_jax.data.dataset import make_dataset
+from pspinal_jax.data.tables import make_dataset
 
 SMALL = {
     "heads": ("progressive", "dense"),

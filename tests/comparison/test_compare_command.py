@@ -52,7 +52,7 @@ def test_pixels_are_taken_flattened(npz_path, tmp_path):
     ("words", "status", "line"),
     [
         ([], 2, "error: compare takes data: an .npz file"),
-        (["nothing"], 1, "error: nothing does not exist; compare takes an .npz file, a folder"),
+        (["nothing"], 1, "error: nothing does not exist; compare takes an .npz file, a table, a folder"),
         (["nothing.npz"], 1, "error: data file nothing.npz does not exist"),
         (["DATA", "--heads", "deep"], 2, "invalid choice"),
         (["DATA", "--heads", "mlp", "mlp"], 2, "error: heads are mlp mlp, expected some of"),

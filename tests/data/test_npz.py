@@ -46,10 +46,10 @@ NAN[7, 3] = np.nan
     ("changes", "message"),
     [
         ({"test_labels": None}, r"lacks test_labels; it has: train_images"),
-        ({"train_labels": np.arange(95) % 3}, r"96 images but 95 labels"),
+        ({"train_labels": np.arange(95) % 3}, r"96 examples but 95 labels"),
         ({"train_labels": np.full(96, 3)}, r"train_labels go from 3 to 3, expected 0 .. 2"),
         ({"test_labels": np.full(50, -1)}, r"test_labels go from -1"),
-        ({"train_labels": np.full(96, 0.5)}, r"dtype float64, expected integers"),
+        ({"train_labels": np.full(96, 0.5)}, r"dtype float64 and hold 0.5, expected integers"),
         ({"train_images": NAN, "test_images": NAN[:50]}, r"NaN or infinity in 1 rows, first in row 7"),
         ({"train_images": np.zeros((96, 4, 5), np.uint8)}, r"they must be the same"),
         ({"train_images": np.zeros((96, 4, 4), np.int64)}, r"expected uint8 images"),

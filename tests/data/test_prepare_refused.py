@@ -136,7 +136,7 @@ def test_wrong_sources(tmp_path):
     ("changes", "message"),
     [
         ({"train_labels": np.full(40, 10)}, "from 10 to 10, expected 0 .. 9"),
-        ({"train_labels": np.zeros(39, int)}, "40 images but 39 labels"),
+        ({"train_labels": np.zeros(39, int)}, "40 examples but 39 labels"),
         ({"train_images": IMAGES[:, :20, :20], "test_images": IMAGES[:, :20, :20]}, "shape (20, 20, 1), expected"),
     ],
 )

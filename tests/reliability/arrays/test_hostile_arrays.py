@@ -56,14 +56,14 @@ LARGE[0], WIDE[0, 0] = 2**31 - 2, 1e39
         ({"class_names": np.array([0.5, 1.5, 2.5])}, "dtype float64, expected text"),
         ({"class_names": np.array([["a"], ["b"], ["c"]])}, "expected text, one name a class"),
         ({"validation_images": np.zeros((4, 6), np.float32)}, "but no validation_labels"),
-        ({"train_labels": np.array([None] * 60)}, "allow_pickle=False"),
+        ({"train_labels": np.array([None] * 60)}, "train_labels holds Python objects"),
     ],
 )
 def test_what_means_nothing_sensible_is_refused(tmp_path, changes, message):
     assert message in refused(saved(tmp_path / "data.npz", **changes))
 
 
-def test_names_as_bytes_are_text_and_as_many_classes_as_examples_are_taken(tmp_path):
+def test_names_as_bytes_are_text(tmp_path):
     assert read_npz(
         saved(tmp_path / "a.npz", class_names=np.array([b"cat", b"dog", "kü".encode()])), None
     ).class_names == (
@@ -71,9 +71,6 @@ def test_names_as_bytes_are_text_and_as_many_classes_as_examples_are_taken(tmp_p
         "dog",
         "kü",
     )
-    labels = np.arange(60) % 3
-    labels[0] = 999
-    assert read_npz(saved(tmp_path / "b.npz", train_labels=labels), None).num_classes == 1000
 
 
 def test_arrays_that_are_not_used_are_named(tmp_path, capfd):
