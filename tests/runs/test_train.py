@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_runs import Killed, metrics, options, small_recipe
 
+from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes import ModelConfig, OptimizerConfig
 from pspinal_jax.runs.evaluate import evaluate
@@ -109,10 +110,10 @@ def test_a_run_in_progress_of_before_the_loss_was_kept_goes_on(finished, recipe,
     def older(store, serial, trees, progress):
         save(store, serial, trees, {name: progress[name] for name in progress.keys() - {"best_loss", "selected_loss"}})
 
-    save = trainer_module.CheckpointStore.save
+    save = CheckpointStore.save
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(trainer_module.Trainer, "_finish_epoch", dies)
-        patch.setattr(trainer_module.CheckpointStore, "save", older)
+        patch.setattr(CheckpointStore, "save", older)
         train(recipe, options(tmp_path / "run"))
     lines = metrics(tmp_path / "run")
     result = train(recipe, options(tmp_path / "run"))

@@ -147,7 +147,7 @@ EVALUATE = SeedStates.evaluate
 
 def scripted(monkeypatch, accuracies):
     """Every evaluation of the validation split finds the next of `accuracies` [epochs, K], of 24 examples."""
-    monkeypatch.setattr("pspinal_jax.training.loop.selected_by", lambda recipe: "accuracy")
+    monkeypatch.setattr("pspinal_jax.runs.build.selected_by", lambda recipe: "accuracy")
     monkeypatch.setattr("pspinal_jax.runs.result.selected_by", lambda recipe: "accuracy")
     calls = []
 
@@ -187,7 +187,7 @@ def test_a_patient_run_that_is_killed_stops_where_it_would_have(recipe, tmp_path
             train(patient, options(tmp_path / "run"))
     with monkeypatch.context() as patch:
         scripted(patch, accuracies[2:])
-        patch.setattr("pspinal_jax.runs.train.make_result", lambda trainer: (_ for _ in ()).throw(Killed()))
+        patch.setattr("pspinal_jax.runs.train.make_result", lambda *arguments: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             train(patient, options(tmp_path / "run"))
     capsys.readouterr()
