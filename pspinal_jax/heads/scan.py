@@ -241,7 +241,7 @@ def _masked_inputs(
 
 def _by_layer(config: HeadConfig, columns: jax.Array) -> jax.Array:
     """The columns [N, (L-1) W + C] of layers 2 .. L, as [L-1, N, W]."""
-    rows, later_layers, width = len(columns), config.num_layers - 1, config.layer_width
+    rows, later_layers, width = columns.shape[0], config.num_layers - 1, config.layer_width
     if not later_layers:  # JAX's rule for reshaping nothing fails on a mesh of Explicit axes
         return jnp.zeros((0, rows, width), columns.dtype)
     return columns[:, : later_layers * width].reshape(rows, later_layers, width).transpose(1, 0, 2)

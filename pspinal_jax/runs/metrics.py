@@ -144,7 +144,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     with drawn(path, 10, 4) as figure:
         left, right = figure.subplots(1, 2)
         epochs = _count_on(lines)
-        shown = np.unique(np.linspace(0, len(lines) - 1, _MOST_POINTS).round().astype(int))
+        shown = np.unique(np.linspace(0, max(0, len(lines) - 1), _MOST_POINTS).round().astype(int))[: len(lines)]
         epochs, lines = epochs[shown], [lines[index] for index in shown]
         for axis, kind, scale in ((left, "loss", 1.0), (right, "accuracy", 100.0)):
             for split in ("train", "validation", "test"):

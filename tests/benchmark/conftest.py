@@ -1,6 +1,15 @@
 import builtins
 
+import jax
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    """Benchmarks set the precision of all products of their process."""
+    before = jax.config.values["jax_default_matmul_precision"]
+    yield
+    jax.config.update("jax_default_matmul_precision", before)
 
 
 @pytest.fixture

@@ -170,5 +170,5 @@ def test_a_folder_that_is_in_the_way_is_named(tmp_path):
     (tmp_path / "data" / "mnist" / "1.0.0").mkdir(parents=True)
     with pytest.raises(DataError, match=r"mnist/1\.0\.0 exists but is no complete data set; delete it"):
         prepare_data_set(CATALOGUE["mnist"], tmp_path / "data", raw=raw)
-    with pytest.raises(PSpinalError, match=r"cannot be prepared in .*raw/"):
+    with pytest.raises(PSpinalError, match=r"data folder .*raw/.* cannot be written"):
         prepare_data_set(CATALOGUE["mnist"], raw / MNIST_NAMES[0], raw=raw)

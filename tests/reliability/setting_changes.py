@@ -32,7 +32,7 @@ CHANGES = [
     ("folder", {}, ("data.validation_fraction", 0.4), EFFECT),
     ("grey", {}, ("data.validation_fraction", 0.4), "arrays take --data.num-validation"),
     ("folder", {}, ("data.test_fraction", 0.4), EFFECT),
-    ("grey", {}, ("data.test_fraction", 0.4), "without --data.image-size"),
+    ("grey", {}, ("data.test_fraction", 0.4), "have a test split of their own"),
     ("folder", {}, ("data.strict", True), EFFECT),
     ("grey", {}, ("data.strict", True), "without --data.image-size"),
     ("grey", {}, ("data.split_seed", 1), EFFECT),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from pspinal_jax import pictures
 from pspinal_jax.runs import metrics
 from pspinal_jax.training import epoch_metrics
 
@@ -109,5 +110,5 @@ def test_mistakes_stand_six_in_a_row_with_captions_that_fit(drawn):
 
 
 def test_what_the_font_lacks_is_a_replacement_character():
-    assert metrics._drawable("héllo\n\U0001f426") == "héllo\\n\ufffd"
-    assert metrics._drawable("x" * 60) == "x" * 60 and metrics._drawable("x" * 61) == "x" * 59 + "…"
+    assert pictures.drawable("héllo\n\U0001f426") == "héllo\\n\ufffd"
+    assert pictures.drawable("x" * 60) == "x" * 60 and pictures.drawable("x" * 61) == "x" * 59 + "…"

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.files import json_text, write_json
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter, plot_curves, summary
@@ -24,7 +25,10 @@ def test_json_has_null_for_what_is_not_finite(tmp_path):
 def test_result_json_that_holds_null_matches_its_checksum(tmp_path):
     run = RunDirectory(tmp_path)
     run.write_result({"test_loss": summary([INFINITE, 1.0])})
-    assert run.result() == {"test_loss": {"mean": None, "std": None, "each": [None, 1.0]}}
+    written = json.loads(run.result_path.read_text())
+    checksum = written.pop("checksum")
+    assert written == {"test_loss": {"mean": None, "std": None, "each": [None, 1.0]}}
+    assert checksum == json_checksum(written)
 
 
 @pytest.mark.parametrize("values", [NAN, [1.0, INFINITE]], ids=["one seed", "two"])

@@ -33,7 +33,7 @@ def recipe(monkeypatch):
     poisoned[POISONED] = np.nan
     splits = {"train": ArraySplit(poisoned, labels), "test": ArraySplit(features, labels)}
     data = array_dataset(splits, ("a", "b", "c"), "poisoned")
-    monkeypatch.setattr("pspinal_jax.runs.train.load_data", lambda config: data)
+    monkeypatch.setattr("pspinal_jax.runs.train.load_data", lambda *arguments: data)
     return dataclasses.replace(
         load_recipe("features"),
         data=DataConfig("poisoned"),

@@ -130,7 +130,7 @@ def test_the_rows_hold_every_pair_that_is_taken():
     "row", [pytest.param(row, marks=() if len(row) > 23 else pytest.mark.slow) for row in ROWS], ids=len
 )
 def test_options_together_end_well_or_in_one_line(row, tmp_path, monkeypatch):
-    monkeypatch.setattr("pspinal_jax.runs.train.load_data", lambda config: DATA)
+    monkeypatch.setattr("pspinal_jax.runs.train.load_data", lambda *arguments: DATA)
     try:
         train(changed(row), options(tmp_path / "run"))
     except PSpinalError as error:
