@@ -105,7 +105,7 @@ EVERY_OPTION = (
 
 
 @pytest.mark.parametrize(
-    "more", [pytest.param("", marks=pytest.mark.slow, id="plain"), pytest.param(EVERY_OPTION, id="every option")]
+    "more", [pytest.param("", id="plain"), pytest.param(EVERY_OPTION, marks=pytest.mark.slow, id="every option")]
 )
 def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path, monkeypatch, more):
     flags = ["--num-seeds", "2", "--checkpoint-seconds", "0", "--model.backbone", "none", *more.split()]
@@ -319,7 +319,7 @@ def test_what_does_not_fit_is_refused_in_one_line(pictures, tmp_path, monkeypatc
     assert not (tmp_path / "runs" / "folder" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("fit", [pytest.param("crop", marks=pytest.mark.slow), "pad"])
 def test_predictions_see_images_as_training_and_evaluation_do(pictures, tmp_path, tiny_flags, fit):
     """A run and its export classify long pictures as the test split's reader shows them to `evaluate`."""
     run = tmp_path / "run"

@@ -30,7 +30,7 @@ from pspinal_jax.training import loop as trainer
 @pytest.fixture(scope="module")
 def recipe(npz_path):
     """Three seeds that select different epochs, and train again for as many as the slowest of them."""
-    sgd = OptimizerConfig("sgd", learning_rate=0.01)
+    sgd = OptimizerConfig("sgd", learning_rate=0.1)
     return small_recipe(npz_path, optimizer=sgd, epochs=6, num_seeds=3, retrain=True)
 
 
@@ -85,6 +85,7 @@ def test_they_give_what_the_loop_gives(recipe, looped, tmp_path, started):
     assert not (tmp_path / "run" / "seeds").exists()
 
 
+@pytest.mark.slow
 def test_where_one_thread_rounds_otherwise_there_are_as_many_as_in_the_loop(
     recipe, looped, tmp_path, monkeypatch, started
 ):

@@ -177,6 +177,7 @@ def test_a_damaged_file_of_digests_is_warned_of_and_the_scores_stand(place, tmp_
     assert report["seen_in_training"] is None and f"{run / SEEN} is damaged" in said.err
 
 
+@pytest.mark.slow
 def test_a_run_of_before_there_were_digests_goes_on_with_its_own_cut(place, tmp_path, capsys):
     run = tmp_path / "old"
     words = FOLDER | {"data__path": place / "pictures", "workdir": run}

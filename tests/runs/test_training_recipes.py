@@ -101,11 +101,14 @@ def test_balanced_training_is_selected_by_balanced_accuracy(finished):
     for _, workdir, result in finished.values():
         lines = metrics(workdir)
         scores = np.array([line["validation_balanced_accuracy"] for line in lines])
-        assert result["selected_epoch"] == (scores.argmax(0) + 1).tolist()
+        losses = np.array([line["validation_loss"] for line in lines])
+        selected = [int(np.lexsort([-loss, score])[-1]) + 1 for loss, score in zip(losses.T, scores.T, strict=True)]
+        assert result["selected_epoch"] == selected
         assert result["validation_balanced_accuracy"]["each"] == scores.max(0).tolist()
         assert "validation_accuracy" not in result and "balanced accuracy" in result["selection"]
         assert (scores != np.array([line["validation_accuracy"] for line in lines])).any()
-        best = load_variables(workdir, int(scores.max(0).argmax()))[0]
+        kept = losses[np.array(selected) - 1, range(len(selected))]
+        best = load_variables(workdir, int(np.lexsort([-kept, scores.max(0)])[-1]))[0]
         chex.assert_trees_all_equal(load_variables(workdir)[0], best)
 
 

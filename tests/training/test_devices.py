@@ -56,6 +56,7 @@ def test_training_does_not_depend_on_the_mesh(results):
     assert_same(results, 1e-9)
 
 
+@pytest.mark.slow
 def test_mixing_weights_clipping_and_averages_do_not_depend_on_the_mesh(tmp_path):
     assert_same(train_on(tmp_path, "1x1x1", "2x1x1", "2x2x2", every_option=1, micro_batches=2), 1e-6)
 
