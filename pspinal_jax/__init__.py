@@ -25,11 +25,12 @@ if TYPE_CHECKING:
         unpack_params,
     )
     from pspinal_jax.runs.run import Run, load_run, train
-    from pspinal_jax.training.fit import Fit, fit
+    from pspinal_jax.training.fit import fit
+    from pspinal_jax.training.fitted import Fit
 
 _ROOMS = dict.fromkeys(("Run", "load_run", "train"), "pspinal_jax.runs.run") | {
     "compare": "pspinal_jax.comparison.door",
-    "Fit": "pspinal_jax.training.fit",
+    "Fit": "pspinal_jax.training.fitted",
     "fit": "pspinal_jax.training.fit",
 }
 

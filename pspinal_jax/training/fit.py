@@ -2,47 +2,30 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from functools import partial
-from html import escape
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from pspinal_jax.checkpoints import CheckpointStore
-from pspinal_jax.data.dataset import hold_out
-from pspinal_jax.distributed.arrays import whole
 from pspinal_jax.distributed.coordination import barrier, is_primary
-from pspinal_jax.environment import convolution_options, jit_with
+from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences, expanded, held, write_json, write_text
-from pspinal_jax.training.arrays import checksum, count_examples, to_numpy
-from pspinal_jax.training.examples import (
-    ChunkSteps,
-    EvaluatedSplit,
-    Examples,
-    ResidentExamples,
-    ResidentSplit,
-)
-from pspinal_jax.training.loop import Callback, LoopConfig, Setup, Store, Trainer
+from pspinal_jax.training.fitted import Fit, History
+from pspinal_jax.training.loop import Callback, LoopConfig, Store, Trainer
 from pspinal_jax.training.models import Model, as_model
-from pspinal_jax.training.programs import Execution, Programs, build_programs, padded_split
-from pspinal_jax.training.seed_states import Chunk, SeedStates
-from pspinal_jax.training.sharding import AXES, fit_mesh, replicated_on, shard_batch
+from pspinal_jax.training.programs import Execution, Programs, build_programs
+from pspinal_jax.training.sharding import AXES, fit_mesh
 from pspinal_jax.training.signals import Stopped, StopRequest
-from pspinal_jax.training.stages import TrainingStage, make_stage
-from pspinal_jax.training.step import CLASSIFICATION, EvalStep, Loss, Metrics, TrainStep, count_rows, cross_entropy
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from pspinal_jax.training.sources import Source
+from pspinal_jax.training.step import CLASSIFICATION, EvalStep, Loss, Metrics, TrainStep, cross_entropy
 
 _RESERVED = ("loss", "count", "bad_step", "skipped", "predictions", "correct")
 _IDENTITY, _METRICS = "fit.json", "metrics.jsonl"
@@ -101,7 +84,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     workdir: Path | str | None = None,
     **options: Any,
-) -> "Fit":
+) -> Fit:
     """Train a model of yours, compiled and over all devices.
 
     An epoch over arrays is one compiled loop on the device. Batches of an iterable are sharded as they
@@ -159,7 +142,7 @@ def fit(
         raise TypeError(f"fit() has no argument {sorted(unknown)[0]!r}; further ones are {known}")
     chosen = FitOptions(**options)
     goal = _goal(loss, metrics)
-    source = _Source.of(data, validation, batch_size, seed)
+    source = Source.of(data, validation, batch_size, seed)
     adapted = as_model(model)
     _check(chosen, goal, source, epochs, num_seeds)
     mesh = _mesh(mesh, source.batch_size // chosen.micro_batches)
@@ -221,7 +204,7 @@ def _goal(loss: Any, metrics: Metrics | None) -> _Goal:
     return _Goal(cross_entropy if classifies else loss, dict(metrics), classifies)
 
 
-def _check(options: FitOptions, goal: _Goal, source: "_Source", epochs: int, num_seeds: int) -> None:
+def _check(options: FitOptions, goal: _Goal, source: Source, epochs: int, num_seeds: int) -> None:
     for name, value, least in (
         ("epochs", epochs, 1),
         ("num_seeds", num_seeds, 1),
@@ -264,7 +247,7 @@ def _programs(
     model: Model,
     optimizer: optax.GradientTransformation,
     goal: _Goal,
-    source: "_Source",
+    source: Source,
     augment: Any,
     mesh: Mesh,
     options: FitOptions,
@@ -321,164 +304,6 @@ def _logits(model: Model, inputs: Any) -> jax.ShapeDtypeStruct:
         lambda x: model.apply(model.init(jax.random.key(0), x), x, train=False), batch
     )
     return logits
-
-
-class _Source:
-    """Where the batches come from: arrays, or an iterable of batches."""
-
-    def __init__(self, arrays: Any, batches: Callable[[], Iterable[Any]] | None, batch_size: int) -> None:
-        self.arrays, self._batches, self.batch_size = arrays, batches, batch_size
-        self.subset, self.validation = np.arange(0), None
-        self.on_device = True
-        first = jax.tree.map(lambda leaf: leaf[:1], arrays)
-        self._length: int | None = None
-        if batches is not None:
-            epoch = batches()
-            self._length = len(epoch) if isinstance(epoch, Sized) else None
-            first = next(iter(epoch), None)
-            if first is None:
-                raise UsageError("data is an iterable without a batch")
-            first = _batch(first)
-            self.batch_size = count_rows(first)
-        self.example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), first)
-
-    @classmethod
-    def of(cls, data: Any, validation: Any, batch_size: int, seed: int) -> "_Source":
-        """The source that `data` and `validation` make; raises as `fit`."""
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size!r}, expected an integer of at least 1")
-        if isinstance(data, tuple):
-            arrays = _batch(data)
-            source = cls(arrays, None, batch_size)
-            count = count_rows(arrays)
-            source.subset = np.arange(count)
-            if isinstance(validation, float):
-                if not 0 < validation < 1:
-                    raise UsageError(f"validation is {validation}, expected a fraction between 0 and 1, or (x, y)")
-                source.subset, held_out = hold_out(count, max(1, round(validation * count)), seed)
-                source.validation = jax.tree.map(lambda leaf: leaf[held_out], arrays)
-            if batch_size > len(source.subset):
-                raise UsageError(f"batch_size is {batch_size}, but only {len(source.subset)} examples are trained on")
-        else:
-            source = cls(None, _each_epoch(data), batch_size)
-        if isinstance(validation, tuple):
-            source.validation = _batch(validation)
-        elif validation is not None and source.validation is None:
-            raise UsageError(
-                f"validation is {validation!r}, expected (x, y)"
-                + (" or a fraction" if source.arrays is not None else "")
-            )
-        return source
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether all examples lie on the devices."""
-        return self.arrays is not None and self.on_device
-
-    def check_labels(self, shape: tuple[int, ...]) -> None:
-        """Raise UsageError if the labels do not fit logits of `shape` [N, C]."""
-        if len(shape) != 2:
-            raise UsageError(f"the model gives logits of shape {list(shape)}, expected [N, C] for the cross-entropy")
-        for arrays in (self.arrays, self.validation):
-            labels = arrays[1] if arrays is not None else np.zeros(0)
-            if len(labels) and not 0 <= labels.min() <= labels.max() < shape[1]:
-                raise UsageError(
-                    f"labels reach from {labels.min()} to {labels.max()}, expected 0 .. {shape[1] - 1}: the model "
-                    f"gives {shape[1]} logits"
-                )
-
-    def checksum(self) -> str | None:
-        """Of the arrays; None for an iterable."""
-        return None if self.arrays is None else checksum((self.arrays, self.subset, self.validation))
-
-    def set_up(self, config: LoopConfig, programs: Programs, drop_remainder: bool) -> Setup:
-        """What the loop works with."""
-        stage = make_stage(
-            "train", self.subset, None if self.validation is None else "validation", self.batch_size, drop_remainder
-        )
-        examples: Examples
-        if self._batches is not None:
-            stage = dataclasses.replace(stage, steps_per_epoch=self._length, whole_steps=self._length or 2**30)
-            examples = BatchedExamples(programs, self._batches)
-        elif self.on_device:
-            examples = ResidentExamples(programs, self.arrays)
-        else:
-            examples = BatchedExamples(programs, self.arrays)
-        splits: dict[str, EvaluatedSplit] = {}
-        if self.validation is not None:
-            splits["validation"] = ResidentSplit.place(programs, self.validation, programs.eval_batch_size)
-        nothing = np.zeros(0, np.int32)
-        return Setup(config, programs, examples, splits, [stage], nothing, nothing)
-
-
-def _batch(data: Any) -> Any:
-    """(x, y) as NumPy arrays whose first axes agree."""
-    if not isinstance(data, tuple | list) or len(data) != 2:
-        raise UsageError(f"data is of type {type(data).__name__}, expected (x, y) or batches of (x, y)")
-    batch = to_numpy(data[0], "x"), to_numpy(data[1], "y")
-    count_examples(batch, "(x, y)")
-    return batch
-
-
-def _each_epoch(data: Any) -> Callable[[], Iterable[Any]]:
-    """Gives the batches of an epoch."""
-    if callable(data):
-        return data
-    if not isinstance(data, Iterable):
-        raise UsageError(
-            f"data is of type {type(data).__name__}, expected (x, y), an iterable of batches or a function"
-        )
-    if isinstance(data, Iterator):
-        raise UsageError(
-            "data is an iterator, which can be gone through only once; pass a function that makes it, such as "
-            "lambda: batches()"
-        )
-    return lambda: data
-
-
-class BatchedExamples:
-    """Batches that the host brings, step by step; `Examples` for arrays that stay there, and for iterables."""
-
-    first_chunk = 1
-
-    def __init__(self, programs: Programs, source: Any) -> None:
-        """`source` is arrays (x, y), or a function that gives an epoch's batches."""
-        self._programs, self._source = programs, source
-        self.count = 0 if callable(source) else count_rows(source)
-        self.waited = 0.0
-
-    def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
-        """See `Examples`; the first step compiles."""
-
-    def chunks(
-        self, seed_states: SeedStates, stage: TrainingStage, first: int, steps: ChunkSteps
-    ) -> Generator[Chunk, None, None]:
-        """See `Examples`. Batches of an iterable are the same for all seeds."""
-        remaining = itertools.islice(self._epoch(seed_states, stage), first, None)
-        while (batches := next(remaining, None)) is not None:
-            count = steps(stage.whole_steps - first) or 1
-            placed = map(self._place, itertools.chain([batches], itertools.islice(remaining, count - 1)))
-            yield Chunk(first, count, batches=placed)
-            first += count
-
-    def _epoch(self, seed_states: SeedStates, stage: TrainingStage) -> Iterator[list[Any]]:
-        """A step's batches, one for each seed."""
-        if callable(self._source):
-            for batch in self._source():
-                yield [_batch(batch)] * len(seed_states.seeds)
-            return
-        orders = seed_states.orders()
-        size = -(-len(stage.subset) // (stage.steps_per_epoch or 1)) if not stage.whole_steps else 0
-        size = size or (len(stage.subset) - stage.tail_size) // stage.whole_steps
-        used = stage.whole_steps * size + stage.tail_size
-        for start in range(0, used, size):
-            rows = [order[start : min(start + size, used)] for order in orders]
-            yield [jax.tree.map(lambda leaf, each=each: leaf[each], self._source) for each in rows]
-
-    def _place(self, batches: list[Any]) -> list[Any]:
-        if all(batch is batches[0] for batch in batches):
-            return [self._programs.shard_batch(batches[0])] * len(batches)
-        return [self._programs.shard_batch(batch) for batch in batches]
 
 
 class _Log:
@@ -564,143 +389,3 @@ def _place(workdir: Path | str | None, identity: dict[str, Any]) -> Iterator[tup
             raise RunError(f"workdir {folder} cannot be used: {error}") from error
         barrier()
         yield opened.enter_context(CheckpointStore(folder / "checkpoints")), _Log(folder)
-
-
-class History(list[dict[str, Any]]):
-    """A dict for each epoch: epoch, step, train_loss, validation_loss, metrics, seconds; a list by seed for K seeds."""
-
-    def to_pandas(self) -> Any:
-        """As a pandas.DataFrame with a row for each epoch."""
-        from pandas import DataFrame
-
-        return DataFrame(list(self))
-
-
-class Fit:
-    """A trained model.
-
-    Attributes:
-      history: an entry for each epoch, see `History`.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        programs: Programs,
-        seed_states: SeedStates,
-        history: History,
-        names: list[str],
-        example: Any,
-        best: bool,
-    ) -> None:
-        self.history = history
-        self._model, self._programs, self._seed_states = model, programs, seed_states
-        self._names, self._example, self._best = names, example, best
-        self._trees = seed_states.variables(best=best)
-        self._apply: Any = None
-
-    @property
-    def variables(self) -> Any:
-        """What was trained: linen's collections, the nnx module in evaluation mode, or params as ``init`` made them.
-
-        Of K seeds a list of K.
-        """
-        count = len(self._seed_states.seeds)
-        if count == 1:
-            return self._model.restore(self._trees)
-        return [self._model.restore(jax.tree.map(lambda leaf, i=i: leaf[i], self._trees)) for i in range(count)]
-
-    def predict(self, x: Any) -> np.ndarray:
-        """The logits [N, ...] of `x` in evaluation mode, float32 or as the model computes; of K seeds [K, N, ...].
-
-        Raises:
-          DataError: if `x` does not hold numbers, or other shapes than the training's.
-        """
-        inputs = to_numpy(x, "x")
-        count = count_examples(inputs, "x")
-        self._check(inputs, self._example[0], "x")
-        size, mesh = self._programs.eval_batch_size, self._programs.mesh
-        if self._apply is None:
-            apply = partial(self._model.apply, train=False)
-            seeds = apply if len(self._seed_states.seeds) == 1 else jax.vmap(apply, (0, None))
-            self._apply = jit_with(self._programs.compiler_options, seeds, out_shardings=replicated_on(mesh))
-        axis = 0 if len(self._seed_states.seeds) == 1 else 1
-        parts = []
-        for start in range(0, count, size):
-            rows = jax.tree.map(lambda leaf, start=start: leaf[start : start + size], inputs)
-            parts.append(whole(self._apply(self._trees, shard_batch(mesh, padded_split((rows, ()), size)[0]))))
-        logits = np.concatenate(parts, axis) if parts else np.zeros(0, np.float32)
-        return logits[:count] if axis == 0 else logits[:, :count]
-
-    def evaluate(self, x: Any, y: Any) -> dict[str, Any]:
-        """Mean loss and metrics over all examples, each counted once; of K seeds a list of K for each.
-
-        Raises:
-          DataError: as `predict`.
-        """
-        arrays = _batch((x, y))
-        self._check(arrays, self._example, "(x, y)")
-        split = ResidentSplit.place(self._programs, arrays, self._programs.eval_batch_size)
-        sums = split.evaluate(partial(self._seed_states.evaluate, best=self._best))
-        means = {name: (sums[name] / count_rows(arrays)).tolist() for name in self._names}
-        return {name: values[0] if len(values) == 1 else values for name, values in means.items()}
-
-    def plot(self) -> "Figure":
-        """Loss and metrics by epoch as a matplotlib Figure; of K seeds their mean and range."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5 * len(self._names), 4), layout="constrained")
-        for axis, name in zip(np.ravel(figure.subplots(1, len(self._names))), self._names, strict=True):
-            for split in ("train", "validation"):
-                key = f"{split}_{name}"
-                values = np.array([np.atleast_1d(line[key]) for line in self.history if key in line])
-                if not len(values):
-                    continue
-                epochs = np.arange(1, len(values) + 1)
-                axis.plot(epochs, values.mean(1), marker=".", label=split)
-                if values.shape[1] > 1:
-                    axis.fill_between(epochs, values.min(1), values.max(1), alpha=0.2)
-            axis.set_xlabel("epoch")
-            axis.set_ylabel(name)
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend()
-        return figure
-
-    def save(self, path: Path | str) -> None:
-        """Write the variables as one .safetensors file, which `pspinal_jax.weights.read_variables` reads.
-
-        Names are those of `variables`, levels joined by "/"; of nnx and functions below ``params``.
-        """
-        from pspinal_jax.weights.variables import save_variables
-
-        trees = self._trees
-        named = {"params": trees["params"], **(trees["batch_stats"] if isinstance(trees["batch_stats"], dict) else {})}
-        if is_primary():
-            save_variables(expanded(Path(path)), jax.tree.map(whole, named))
-
-    def _check(self, arrays: Any, example: Any, name: str) -> None:
-        found = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays)
-        if jax.tree.map(lambda leaf: leaf.shape, found) != jax.tree.map(lambda leaf: leaf.shape, example):
-            raise UsageError(f"{name} holds examples of shapes {found}, but the model was trained on {example}")
-
-    def _repr_html_(self) -> str:
-        names = ["epoch", *_shown_names(self.history)]
-        rows = [[f"<td>{_shown(line.get(name))}</td>" for name in names] for line in self.history]
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
-        body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name} {_shown(self.history[-1][name])}" for name in _shown_names(self.history))
-        return f"Fit({len(self.history)} epochs: {shown})"
-
-
-def _shown_names(history: History) -> list[str]:
-    return [name for name in (history[-1] if history else {}) if name.startswith(("train_", "validation_"))]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return f"{np.mean(value):.4f} ± {np.std(value, ddof=1):.4f}"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

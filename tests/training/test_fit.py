@@ -153,8 +153,11 @@ def test_fit_takes_batches_of_any_iterable_in_their_order():
 
 @pytest.mark.parametrize("model", [Net(), (linear_init, linear)])
 def test_fit_with_arrays_on_the_host_is_the_compiled_epoch(model):
-    compiled, stepped = fit(model, (X, Y)), fit(model, (X, Y), on_device=False)
-    np.testing.assert_allclose(compiled.predict(X), stepped.predict(X), rtol=1e-4, atol=1e-5)
+    for dropped in (False, True):
+        options = {"drop_remainder": dropped}
+        compiled, stepped = fit(model, (X, Y), **options), fit(model, (X, Y), on_device=False, **options)
+        np.testing.assert_allclose(compiled.predict(X), stepped.predict(X), rtol=1e-4, atol=1e-5)
+        assert compiled.history[-1]["step"] == stepped.history[-1]["step"] == 2 * (5 if dropped else 6)
 
 
 @pytest.mark.parametrize("mode", ["loop", "vmap"])

@@ -1,0 +1,175 @@
+"""Where the batches of `fit` come from: arrays, on the devices or on the host, or an iterable of batches."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from typing import Any
+
+import jax
+import numpy as np
+
+from pspinal_jax.data.dataset import hold_out
+from pspinal_jax.errors import UsageError
+from pspinal_jax.training.arrays import checksum, count_examples, to_numpy
+from pspinal_jax.training.examples import ChunkSteps, EvaluatedSplit, Examples, ResidentExamples, ResidentSplit
+from pspinal_jax.training.loop import Setup
+from pspinal_jax.training.programs import Programs
+from pspinal_jax.training.seed_states import Chunk, SeedStates
+from pspinal_jax.training.stages import LoopConfig, TrainingStage, make_stage
+from pspinal_jax.training.step import count_rows
+
+
+class Source:
+    """Where the batches come from: arrays, or an iterable of batches."""
+
+    def __init__(self, arrays: Any, batches: Callable[[], Iterable[Any]] | None, batch_size: int) -> None:
+        self.arrays, self._batches, self.batch_size = arrays, batches, batch_size
+        self.subset, self.validation = np.arange(0), None
+        self.on_device = True
+        first = jax.tree.map(lambda leaf: leaf[:1], arrays)
+        self._length: int | None = None
+        if batches is not None:
+            epoch = batches()
+            self._length = len(epoch) if isinstance(epoch, Sized) else None
+            first = next(iter(epoch), None)
+            if first is None:
+                raise UsageError("data is an iterable without a batch")
+            first = to_batch(first)
+            self.batch_size = count_rows(first)
+        self.example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), first)
+
+    @classmethod
+    def of(cls, data: Any, validation: Any, batch_size: int, seed: int) -> "Source":
+        """The source that `data` and `validation` make; raises as `fit`."""
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size!r}, expected an integer of at least 1")
+        if isinstance(data, tuple):
+            arrays = to_batch(data)
+            source = cls(arrays, None, batch_size)
+            count = count_rows(arrays)
+            source.subset = np.arange(count)
+            if isinstance(validation, float):
+                if not 0 < validation < 1:
+                    raise UsageError(f"validation is {validation}, expected a fraction between 0 and 1, or (x, y)")
+                source.subset, held_out = hold_out(count, max(1, round(validation * count)), seed)
+                source.validation = jax.tree.map(lambda leaf: leaf[held_out], arrays)
+            if batch_size > len(source.subset):
+                raise UsageError(f"batch_size is {batch_size}, but only {len(source.subset)} examples are trained on")
+        else:
+            source = cls(None, _each_epoch(data), batch_size)
+        if isinstance(validation, tuple):
+            source.validation = to_batch(validation)
+        elif validation is not None and source.validation is None:
+            raise UsageError(
+                f"validation is {validation!r}, expected (x, y)"
+                + (" or a fraction" if source.arrays is not None else "")
+            )
+        return source
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all examples lie on the devices."""
+        return self.arrays is not None and self.on_device
+
+    def check_labels(self, shape: tuple[int, ...]) -> None:
+        """Raise UsageError if the labels do not fit logits of `shape` [N, C]."""
+        if len(shape) != 2:
+            raise UsageError(f"the model gives logits of shape {list(shape)}, expected [N, C] for the cross-entropy")
+        for arrays in (self.arrays, self.validation):
+            labels = arrays[1] if arrays is not None else np.zeros(0)
+            if len(labels) and not 0 <= labels.min() <= labels.max() < shape[1]:
+                raise UsageError(
+                    f"labels reach from {labels.min()} to {labels.max()}, expected 0 .. {shape[1] - 1}: the model "
+                    f"gives {shape[1]} logits"
+                )
+
+    def checksum(self) -> str | None:
+        """Of the arrays; None for an iterable."""
+        return None if self.arrays is None else checksum((self.arrays, self.subset, self.validation))
+
+    def set_up(self, config: LoopConfig, programs: Programs, drop_remainder: bool) -> Setup:
+        """What the loop works with."""
+        stage = make_stage(
+            "train", self.subset, None if self.validation is None else "validation", self.batch_size, drop_remainder
+        )
+        examples: Examples
+        if self._batches is not None:
+            stage = dataclasses.replace(stage, steps_per_epoch=self._length, whole_steps=self._length or 2**30)
+            examples = BatchedExamples(programs, self._batches, self.batch_size)
+        elif self.on_device:
+            examples = ResidentExamples(programs, self.arrays)
+        else:
+            examples = BatchedExamples(programs, self.arrays, self.batch_size)
+        splits: dict[str, EvaluatedSplit] = {}
+        if self.validation is not None:
+            splits["validation"] = ResidentSplit.place(programs, self.validation, programs.eval_batch_size)
+        nothing = np.zeros(0, np.int32)
+        return Setup(config, programs, examples, splits, [stage], nothing, nothing)
+
+
+def to_batch(data: Any) -> Any:
+    """(x, y) as NumPy arrays whose first axes agree."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise UsageError(f"data is of type {type(data).__name__}, expected (x, y) or batches of (x, y)")
+    batch = to_numpy(data[0], "x"), to_numpy(data[1], "y")
+    count_examples(batch, "(x, y)")
+    return batch
+
+
+def _each_epoch(data: Any) -> Callable[[], Iterable[Any]]:
+    """Gives the batches of an epoch."""
+    if callable(data):
+        return data
+    if not isinstance(data, Iterable):
+        raise UsageError(
+            f"data is of type {type(data).__name__}, expected (x, y), an iterable of batches or a function"
+        )
+    if isinstance(data, Iterator):
+        raise UsageError(
+            "data is an iterator, which can be gone through only once; pass a function that makes it, such as "
+            "lambda: batches()"
+        )
+    return lambda: data
+
+
+class BatchedExamples:
+    """Batches that the host brings, step by step; `Examples` for arrays that stay there, and for iterables."""
+
+    first_chunk = 1
+
+    def __init__(self, programs: Programs, source: Any, batch_size: int) -> None:
+        """`source` is arrays (x, y), or a function that gives an epoch's batches."""
+        self._programs, self._source, self._batch_size = programs, source, batch_size
+        self.count = 0 if callable(source) else count_rows(source)
+        self.waited = 0.0
+
+    def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
+        """See `Examples`; the first step compiles."""
+
+    def chunks(
+        self, seed_states: SeedStates, stage: TrainingStage, first: int, steps: ChunkSteps
+    ) -> Generator[Chunk, None, None]:
+        """See `Examples`. Batches of an iterable are the same for all seeds."""
+        remaining = itertools.islice(self._epoch(seed_states, stage), first, None)
+        while (batches := next(remaining, None)) is not None:
+            count = steps(stage.whole_steps - first) or 1
+            placed = map(self._place, itertools.chain([batches], itertools.islice(remaining, count - 1)))
+            yield Chunk(first, count, batches=placed)
+            first += count
+
+    def _epoch(self, seed_states: SeedStates, stage: TrainingStage) -> Iterator[list[Any]]:
+        """A step's batches, one for each seed."""
+        if callable(self._source):
+            for batch in self._source():
+                yield [to_batch(batch)] * len(seed_states.seeds)
+            return
+        orders, size = seed_states.orders(), self._batch_size
+        used = stage.whole_steps * size + stage.tail_size
+        for start in range(0, used, size):
+            rows = [order[start : min(start + size, used)] for order in orders]
+            yield [jax.tree.map(lambda leaf, each=each: leaf[each], self._source) for each in rows]
+
+    def _place(self, batches: list[Any]) -> list[Any]:
+        if all(batch is batches[0] for batch in batches):
+            return [self._programs.shard_batch(batches[0])] * len(batches)
+        return [self._programs.shard_batch(batch) for batch in batches]
