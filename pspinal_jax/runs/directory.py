@@ -284,7 +284,8 @@ class RunDirectory:
         for text in content.splitlines():
             with contextlib.suppress(ValueError, RecursionError, UsageError):  # no JSON, no text, or of other types
                 line = typed("it", json.loads(text), _Line)
-                typed("it", {key: line[key] for key in line.keys() - {"stage"}}, dict[str, float | list[float]])
+                numbers = {key: line[key] for key in line.keys() - {"stage"}}  # null for what was not finite
+                typed("it", numbers, dict[str, float | list[float | None] | None])
                 lines.append(line)
         return lines
 

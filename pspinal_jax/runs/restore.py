@@ -18,7 +18,7 @@ from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs import manifest
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of, writing
-from pspinal_jax.runs.features import add_backbone, head_recipe
+from pspinal_jax.runs.features import BACKBONE, add_backbone, head_recipe
 from pspinal_jax.runs.result import best_seed_index, leading_seed, selected_checksum
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 from pspinal_jax.training.stages import TrainingProgress
@@ -85,6 +85,11 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
     variables = leading_seed(selected, seed_index, count)
     if recipe.cache_features:
         variables = add_backbone(run, variables)
+        shape = tuple(config["input_shape"])
+        model = build_model(recipe, shape, len(config["class_names"]))
+        expected = abstract_variables(model, shape, config["input_dtype"])
+        if listed := _misfits(flatten_dict(variables), flatten_dict(expected)):
+            raise RunError(f"{run / BACKBONE} does not fit its config.json: {listed}; train in another --workdir")
     _check_finite(run, variables)
     return variables, config
 
@@ -185,12 +190,8 @@ def _variables_of_run(run: Path, expected: Any, class_names: Sequence[str]) -> d
         return {path: leaf for path, leaf in flatten_dict(tree).items() if not others or path[1:3] != _OUTPUT}
 
     found = kept(variables)
-    there, here = (
-        {"/".join(path[1:]): leaf.shape for path, leaf in leaves.items() if path[0] == "params"}
-        for leaves in (found, kept(expected))
-    )
-    if listed := differences(there, here, lambda name, old, new: f"{name} is {old} there and {new} here"):
-        raise UsageError(f"--init-from {run} does not fit this model: {', '.join(listed)}")
+    if listed := _misfits(found, kept(expected)):
+        raise UsageError(f"--init-from {run} does not fit this model: {listed}")
     if others and is_primary():
         counts = f"{len(config['class_names'])} classes, not the {len(class_names)} of this data"
         say(f"--init-from {run} knows {counts}: the output layer starts anew, all else is kept")
@@ -199,3 +200,10 @@ def _variables_of_run(run: Path, expected: Any, class_names: Sequence[str]) -> d
 
 
 _OUTPUT = ("head", "output")
+
+
+def _misfits(found: dict[Any, Any], expected: dict[Any, Any]) -> str:
+    """Which variables, by their paths, have other shapes or are on one side only."""
+    # Without the collection: parameters and statistics of a layer have other names.
+    there, here = ({"/".join(path[1:]): leaf.shape for path, leaf in leaves.items()} for leaves in (found, expected))
+    return ", ".join(differences(there, here, lambda name, old, new: f"{name} is {old} there and {new} here"))

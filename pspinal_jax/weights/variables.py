@@ -61,9 +61,12 @@ def read_variables(path: Path) -> dict[str, dict[str, Any]]:
 
     try:
         tensors: dict[str, np.ndarray] = load_file(path)
+        tree: dict[str, dict[str, Any]] = unflatten_dict(tensors, sep=SEPARATOR)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read as a .safetensors file: {error}") from error
-    return unflatten_dict(tensors, sep=SEPARATOR)
+    except (AttributeError, IndexError, TypeError) as error:  # dtypes that NumPy lacks, a name below that of a tensor
+        raise DataError(f"{path} holds no variables of ours: {error}") from error
+    return tree
 
 
 def first_not_finite(variables: dict[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import chex
@@ -18,15 +19,17 @@ from small_runs import Killed
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import ResNet
 from pspinal_jax.data.images.decode import decode
+from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.runs import manifest
 from pspinal_jax.runs.classifier import load_classifier
 from pspinal_jax.runs.predict import _read
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.seed_states import SeedStates
-from pspinal_jax.weights import resnet_state_dict
+from pspinal_jax.weights import read_variables, resnet_state_dict, save_variables
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHORT = [
@@ -225,6 +228,13 @@ def test_a_head_on_cached_features_is_linear_and_a_run_of_before_goes_on(picture
     assert main([*words, str(tmp_path / "new")]) == 0
     said = capsys.readouterr().err
     assert "cached features: the head trains as in the recipe linear, but for epochs 2, batch_size 8" in said
+    strange = shutil.copytree(tmp_path / "new", tmp_path / "strange")
+    backbone = read_variables(strange / "backbone.safetensors")
+    backbone["params"]["stem"]["kernel"] = backbone["params"]["stem"]["kernel"][..., :1]
+    save_variables(strange / "backbone.safetensors", backbone)
+    manifest.record(strange, "backbone.safetensors")
+    with pytest.raises(RunError, match=r"does not fit its config.json: backbone/stem/kernel is \(.*, 1\) there and"):
+        load_variables(strange)
     identity = read(tmp_path / "new" / "config.json")["identity"]
     assert identity["model"]["head"] == "dense" and identity["optimizer"]["name"] == "adamw"
     # As earlier versions ran these words: the recipe's own head and training.

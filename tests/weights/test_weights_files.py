@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from pspinal_jax.errors import DataError
-from pspinal_jax.weights import read_state_dict
+from pspinal_jax.weights import read_state_dict, read_variables
 
 
 def test_safetensors_in_every_precision(tmp_path):
@@ -85,3 +85,18 @@ def test_precisions_without_a_numpy_type_are_named(tmp_path):
     assert "holds w as F8_E4M3, expected a dense tensor of one of float64, float32" in refusal(
         tmp_path / "x.safetensors"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("F8_E4M3", ["params/a"]), ("F4", ["params/a"]), ("F32", ["params/a", "params/a/b"])]
+)
+def test_variables_that_are_none_of_ours_are_one_line(tmp_path, kind, names):
+    entries = {name: {"dtype": kind, "shape": [8], "data_offsets": [0, 0]} for name in names}
+    size = {"F32": 32, "F8_E4M3": 8, "F4": 4}[kind]
+    for index, entry in enumerate(entries.values()):
+        entry["data_offsets"] = [size * index, size * (index + 1)]
+    header = json.dumps(entries).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(size * len(names))
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match=r"x.safetensors holds no variables of ours: "):
+        read_variables(tmp_path / "x.safetensors")
