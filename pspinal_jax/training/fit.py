@@ -23,7 +23,7 @@ from pspinal_jax.distributed.arrays import whole
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import differences, expanded, held, write_json, write_text
+from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text
 from pspinal_jax.training.arrays import checksum, count_examples, to_numpy
 from pspinal_jax.training.examples import (
     ChunkSteps,
@@ -503,7 +503,7 @@ class _Log:
 
     def _write(self) -> None:
         if self._path is not None and is_primary():
-            write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+            write_text(self._path, "".join(json_text(line) + "\n" for line in self._lines))
 
     def report(self, found: dict[str, Any]) -> Path | None:
         """Write down what was found where a step was not finite; where that lies."""
