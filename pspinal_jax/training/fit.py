@@ -17,7 +17,7 @@ from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.distributed.coordination import barrier, is_primary
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import differences, expanded, held, write_json, write_text
+from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text
 from pspinal_jax.training.fitted import Fit, History
 from pspinal_jax.training.loop import Callback, LoopConfig, Store, Trainer
 from pspinal_jax.training.models import Model, as_model
@@ -328,7 +328,7 @@ class _Log:
 
     def _write(self) -> None:
         if self._path is not None and is_primary():
-            write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+            write_text(self._path, "".join(json_text(line) + "\n" for line in self._lines))
 
     def report(self, found: dict[str, Any]) -> Path | None:
         """Write down what was found where a step was not finite; where that lies."""

@@ -104,11 +104,14 @@ def improves(accuracy: Any, loss: Any, best_accuracy: Any, best_loss: Any) -> np
     """Whether an epoch is selected before the best one so far, elementwise.
 
     The higher accuracy decides, of equal ones the lower loss, and of equal losses the later epoch. A `best_loss` of
-    None (of a checkpoint from before it was kept) is beaten by accuracy alone.
+    None (of a checkpoint from before it was kept) is beaten by accuracy alone, NaN by any other.
     """
-    best_loss = np.asarray([-np.inf if each is None else each for each in best_loss])
+    loss, best_loss = (
+        np.nan_to_num([-np.inf if each is None else each for each in losses], nan=np.inf, posinf=np.inf, neginf=-np.inf)
+        for losses in (loss, best_loss)
+    )
     tied = np.asarray(accuracy) == np.asarray(best_accuracy)
-    return np.asarray((np.asarray(accuracy) > np.asarray(best_accuracy)) | (tied & (np.asarray(loss) <= best_loss)))
+    return np.asarray((np.asarray(accuracy) > np.asarray(best_accuracy)) | (tied & (loss <= best_loss)))
 
 
 def selected_by(recipe: Recipe) -> str:

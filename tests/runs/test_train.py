@@ -79,6 +79,8 @@ def test_the_selected_epoch_is_the_best_on_validation(finished):
         (0.5, 0.1, (0.5, 0.1), True),
         (0.5, 0.05, (0.5, None), False),
         (0.6, 9.0, (0.5, None), True),
+        (0.5, 9.0, (0.5, float("nan")), True),
+        (0.5, float("nan"), (0.5, 0.1), False),
     ],
 )
 def test_of_tied_epochs_the_lower_loss_is_selected_then_the_later(accuracy, loss, best, expected):
