@@ -256,11 +256,11 @@ def _macro_f1_interval(confusion: Any, drawn: np.ndarray) -> list[float] | None:
     )
     there, total = support > 0, int(counts.sum())
     members = float(1 / np.mean(1 / support[there]))
-    if members < LEAST_MEMBERS:
-        return None
     f1 = float(np.mean(2 * hits[there] / (support + named)[there]))
-    bias = float(drawn.mean()) - f1
-    variance = float(drawn.var(ddof=1)) * (1 + 1 / members) + (bias / 2) ** 2
+    bias, spread = float(drawn.mean()) - f1, float(drawn.std(ddof=1))
+    if members < LEAST_MEMBERS or abs(bias) > 2 * spread:  # a bias that large is known too badly to be taken off
+        return None
+    variance = spread**2 * (1 + 1 / members) + (bias / 2) ** 2
     size = min(f1 * (1 - f1) / variance, float(total)) if variance else float(total)
     share = float(np.clip(f1 - bias, 0, 1))
     z = float(norm.ppf(0.5 + LEVEL / 2))
