@@ -161,8 +161,8 @@ def test_what_a_killed_save_left_is_removed(copied):
     left.mkdir()
     (left / "part").write_text("cut")
     with CheckpointStore(copied) as checkpoints:
-        assert not checkpoints.empty and not left.exists()
-    assert steps(copied) == [11, 12]
+        assert not checkpoints.empty
+    assert steps(copied) == [11, 12] and not left.exists()  # Orbax removes it in the background
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def before(owner, name, act, call=1, undo=lambda: None):
     assert calls[0] >= call
 
 
+@pytest.mark.slow
 def test_a_stop_in_any_part_is_saved_and_the_run_goes_on(run, undisturbed, tmp_path):
     moments = [
         (Trainer, "_restore", 0),

@@ -69,6 +69,7 @@ def test_a_neighbour_of_the_data_is_not_inside_it(tmp_path, monkeypatch):
         pspinal_jax.train("folder", data__path=tmp_path / "images", workdir=tmp_path / "images-run")
 
 
+@pytest.mark.slow
 def test_what_a_run_was_started_from_is_read_once(finished, npz_path, tmp_path, monkeypatch):
     """Also where it is needed again: the second training on all data starts from the same parameters."""
     changes = {"init_from": tmp_path / "first", "retrain": True, "seed": 3}
