@@ -37,7 +37,7 @@ def epoch_line(
         line[f"{stage.evaluates}_{name}"] = per_seed(values)
     return line | {
         "seconds": round(progress.seconds, 4),
-        "examples_per_second": round(count.sum() / progress.seconds, 1),
+        "examples_per_second": round(float(count.sum()) / progress.seconds, 1),
         "compile_seconds": round(compile_seconds, 3),
     }
 
