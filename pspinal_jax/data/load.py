@@ -30,7 +30,7 @@ def load_data(config: DataConfig, class_names: Sequence[str] | None = None, need
         read. Without, the TFDS data set `name` is read from `data_dir`; one that needs no files (digits) is prepared
         there on first use.
       class_names: of a run, to which the labels of arrays belong; None for those that the data has.
-      needs_test: whether a folder of too few images to cut a test split from is refused.
+      needs_test: whether a folder or a table of too few examples to cut a test split from is refused.
 
     Raises:
       DataError: if it is not there or not readable, or to be transposed but no square images; the message says what
@@ -38,7 +38,7 @@ def load_data(config: DataConfig, class_names: Sequence[str] | None = None, need
     """
     if config.image_size is not None:
         return _load_images(config, config.side, needs_test)
-    data = _load_arrays(config, config.num_classes if class_names is None else class_names)
+    data = _load_arrays(config, config.num_classes if class_names is None else class_names, needs_test)
     return _transpose(data) if config.transposed else data
 
 
@@ -53,19 +53,21 @@ def _transpose(data: Dataset[ArraySplit]) -> Dataset[ArraySplit]:
     return dataclasses.replace(data, splits=turned)
 
 
-def read_file(path: Path, classes: Classes, test_fraction: float = 0.2, seed: int = 0) -> Dataset[ArraySplit]:
-    """The data set in an .npz file, or in a table, of which the last two cut the test split; raises as `load_data`."""
+def read_file(
+    path: Path, classes: Classes, test_fraction: float = 0.2, seed: int = 0, needs_test: bool = True
+) -> Dataset[ArraySplit]:
+    """The data set in an .npz file, or in a table, of which the others cut the test split; raises as `load_data`."""
     if path.suffix.lower() in TABLES:
-        return read_table(path, classes, test_fraction, seed)
+        return read_table(path, classes, test_fraction, seed, needs_test)
     return read_npz(path, classes)
 
 
-def _load_arrays(config: DataConfig, classes: Classes) -> Dataset[ArraySplit]:
+def _load_arrays(config: DataConfig, classes: Classes, needs_test: bool) -> Dataset[ArraySplit]:
     if config.path is not None:
         path = expanded(config.path)
         if path.is_dir():
             return read_prepared(path, classes)
-        return read_file(path, classes, config.test_fraction, config.split_seed)
+        return read_file(path, classes, config.test_fraction, config.split_seed, needs_test)
     if config.name.split("/")[0] == "emnist":
         raise DataError(f"{config.name}: {STOCK_EMNIST}")
     known = CATALOGUE.get(config.name)

@@ -77,21 +77,22 @@ def make_dataset(
 
 
 def cut_test(
-    data: Dataset[ArraySplit], fraction: float, seed: int, keep_copies_together: bool = True
+    data: Dataset[ArraySplit], fraction: float, seed: int, keep_copies_together: bool = True, needs_test: bool = True
 ) -> Dataset[ArraySplit]:
     """`data`, which has no test split, with `fraction` of each class cut from its training split by `seed`.
 
     Copies go to one side, see `pspinal_jax.data.copies`, unless `keep_copies_together` is false.
 
     Raises:
-      UsageError: if `fraction` does not lie in 0 < fraction < 1, or no class has enough examples.
+      UsageError: if `fraction` does not lie in 0 < fraction < 1, or, where the test split is needed, no class has
+        enough examples.
     """
     if not 0 < fraction < 1:
         raise UsageError(f"test_fraction is {fraction}, expected 0 < test_fraction < 1")
     whole = data.train
     copies = copies_of_a_class(whole.digests, whole.labels) if keep_copies_together else None
     rest, drawn = split_by_class(whole.labels, fraction, seed, copies)
-    if not len(drawn):
+    if needs_test and not len(drawn):
         raise UsageError(
             f"{data.source}: no class has enough examples to hold out {fraction:g} of it; give test examples apart"
         )
@@ -99,7 +100,9 @@ def cut_test(
     return dataclasses.replace(data, splits=splits, uncut=whole)
 
 
-def read_table(path: Path, classes: Classes, test_fraction: float, seed: int) -> Dataset[ArraySplit]:
+def read_table(
+    path: Path, classes: Classes, test_fraction: float, seed: int, needs_test: bool = True
+) -> Dataset[ArraySplit]:
     """The features and labels of a CSV, TSV or Parquet file; its test split is cut as `cut_test` does.
 
     The labels are the column named as in `LABEL_COLUMNS`, else the last one; all others are features. A first column
@@ -130,7 +133,8 @@ def read_table(path: Path, classes: Classes, test_fraction: float, seed: int) ->
     line += "; the row numbers in its first column are left out" if left_out else ""
     if is_primary() and (classes is None or isinstance(classes, int)):  # a run has said so before
         say(line)
-    return cut_test(make_dataset({"train": (frame[taken], frame[label])}, str(path), classes), test_fraction, seed)
+    data = make_dataset({"train": (frame[taken], frame[label])}, str(path), classes)
+    return cut_test(data, test_fraction, seed, needs_test=needs_test)
 
 
 def read_rows(given: Any, columns: Sequence[str], width: int) -> np.ndarray:

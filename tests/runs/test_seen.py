@@ -124,6 +124,18 @@ def test_evaluate_scores_all_pictures_of_a_folder_without_splits(place, tmp_path
     assert (report["part"], report["examples"]) == ("test", 6) and "its test split" in said.out
 
 
+def test_evaluate_scores_all_rows_of_a_table(place, tmp_path, capsys):
+    pytest.importorskip("pandas")
+    inputs, labels = features(0)
+    lines = [
+        ",".join([*map(repr, row.tolist()), str(label)]) for row, label in zip(inputs[:2], labels[:2], strict=True)
+    ]
+    (tmp_path / "new.csv").write_text("\n".join(["a,b,c,d,e,f,label", *lines]) + "\n")
+    report, said = evaluated(capsys, place / "rows", "--data.path", tmp_path / "new.csv")
+    assert (report["part"], report["examples"], report["seen_in_training"]["examples"]) == ("all", 2, 2)
+    assert "new.csv, all 2 examples: it holds no split" in said.out and "2 of the 2 examples scored" in said.err
+
+
 def test_evaluate_of_the_own_folder_scores_the_test_split_and_of_a_grown_one_names_what_was_seen(
     place, tmp_path, capsys
 ):
