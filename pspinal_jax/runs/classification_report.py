@@ -243,7 +243,7 @@ def _macro_f1_interval(confusion: Any, drawn: np.ndarray) -> list[float] | None:
 
     The bootstrap's percentiles hold the truth too seldom: F1 of a few examples a class is biased, the draws are so a
     second time, and n examples of a class spread by (n - 1) / n too little. So the bias is taken off, the spread is
-    widened by that and by half the bias, which is known no better, and the interval always holds macro F1 itself. Where
+    widened by that and by the bias, which is known badly, and the interval always holds macro F1 itself. Where
     nothing is wrong, the draws spread not at all, and Wilson's interval is that of accuracy.
     results/macro_f1_interval.py measures how often it holds the truth.
     """
@@ -260,7 +260,7 @@ def _macro_f1_interval(confusion: Any, drawn: np.ndarray) -> list[float] | None:
     bias, spread = float(drawn.mean()) - f1, float(drawn.std(ddof=1))
     if members < LEAST_MEMBERS or abs(bias) > 2 * spread:  # a bias that large is known too badly to be taken off
         return None
-    variance = spread**2 * (1 + 1 / members) + (bias / 2) ** 2
+    variance = spread**2 * (1 + 1 / members) + bias**2
     size = min(f1 * (1 - f1) / variance, float(total)) if variance else float(total)
     share = float(np.clip(f1 - bias, 0, 1))
     z = float(norm.ppf(0.5 + LEVEL / 2))

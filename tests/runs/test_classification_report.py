@@ -118,7 +118,7 @@ def test_macro_f1s_interval_holds_the_truth_of_small_classes():
     for _ in range(24):
         confusion = np.stack([rng.multinomial(5, row) for row in rows])
         low, high = intervals(confusion)["macro_f1"]
-        held += low <= 0.6 <= high and high - low < 0.13
+        held += low <= 0.6 <= high and high - low < 0.15
     assert held >= 22
 
 
