@@ -122,8 +122,8 @@ def fit(
       mesh: a `jax.sharding.Mesh` with axes data, fsdp and model; by default all devices that the batch divides over.
       augment: (key, x) -> x, traced into the step and applied to every training batch.
       callbacks: functions of (finished epochs, state, metrics), called between chunks of an epoch with means over the
-        examples so far, and after an epoch with its line of the history. One that returns True ends the training. The
-        state's arrays (`TrainState`) are overwritten by the next step: copy what you keep.
+        examples so far, and after an epoch with its line of the history. One that returns True ends the training
+        there. The state's arrays (`TrainState`) are overwritten by the next step: copy what you keep.
       workdir: folder for checkpoints and metrics.jsonl. The same call then goes on where it was stopped or killed, and
         ends bit for bit where it would have ended.
       **options: the fields of `FitOptions`.

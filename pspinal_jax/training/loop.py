@@ -251,7 +251,10 @@ class Trainer:
                 self._check_finite()
                 bar.advance(steps, **self._shown())
                 if stage.steps_per_epoch is None or progress.step < stage.steps_per_epoch:
-                    self._call_back(self._running())
+                    if self._callbacks:
+                        self._call_back(self._running())
+                    if self._asked_to_end:
+                        break
                     if self._synchronize():
                         self._save()
                     self.stop_if_asked()

@@ -51,7 +51,10 @@ class Source:
             if isinstance(validation, float):
                 if not 0 < validation < 1:
                     raise UsageError(f"validation is {validation}, expected a fraction between 0 and 1, or (x, y)")
-                source.subset, held_out = hold_out(count, max(1, round(validation * count)), seed)
+                held = max(1, round(validation * count))
+                if held >= count:
+                    raise UsageError(f"validation is {validation}, which leaves none of {count} examples to train on")
+                source.subset, held_out = hold_out(count, held, seed)
                 source.validation = jax.tree.map(lambda leaf: leaf[held_out], arrays)
             if batch_size > len(source.subset):
                 raise UsageError(f"batch_size is {batch_size}, but only {len(source.subset)} examples are trained on")

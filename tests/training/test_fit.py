@@ -221,6 +221,18 @@ def test_fit_callbacks_see_every_epoch_and_may_end_it():
     assert finished[-1][2] == result.history[-1]["validation_loss"]
 
 
+def test_fit_callback_ends_the_training_within_an_epoch():
+    seen = []
+
+    def callback(epoch, state, metrics):
+        seen.append(int(state.step))
+        return True
+
+    result = fit((linear_init, linear), (X, Y), epochs=9, callbacks=[callback])
+    assert seen == [5, 5]  # after the five whole batches of the first epoch, and with its line
+    assert len(result.history) == 1 and "train_loss" in result.history[0]
+
+
 class Stop(Exception):
     pass
 
@@ -263,6 +275,7 @@ def test_fit_stops_where_the_loss_is_not_finite(tmp_path):
         (DataError, "shapes", {"data": (X, Y[:-1])}),
         (UsageError, "batch_size is 91", {"batch_size": 91}),
         (UsageError, "epochs is 0", {"epochs": 0}),
+        (UsageError, "validation is 0.999, which leaves none", {"validation": 0.999}),
         (UsageError, "loss is 'mse'", {"loss": "mse"}),
         (UsageError, "metrics has 'count'", {"metrics": {"count": squared}}),
         (UsageError, "select is 'loss'", {"select": "loss"}),
