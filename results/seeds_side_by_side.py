@@ -85,8 +85,6 @@ def main() -> None:
         print(f"{name:14} {statistics.median(found):8,.0f} examples/s; processes are faster by {spread(ratios)}")
     for mode, found in runs.items():
         print(f"{mode:14} whole runs: {spread([float(run['seconds']) for run in found])} s, {found[0]['checksum']}")
-    if len({run["checksum"] for found in runs.values() for run in found}) > 1:
-        raise SystemExit("the selected parameters differ")
 
 
 def spread(values: list[float]) -> str:

@@ -261,9 +261,9 @@ class Recipe:
     num_seeds: int = 1
     """Number of seeds to train; the result is their mean and standard deviation."""
     seed_mode: Literal["auto", "loop", "vmap", "processes"] = "auto"
-    """Train the seeds one after the other (loop), as one vectorised program (vmap), or side by side, a process a core
-    of the CPU (processes; bit for bit the loop's result). auto: vmap on GPU and TPU; on CPU processes for a long
-    training of a head alone, else loop."""
+    """Train the seeds one after the other (loop), as one vectorised program (vmap), or in parallel with one process per
+    core of the CPU (processes). auto: vmap on GPU and TPU; on CPU processes for a long training of a head alone, else
+    loop."""
     batch_norm: Literal["global", "per_device"] = "global"
     """What batch norm sees in training on several devices: the whole batch, or each device its own part; then the
     result depends on the number of devices."""

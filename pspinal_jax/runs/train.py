@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,8 +20,9 @@ from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.data.images.stream import end_within_a_worker
 from pspinal_jax.distributed.coordination import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
-from pspinal_jax.errors import UsageError
+from pspinal_jax.errors import PSpinalError, UsageError, printable
 from pspinal_jax.files import check_target, expanded
+from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models.build import build_model
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.models.preprocessing import with_own_preprocessing
@@ -28,17 +31,17 @@ from pspinal_jax.recipes.options import RunOptions
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.recipes.settings import check_settings, check_settings_for
 from pspinal_jax.runs.build import RunSetup, set_up, split_examples
-from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.features import cached_features, head_of, head_recipe
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
 from pspinal_jax.runs.opening import describe_opening, warn_of_random_backbone
 from pspinal_jax.runs.programs import run_mesh
 from pspinal_jax.runs.restore import keep_start, start_variables
 from pspinal_jax.runs.result import make_result
-from pspinal_jax.runs.seed_processes import can_use_processes, train_in_processes, wants_processes
+from pspinal_jax.runs.seeds import can_use_processes, find_parts, seeds_of, train_in_processes, wants_processes
 from pspinal_jax.runs.seen import keep_seen, read_seen
 from pspinal_jax.training.loop import Trainer
-from pspinal_jax.training.signals import StopRequest
+from pspinal_jax.training.signals import Stopped, StopRequest
 
 _DECIDING = (
     "default_prng_impl",
@@ -133,8 +136,8 @@ def _train(
             CheckpointStore(directory.checkpoints_path) as store,
             MetricsWriter(directory, options.tensorboard) as metrics,
         ):
-            if store.empty and wants_processes(recipe, setup, directory, options):
-                train_in_processes(recipe, setup, options, metrics, store, stop)
+            if store.empty and (find_parts(directory.path) or wants_processes(recipe, setup, options)):
+                train_in_processes(setup, options.checkpoint_seconds, metrics, store, stop)
             trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
             trainer.run()
             result = make_result(trainer, setup, directory) | {"copies": copies}
@@ -142,6 +145,30 @@ def _train(
             directory.write_result(result)
             _plot(recipe, directory)
     return result
+
+
+def train_part() -> None:
+    """The process of some seeds of a run, see seeds.py: trains them as a run of their own.
+
+    The command's arguments are the directory, seeds/FIRST-LAST of the whole run's, and the seconds between checkpoints.
+    """
+    path, seconds = Path(sys.argv[1]), float(sys.argv[2])
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    config = RunDirectory(path.parents[1]).config()
+    for name, value in config["identity"].get("jax", {}).items():
+        jax.config.update(f"jax_{name}", value)
+    whole, seeds = load_recipe_of(config), seeds_of(path)
+    recipe = dataclasses.replace(whole, seed=whole.seed + seeds.start, num_seeds=len(seeds), seed_mode="loop")
+    try:
+        with absl_quietened():
+            train(recipe, RunOptions(workdir=path, checkpoint_seconds=seconds))
+    except (PSpinalError, Stopped, OSError, MemoryError) as error:
+        sys.exit(printable(error) or type(error).__name__)
+
+
+def _end_with_the_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _look_for_copies(

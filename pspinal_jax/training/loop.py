@@ -94,7 +94,6 @@ class Trainer:
       setup: what the run works with.
       seed_states: the seeds' states.
       progress: how far the run has come.
-      longest: the epochs to retrain for, from the most that a seed of this run selected.
     """
 
     def __init__(
@@ -110,7 +109,6 @@ class Trainer:
         self.setup = setup
         self.config = setup.config
         self.progress = TrainingProgress()
-        self.longest: Callable[[int], int] | None = None
         self._log = log
         self._store = store
         self._stop = stop
@@ -179,8 +177,6 @@ class Trainer:
             self.progress.selected_epoch = progress.best_epoch
             self.progress.selected_accuracy = progress.best_accuracy
             self.progress.selected_loss = progress.best_loss
-            if self.longest is not None:
-                self.progress.longest = self.longest(max(progress.best_epoch))
             self.seed_states = self._fresh_seed_states()
             self.seed_states.start_from(self._start())
         else:

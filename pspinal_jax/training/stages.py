@@ -142,7 +142,7 @@ class TrainingProgress:
       selected_epoch: the first stage's selection, [] while it lasts.
       selected_accuracy: its validation accuracy.
       selected_loss: its validation loss, [] in a checkpoint from before it was kept.
-      longest: epochs to retrain for where seeds of another process need more than these; 0 where there are none.
+      longest: not used any more; earlier versions recorded it.
       processes: how many have trained these seeds side by side.
     """
 
@@ -200,4 +200,4 @@ class TrainingProgress:
 
     def stage_epochs(self, config: LoopConfig) -> int:
         """Epochs of the stage under way: as many as the configuration says or, to retrain, as any seed selected."""
-        return self.longest or max(self.selected_epoch, default=config.epochs)
+        return max(self.selected_epoch, default=config.epochs)

@@ -9,7 +9,6 @@ from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.files import json_text, write_json
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter, plot_curves, summary
-from pspinal_jax.runs.seed_processes import Part, _join_lines
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -59,11 +58,3 @@ def test_curves_of_many_lines_are_thinned_out_and_keep_their_ends(tmp_path, monk
     for epochs in drawn:
         assert (epochs[0], epochs[-1]) == (1, 100_000) and len(epochs) == 1000 and (np.diff(epochs) > 0).all()
     assert len(drawn) == 2 and (tmp_path / "curves.svg").stat().st_size < 1_000_000
-
-
-def test_lines_of_processes_join_where_only_some_have_left_out_steps(tmp_path):
-    parts = [Part(RunDirectory(tmp_path / name), first, count) for name, first, count in (("0", 0, 1), ("1", 1, 2))]
-    line = {"stage": "train", "epoch": 1, "step": 2, "seconds": 0.5, "examples_per_second": 2.0}
-    for skipped, joined in ((({}, {"skipped_steps": [0, 3]}), [0, 0, 3]), (({"skipped_steps": 2}, {}), [2, 0, 0])):
-        assert _join_lines([line | each for each in skipped], parts)["skipped_steps"] == joined
-    assert "skipped_steps" not in _join_lines([line, line], parts)
