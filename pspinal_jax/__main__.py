@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from pspinal_jax import __version__
+from pspinal_jax.commands import naming_flags
 from pspinal_jax.errors import PSpinalError, UsageError
 from pspinal_jax.progress import Unfailing, say
 
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     with _standard_streams():
         try:
-            status = _dispatch(args)
+            with naming_flags():
+                status = _dispatch(args)
             sys.stdout.flush()
             return status
         except PSpinalError as error:

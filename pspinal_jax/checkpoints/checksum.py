@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pspinal_jax.distributed.arrays import rows_of
+from pspinal_jax.distributed import rows_of
 
 
 def tree_checksums(tree: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.checkpoints.late_reads import ignore_late_reads
-from pspinal_jax.distributed.coordination import broadcast_from_primary, count
+from pspinal_jax.distributed import broadcast_from_primary, count
 from pspinal_jax.errors import RunError
 from pspinal_jax.files import plain_path, require_file
 from pspinal_jax.progress import warn

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import tyro
 
-from pspinal_jax.commands.flags import most_used
+from pspinal_jax.commands import FLAGS
+from pspinal_jax.commands.flags import flags_of, most_used
 from pspinal_jax.commands.slips import what_was_meant
 from pspinal_jax.errors import UsageError, printable
 from pspinal_jax.files import expanded
@@ -73,6 +74,8 @@ def parse(
         raise UsageError(
             f"{printable(said)}{'' if said.endswith('?') else '.'} All flags: {prog} {HELP_ALL if groups else '--help'}"
         )
+    for name in (flag.name for flag in flags_of(arguments_class)):
+        FLAGS[name.replace("-", "_")] = FLAGS[name.rpartition(".")[2].replace("-", "_")] = name
     quiet_absl()  # the command is about to start
     return _at_home(arguments)
 

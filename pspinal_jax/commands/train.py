@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from pspinal_jax.commands import naming_flags
 from pspinal_jax.commands.parse import HELP, HELP_ALL, parse
-from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.distributed import is_primary
 from pspinal_jax.errors import UsageError, printable
 from pspinal_jax.files import expanded
 from pspinal_jax.progress import say
@@ -60,9 +61,9 @@ def main(args: Sequence[str]) -> int:
         return arguments
 
     arguments = parsed(recipe)
-    from pspinal_jax.distributed.join import joined
+    from pspinal_jax.distributed import joined
 
-    with joined(arguments.processes):
+    with joined(arguments.processes), naming_flags():
         changed = arguments.recipe
         if changed.cache_features:
             from pspinal_jax.runs.run import resolve

@@ -16,7 +16,7 @@ from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.data.prepared import STOCK_EMNIST, default_data_dir, find_prepared, find_versions, read_prepared
 from pspinal_jax.data.tables import Classes, read_table
-from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.distributed import is_primary
 from pspinal_jax.errors import DataError
 from pspinal_jax.files import expanded
 from pspinal_jax.recipes.schema import TABLES, DataConfig

@@ -11,7 +11,7 @@ import numpy as np
 
 from pspinal_jax.data.dataset import ArraySplit, Dataset
 from pspinal_jax.data.tables import Classes, make_dataset
-from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.distributed import is_primary
 from pspinal_jax.errors import DataError
 from pspinal_jax.files import require_file
 from pspinal_jax.progress import warn

@@ -15,7 +15,7 @@ import numpy as np
 
 from pspinal_jax.data.copies import copies_of_a_class
 from pspinal_jax.data.dataset import ArraySplit, Dataset, array_dataset, check_labels, split_by_class
-from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.distributed import is_primary
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import require_file
 from pspinal_jax.progress import say

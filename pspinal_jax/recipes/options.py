@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from pspinal_jax.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
@@ -40,3 +42,8 @@ class ProcessOptions:
     """Seconds to wait at the start until all processes are there."""
     heartbeat_timeout: int = 30
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
+
+    def __post_init__(self) -> None:
+        for name in ("initialization_timeout", "heartbeat_timeout"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected 1 or more seconds")

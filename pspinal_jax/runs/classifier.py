@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspinal_jax.distributed.arrays import put
+from pspinal_jax.distributed import put
 from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.export.directory import DESCRIPTION, PROGRAM, is_export, read_export

@@ -16,8 +16,7 @@ import numpy as np
 
 from pspinal_jax.data.dataset import ArraySplit, Dataset, Split, array_dataset
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.distributed.arrays import put, whole
-from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
+from pspinal_jax.distributed import barrier, broadcast_from_primary, is_primary, put, whole
 from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.models.classifier import Classifier

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.distributed import is_primary
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import json_text
 from pspinal_jax.pictures import drawable, drawn

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pspinal_jax.augment.mixing import mix
-from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.distributed import is_primary
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout

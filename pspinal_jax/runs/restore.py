@@ -8,7 +8,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspinal_jax.checkpoints import read_newest
-from pspinal_jax.distributed.coordination import barrier, broadcast_from_primary, is_primary
+from pspinal_jax.distributed import barrier, broadcast_from_primary, is_primary
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models.build import abstract_variables, build_model, count_features

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from pspinal_jax.checkpoints import CheckpointStore
-from pspinal_jax.distributed.coordination import barrier, is_primary
+from pspinal_jax.distributed import barrier, is_primary
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text

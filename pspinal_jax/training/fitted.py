@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from pspinal_jax.distributed.arrays import whole
-from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.distributed import is_primary, whole
 from pspinal_jax.environment import jit_with
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from pspinal_jax.distributed.coordination import barrier, gather, is_primary
+from pspinal_jax.distributed import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import StepProgress
 from pspinal_jax.recipes.typed import typed

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from pspinal_jax.distributed.arrays import put
+from pspinal_jax.distributed import put
 from pspinal_jax.environment import jit_with
 from pspinal_jax.heads.layouts import Layout
 from pspinal_jax.training import keys

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pspinal_jax.distributed.arrays import put
+from pspinal_jax.distributed import put
 from pspinal_jax.training.chunk import Batch, EpochPlan
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.state import Totals, TrainState

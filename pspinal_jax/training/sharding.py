@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pspinal_jax.distributed.arrays import put
+from pspinal_jax.distributed import put
 from pspinal_jax.errors import UsageError
 from pspinal_jax.training.state import Totals, TrainState
 

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from pspinal_jax.distributed.coordination import count
 from pspinal_jax.errors import printable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -67,16 +66,12 @@ def _end_at_the_second(numbers: socket.socket) -> None:
 def leave_at_once(advice: str) -> Iterator[None]:
     """In a `with`, SIGINT and SIGTERM end the program with status 0 and a line that ends in `advice`.
 
-    For a command that has nothing to save yet; of several processes all end. It raises nothing: in the middle of an
-    import, or of a library's callback, an exception would come out as another one, or as a traceback.
+    For a command that has nothing to save yet; the other processes of its run end as it is gone. It raises nothing: in
+    the middle of an import, or of a library's callback, an exception would come out as another one, or as a traceback.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
         line = printable(f"stopped by {signal.Signals(number).name}; {advice}")
-        if count() > 1:
-            from pspinal_jax.distributed.failure import leave_together
-
-            leave_together(line)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or broken
             os.write(sys.stderr.fileno(), f"{line}\n".encode())  # print, in the middle of a print, would fail
         os._exit(0)

@@ -22,7 +22,7 @@ from pspinal_jax.backbones import resnet  # noqa: E402
 from pspinal_jax.data import load  # noqa: E402
 from pspinal_jax.data.images import decode as decoding  # noqa: E402
 from pspinal_jax.data.prepared import find_prepared  # noqa: E402
-from pspinal_jax.distributed.coordination import index  # noqa: E402
+from pspinal_jax.distributed import index  # noqa: E402
 from pspinal_jax.runs import train  # noqa: E402
 from pspinal_jax.training.examples import ResidentExamples  # noqa: E402
 from pspinal_jax.training.loop import Trainer  # noqa: E402

@@ -83,7 +83,9 @@ def _slurm(port, processes, index):
 def _ended(folder, index, process):
     observed = folder / f"observed_{index}.json"
     seen = json.loads(observed.read_text()) if observed.exists() else None
-    return Ended(process.returncode, (folder / f"out_{index}").read_text(), (folder / f"err_{index}").read_text(), seen)
+    out, err = ((folder / f"{name}_{index}").read_text().splitlines(keepends=True) for name in ("out", "err"))
+    ours = "".join(line for line in out if not line.startswith("[Gloo]"))
+    return Ended(process.returncode, ours, "".join(err), seen)
 
 
 def run_to_the_end(folder, arguments, **options):

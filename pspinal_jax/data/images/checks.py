@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 from pspinal_jax.data.images.classes import first_names
 from pspinal_jax.data.images.encoded import Encoded, Files
-from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.distributed import is_primary
 from pspinal_jax.errors import DataError
 from pspinal_jax.files import cache_folder, write_text
 from pspinal_jax.progress import progress_bar, warn

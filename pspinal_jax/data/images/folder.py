@@ -11,7 +11,7 @@ from pspinal_jax.data.dataset import Dataset, split_by_class
 from pspinal_jax.data.images.checks import check_files, skipped_text, warn_of_skipped, with_reason
 from pspinal_jax.data.images.classes import class_names, first_names, in_order
 from pspinal_jax.data.images.encoded import Files, ImageSplit, is_image, list_images
-from pspinal_jax.distributed.coordination import is_primary
+from pspinal_jax.distributed import is_primary
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.progress import warn
