@@ -21,7 +21,7 @@ from pspinal_jax.heads.layouts import training_layout
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan, run_chunk
-from pspinal_jax.training.layouts import convert_state
+from pspinal_jax.training.layouts import convert_state, head_layouts
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
 from pspinal_jax.training.state import Totals, init_state
 from pspinal_jax.training.step import TrainStep, target_losses
@@ -121,7 +121,7 @@ def train_head(
     state = init_state(model, optimizer, inputs, (), False, seed)
     if isinstance(head, ProgressiveSpinalHead):
         layout = training_layout(head.implementation, head.num_layers, plan.batch_size, False)
-        state = convert_state(state, layout)
+        state = convert_state(state, head_layouts(layout))
 
     def epoch(state: Any, operands: tuple[jax.Array, jax.Array]) -> tuple[Any, Totals]:
         index, epoch_rates = operands

@@ -17,6 +17,7 @@ from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.progress import say
 from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.training.layouts import head_layouts
 from pspinal_jax.training.optimizers import Schedule, make_optimizer
 from pspinal_jax.training.programs import Execution, Programs, build_programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
@@ -61,7 +62,7 @@ def build_run_programs(
         batch_size=recipe.batch_size,
         eval_batch_size=recipe.eval_batch_size,
         vectorized=runs_vectorized(recipe),
-        head_layout="tree" if shards_parameters(mesh) else _head_layout(recipe, num_batch_shards(mesh)),
+        head_layouts={} if shards_parameters(mesh) else head_layouts(_head_layout(recipe, num_batch_shards(mesh))),
         mesh=mesh,
         compiler_options=convolution_options(mesh.devices.flat[0].platform) if recipe.model.backbone != "none" else {},
         batch_norm_per_device=recipe.batch_norm == "per_device",

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +19,16 @@ from pspinal_jax.distributed import barrier, is_primary
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text
+from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.training.fitted import Fit, History
+from pspinal_jax.training.layouts import Layouts, commutes, head_layouts
 from pspinal_jax.training.loop import Callback, LoopConfig, Store, Trainer
 from pspinal_jax.training.models import Model, as_model
 from pspinal_jax.training.programs import Execution, Programs, build_programs
-from pspinal_jax.training.sharding import AXES, fit_mesh
+from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
 from pspinal_jax.training.signals import Stopped, StopRequest
 from pspinal_jax.training.sources import Source
+from pspinal_jax.training.state import trainable
 from pspinal_jax.training.step import CLASSIFICATION, EvalStep, Loss, Metrics, TrainStep, cross_entropy
 
 _RESERVED = ("loss", "count", "bad_step", "skipped", "predictions", "correct")
@@ -254,7 +258,8 @@ def _programs(
     num_seeds: int,
 ) -> Programs:
     inputs, labels = source.example
-    params = _shapes(model, inputs)["params"]
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
+    params, logits = jax.eval_shape(partial(_start, model), batch)
     convolves = any(leaf.ndim > 3 for leaf in jax.tree.leaves(params))
     platform = mesh.devices.flat[0].platform
     if options.on_device is None:
@@ -266,7 +271,7 @@ def _programs(
             f"frozen names {sorted(missing)[0]!r}, expected entries of the parameters: {', '.join(params)}"
         )
     if goal.classifies:
-        source.check_labels(_logits(model, inputs).shape)
+        source.check_labels(logits.shape)
     clip = [optax.clip_by_global_norm(options.gradient_clip)] if options.gradient_clip else []
     step = TrainStep(
         model.apply,
@@ -281,29 +286,34 @@ def _programs(
         skip_nonfinite=options.on_nonfinite == "skip",
     )
     vectorized = options.seed_mode == "vmap" or (options.seed_mode == "auto" and platform != "cpu")
+    rows = source.batch_size // options.micro_batches // num_batch_shards(mesh)
     execution = Execution(
         inputs=inputs,
         labels=labels,
         batch_size=source.batch_size,
         eval_batch_size=options.eval_batch_size or source.batch_size,
         vectorized=num_seeds > 1 and vectorized and source.is_resident,
+        head_layouts={} if shards_parameters(mesh) else _layouts(model, params, batch, step, rows),
         mesh=mesh,
         compiler_options=convolution_options(platform) if convolves else {},
     )
     return build_programs(model, step, EvalStep(model.apply, goal.loss, goal.metrics, goal.classifies), execution)
 
 
-def _shapes(model: Model, inputs: Any) -> Any:
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x), batch)
+def _layouts(model: Model, params: Any, inputs: Any, step: TrainStep, rows: int) -> Layouts:
+    """The layouts of the model's heads in training, where the optimiser does the same to them in any."""
+    layouts: dict[tuple[str, ...], Layout] = {}
+    for head, path, statistics in model.heads(inputs):
+        if not step.frozen or (path and path[0] not in step.frozen):
+            layout = training_layout(head.implementation, head.num_layers, rows, head.layer_dropout_rate > 0)
+            layouts |= head_layouts(layout, path, statistics)
+    return layouts if layouts and commutes(step.optimizer, trainable(params, step.frozen), layouts) else {}
 
 
-def _logits(model: Model, inputs: Any) -> jax.ShapeDtypeStruct:
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
-    logits: jax.ShapeDtypeStruct = jax.eval_shape(
-        lambda x: model.apply(model.init(jax.random.key(0), x), x, train=False), batch
-    )
-    return logits
+def _start(model: Model, inputs: Any) -> tuple[Any, jax.Array]:
+    """The parameters and the logits that training starts from."""
+    variables = model.init(jax.random.key(0), inputs)
+    return variables["params"], model.apply(variables, inputs, train=False)
 
 
 class _Log:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -11,10 +11,28 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspinal_jax.errors import UsageError
+from pspinal_jax.heads import ProgressiveSpinalHead
+from pspinal_jax.heads.equation import layer_name
+from pspinal_jax.heads.layouts import layout_of
+from pspinal_jax.interop.nnx import ProgressiveSpinalHead as NnxProgressiveSpinalHead
 
 _TRAIN = ("train", "training", "is_training")
 _OPPOSITE = "deterministic"
 _RANDOM = ("key", "rng")
+
+
+class FoundHead(NamedTuple):
+    """A progressive head inside a model.
+
+    Attributes:
+      head: the linen head that computes.
+      params: the path of its parameters in the model's.
+      statistics: the path of its running statistics in the model's ``batch_stats``.
+    """
+
+    head: ProgressiveSpinalHead
+    params: tuple[str, ...]
+    statistics: tuple[str, ...]
 
 
 class Model(Protocol):
@@ -33,6 +51,9 @@ class Model(Protocol):
 
     def restore(self, variables: dict[str, Any]) -> Any:
         """The variables as the model's own library has them."""
+
+    def heads(self, inputs: Any) -> list[FoundHead]:
+        """The progressive heads in it, which take their variables in any layout."""
 
 
 def as_model(model: Any) -> Model:
@@ -98,6 +119,23 @@ class LinenModel:
         """The module's collections, for its ``apply``."""
         return {"params": variables["params"], **variables["batch_stats"]}
 
+    def heads(self, inputs: Any) -> list[FoundHead]:
+        """See `Model`. A head inside ``nn.vmap`` or ``nn.scan``, with parameters of more axes, is left out."""
+        found: dict[tuple[str, ...], ProgressiveSpinalHead] = {}
+
+        def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            if isinstance(context.module, ProgressiveSpinalHead):
+                found[context.module.path] = context.module
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(note):
+            params = flatten_dict(jax.eval_shape(self.init, jax.random.key(0), inputs)["params"])
+        return [
+            FoundHead(head, path, ("batch_stats", *path))
+            for path, head in found.items()
+            if params[*path, "layer_1", "kernel"].ndim == 2
+        ]
+
 
 class NnxModel:
     """An nnx module, which stays as it is: its parameters are where every seed starts.
@@ -113,6 +151,9 @@ class NnxModel:
             (copy.train if train else copy.eval)()
             self._graphs[train], self._params, self._random, self._rest = self._split(copy)
         self._flags = _flags(type(module).__call__)
+        self._heads = {
+            path: node.head for path, node in nnx.iter_graph(module) if isinstance(node, NnxProgressiveSpinalHead)
+        }
 
     def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
         """See `Model`; the parameters are the module's, whatever the key."""
@@ -134,12 +175,22 @@ class NnxModel:
         """The module in evaluation mode, with these variables."""
         return self._merge(variables, False, self._random)
 
+    def heads(self, inputs: Any) -> list[FoundHead]:
+        """See `Model`."""
+        paths = {path: tuple(map(str, path)) for path in self._heads}
+        return [FoundHead(head, paths[path], paths[path]) for path, head in self._heads.items()]
+
     def _split(self, module: nnx.Module) -> tuple[Any, ...]:
         return nnx.split(module, nnx.Param, nnx.RngState, ...)
 
     def _merge(self, variables: Mapping[str, Any], train: bool, random: nnx.State) -> Any:
         params, rest = _filled(self._params, variables["params"]), _filled(self._rest, variables["batch_stats"])
-        return nnx.merge(self._graphs[train], params, random, rest)
+        module = nnx.merge(self._graphs[train], params, random, rest)
+        for path in self._heads:
+            new, running = (_at(variables[name], path) for name in ("params", "batch_stats"))
+            if layout_of(new) != "tree":
+                _exchange(_at(module, path), new, running)
+        return module
 
 
 def _plain(state: nnx.State) -> dict[str, Any]:
@@ -148,10 +199,38 @@ def _plain(state: nnx.State) -> dict[str, Any]:
     return unflatten_dict({tuple(map(str, path)): leaf for path, leaf in flat.items()})
 
 
+def _at(tree: Any, path: tuple[Any, ...]) -> Any:
+    """What lies at `path` in a module, or in nested dicts; {} where nothing does."""
+    for name in path:
+        if isinstance(tree, Mapping):
+            tree = tree.get(str(name), {})
+        else:
+            tree = tree[name] if isinstance(name, int) else getattr(tree, name)
+    return tree
+
+
+def _exchange(head: NnxProgressiveSpinalHead, params: Mapping[str, Any], running: Mapping[str, Any]) -> None:
+    """Give `head` variables of another layout in place of its own."""
+
+    def variables(kind: type, tree: Any) -> Any:
+        return (
+            nnx.Dict({name: variables(kind, leaf) for name, leaf in tree.items()})
+            if isinstance(tree, Mapping)
+            else kind(tree)
+        )
+
+    for name in [*(layer_name(index + 1) for index in range(head.head.num_layers)), "output"]:
+        delattr(head, name)
+    for kind, tree in ((nnx.Param, params), (nnx.BatchStat, running)):
+        for name, leaf in tree.items():
+            setattr(head, name, variables(kind, leaf))
+
+
 def _filled(state: nnx.State, plain: Mapping[str, Any]) -> nnx.State:
-    """A copy of `state` with the leaves of `plain`, see `_plain`."""
+    """A copy of `state` with the leaves of `plain`, see `_plain`; the others stay."""
     leaves = flatten_dict(plain)
-    pure = {path: leaves[tuple(map(str, path))] for path in flatten_dict(nnx.to_pure_dict(state))}
+    own = flatten_dict(nnx.to_pure_dict(state))
+    pure = {path: leaves.get(tuple(map(str, path)), leaf) for path, leaf in own.items()}
     copy = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(copy, unflatten_dict(pure))
     return copy
@@ -191,6 +270,10 @@ class FunctionModel:
         random = {} if self._random is None else {self._random: rngs["dropout"] if train else None}
         logits = self._apply(variables["params"]["model"], inputs, **self._flags(train), **random)
         return (logits, {"batch_stats": {}}) if train else logits
+
+    def heads(self, inputs: Any) -> list[FoundHead]:
+        """See `Model`; what the functions compute with is not known."""
+        return []
 
     def restore(self, variables: dict[str, Any]) -> Any:
         """The parameters, as `init` made them."""

@@ -12,10 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from pspinal_jax.distributed import put
 from pspinal_jax.environment import jit_with
-from pspinal_jax.heads.layouts import Layout
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import Batch, EpochPlan, Step, evaluate_split, run_chunk
-from pspinal_jax.training.layouts import in_layout
+from pspinal_jax.training.layouts import Layouts, in_layouts
 from pspinal_jax.training.sharding import (
     batch_sharding,
     divisible_size,
@@ -40,7 +39,7 @@ class Execution:
       eval_batch_size: examples per evaluation step; rounded up to a multiple of the devices that they divide over.
       labels: shape and dtype of one example's labels, likewise.
       vectorized: run all seeds as one program, over a leading axis.
-      head_layout: the layout of the head's parameters inside a chunk; what goes in and out is the documented tree.
+      head_layouts: of heads' variables inside a chunk; what goes in and out is the documented tree.
       mesh: the devices; by default all of them on the axis data.
       compiler_options: XLA's, for the programs that train and evaluate.
       batch_norm_per_device: normalise each device's part of a training batch by itself; the last, smaller batch of an
@@ -52,7 +51,7 @@ class Execution:
     eval_batch_size: int
     labels: Any = dataclasses.field(default_factory=lambda: jax.ShapeDtypeStruct((), np.int32))
     vectorized: bool = False
-    head_layout: Layout = "tree"
+    head_layouts: Layouts = dataclasses.field(default_factory=dict)
     mesh: Mesh = dataclasses.field(default_factory=make_mesh)
     compiler_options: Mapping[str, bool | str] = dataclasses.field(default_factory=dict)
     batch_norm_per_device: bool = False
@@ -141,7 +140,9 @@ def build_programs(model: Any, train_step: TrainStep, eval_step: EvalStep, execu
     whole_step, tail_step = _place_steps(train_step, execution)
 
     def chunk(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
-        run = in_layout(execution.head_layout, train_step.frozen, partial(run_chunk, step, size, execution.batch_size))
+        run = in_layouts(
+            execution.head_layouts, train_step.frozen, partial(run_chunk, step, size, execution.batch_size)
+        )
         return jit_steps(seeds(run, (0, 0, 0, EpochPlan(0, 0), None, None, None)))
 
     def batch_step(state: TrainState, totals: Totals, seed: jax.Array, rate: jax.Array, batch: Batch) -> Any:

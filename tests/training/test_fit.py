@@ -13,7 +13,9 @@ from flax import nnx
 
 import pspinal_jax
 from pspinal_jax.errors import DataError, RunError, UsageError
+from pspinal_jax.interop.nnx import ProgressiveSpinalHead as NnxHead
 from pspinal_jax.training import keys
+from pspinal_jax.training.programs import build_programs
 from pspinal_jax.weights.variables import read_variables
 
 RNG = np.random.default_rng(0)
@@ -116,6 +118,39 @@ def test_fit_nnx_module_stays_and_its_statistics_move():
     # Dropout draws anew in every step: the same training without it ends elsewhere.
     module.layers[2].rate = 0.0
     assert not np.allclose(fit(module, (X, Y), epochs=8).predict(X), result.predict(X))
+
+
+class NnxHeadNet(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = nnx.List([nnx.Linear(6, 8, rngs=rngs)])
+        options = {"num_classes": 3, "layer_width": 4, "norm": "batch", "rngs": rngs}
+        self.heads = nnx.List([NnxHead(8, dropout_rate=0.0, **options)])
+
+    def __call__(self, x):
+        return self.heads[0](nnx.relu(self.blocks[0](x)))
+
+
+@pytest.mark.parametrize("make", [Net, lambda: NnxHeadNet(nnx.Rngs(0))], ids=["linen", "nnx"])
+def test_fit_trains_heads_in_their_own_layout(make, monkeypatch, tmp_path):
+    """In batches of 32 and more they are fused inside the compiled epoch, and nowhere else."""
+    seen = []
+    monkeypatch.setattr(
+        "pspinal_jax.training.fit.build_programs",
+        lambda *args: (seen.append(args[-1].head_layouts), build_programs(*args))[1],
+    )
+    arguments = {"batch_size": 40, "optimizer": optax.sgd(0.1, momentum=0.9), "ema_decay": 0.9}
+
+    def callback(epoch, state, metrics):
+        flat = "/".join(str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+        assert "layer_2" in flat and "hidden_kernel" not in flat
+
+    fused = fit(make(), (X, Y), callbacks=[callback], **arguments)
+    plain = fit(make(), (X, Y), on_device=False, **arguments)
+    assert set(seen[0].values()) == {"fused"}
+    np.testing.assert_allclose(fused.predict(X), plain.predict(X), rtol=1e-4, atol=1e-5)
+    fit(make(), (X, Y), workdir=tmp_path, **arguments | {"epochs": 1})
+    resumed = fit(make(), (X, Y), workdir=tmp_path, **arguments)
+    assert np.array_equal(resumed.predict(X), fused.predict(X))
 
 
 def test_fit_regression_with_a_loss_and_metrics_of_ones_own():

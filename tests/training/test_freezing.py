@@ -11,6 +11,7 @@ from steps_support import make_programs
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.training.chunk import EpochPlan
+from pspinal_jax.training.layouts import head_layouts
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.programs import make_order
 from pspinal_jax.training.state import Totals, TrainState
@@ -66,7 +67,7 @@ def train_by_batches(run, steps=5):
 
 @pytest.mark.parametrize("head_layout", ["tree", "fused"])
 def test_a_frozen_backbone_stays_bit_for_bit(head_layout):
-    run = programs(frozen=("backbone",), head_layout=head_layout)
+    run = programs(frozen=("backbone",), head_layouts=head_layouts(head_layout))
     before = jax.tree.map(np.array, run.init(SEED))
     after, _ = train(run)
     for collection in ("params", "batch_stats"):

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pspinal_jax.models import build_model
 from pspinal_jax.recipes import DataConfig, ModelConfig, Recipe
 from pspinal_jax.recipes.schema import Card
-from pspinal_jax.training.layouts import convert_state
+from pspinal_jax.training.layouts import as_trees, commutes, convert_state, head_layouts
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.state import TrainState
 
@@ -31,12 +32,12 @@ OPTIMIZERS = [make_optimizer("sgd", momentum=0.9), make_optimizer("sgd", momentu
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["momentum", "sgd", "adamw"])
 def test_a_state_comes_back_as_it_went(layout, optimizer):
     state = state_of(optimizer)
-    running = convert_state(state, layout)
+    running = convert_state(state, head_layouts(layout))
     assert "layer_1" in state.params["head"] and "layer_1" not in running.params["head"]
     # Momenta go along with their parameters.
     copies = [part for part in jax.tree.leaves(running.opt_state) if part.ndim == 2 and part.shape[0] == 5]
     assert len(copies) == 2 * len(jax.tree.leaves(state.opt_state)) // len(jax.tree.leaves(state.params))
-    back = convert_state(running, "tree")
+    back = convert_state(running, as_trees(head_layouts(layout)))
     assert jax.tree.structure(back) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, back, state)
 
@@ -45,9 +46,27 @@ def test_weight_decay_spares_biases_in_every_layout():
     optimizer = make_optimizer("adamw", weight_decay=0.5)
     state = state_of(optimizer)
     for layout in ("tree", "fused", "packed"):
-        here = convert_state(state, layout)
+        here = convert_state(state, head_layouts(layout))
         nothing = jax.tree.map(jnp.zeros_like, here.params)
         direction, _ = optimizer.update(nothing, optimizer.init(here.params), here.params)
         for path, leaf in jax.tree_util.tree_leaves_with_path(direction):
             moved = bool(np.any(np.asarray(leaf)))
             assert moved == ("kernel" in path[-1].key), path
+
+
+def kernels(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+@pytest.mark.parametrize(
+    ("expected", "optimizer"),
+    [
+        (True, optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10, 20))),
+        (True, optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))),
+        (False, optax.MultiSteps(optax.lars(1e-3), 4).gradient_transformation()),
+        (False, optax.adamw(1e-3, weight_decay=1e-6, mask=kernels)),
+    ],
+)
+def test_an_optimizer_that_sees_arrays_apart_keeps_the_documented_tree(expected, optimizer):
+    params = {"other": {"kernel": jnp.ones((3, 5))}, **state_of(make_optimizer("sgd")).params}
+    assert commutes(optimizer, params, head_layouts("fused")) == expected

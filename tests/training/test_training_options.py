@@ -15,6 +15,7 @@ from pspinal_jax.models.classifier import Classifier
 from pspinal_jax.runs.programs import balanced_weights
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan
+from pspinal_jax.training.layouts import head_layouts
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
 from pspinal_jax.training.programs import make_order
 from pspinal_jax.training.step import target_losses
@@ -137,7 +138,7 @@ def states(run, steps=5):
 
 @pytest.mark.parametrize("layout", ["fused", "packed"])
 def test_the_moving_average_is_that_of_params_and_running_statistics(layout):
-    found, *_ = states(programs(ema_decay=0.3, head_layout=layout))
+    found, *_ = states(programs(ema_decay=0.3, head_layouts=head_layouts(layout)))
     expected = {"params": found[0].params, "batch_stats": found[0].batch_stats}
     chex.assert_trees_all_equal(found[0].ema, expected)
     for step, state in enumerate(found[1:], 1):
@@ -150,7 +151,7 @@ def test_the_moving_average_is_that_of_params_and_running_statistics(layout):
         expected["params"]["head"]["output"]["kernel"], new["params"]["head"]["output"]["kernel"]
     )
     # The training itself is the same.
-    plain, *_ = states(programs(head_layout=layout))
+    plain, *_ = states(programs(head_layouts=head_layouts(layout)))
     chex.assert_trees_all_equal(plain[-1].params, found[-1].params)
     assert plain[-1].ema == {}
 
