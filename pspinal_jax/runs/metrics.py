@@ -14,11 +14,10 @@ from pspinal_jax.files import json_text
 from pspinal_jax.pictures import drawable, drawn
 from pspinal_jax.progress import warn
 from pspinal_jax.runs.directory import RunDirectory, write_json, write_text, writing
+from pspinal_jax.training.history import History
 from pspinal_jax.training.loop import REPORT
 
 _LONGEST_CAPTION = 26
-_MOST_POINTS = 1000
-"""Of a curve: what more there are lie within a line's width, and make the drawing large."""
 _MOST_DRAWN_CLASSES = 500
 MOST_NUMBERED_CLASSES = 30
 """Above so many classes the confusion matrix shows colours only."""
@@ -140,28 +139,9 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss and accuracy by epoch: the mean over seeds, and their range where there is more than one."""
+    """Loss and accuracy by epoch, see `History`."""
     with drawn(path, 10, 4) as figure:
-        left, right = figure.subplots(1, 2)
-        epochs = _count_on(lines)
-        shown = np.unique(np.linspace(0, max(0, len(lines) - 1), _MOST_POINTS).round().astype(int))[: len(lines)]
-        epochs, lines = epochs[shown], [lines[index] for index in shown]
-        for axis, kind, scale in ((left, "loss", 1.0), (right, "accuracy", 100.0)):
-            for split in ("train", "validation", "test"):
-                key = f"{split}_{kind}"
-                here = np.array([key in line for line in lines], bool)
-                if not here.any():
-                    continue
-                values = scale * np.array([np.atleast_1d(line[key]) for line in lines if key in line], float)
-                axis.plot(epochs[here], values.mean(1), marker=".", label=split)
-                if values.shape[1] > 1:
-                    axis.fill_between(epochs[here], values.min(1), values.max(1), alpha=0.2)
-            axis.set_xlabel("epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
-            axis.legend()
-        left.set_ylabel("loss (nats)")
-        right.set_ylabel("accuracy (%)")
+        History(lines).draw(figure, ["loss", "accuracy"])
         if title:
             figure.suptitle(drawable(title))
 
@@ -211,13 +191,3 @@ def plot_mistakes(pictures: Sequence[np.ndarray], captions: Sequence[str], path:
             lines = [drawable(line, _LONGEST_CAPTION) for line in caption.splitlines()]
             axis.set_title("\n".join(lines), fontsize=7)
         figure.suptitle(drawable(title))
-
-
-def _count_on(lines: list[dict[str, Any]]) -> np.ndarray:
-    """The epoch of each line, counted on from stage to stage."""
-    numbers, before = [], 0
-    for stage in dict.fromkeys(line["stage"] for line in lines):
-        here = [line["epoch"] for line in lines if line["stage"] == stage]
-        numbers += [before + epoch for epoch in here]
-        before += max(here)
-    return np.array(numbers)

@@ -6,11 +6,12 @@ import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
+import numpy as np
 
-from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models.build import build_model
@@ -26,6 +27,10 @@ from pspinal_jax.runs.predict import Images, Prediction, predict
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train as train_recipe
 from pspinal_jax.runs.train import work_directory
+from pspinal_jax.training.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Run:
@@ -59,6 +64,18 @@ class Run:
         if result is None:
             raise RunError(f"{self.path} is not finished: it has no result.json; run `train` again to go on")
         return result
+
+    @property
+    def history(self) -> History:
+        """The epochs so far, a dict each: the lines of metrics.jsonl, see `History`."""
+        return History(RunDirectory(self.path).metrics())
+
+    def plot(self) -> "Figure":
+        """Loss and accuracy by epoch as a matplotlib Figure; of K seeds their mean and range."""
+        return self.history.plot()
+
+    def _repr_html_(self) -> str:
+        return self.history._repr_html_()
 
     @functools.cached_property
     @absl_quietened()
@@ -100,6 +117,22 @@ class Run:
           A `Prediction` an image, in their order; a file that cannot be read has its `error`.
         """
         return predict(self._classifier, images, top)
+
+    def predict_proba(self, images: Images) -> np.ndarray:
+        """Class probabilities float64 [N, C] of `images`, which `predict` describes; columns as `class_names`.
+
+        Raises:
+          DataError: if an image cannot be read.
+        """
+        columns = {name: column for column, name in enumerate(self.class_names)}
+        predictions = self.predict(images, top=len(columns))
+        probabilities = np.zeros((len(predictions), len(columns)))
+        for index, (row, prediction) in enumerate(zip(probabilities, predictions, strict=True)):
+            if prediction.error is not None:
+                raise DataError(f"image {index}, {prediction.path or 'an array'}, cannot be read: {prediction.error}")
+            for name, probability in prediction.classes:
+                row[columns[name]] += probability
+        return probabilities
 
     @absl_quietened()
     def evaluate(self, data_path: str | Path | None = None) -> dict[str, Any]:

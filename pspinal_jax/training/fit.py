@@ -20,7 +20,8 @@ from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text
 from pspinal_jax.heads.layouts import Layout, training_layout
-from pspinal_jax.training.fitted import Fit, History
+from pspinal_jax.training.fitted import Fit
+from pspinal_jax.training.history import History
 from pspinal_jax.training.layouts import Layouts, commutes, head_layouts
 from pspinal_jax.training.loop import Callback, LoopConfig, Store, Trainer
 from pspinal_jax.training.models import Model, as_model
@@ -194,9 +195,9 @@ class _Goal:
 
 
 def _goal(loss: Any, metrics: Metrics | None) -> _Goal:
-    classifies = loss == "cross_entropy"
+    classifies = isinstance(loss, str) and loss == "cross_entropy"
     if not classifies and not callable(loss):
-        raise UsageError(f"loss is {loss!r}, expected 'cross_entropy' or a function of (logits, labels)")
+        raise UsageError(f"loss is {loss!r:.40}, expected 'cross_entropy' or a function of (logits, labels)")
     if metrics is None:
         metrics = {"accuracy": CLASSIFICATION["correct"]} if classifies else {}
     for name, function in metrics.items():

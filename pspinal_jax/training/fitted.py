@@ -1,7 +1,6 @@
 """What `fit` gives back: the trained model and its history."""
 
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.training.arrays import count_examples, to_numpy
 from pspinal_jax.training.examples import ResidentSplit
+from pspinal_jax.training.history import History
 from pspinal_jax.training.models import Model
 from pspinal_jax.training.programs import Programs, padded_split
 from pspinal_jax.training.seed_states import SeedStates
@@ -23,16 +23,6 @@ from pspinal_jax.training.step import count_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class History(list[dict[str, Any]]):
-    """A dict for each epoch: epoch, step, train_loss, validation_loss, metrics, seconds; a list by seed for K seeds."""
-
-    def to_pandas(self) -> Any:
-        """As a pandas.DataFrame with a row for each epoch."""
-        from pandas import DataFrame
-
-        return DataFrame(list(self))
 
 
 class Fit:
@@ -106,25 +96,7 @@ class Fit:
 
     def plot(self) -> "Figure":
         """Loss and metrics by epoch as a matplotlib Figure; of K seeds their mean and range."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5 * len(self._names), 4), layout="constrained")
-        for axis, name in zip(np.ravel(figure.subplots(1, len(self._names))), self._names, strict=True):
-            for split in ("train", "validation"):
-                key = f"{split}_{name}"
-                values = np.array([np.atleast_1d(line[key]) for line in self.history if key in line])
-                if not len(values):
-                    continue
-                epochs = np.arange(1, len(values) + 1)
-                axis.plot(epochs, values.mean(1), marker=".", label=split)
-                if values.shape[1] > 1:
-                    axis.fill_between(epochs, values.min(1), values.max(1), alpha=0.2)
-            axis.set_xlabel("epoch")
-            axis.set_ylabel(name)
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend()
-        return figure
+        return self.history.plot()
 
     def save(self, path: Path | str) -> None:
         """Write the variables as one .safetensors file, which `pspinal_jax.weights.read_variables` reads.
@@ -144,22 +116,7 @@ class Fit:
             raise UsageError(f"{name} holds examples of shapes {found}, but the model was trained on {example}")
 
     def _repr_html_(self) -> str:
-        names = ["epoch", *_shown_names(self.history)]
-        rows = [[f"<td>{_shown(line.get(name))}</td>" for name in names] for line in self.history]
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
-        body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return self.history._repr_html_()
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name} {_shown(self.history[-1][name])}" for name in _shown_names(self.history))
-        return f"Fit({len(self.history)} epochs: {shown})"
-
-
-def _shown_names(history: History) -> list[str]:
-    return [name for name in (history[-1] if history else {}) if name.startswith(("train_", "validation_"))]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return f"{np.mean(value):.4f} ± {np.std(value, ddof=1):.4f}"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+        return f"Fit({self.history.summary()})"

@@ -19,8 +19,8 @@ from pspinal_jax.distributed import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import StepProgress
 from pspinal_jax.recipes.typed import typed
-from pspinal_jax.training.epoch_metrics import balanced_accuracy, epoch_line, metric_name, per_seed, training_means
 from pspinal_jax.training.examples import EvaluatedSplit, Examples
+from pspinal_jax.training.history import balanced_accuracy, epoch_line, metric_name, per_seed, training_means
 from pspinal_jax.training.programs import Programs, make_order
 from pspinal_jax.training.seed_states import SeedStates
 from pspinal_jax.training.sharding import shardings

@@ -64,7 +64,7 @@ class Source:
             source.validation = to_batch(validation)
         elif validation is not None and source.validation is None:
             raise UsageError(
-                f"validation is {validation!r}, expected (x, y)"
+                f"validation is of type {type(validation).__name__}, expected (x, y)"
                 + (" or a fraction" if source.arrays is not None else "")
             )
         return source

@@ -13,7 +13,7 @@ from PIL import Image
 
 import pspinal_jax
 from pspinal_jax.__main__ import main
-from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.recipes import DataConfig, load_recipe
 from pspinal_jax.runs import classifier
 
@@ -54,6 +54,18 @@ def test_a_loaded_run_answers_as_the_commands_do(run, arrays, tmp_path, capsys):
         np.testing.assert_allclose([each.classes[0][1] for each in found], probabilities, atol=1e-6)
     assert [each.path for each in loaded.predict(given[-1])] == [None, *paths[1:3], *[None] * 4]
     assert loaded.predict([]) == []
+
+
+def test_a_run_shows_its_history_and_gives_probabilities_as_an_array(run, arrays):
+    assert [line["epoch"] for line in run.history if line["stage"] == "train"] == [1]
+    assert len(run.history.to_pandas()) == len(run.history) and "validation_loss" in run._repr_html_()
+    assert [axis.get_ylabel() for axis in run.plot().axes] == ["loss", "accuracy (%)"]
+    inputs = arrays["test_images"][:5, ..., None]
+    logits = np.asarray(run.model.apply(run.variables, inputs, train=False))
+    found = run.predict_proba(inputs)
+    np.testing.assert_allclose(found, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
+    with pytest.raises(DataError, match=r"image 1, .*nowhere\.png, cannot be read"):
+        run.predict_proba([inputs[0], "nowhere.png"])
 
 
 def test_predict_and_evaluate_again_neither_load_nor_compile_again(run, arrays, monkeypatch):

@@ -18,8 +18,8 @@ from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
-from pspinal_jax.training.epoch_metrics import balanced_accuracy
 from pspinal_jax.training.examples import ResidentExamples
+from pspinal_jax.training.history import balanced_accuracy
 from pspinal_jax.training.seed_states import SeedStates
 
 

@@ -68,7 +68,7 @@ def test_fit_learns_and_its_history_tells(fitted):
     assert last["validation_loss"] < first["validation_loss"] and last["train_loss"] < first["train_loss"]
     assert last["validation_accuracy"] > 0.6 and "learning_rate" not in last
     assert "validation_loss" in fitted._repr_html_() and "12 epochs" in repr(fitted)
-    assert [axis.get_ylabel() for axis in fitted.plot().axes] == ["loss", "accuracy"]
+    assert [axis.get_ylabel() for axis in fitted.plot().axes] == ["loss", "accuracy (%)"]
     assert len(fitted.history.to_pandas()) == 12
 
 
