@@ -21,7 +21,7 @@ import numpy as np
 from pspinal_jax.errors import PSpinalError, RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.progress import say
-from pspinal_jax.recipes.options import ProcessOptions
+from pspinal_jax.recipes.schema import ProcessOptions
 
 Result = TypeVar("Result")
 

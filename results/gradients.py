@@ -33,7 +33,7 @@ from pspinal_jax.heads import DenseHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.heads.baselines import DropLinear
 from pspinal_jax.heads.equation import layer_name
 from pspinal_jax.layers.linear import Activation, Initializer, Linear, Tree, as_rows
-from pspinal_jax.models.build import abstract_variables, count_parameters
+from pspinal_jax.models import abstract_variables, count_parameters
 from pspinal_jax.pictures import drawable, drawn
 from pspinal_jax.runs.directory import write_json, writing
 

@@ -24,7 +24,7 @@ _IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224)
 """torchvision's, of its ImageNet models."""
 
 
-def own_preprocessing(backbone: str) -> Preprocessing:
+def default_preprocessing(backbone: str) -> Preprocessing:
     """The preprocessing of the backbone of that name; scaling to 0 .. 1 alone for 'none' and 'vgg5'.
 
     EfficientNet-Lite's published weights expect (pixel - 127) / 128.

@@ -27,8 +27,7 @@ from pspinal_jax.benchmark.roofline import count_flops
 from pspinal_jax.benchmark.timing import Precision, Work, layer_dtype, set_precision, time_interleaved
 from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import RunError
-from pspinal_jax.models.build import build_model
-from pspinal_jax.models.preprocessing import normalisation, with_own_preprocessing
+from pspinal_jax.models import build_model, normalisation, with_default_preprocessing
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.programs import build_run_programs
@@ -54,7 +53,7 @@ def benchmark_recipe(
     name: str, batch_size: int | None = None, dtype: str = "float32", backbone: str | None = None, side: int = 0
 ) -> Recipe:
     """The recipe `name` without augmentation, which is measured by itself, and perhaps with another backbone."""
-    recipe = with_own_preprocessing(load_recipe(name))
+    recipe = with_default_preprocessing(load_recipe(name))
     data, model = dataclasses.replace(recipe.data, augment="none"), recipe.model
     if side:
         data = dataclasses.replace(data, image_size=side)

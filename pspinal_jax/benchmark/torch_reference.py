@@ -15,7 +15,7 @@ from torch.nn import functional
 from pspinal_jax.backbones import efficientnet
 from pspinal_jax.benchmark.timing import Work
 from pspinal_jax.layers.depthwise import same_padding
-from pspinal_jax.models.preprocessing import normalisation
+from pspinal_jax.models import normalisation
 from pspinal_jax.recipes.schema import Recipe
 
 

@@ -38,9 +38,8 @@ def main(args: Sequence[str]) -> int:
     )
     from pspinal_jax.data import load_data
     from pspinal_jax.environment import enable_compilation_cache
-    from pspinal_jax.models.build import build_model
-    from pspinal_jax.models.preprocessing import with_own_preprocessing
-    from pspinal_jax.recipes.settings import check_settings, check_settings_for
+    from pspinal_jax.models import build_model, with_default_preprocessing
+    from pspinal_jax.recipes.rules import check_settings, check_settings_for
     from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
     from pspinal_jax.runs.restore import start_variables
 
@@ -49,7 +48,7 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(f"{name} has no backbone; extract-features takes a recipe of images with one")
     check_target(parsed.output, "--output")
     check_settings(recipe)
-    recipe = with_own_preprocessing(recipe)
+    recipe = with_default_preprocessing(recipe)
     data = load_data(recipe.data)
     if data.in_memory:
         raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of images")

@@ -54,6 +54,8 @@ def parse(
     if any(word in (*HELP, HELP_ALL) for word in args):
         short = None if HELP_ALL in args else groups
         _print_help(arguments_class, prog=prog, description=description, example=example, default=default, groups=short)
+    for name in (flag.name for flag in flags_of(arguments_class)):
+        FLAGS[name.replace("-", "_")] = FLAGS[name.rpartition(".")[2].replace("-", "_")] = name
     errors = io.StringIO()
     try:
         with _room_for_help(), contextlib.redirect_stderr(errors):
@@ -74,8 +76,6 @@ def parse(
         raise UsageError(
             f"{printable(said)}{'' if said.endswith('?') else '.'} All flags: {prog} {HELP_ALL if groups else '--help'}"
         )
-    for name in (flag.name for flag in flags_of(arguments_class)):
-        FLAGS[name.replace("-", "_")] = FLAGS[name.rpartition(".")[2].replace("-", "_")] = name
     quiet_absl()  # the command is about to start
     return _at_home(arguments)
 

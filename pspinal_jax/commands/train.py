@@ -14,7 +14,7 @@ from pspinal_jax.errors import UsageError, printable
 from pspinal_jax.files import expanded
 from pspinal_jax.progress import say
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
-from pspinal_jax.recipes.options import ProcessOptions, RunOptions
+from pspinal_jax.recipes.schema import ProcessOptions, RunOptions
 from pspinal_jax.training.signals import Stopped, leave_at_once
 
 DEFAULT_RECIPE = "digits"

@@ -7,7 +7,7 @@ import flax.linen as nn
 
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.heads.baselines import matching_width
-from pspinal_jax.models.build import abstract_variables, count_parameters
+from pspinal_jax.models import abstract_variables, count_parameters
 
 HeadName = Literal["progressive", "spinal", "mlp", "dense"]
 HEADS: tuple[HeadName, ...] = ("progressive", "spinal", "mlp", "dense")

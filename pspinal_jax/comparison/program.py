@@ -18,7 +18,7 @@ from jax import lax
 from pspinal_jax.comparison.settings import Setting
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.heads.layouts import training_layout
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan, run_chunk
 from pspinal_jax.training.layouts import convert_state, head_layouts

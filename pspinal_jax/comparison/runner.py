@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pspinal_jax.comparison.program import Examples, Outcome, Part, Plan, train_head
 from pspinal_jax.comparison.settings import Setting
 from pspinal_jax.distributed import put
-from pspinal_jax.models.build import abstract_variables, count_parameters
+from pspinal_jax.models import abstract_variables, count_parameters
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 
 Mode = Literal["auto", "loop", "vmap"]

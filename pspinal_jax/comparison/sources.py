@@ -16,8 +16,7 @@ from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepared import open_prepared, read_prepared
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import MOST_JSON_BYTES, expanded, read_bytes, write_json
-from pspinal_jax.models.build import build_model
-from pspinal_jax.models.preprocessing import with_own_preprocessing
+from pspinal_jax.models import build_model, with_default_preprocessing
 from pspinal_jax.recipes import Recipe, load_recipe
 from pspinal_jax.recipes.schema import TABLES, DataConfig
 from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
@@ -116,6 +115,6 @@ def _recipe(folder: Path, backbone: str | None, weights: str | None) -> Recipe:
             model=dataclasses.replace(recipe.model, backbone=chosen, weights=taken),
             freeze="backbone",
         )
-        return with_own_preprocessing(changed)
+        return with_default_preprocessing(changed)
     except UsageError as error:
         raise UsageError(f"{error}; --backbone {chosen}, --weights {taken or 'random'}") from error

@@ -1,12 +1,18 @@
-"""From a recipe's name, or the path of a user's own file, to the recipe."""
+"""Recipes by name or from a user's own file, and as which of them a head trains on cached features."""
 
+import dataclasses
 import difflib
-import importlib.util
-from pathlib import Path
+import operator
+import runpy
+from collections.abc import Callable
 
 from pspinal_jax.errors import PSpinalError, UsageError
 from pspinal_jax.files import expanded, shipped
 from pspinal_jax.recipes.schema import Recipe
+
+_TRAINING = ("optimizer", "epochs", "batch_size", "label_smoothing")
+_HIDDEN = ("layer_width", "num_layers", "norm", "layer_dropout_rate", "implementation")
+"""Settings of hidden layers, of which a linear layer has none."""
 
 
 def list_recipes() -> list[str]:
@@ -23,33 +29,72 @@ def load_recipe(name: str) -> Recipe:
     Raises:
       UsageError: if there is no such recipe or file, or the file defines none.
     """
-    if name.endswith(".py"):
-        path = expanded(name)
-        if not path.is_file():
-            raise UsageError(f"recipe file {name} does not exist")
-        return _load_file(path)
-    names = list_recipes()
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UsageError(
-            f"unknown recipe {name!r}; {hint}There are: {', '.join(names)}, or a path to your own .py file"
-        )
-    return _load_file(shipped("configs") / f"{name.replace('-', '_')}.py")
-
-
-def _load_file(path: Path) -> Recipe:
-    spec = importlib.util.spec_from_file_location(f"pspinal_recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"recipe file {path} cannot be read as Python")
-    module = importlib.util.module_from_spec(spec)
+    path, names = expanded(name), list_recipes()
+    if not name.endswith(".py"):
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UsageError(
+                f"unknown recipe {name!r}; {hint}There are: {', '.join(names)}, or a path to your own .py file"
+            )
+        path = shipped("configs") / f"{name.replace('-', '_')}.py"
+    elif not path.is_file():
+        raise UsageError(f"recipe file {name} does not exist")
     try:
-        spec.loader.exec_module(module)
+        recipe = runpy.run_path(str(path)).get("recipe")
     except PSpinalError as error:
         raise UsageError(f"recipe file {path}: {error}") from error
     except Exception as error:  # a user's own file may do anything
         raise UsageError(f"recipe file {path} fails with {type(error).__name__}: {error}") from error
-    recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise UsageError(f"recipe file {path} must define `recipe = pspinal_jax.recipes.Recipe(...)`")
     return recipe
+
+
+def on_cached_features(recipe: Recipe, change: Callable[[Recipe], Recipe]) -> Recipe:
+    """`change(recipe)`; where that turns cache_features on, made of a shipped recipe whose head trains on features.
+
+    Its head is then trained as by the recipe `linear`, or by `features` where the change asks for hidden layers: on all
+    training data, to the last epoch, unless patience or retrain need held-out examples. What the change sets itself
+    stays, and so does the paper's protocol as a whole.
+
+    Args:
+      recipe: a recipe as its file has it.
+      change: applies flags or keywords to a recipe.
+    """
+    asked = change(recipe)
+    shipped = recipe.card.name in list_recipes()
+    if recipe.cache_features or not asked.cache_features or asked.protocol == "paper" or not shipped:
+        return asked
+    holds_out = asked.patience > 0 or asked.retrain
+    if all(getattr(asked.model, name) == getattr(recipe.model, name) for name in _HIDDEN):
+        linear = change(_trained_as(load_recipe("linear"), recipe, holds_out))
+        if linear.model.head == "dense":
+            return linear
+    return change(_trained_as(load_recipe("features"), recipe, holds_out))
+
+
+def recipe_of_head(recipe: Recipe) -> Recipe:
+    """The recipe whose training the head of `recipe` has on cached features by default."""
+    return load_recipe("linear" if recipe.model.head == "dense" else "features")
+
+
+def describe_head_training(recipe: Recipe) -> str:
+    """A line on how the head of `recipe` trains on cached features: as in which recipe, and but for what."""
+    like, names = recipe_of_head(recipe), [f"optimizer.{field.name}" for field in dataclasses.fields(recipe.optimizer)]
+    values = {name: operator.attrgetter(name) for name in (*names, *_TRAINING[1:])}
+    others = ", ".join(f"{name} {get(recipe)}" for name, get in values.items() if get(recipe) != get(like))
+    return (
+        f"cached features: the head trains as in the recipe {like.card.name}{f', but for {others}' if others else ''}"
+    )
+
+
+def _trained_as(like: Recipe, recipe: Recipe, holds_out: bool) -> Recipe:
+    """`recipe` with the training of `like`, and with its head if that is linear; what its owner changed stays."""
+    shipped = load_recipe(recipe.card.name)
+    taken = {name: getattr(like, name) for name in _TRAINING if getattr(recipe, name) == getattr(shipped, name)}
+    if like.model.head == "dense" and recipe.model == shipped.model:
+        taken["model"] = dataclasses.replace(recipe.model, head="dense", dropout_rate=like.model.dropout_rate)
+    if not holds_out and recipe.data.validation_fraction == shipped.data.validation_fraction:
+        taken["data"] = dataclasses.replace(recipe.data, validation_fraction=0.0)
+    return dataclasses.replace(recipe, **taken)

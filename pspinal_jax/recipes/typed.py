@@ -1,4 +1,4 @@
-"""Values of the type that an annotation has: what Python code and JSON files give is checked before it is used."""
+"""Checks values from Python code and JSON files against the type that an annotation gives."""
 
 import dataclasses
 import numbers
@@ -13,7 +13,7 @@ import numpy as np
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
 
-_LARGEST = 2**63  # of whole numbers, in which sizes are counted
+_MAX_INT = 2**63
 _LONGEST_VALUE = 200
 
 
@@ -31,30 +31,25 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     """
     for kind in typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,):
         origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-        if origin is Any:
+        integral = isinstance(value, numbers.Integral)
+        whole = integral and not isinstance(value, bool) and abs(int(value)) < _MAX_INT
+        if origin is Any or (dataclasses.is_dataclass(kind) and type(value) is kind):
             return value
-        if origin is Literal:
-            if isinstance(value, str) and value in inner:
-                return value
-        elif origin in (int, float):
-            if isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < _LARGEST:
-                return kind(value)
-            if kind is float and isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
-                return float(value)
-        elif origin is Path:
-            if isinstance(value, str | Path) and "\0" not in str(value):
-                return expanded(value)
-        elif origin is tuple:
-            if isinstance(value, Sequence | np.ndarray) and len(value) == len(inner):
-                return tuple(typed(name, each, one) for each, one in zip(value, inner, strict=True))
-        elif typing.is_typeddict(kind) or (dataclasses.is_dataclass(kind) and isinstance(value, dict)):
-            if isinstance(value, dict):
-                return _of_fields(name, value, kind)
-        elif isinstance(value, origin):
-            if inner and isinstance(value, list):
+        if origin is Literal and isinstance(value, str) and value in inner:
+            return value
+        if (origin in (int, float) and whole) or (origin is float and isinstance(value, numbers.Real) and not integral):
+            return origin(value)
+        if origin is Path and isinstance(value, str | Path) and "\0" not in str(value):
+            return expanded(value)
+        if origin is tuple and isinstance(value, Sequence | np.ndarray) and len(value) == len(inner):
+            return tuple(typed(name, each, one) for each, one in zip(value, inner, strict=True))
+        if isinstance(value, dict) and (typing.is_typeddict(kind) or dataclasses.is_dataclass(kind)):
+            return _of_fields(name, value, kind)
+        if origin in (list, dict) and inner and isinstance(value, origin):
+            if isinstance(value, list):
                 return [typed(f"{name}.{index}", each, inner[0]) for index, each in enumerate(value)]
-            if inner:
-                return {key: typed(f"{name}.{key}", each, inner[1]) for key, each in value.items()}
+            return {key: typed(f"{name}.{key}", each, inner[1]) for key, each in value.items()}
+        if origin in (str, bool, list, dict, type(None)) and isinstance(value, origin):
             return value
     expected = " or ".join(map(repr, typing.get_args(hint))) if typing.get_origin(hint) is Literal else hint
     raise UsageError(f"{name} is {value!r:.{_LONGEST_VALUE}}, expected {getattr(expected, '__name__', expected)}")
@@ -63,15 +58,14 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 def _of_fields(name: str, value: dict[str, Any], kind: Any) -> Any:
     """The dataclass or TypedDict `kind` of the dict `value`."""
     hints, made = typing.get_type_hints(kind), dataclasses.is_dataclass(kind)
+    needed = set(getattr(kind, "__required_keys__", ()))
     if made:
         unset = dataclasses.MISSING
-        fields = dataclasses.fields(kind)
-        needed = {field.name for field in fields if field.default is unset and field.default_factory is unset}
-    else:
-        needed = set(kind.__required_keys__)
-    if missing := sorted(needed - value.keys()):
-        raise UsageError(f"{name} lacks {', '.join(missing)}")
-    if made and (unknown := sorted(map(str, value.keys() - hints.keys()))):
-        raise UsageError(f"{name} has the unknown setting {unknown[0]:.{_LONGEST_VALUE}}")
+        needed = {each.name for each in dataclasses.fields(kind) if each.default is each.default_factory is unset}
+    missing, unknown = needed - value.keys(), value.keys() - hints.keys()
+    if missing:
+        raise UsageError(f"{name} lacks {', '.join(sorted(missing))}")
+    if made and unknown:
+        raise UsageError(f"{name} has the unknown setting {min(map(str, unknown)):.{_LONGEST_VALUE}}")
     checked = {key: typed(f"{name}.{key}", value[key], hint) for key, hint in hints.items() if key in value}
     return kind(**checked) if made else value | checked

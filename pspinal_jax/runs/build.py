@@ -8,8 +8,7 @@ from jax.sharding import Mesh
 from pspinal_jax.data.copies import copies_of_a_class
 from pspinal_jax.data.dataset import Dataset, Split, hold_out
 from pspinal_jax.errors import UsageError
-from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.recipes.ranges import refuses_batches_of_one
+from pspinal_jax.models import Classifier
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.programs import build_run_programs, check_classes, class_weights, schedule_of
 from pspinal_jax.training.examples import (
@@ -90,7 +89,7 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
             "choose a smaller --batch-size"
         )
     for stage in make_stages(recipe, train, validation):
-        if stage.tail_size == 1 and refuses_batches_of_one(recipe):
+        if stage.tail_size == 1 and recipe.refuses_batches_of_one:
             raise UsageError(
                 f"batch_size is {recipe.batch_size}, which leaves 1 of {len(stage.subset)} examples as the last batch "
                 "of an epoch, and batch norm learns from 2 or more; choose another --batch-size, or leave it out with "

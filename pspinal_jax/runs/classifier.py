@@ -13,7 +13,7 @@ from pspinal_jax.distributed import put
 from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.export.directory import DESCRIPTION, PROGRAM, is_export, read_export
-from pspinal_jax.models.build import build_model
+from pspinal_jax.models import build_model
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.directory import load_recipe_of
 from pspinal_jax.runs.restore import load_variables

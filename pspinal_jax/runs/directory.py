@@ -24,9 +24,8 @@ from pspinal_jax.data.images.classes import first_names
 from pspinal_jax.distributed import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, json_text, read_bytes
-from pspinal_jax.recipes.ranges import OWN
-from pspinal_jax.recipes.schema import DataConfig, Recipe
-from pspinal_jax.recipes.settings import BEFORE, default_settings
+from pspinal_jax.recipes.rules import BEFORE, default_settings
+from pspinal_jax.recipes.schema import OWN, DataConfig, Recipe
 from pspinal_jax.recipes.typed import typed
 
 _SECONDS_TO_APPEAR = 20

@@ -9,7 +9,7 @@ from pspinal_jax.errors import RunError
 from pspinal_jax.export.directory import check_free, write_export
 from pspinal_jax.export.program import export_classifier
 from pspinal_jax.files import expanded
-from pspinal_jax.models.build import build_model, count_parameters
+from pspinal_jax.models import build_model, count_parameters
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.restore import load_variables

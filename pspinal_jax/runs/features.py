@@ -19,10 +19,9 @@ from pspinal_jax.data.npz import read_npz
 from pspinal_jax.distributed import barrier, broadcast_from_primary, is_primary, put, whole
 from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import DataError, RunError
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier
 from pspinal_jax.progress import progress_bar
-from pspinal_jax.recipes.augment import AugmentConfig
-from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.recipes.schema import AugmentConfig, Recipe
 from pspinal_jax.runs import manifest
 from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.runs.programs import augmentation

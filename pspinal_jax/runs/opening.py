@@ -7,9 +7,8 @@ import numpy as np
 from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.environment import device
 from pspinal_jax.errors import printable
-from pspinal_jax.models.build import abstract_variables, count_parameters
-from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.recipes.cached import describe_head_training
+from pspinal_jax.models import Classifier, abstract_variables, count_parameters
+from pspinal_jax.recipes.registry import describe_head_training
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.training.stages import TrainingStage

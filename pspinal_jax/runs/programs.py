@@ -14,7 +14,7 @@ from pspinal_jax.distributed import is_primary
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier
 from pspinal_jax.progress import say
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.training.layouts import head_layouts

@@ -11,8 +11,7 @@ from pspinal_jax.checkpoints import read_newest
 from pspinal_jax.distributed import barrier, broadcast_from_primary, is_primary
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
-from pspinal_jax.models.build import abstract_variables, build_model, count_features
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier, abstract_variables, build_model, count_features
 from pspinal_jax.progress import say
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.recipes.typed import typed

@@ -10,7 +10,7 @@ from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, printable
-from pspinal_jax.models.build import count_parameters
+from pspinal_jax.models import count_parameters
 from pspinal_jax.runs.build import RunSetup
 from pspinal_jax.runs.classification_report import averages, scores_by_class, without_examples
 from pspinal_jax.runs.directory import RunDirectory

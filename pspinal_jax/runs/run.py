@@ -14,10 +14,10 @@ import numpy as np
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import absl_quietened
-from pspinal_jax.models.build import build_model
+from pspinal_jax.models import build_model
 from pspinal_jax.recipes import Recipe, load_recipe
-from pspinal_jax.recipes.cached import on_cached_features
-from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.recipes.registry import on_cached_features
+from pspinal_jax.recipes.schema import RunOptions
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs.classifier import Classifier, load_classifier
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of

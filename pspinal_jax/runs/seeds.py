@@ -25,8 +25,7 @@ import pspinal_jax
 from pspinal_jax.checkpoints import CheckpointStore, read_newest
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import progress_bar
-from pspinal_jax.recipes.options import RunOptions
-from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.recipes.schema import Recipe, RunOptions
 from pspinal_jax.runs.build import RunSetup
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter

@@ -23,13 +23,10 @@ from pspinal_jax.environment import convolution_options, device, enable_compilat
 from pspinal_jax.errors import PSpinalError, UsageError, printable
 from pspinal_jax.files import check_target, expanded
 from pspinal_jax.log_filter import absl_quietened
-from pspinal_jax.models.build import build_model
-from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.models.preprocessing import with_own_preprocessing
+from pspinal_jax.models import Classifier, build_model, with_default_preprocessing
 from pspinal_jax.progress import say, warn
-from pspinal_jax.recipes.options import RunOptions
-from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.recipes.settings import check_settings, check_settings_for
+from pspinal_jax.recipes.rules import check_settings, check_settings_for
+from pspinal_jax.recipes.schema import Recipe, RunOptions
 from pspinal_jax.runs.build import RunSetup, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.features import cached_features, head_of, head_recipe
@@ -65,7 +62,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     end_within_a_worker()
     if options.tensorboard:
         check_installed()
-    asked, recipe = recipe, with_own_preprocessing(recipe)
+    asked, recipe = recipe, with_default_preprocessing(recipe)
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)

@@ -6,10 +6,10 @@ import pytest
 
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import shipped
-from pspinal_jax.models.build import build_model, count_parameters
+from pspinal_jax.models import build_model, count_parameters
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
-from pspinal_jax.recipes.cached import describe_head_training, on_cached_features
-from pspinal_jax.recipes.settings import check_settings
+from pspinal_jax.recipes.registry import describe_head_training, on_cached_features
+from pspinal_jax.recipes.rules import check_settings
 
 
 @pytest.mark.parametrize("name", list_recipes())

@@ -15,7 +15,7 @@ from setting_changes import CACHED, CHANGES, EFFECT, ELSEWHERE
 from pspinal_jax.data import load_data
 from pspinal_jax.errors import PSpinalError, UsageError
 from pspinal_jax.export.directory import read_export
-from pspinal_jax.models.build import build_model
+from pspinal_jax.models import build_model
 from pspinal_jax.recipes import (
     AugmentConfig,
     Card,
@@ -26,8 +26,8 @@ from pspinal_jax.recipes import (
     list_recipes,
     load_recipe,
 )
-from pspinal_jax.recipes.options import RunOptions
-from pspinal_jax.recipes.settings import check_settings, check_settings_for
+from pspinal_jax.recipes.rules import check_settings, check_settings_for
+from pspinal_jax.recipes.schema import RunOptions
 from pspinal_jax.runs import programs
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.directory import load_recipe_of
@@ -225,5 +225,5 @@ def test_what_a_recipe_brings_with_it_refuses_no_other_optimiser():
     recipe = load_recipe("digits")
     sgd = dataclasses.replace(recipe.optimizer, name="sgd")
     check_settings(dataclasses.replace(recipe, optimizer=sgd))
-    with pytest.raises(UsageError, match=r"optimizer.weight_decay is 0.2, expected 0.0 unless --optimizer.name adamw"):
+    with pytest.raises(UsageError, match=r"optimizer.weight_decay is 0.2, expected 0.0 unless optimizer.name=adamw"):
         check_settings(dataclasses.replace(recipe, optimizer=dataclasses.replace(sgd, weight_decay=0.2)))

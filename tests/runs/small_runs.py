@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from pspinal_jax.recipes import DataConfig, ModelConfig, load_recipe
-from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.recipes.schema import RunOptions
 
 TIMED = ("seconds", "examples_per_second", "compile_seconds")
 """What no two runs have alike in their metrics."""

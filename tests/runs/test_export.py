@@ -21,8 +21,7 @@ from pspinal_jax.errors import RunError
 from pspinal_jax.export import directory as export_directory
 from pspinal_jax.export import export_classifier, program, read_export
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
-from pspinal_jax.models.build import build_model
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier, build_model
 from pspinal_jax.runs.directory import load_recipe_of
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.weights import read_variables

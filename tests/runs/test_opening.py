@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pspinal_jax.data import load_data
-from pspinal_jax.models.build import build_model
+from pspinal_jax.models import build_model
 from pspinal_jax.recipes import DataConfig, ModelConfig, load_recipe
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.opening import class_counts, describe_opening, warn_of_random_backbone

@@ -11,7 +11,7 @@ from small_runs import options
 from pspinal_jax.data.dataset import ArraySplit, array_dataset
 from pspinal_jax.errors import PSpinalError, UsageError
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
-from pspinal_jax.recipes.settings import check_settings, check_settings_for
+from pspinal_jax.recipes.rules import check_settings, check_settings_for
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.train import train
 

@@ -21,7 +21,7 @@ from pspinal_jax.backbones import ResNet
 from pspinal_jax.data.images.decode import decode
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import load_recipe
-from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.recipes.schema import RunOptions
 from pspinal_jax.runs import manifest
 from pspinal_jax.runs.classifier import load_classifier
 from pspinal_jax.runs.predict import _read
@@ -310,15 +310,15 @@ def test_gradients_may_be_accumulated(pictures, tmp_path):
     ("flags", "said"),
     [
         (["--data.path", "nowhere"], "nowhere"),
-        (["--cache-features"], "cache_features is True, expected used with --freeze backbone"),
-        (["--micro-batches", "3"], "micro_batches is 3, expected a divisor of batch_size"),
+        (["--cache-features"], "--cache-features is True, expected False unless --freeze backbone"),
+        (["--micro-batches", "3"], "--micro-batches is 3, expected a divisor of --batch-size"),
         (["--data.image-size", "16"], "colour images [H, W, 3] of 32 pixels and more"),
-        (["--seed-mode", "vmap"], "seed_mode is vmap, expected loop or auto for image files"),
+        (["--seed-mode", "vmap"], "--seed-mode is vmap, expected loop or auto for image files"),
         (["--model.weights", "missing.safetensors"], "missing.safetensors"),
-        (["--data.num-classes", "7"], "has 3 classes, but data.num_classes is 7"),
-        (["--batch-size", "64"], "batch_size is 64, but only 27 examples are left"),
-        (["--data.resize", "16"], "data.resize is 16"),
-        (["--feature-views", "2"], "feature_views is 2"),
+        (["--data.num-classes", "7"], "has 3 classes, but --data.num-classes is 7"),
+        (["--batch-size", "64"], "--batch-size is 64, but only 27 examples are left"),
+        (["--data.resize", "16"], "--data.resize is 16"),
+        (["--feature-views", "2"], "--feature-views is 2"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(pictures, tmp_path, monkeypatch, capsys, flags, said):

@@ -17,7 +17,7 @@ from small_runs import metrics, small_recipe
 
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes import OptimizerConfig, load_recipe
-from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.recipes.schema import RunOptions
 from pspinal_jax.runs import seeds
 from pspinal_jax.runs.restore import load_variables
 from pspinal_jax.runs.train import train
@@ -84,7 +84,7 @@ def command(path, out):
     """Train `path`'s recipe in a process of its own, which writes its result to `out`."""
     program = (
         "import json, pickle, sys; from pathlib import Path; from pspinal_jax.runs import seeds\n"
-        "from pspinal_jax.recipes.options import RunOptions; from pspinal_jax.runs.train import train\n"
+        "from pspinal_jax.recipes.schema import RunOptions; from pspinal_jax.runs.train import train\n"
         "seeds.cores = lambda: 2\n"
         "recipe = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
         "result = train(recipe, RunOptions(workdir=Path(sys.argv[2]), checkpoint_seconds=0.0))\n"

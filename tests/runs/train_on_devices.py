@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from pspinal_jax.recipes import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, load_recipe
-from pspinal_jax.recipes.options import RunOptions
+from pspinal_jax.recipes.schema import RunOptions
 from pspinal_jax.runs.train import train
 from pspinal_jax.training.examples import ResidentExamples
 from pspinal_jax.training.loop import Stopped, Trainer

@@ -12,7 +12,7 @@ from pspinal_jax import environment
 from pspinal_jax.environment import CONVOLUTIONS_SWITCH, convolution_options, jit_with
 from pspinal_jax.layers.conv import conv_same
 from pspinal_jax.layers.depthwise import depthwise_conv
-from pspinal_jax.models.build import build_model
+from pspinal_jax.models import build_model
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.runs import programs
 

@@ -9,7 +9,7 @@ import pytest
 from steps_support import make_programs
 
 from pspinal_jax.heads import ProgressiveSpinalHead
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.layouts import head_layouts
 from pspinal_jax.training.optimizers import make_optimizer

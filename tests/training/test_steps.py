@@ -7,7 +7,7 @@ import pytest
 from steps_support import make_programs
 
 from pspinal_jax.heads import ProgressiveSpinalHead
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer

@@ -6,8 +6,7 @@ import pytest
 from jax import export
 
 from pspinal_jax.environment import CONVOLUTIONS_SWITCH
-from pspinal_jax.models.build import build_model
-from pspinal_jax.models.preprocessing import with_own_preprocessing
+from pspinal_jax.models import build_model, with_default_preprocessing
 from pspinal_jax.recipes import list_recipes, load_recipe
 from pspinal_jax.runs.programs import build_run_programs
 from pspinal_jax.training.chunk import EpochPlan
@@ -54,7 +53,7 @@ def lowered(recipe):
 )
 def test_the_training_step_lowers_for_tpu(name, monkeypatch):
     monkeypatch.setenv(CONVOLUTIONS_SWITCH, "off")  # a TPU's programs have no options of this CPU's
-    recipe = with_own_preprocessing(load_recipe(name))
+    recipe = with_default_preprocessing(load_recipe(name))
     state, exported = lowered(recipe)
     assert exported.platforms == ("tpu",) and not exported.disabled_safety_checks
     new_state, _ = jax.tree.unflatten(exported.out_tree, exported.out_avals)

@@ -11,7 +11,7 @@ from steps_support import make_programs
 from pspinal_jax.augment import mix
 from pspinal_jax.augment.mixing import Mixed
 from pspinal_jax.heads import ProgressiveSpinalHead
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier
 from pspinal_jax.runs.programs import balanced_weights
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan

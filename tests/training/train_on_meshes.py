@@ -17,7 +17,7 @@ from steps_support import make_programs
 from pspinal_jax.augment import mix
 from pspinal_jax.backbones import resnet, vgg5
 from pspinal_jax.heads import ProgressiveSpinalHead
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier
 from pspinal_jax.training import sharding
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer

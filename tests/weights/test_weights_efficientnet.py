@@ -16,7 +16,7 @@ from PIL import Image
 
 from pspinal_jax.backbones import EfficientNetLite
 from pspinal_jax.backbones.efficientnet import SCALES, ConvNorm
-from pspinal_jax.backbones.preprocessing import own_preprocessing
+from pspinal_jax.backbones.preprocessing import default_preprocessing
 from pspinal_jax.errors import DataError
 from pspinal_jax.models import abstract_variables
 from pspinal_jax.weights import (
@@ -231,7 +231,7 @@ def test_photographs_are_named_by_imagenets_own_classifier():
     pixels, right = photographs(20, SCALES[variant].image_size)
     state_dict = pretrained_efficientnet(variant)
     variables = efficientnet_variables(state_dict, variant)
-    own = own_preprocessing(variant)
+    own = default_preprocessing(variant)
 
     @jax.jit
     def logits(images):

@@ -179,14 +179,14 @@ def test_every_bit_of_a_png_counts():
         (
             ["--batch-size", "1", "--model.norm", "batch"],
             2,
-            "batch_size is 1, expected 2 or more a micro-batch for batch norm",
+            "--batch-size is 1, expected 2 or more a micro-batch for batch norm",
         ),
         (
             ["--batch-size", "4", "--micro-batches", "4", "--model.norm", "batch"],
             2,
-            "batch_size is 4, expected 2 or more",
+            "--batch-size is 4, expected 2 or more",
         ),
-        (["--data.mean", "0.5", "0.5", "0.5", "--data.std", "0.2", "0.2", "0.2"], 2, "data.mean is"),
+        (["--data.mean", "0.5", "0.5", "0.5", "--data.std", "0.2", "0.2", "0.2"], 2, "--data.mean is"),
         (["--data.path", "~nosuchuser/d.npz"], 2, "no home directory is known"),
     ],
 )

@@ -17,7 +17,7 @@ from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError
 from pspinal_jax.export import directory, export_classifier, read_export, write_export
 from pspinal_jax.heads import DenseHead
-from pspinal_jax.models.classifier import Classifier
+from pspinal_jax.models import Classifier
 from pspinal_jax.runs import restore
 from pspinal_jax.runs.predict import predict
 

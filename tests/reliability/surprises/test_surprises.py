@@ -98,9 +98,9 @@ def test_a_finished_run_whose_checkpoints_are_gone(run, tmp_path, capsys):
 
 
 REFUSED = {
-    "split seed": ("data.split_seed", -1, "data.split_seed is -1, expected at least 0"),
-    "validation fraction": ("data.validation_fraction", 0.2, "arrays take --data.num-validation"),
-    "weights none": ("model.weights", "none", "model.weights is none, expected None, written so, for random numbers"),
+    "split seed": ("data.split_seed", -1, "is -1, expected at least 0"),
+    "validation fraction": ("data.validation_fraction", 0.2, "expected 0.0 without"),
+    "weights none": ("model.weights", "none", "is none, expected None, written so, for random numbers"),
 }
 
 

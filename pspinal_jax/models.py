@@ -1,5 +1,6 @@
-"""From a recipe's model configuration to a linen module."""
+"""Whole models from a recipe: preprocessing, backbone and head as one linen module."""
 
+import dataclasses
 import math
 from typing import Any, cast
 
@@ -8,14 +9,52 @@ import jax
 import jax.numpy as jnp
 
 from pspinal_jax.backbones import efficientnet
+from pspinal_jax.backbones.preprocessing import default_preprocessing
 from pspinal_jax.backbones.resnet import LEAST_SIDE, ResNet, ResNetName, num_features
 from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, NUM_FEATURES, VGG5
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.heads.baselines import matching_width
-from pspinal_jax.models.classifier import Classifier
-from pspinal_jax.models.preprocessing import normalisation
-from pspinal_jax.recipes.schema import Recipe
+from pspinal_jax.recipes.schema import OWN, Recipe
+
+Number = float | tuple[float, float, float]
+
+
+class Classifier(nn.Module):
+    """Logits of raw inputs: preprocessing, then the backbone's features, then the head.
+
+    Attributes:
+      head: a module called as ``head(features [N, D], train) -> logits [N, C]``.
+      backbone: a module called as ``backbone(images, train) -> features [N, D]``, or None to flatten the inputs.
+      mean: subtracted from images scaled to 0 .. 1; a number, or one a channel.
+      std: divides them after that.
+      freeze_backbone: in training too the backbone normalises with its running statistics, which stay as they are,
+        and no gradient reaches it.
+      dtype: dtype to compute in.
+    """
+
+    head: nn.Module
+    backbone: nn.Module | None = None
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+    freeze_backbone: bool = False
+    dtype: Any = jnp.float32
+
+    def __call__(self, inputs: jax.Array, train: bool) -> jax.Array:
+        """Logits [N, C] of images uint8 [N, H, W, C'], or of features [N, D], which are taken as they are."""
+        return self.head(self.features(inputs, train), train)
+
+    def features(self, inputs: jax.Array, train: bool) -> jax.Array:
+        """The head's input: the backbone's features [N, D] of `inputs`, or the flattened inputs."""
+        if inputs.dtype == jnp.uint8:
+            mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+            inputs = (inputs.astype(jnp.float32) / 255 - mean) / std
+        inputs = inputs.astype(self.dtype)
+        if self.backbone is None:
+            return inputs.reshape(inputs.shape[0], -1)  # the batch may be symbolic, which len refuses
+        if self.freeze_backbone:
+            return jax.lax.stop_gradient(self.backbone(inputs, False))
+        return self.backbone(inputs, train)
 
 
 def build_model(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> Classifier:
@@ -27,15 +66,7 @@ def build_model(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) 
     dtype = jnp.dtype(recipe.dtype)
     backbone = _build_backbone(recipe, input_shape, dtype)
     head = _build_head(recipe, count_features(recipe, input_shape), num_classes, dtype)
-    mean, std = normalisation(recipe)
-    return Classifier(
-        head=head,
-        backbone=backbone,
-        mean=mean,
-        std=std,
-        freeze_backbone=recipe.freeze == "backbone",
-        dtype=dtype,
-    )
+    return Classifier(head, backbone, *normalisation(recipe), recipe.freeze == "backbone", dtype)
 
 
 def count_features(recipe: Recipe, input_shape: tuple[int, ...]) -> int:
@@ -59,6 +90,29 @@ def count_parameters(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def normalisation(recipe: Recipe) -> tuple[Number, Number]:
+    """Mean and std of `recipe`, by default its backbone's."""
+    default, data = default_preprocessing(recipe.model.backbone), recipe.data
+    return default.mean if data.mean is None else data.mean, default.std if data.std is None else data.std
+
+
+def with_default_preprocessing(recipe: Recipe) -> Recipe:
+    """`recipe` with numbers for image size, mean and std, as a run uses them and its config.json records them.
+
+    Raises:
+      UsageError: if the image size is to be the backbone's default, and that has none.
+    """
+    mean, std = normalisation(recipe)
+    size = recipe.data.image_size
+    if size == OWN:
+        size = default_preprocessing(recipe.model.backbone).image_size
+        if size is None:
+            raise UsageError(
+                f"data.image_size is {OWN}, but the backbone {recipe.model.backbone} has no default; give a number"
+            )
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mean=mean, std=std, image_size=size))
+
+
 def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) -> nn.Module | None:
     name = recipe.model.backbone
     if name == "none":
@@ -79,6 +133,10 @@ def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) ->
 
 def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any) -> nn.Module:
     model = recipe.model
+    if model.head == "dense":
+        return DenseHead(num_classes, model.dropout_rate, dtype=dtype)
+    if model.head == "spinal":
+        return SpinalHead(num_classes, model.layer_width, model.num_layers, model.dropout_rate, model.norm, dtype=dtype)
     progressive = ProgressiveSpinalHead(
         num_classes,
         model.layer_width,
@@ -91,10 +149,6 @@ def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any)
     )
     if model.head == "progressive":
         return progressive
-    if model.head == "spinal":
-        return SpinalHead(num_classes, model.layer_width, model.num_layers, model.dropout_rate, model.norm, dtype=dtype)
-    if model.head == "dense":
-        return DenseHead(num_classes, model.dropout_rate, dtype=dtype)
     params = abstract_variables(progressive, (num_features,), dtype)["params"]
     width = matching_width(count_parameters(params), num_features, num_classes, model.norm == "batch")
     return MLPHead(num_classes, width, model.dropout_rate, model.norm, dtype=dtype)
