@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pspinal_jax.benchmark.measurement import Case, Entry, Settings, has_torch, table
-from pspinal_jax.data.images import ImageSplit
-from pspinal_jax.data.images.encoded import Files
-from pspinal_jax.data.images.stream import stream
+from pspinal_jax.data.images import Files, ImageSplit
+from pspinal_jax.data.stream import stream
 from pspinal_jax.errors import RunError, UsageError
 
 NUM_FILES = 256

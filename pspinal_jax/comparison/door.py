@@ -9,8 +9,8 @@ from pspinal_jax.comparison.ledger import Ledger, check_workdir, keeps_copies_to
 from pspinal_jax.comparison.report import format_table, format_terminal, make_result, plot, write_report
 from pspinal_jax.comparison.run import CompareConfig, Comparer
 from pspinal_jax.comparison.settings import Ranges
-from pspinal_jax.data.dataset import ArraySplit, Dataset
-from pspinal_jax.data.tables import cut_test, make_dataset
+from pspinal_jax.data.dataset import ArraySplit, Dataset, cut_test
+from pspinal_jax.data.tables import make_dataset
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import expanded

@@ -6,8 +6,7 @@ import numpy as np
 
 from pspinal_jax.comparison.program import Examples, Part
 from pspinal_jax.comparison.settings import Scaling
-from pspinal_jax.data.copies import draw_together
-from pspinal_jax.data.dataset import ArraySplit, Dataset, split_by_class
+from pspinal_jax.data.dataset import ArraySplit, Dataset, draw_together, split_by_class
 from pspinal_jax.errors import UsageError
 
 

@@ -23,8 +23,7 @@ from pspinal_jax.comparison.parts import (
 from pspinal_jax.comparison.program import Outcome, Part, Plan
 from pspinal_jax.comparison.runner import Mode, Runner, Task
 from pspinal_jax.comparison.settings import Ranges, Scaling, Trial, draw_trial, training_seed
-from pspinal_jax.data.copies import copies_of_a_class
-from pspinal_jax.data.dataset import ArraySplit, Dataset
+from pspinal_jax.data.dataset import ArraySplit, Dataset, copies_of_a_class
 from pspinal_jax.errors import UsageError
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.training.optimizers import Schedule
@@ -78,7 +77,7 @@ class Comparer:
       sizes: parameters of each head, by name.
       methods: floors and heads, in the order of the table.
       source: where the data came from.
-      copies: see `pspinal_jax.data.copies.Contents.find_copies`, of the data's own split and the first seed; and
+      copies: see `pspinal_jax.data.dataset.Contents.find_copies`, of the data's own split and the first seed; and
         how many test examples of the splits that are drawn are in their pools too.
       choices: (split, method) -> number of the trial that did best on validation.
       seconds: wall time of what this process did, by stage.

@@ -13,7 +13,7 @@ from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.dataset import ArraySplit, Dataset
 from pspinal_jax.data.load import read_file
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.data.prepared import open_prepared, read_prepared
+from pspinal_jax.data.tfds import open_prepared, read_prepared
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import MOST_JSON_BYTES, expanded, read_bytes, write_json
 from pspinal_jax.models import build_model, with_default_preprocessing

@@ -9,13 +9,19 @@ import numpy as np
 
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.dataset import ArraySplit, Dataset, Split
-from pspinal_jax.data.images.encoded import ImageSplit
-from pspinal_jax.data.images.folder import read_folder
-from pspinal_jax.data.images.records import read_image_records
+from pspinal_jax.data.folder import read_folder
+from pspinal_jax.data.images import ImageSplit
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.prepare import prepare_data_set
-from pspinal_jax.data.prepared import STOCK_EMNIST, default_data_dir, find_prepared, find_versions, read_prepared
 from pspinal_jax.data.tables import Classes, read_table
+from pspinal_jax.data.tfds import (
+    STOCK_EMNIST,
+    default_data_dir,
+    find_prepared,
+    find_versions,
+    read_image_records,
+    read_prepared,
+)
 from pspinal_jax.distributed import is_primary
 from pspinal_jax.errors import DataError
 from pspinal_jax.files import expanded
@@ -23,7 +29,7 @@ from pspinal_jax.recipes.schema import TABLES, DataConfig
 
 
 def load_data(config: DataConfig, class_names: Sequence[str] | None = None, needs_test: bool = True) -> Dataset[Split]:
-    """The data set that `config` names, as its recipe wants to see it.
+    """The data set that `config` names, as its recipe takes it.
 
     Args:
       config: with `path`, that .npz file, table, prepared TFDS directory or, for images, folder of class folders is
@@ -33,24 +39,19 @@ def load_data(config: DataConfig, class_names: Sequence[str] | None = None, need
       needs_test: whether a folder or a table of too few examples to cut a test split from is refused.
 
     Raises:
-      DataError: if it is not there or not readable, or to be transposed but no square images; the message says what
+      DataError: if it is not there or not readable, or to be transposed but not square images; the message says what
         to do.
     """
     if config.image_size is not None:
         return _load_images(config, config.side, needs_test)
     data = _load_arrays(config, config.num_classes if class_names is None else class_names, needs_test)
-    return _transpose(data) if config.transposed else data
-
-
-def _transpose(data: Dataset[ArraySplit]) -> Dataset[ArraySplit]:
-    shape = data.example_shape
-    if len(shape) != 3 or shape[0] != shape[1]:
-        raise DataError(f"{data.source} holds inputs of shape {list(shape)}; data.transposed takes square images only")
-    turned = {
-        name: ArraySplit(np.ascontiguousarray(split.inputs.swapaxes(1, 2)), split.labels)
-        for name, split in data.splits.items()
-    }
-    return dataclasses.replace(data, splits=turned)
+    if not config.transposed:
+        return data
+    if len(data.example_shape) != 3 or data.example_shape[0] != data.example_shape[1]:
+        raise DataError(
+            f"{data.source} holds inputs of shape {data.example_shape}; data.transposed takes square images"
+        )
+    return data.map_splits(lambda split: ArraySplit(np.ascontiguousarray(split.inputs.swapaxes(1, 2)), split.labels))
 
 
 def read_file(
@@ -79,10 +80,7 @@ def _load_arrays(config: DataConfig, classes: Classes, needs_test: bool) -> Data
 def _load_images(config: DataConfig, image_size: int, needs_test: bool) -> Dataset[ImageSplit]:
     directory = _find_directory(config) if config.path is None else expanded(config.path)
     if not directory.is_dir():
-        raise DataError(
-            f"{directory} is no folder; {config.name} takes a folder of class folders, or the directory of a prepared "
-            "data set"
-        )
+        raise DataError(f"{directory} is not a folder; give one of class folders, or of a prepared data set")
     if (directory / "dataset_info.json").is_file():
         data = read_image_records(directory, image_size)
     else:
@@ -97,13 +95,8 @@ def _load_images(config: DataConfig, image_size: int, needs_test: bool) -> Datas
             show_progress=is_primary(),
         )
     if config.num_classes not in (None, data.num_classes):
-        raise DataError(
-            f"{data.source} has {data.num_classes} classes, but data.num_classes is {config.num_classes}; leave "
-            "--data.num-classes out"
-        )
-    splits = {name: dataclasses.replace(split, fit=config.fit) for name, split in data.splits.items()}
-    uncut = None if data.uncut is None else dataclasses.replace(data.uncut, fit=config.fit)
-    return dataclasses.replace(data, splits=splits, uncut=uncut)
+        raise DataError(f"{data.source} has {data.num_classes} classes, but data.num_classes is {config.num_classes}")
+    return data.map_splits(lambda split: dataclasses.replace(split, resize_mode=config.fit))
 
 
 def _find_directory(config: DataConfig) -> Path:

@@ -19,6 +19,8 @@ from pspinal_jax.progress import warn
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _VALIDATION = ("validation_images", "validation_labels")
 _NAMES = "class_names"
+# NotImplementedError and RuntimeError: compressed in a way that Python cannot undo, and encrypted.
+_DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError)
 
 
 def read_npz(path: Path, classes: Classes) -> Dataset[ArraySplit]:
@@ -36,43 +38,30 @@ def read_npz(path: Path, classes: Classes) -> Dataset[ArraySplit]:
         require_file(path)
         with zipfile.ZipFile(path) as archive:
             held = [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
-            wanted = _wanted(path, held)
-            _check_headers(archive, wanted)
+            needed = [*ARRAYS, *(_VALIDATION if {*_VALIDATION} & {*held} else ())]
+            if missing := [name for name in needed if name not in held]:
+                raise DataError(f"{path} lacks {', '.join(missing)}; it has: {', '.join(held) or 'none'}")
+            needed += [_NAMES] if _NAMES in held else []
+            _check_headers(archive, needed)
         # Never unpickle: object arrays are refused by allow_pickle=False, the default.
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in wanted}
-    except FileNotFoundError:
-        raise DataError(f"data file {path} does not exist; give --data.path an .npz, .csv or .parquet file") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read as an .npz file: {error.strerror or error}") from error
-    # NotImplementedError and RuntimeError: compressed in a way that Python cannot undo, and encrypted.
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be read as an .npz file: {' '.join(str(error).split())}") from error
+            arrays = {name: file[name] for name in needed}
+    except _DAMAGED as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read as an .npz file: {reason}") from error
     splits = {
         name: (arrays[f"{name}_images"], arrays[f"{name}_labels"])
         for name in ("train", "validation", "test")
         if f"{name}_images" in arrays
     }
     data = make_dataset(splits, str(path), classes, _class_names(path, arrays.get(_NAMES)))
-    unused = sorted(set(held) - set(wanted))
+    unused = sorted(set(held) - set(needed))
     if not unused:
         return data
-    line = f"{path} holds arrays that are not used: {', '.join(unused)}; used are {', '.join(wanted)}"
+    line = f"{path} holds arrays that are not used: {', '.join(unused)}; used are {', '.join(needed)}"
     if is_primary():
         warn(line)
     return dataclasses.replace(data, passed_over=(line,))
-
-
-def _wanted(path: Path, held: list[str]) -> list[str]:
-    """The names of the arrays to read."""
-    missing = [name for name in ARRAYS if name not in held]
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; it has: {', '.join(held) or 'none'}")
-    validation = [name for name in _VALIDATION if name in held]
-    if len(validation) == 1:
-        other = next(name for name in _VALIDATION if name not in held)
-        raise DataError(f"{path} holds {validation[0]} but no {other}")
-    return [*ARRAYS, *validation, *([_NAMES] if _NAMES in held else [])]
 
 
 def _check_headers(archive: zipfile.ZipFile, names: list[str]) -> None:
@@ -101,12 +90,11 @@ def _check_headers(archive: zipfile.ZipFile, names: list[str]) -> None:
 def _class_names(path: Path, names: np.ndarray | None) -> tuple[str, ...] | None:
     if names is None:
         return None
-    if names.ndim != 1 or names.dtype.kind not in "US":
-        raise DataError(
-            f"{path}: class_names have shape {names.shape} and dtype {names.dtype}, expected text, one name a class, "
-            "[C]; save them as np.array([...], dtype=str)"
-        )
     try:
-        return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist())
+        if names.ndim == 1 and names.dtype.kind in "US":
+            return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist())
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: class_names are bytes that are no UTF-8 ({error}); save them as text") from error
+        raise DataError(f"{path}: class_names are bytes that are not UTF-8 ({error}); save them as text") from error
+    raise DataError(
+        f"{path}: class_names have shape {names.shape} and dtype {names.dtype}, expected text, one name a class, [C]"
+    )

@@ -1,22 +1,21 @@
 """Examples as people have them (arrays, masked arrays, frames, labels of text, CSV and Parquet files) to a data set.
 
-All examples that are held in memory pass through `make_dataset`, wherever they come from. A cell or a label that is
-missing is refused with a count, and never filled in or left out in silence.
+All examples that are held in memory pass through `make_dataset`. A missing cell or label is an error; nothing is filled
+in or left out in silence.
 """
 
 import dataclasses
+import numbers
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data.copies import copies_of_a_class
-from pspinal_jax.data.dataset import ArraySplit, Dataset, array_dataset, check_labels, split_by_class
+from pspinal_jax.data.dataset import ArraySplit, Dataset, array_dataset, check_labels, cut_test, first_names
 from pspinal_jax.distributed import is_primary
-from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.errors import DataError
 from pspinal_jax.files import require_file
 from pspinal_jax.progress import say
 
@@ -26,6 +25,7 @@ _INDEX_COLUMNS = ("Unnamed: 0", "__index_level_0__")
 """What pandas calls the column that it wrote for its row numbers."""
 _WRITTEN_MISSING = ("", "nan", "<NA>")
 """What NumPy and pandas make of a missing label when they turn labels into text."""
+_MAX_EXACT = 2.0**53
 
 Classes = int | Sequence[str] | None
 """How many classes there are, the names of a run's classes that labels are matched with, or None to find them."""
@@ -37,7 +37,7 @@ def make_dataset(
     classes: Classes = None,
     class_names: tuple[str, ...] | None = None,
 ) -> Dataset[ArraySplit]:
-    """Check examples and bring them into what training takes.
+    """Check examples and convert them to uint8 images or float32 features.
 
     Args:
       splits: 'train' and perhaps 'test' and 'validation', each (inputs, labels). Inputs: uint8 [N, H, W] or
@@ -53,51 +53,19 @@ def make_dataset(
     """
     inputs, labels, columns = {}, {}, {}
     for name, (given, given_labels) in splits.items():
-        inputs[name], columns[name] = _inputs(f"{source}: {name}", given)
-        labels[name] = _labels(f"{source}: {name}", given_labels)
-        _check_lengths(f"{source}: {name}", inputs[name], labels[name])
-    for name, there in columns.items():
-        if there != columns["train"]:
-            raise DataError(
-                f"{source}: {name} has the columns {_listed(there)} and train {_listed(columns['train'])}; they must "
-                "be the same, in the same order"
-            )
-    if class_names and (twice := [name for name, count in Counter(class_names).items() if count > 1]):
-        raise DataError(f"{source}: the class name {twice[0]!r} stands there more than once; every class needs its own")
+        where = f"{source}: {name}"
+        inputs[name], columns[name] = _inputs(where, given)
+        labels[name] = _labels(where, given_labels)
+        if len(inputs[name]) != len(labels[name]):
+            raise DataError(f"{where}: {len(inputs[name])} examples but {len(labels[name])} labels")
+        for what, found in (("columns", columns), ("shape", {key: value.shape[1:] for key, value in inputs.items()})):
+            if found[name] != found["train"]:
+                raise DataError(f"{where} has the {what} {found[name]}, expected those of train, {found['train']}")
+        if inputs[name].dtype != inputs["train"].dtype:
+            raise DataError(f"{where} holds {inputs[name].dtype}, expected {inputs['train'].dtype} as in train")
     numbered, names = _find_classes(source, labels, classes, class_names)
-    checked = {name: _check_split(f"{source}: {name}", inputs[name], numbered[name]) for name in splits}
-    train = checked["train"]
-    for name, other in checked.items():
-        if train.inputs.shape[1:] != other.inputs.shape[1:] or train.inputs.dtype != other.inputs.dtype:
-            raise DataError(
-                f"{source}: train has inputs of shape {train.inputs.shape[1:]} ({train.inputs.dtype}) and {name} "
-                f"{other.inputs.shape[1:]} ({other.inputs.dtype}); they must be the same"
-            )
-    return dataclasses.replace(array_dataset(checked, names, source), columns=tuple(columns["train"] or ()))
-
-
-def cut_test(
-    data: Dataset[ArraySplit], fraction: float, seed: int, keep_copies_together: bool = True, needs_test: bool = True
-) -> Dataset[ArraySplit]:
-    """`data`, which has no test split, with `fraction` of each class cut from its training split by `seed`.
-
-    Copies go to one side, see `pspinal_jax.data.copies`, unless `keep_copies_together` is false.
-
-    Raises:
-      UsageError: if `fraction` does not lie in 0 < fraction < 1, or, where the test split is needed, no class has
-        enough examples.
-    """
-    if not 0 < fraction < 1:
-        raise UsageError(f"test_fraction is {fraction}, expected 0 < test_fraction < 1")
-    whole = data.train
-    copies = copies_of_a_class(whole.digests, whole.labels) if keep_copies_together else None
-    rest, drawn = split_by_class(whole.labels, fraction, seed, copies)
-    if needs_test and not len(drawn):
-        raise UsageError(
-            f"{data.source}: no class has enough examples to hold out {fraction:g} of it; give test examples apart"
-        )
-    splits = {"train": whole.take(rest), "test": whole.take(drawn)}
-    return dataclasses.replace(data, splits=splits, uncut=whole)
+    arrays = {name: ArraySplit(inputs[name], numbered[name]) for name in splits}
+    return dataclasses.replace(array_dataset(arrays, names, source), columns=columns["train"])
 
 
 def read_table(
@@ -116,24 +84,16 @@ def read_table(
     names = [str(name) for name in frame.columns]
     found = [name for name in names if name.strip().lower() in LABEL_COLUMNS]
     if len(found) > 1:
-        raise DataError(
-            f"{path} has the columns {_listed(found)}, expected one column of labels; leave the others out, or give "
-            "them another name if they are features"
-        )
+        raise DataError(f"{path} has the columns {', '.join(found)}, expected one column of labels; rename the others")
     label = found[0] if found else names[-1]
-    left_out = [
-        name for name in names[:1] if name in _INDEX_COLUMNS and np.array_equal(frame[name], np.arange(len(frame)))
-    ]
-    taken = [name for name in names if name != label and name not in left_out]
-    if not taken:
-        raise DataError(
-            f"{path} has the one column {label!r}, expected columns of features and one of labels, between commas"
-        )
-    line = f"{path}: labels are its column {label!r}, features its {len(taken)} others"
-    line += "; the row numbers in its first column are left out" if left_out else ""
-    if is_primary() and (classes is None or isinstance(classes, int)):  # a run has said so before
-        say(line)
-    data = make_dataset({"train": (frame[taken], frame[label])}, str(path), classes)
+    is_index = names[0] in _INDEX_COLUMNS and np.array_equal(frame[names[0]], np.arange(len(frame)))
+    features = [name for name in names[int(is_index) :] if name != label]
+    if not features:
+        raise DataError(f"{path} has the one column {label!r}, expected columns of features and one of labels")
+    if is_primary() and (classes is None or isinstance(classes, int)):  # not again for a run that is evaluated
+        numbered = "; the row numbers in its first column are left out" if is_index else ""
+        say(f"{path}: labels are its column {label!r}, features its {len(features)} others{numbered}")
+    data = make_dataset({"train": (frame[features], frame[label])}, str(path), classes)
     return cut_test(data, test_fraction, seed, needs_test=needs_test)
 
 
@@ -154,22 +114,20 @@ def read_rows(given: Any, columns: Sequence[str], width: int) -> np.ndarray:
     held = dict(_columns(given) or ())
     if held and columns:
         if missing := [name for name in columns if name not in held]:
-            raise DataError(f"{source} has no column {_listed(missing)}, on which the run was trained")
-        inputs = np.column_stack([_numbers(source, name, held[name]) for name in columns])
+            raise DataError(f"{source} lacks columns on which the run was trained: {first_names(missing)}")
+        inputs = _features(source, [(name, held[name]) for name in columns])
     else:
         inputs, _ = _inputs(source, given)
     if inputs.ndim != 2 or inputs.shape[1] != width:
         raise DataError(f"{source} has shape {list(inputs.shape)}, but the run was trained on {width} features")
-    return _check_split(source, inputs, np.zeros(len(inputs), np.int32)).inputs
+    return inputs
 
 
 def _read_frame(path: Path) -> Any:
     try:
         import pandas as pd
     except ImportError as error:
-        raise DataError(
-            f"{path} is read by pandas, which is not installed ({error}); run: pip install pandas"
-        ) from None
+        raise DataError(f"{path} is read by pandas, which is not installed; run: pip install pandas") from error
     try:
         require_file(path)
         if path.suffix.lower() == ".parquet":
@@ -179,175 +137,149 @@ def _read_frame(path: Path) -> Any:
                 warnings.simplefilter("error", pd.errors.ParserWarning)  # of lines that it would cut short
                 separator = "\t" if path.suffix.lower() == ".tsv" else ","
                 frame = pd.read_csv(path, sep=separator, low_memory=False, index_col=False)
-    except FileNotFoundError:
-        raise DataError(f"data file {path} does not exist") from None
-    except ImportError as error:
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     except Exception as error:  # pandas and PyArrow raise many kinds
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"{path} cannot be read as a table: {reason}") from error
-    if not len(frame) or not len(frame.columns):
+    if frame.empty:
         raise DataError(f"{path} is empty: it has no line below the names of the columns")
-    if all(_is_number(str(name)) for name in frame.columns):
-        raise DataError(
-            f"{path} begins with the numbers {_listed(list(map(str, frame.columns)))}, expected the names of its "
-            "columns; write a first line with names"
-        )
+    if pd.to_numeric(frame.columns.to_series(), errors="coerce").notna().all():
+        raise DataError(f"{path} begins with numbers, expected a first line with the names of its columns")
     return frame
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _listed(names: Sequence[str] | None, most: int = 5) -> str:
-    """The first of `names`, quoted, and how many more there are."""
-    if names is None:
-        return "none"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
-
-
-def _unmasked(where: str, what: str, given: Any) -> Any:
-    """`given` without its mask; DataError if something lies under it."""
-    if isinstance(given, list | tuple):
-        hidden = np.array([np.ma.is_masked(each) for each in given], bool)
-    elif np.ma.isMaskedArray(given):
-        hidden = np.ma.getmaskarray(given)
-    else:
-        return given
-    if hidden.any():
-        raise DataError(
-            f"{where}: {hidden.sum():,} of {hidden.size:,} {what} are masked, the first in row "
-            f"{np.argwhere(hidden)[0][0]}; numbers under a mask mean nothing: fill them in, or leave those examples out"
-        )
-    return given.data if np.ma.isMaskedArray(given) else given
-
-
-def _array(where: str, what: str, given: Any, dtype: Any = None) -> np.ndarray:
-    try:
-        return np.asarray(given, dtype)
-    except (ValueError, TypeError) as error:  # of rows of different lengths
-        raise DataError(f"{where}: the {what} are no array: {' '.join(str(error).split())}") from error
 
 
 def _columns(given: Any) -> list[tuple[str, np.ndarray]] | None:
     """(name, values [N]) of each column of a frame of pandas, Polars or PyArrow; None for anything else."""
-    if hasattr(given, "to_pandas") and hasattr(given, "column_names"):
-        given = given.to_pandas()
-    if not hasattr(given, "columns") or not hasattr(given, "dtypes"):
-        return None
     if hasattr(given, "collect"):
         given = given.collect()
-    series = [given.iloc[:, i] for i in range(given.shape[1])] if hasattr(given, "iloc") else given.get_columns()
-    return [(str(each.name), each.to_numpy()) for each in series]
+    if hasattr(given, "to_pandas") and hasattr(given, "column_names"):
+        given = given.to_pandas()
+    if hasattr(given, "iloc") and hasattr(given, "columns"):
+        return [(str(name), series.to_numpy()) for name, series in given.items()]
+    if hasattr(given, "get_columns"):
+        return [(series.name, series.to_numpy()) for series in given.get_columns()]
+    return None
 
 
-def _inputs(where: str, given: Any) -> tuple[np.ndarray, list[str] | None]:
-    """Images as they are, features as numbers [N, D]; and the names of a frame's columns."""
+def _array(where: str, what: str, given: Any, dtype: Any = None) -> np.ndarray:
+    """`given` as an array; DataError if a part of it is masked, or rows have different lengths."""
+    if isinstance(given, list | tuple):
+        masked = np.array([np.ma.is_masked(each) for each in given], bool)
+    else:
+        masked = np.ma.getmaskarray(given) if np.ma.isMaskedArray(given) else np.zeros(0, bool)
+    if masked.any():
+        raise DataError(
+            f"{where}: {masked.sum():,} of {masked.size:,} {what} are masked, the first in row "
+            f"{np.argwhere(masked)[0][0]}; fill them in, or leave those examples out"
+        )
+    try:
+        return np.asarray(given, dtype)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where}: the {what} are not an array: {' '.join(str(error).split())}") from error
+
+
+def _inputs(where: str, given: Any) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Images uint8 [N, H, W, C] or features float32 [N, D], and the names of a frame's columns."""
     columns = _columns(given)
     if columns is None:
-        values = _array(where, "features", _unmasked(where, "cells of the features", given))
+        values = _array(where, "cells of the features", given)
+        if 0 in values.shape:
+            raise DataError(f"{where} is empty: its inputs have shape {values.shape}")
+        if values.dtype == np.uint8 and values.ndim in (3, 4):
+            return np.ascontiguousarray(values if values.ndim == 4 else values[..., None]), ()
         if values.dtype.names:
             columns = [(name, values[name]) for name in values.dtype.names]
-        elif values.ndim != 2 or values.dtype.kind not in "OUSbiu":
-            return values, None
-        elif values.dtype.kind in "biu":
-            return values.astype(np.float64), None
+        elif values.ndim == 2:
+            numeric = values.dtype.kind in "biuf"
+            by_column = [("", values)] if numeric else [(str(index), column) for index, column in enumerate(values.T)]
+            return _features(where, by_column), ()
         else:
-            cells = values.astype(object)
-            return np.column_stack([_numbers(where, i, cells[:, i]) for i in range(cells.shape[1])]), None
-    if not columns:
-        raise DataError(f"{where}: the features have no column")
-    return np.column_stack([_numbers(where, name, values) for name, values in columns]), [name for name, _ in columns]
-
-
-def _numbers(where: str, name: str | int, values: np.ndarray) -> np.ndarray:
-    """float64 [N] of a column; DataError if it holds anything but numbers, or misses some."""
-    if values.dtype.kind not in "biufO":
-        values = values.astype(object)
-    if values.dtype.kind == "O":
-        other = [value for value in values if not _is_missing(value) and not _is_real(value)]
-        if other:
-            kind = "text" if isinstance(other[0], str | bytes) else type(other[0]).__name__
             raise DataError(
-                f"{where}: column {name!r} of the features holds {kind} ({other[0]!r:.60}), expected numbers; encode "
-                "it as numbers or leave it out"
+                f"{where}: inputs have shape {values.shape} and dtype {values.dtype}, expected uint8 images [N, H, W] "
+                "or [N, H, W, C], or features [N, D], which are numbers"
             )
-        values = np.array([np.nan if _is_missing(value) else float(value) for value in values])
-    numbers = values.astype(np.float64)
-    missing = np.isnan(numbers)
-    if missing.any():
-        raise DataError(
-            f"{where}: column {name!r} of the features lacks {missing.sum():,} of {len(missing):,} values (NaN), the "
-            f"first in row {missing.argmax()}; fill them in, or leave those examples out"
-        )
-    return numbers
+    if not columns or not len(columns[0][1]):
+        raise DataError(f"{where} is empty: its features have {len(columns)} columns")
+    return _features(where, columns), tuple(name for name, _ in columns)
 
 
-def _is_missing(value: Any) -> bool:
-    if isinstance(value, float | np.floating):
-        return bool(np.isnan(value))
-    return value is None or type(value).__name__ in ("NAType", "NaTType")
+def _features(where: str, columns: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """float32 [N, D] of columns [N] or [N, K]; DataError unless all are numbers that float32 holds."""
+    singles = []
+    for name, values in columns:
+        with np.errstate(over="ignore"):
+            single = _numbers(where, name, values).astype(np.float32)
+        bad = ~np.isfinite(single)
+        if bad.any():
+            row, *column = np.argwhere(bad)[0]
+            raise DataError(
+                f"{where}: column {name or str(column[0])!r} of the features lacks {bad.sum():,} of {bad.size:,} "
+                f"values (NaN, infinity or beyond float32's range), the first in row {row}; fill them in, or leave "
+                "those examples out"
+            )
+        singles.append(single)
+    return np.ascontiguousarray(np.column_stack(singles))
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating)
+def _numbers(where: str, name: str, values: np.ndarray) -> np.ndarray:
+    """The numbers of a column, NaN for what is missing; DataError if it holds anything else."""
+    if values.dtype.kind in "biuf":
+        return values
+    cells = list(values) if values.dtype.kind in "mM" else values.tolist()
+    for cell in cells:
+        if not _is_missing(cell) and not isinstance(cell, numbers.Real | np.bool_):
+            raise DataError(
+                f"{where}: column {name!r} of the features holds {cell!r:.60}, expected numbers; encode it as numbers "
+                "or leave it out"
+            )
+    return np.array([np.nan if _is_missing(cell) else cell for cell in cells], np.float64)
+
+
+def _is_missing(cell: Any) -> bool:
+    if isinstance(cell, float | np.floating):
+        return bool(np.isnan(cell))
+    return cell is None or type(cell).__name__ in ("NAType", "NaTType")
 
 
 def _labels(where: str, given: Any) -> np.ndarray:
-    """Integers, booleans or text [N]; DataError if some are missing, or are no labels."""
+    """Integers, booleans or text [N]; DataError if some are missing, or are not labels."""
     columns = _columns(given)
     if columns is not None and len(columns) == 1:
         given = columns[0][1]
-    given = _unmasked(where, "labels", given)
     # A list of text and NaN would become text that reads 'nan'.
     values = _array(where, "labels", given, object if isinstance(given, list | tuple) else None)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1:
         raise DataError(f"{where}_labels have shape {values.shape}, expected one label an example, [N]")
-    if values.dtype.kind == "S":
-        values = values.astype(object)
-    if values.dtype.kind == "O":
-        values = _of_objects(where, values)
-    if values.dtype.kind in "UT":
-        values = values.astype(str)
-        _check_there(where, np.isin(np.strings.strip(values), _WRITTEN_MISSING))
-    elif values.dtype.kind == "f":
-        _check_there(where, np.isnan(values))
-        wrong = values[~np.isfinite(values) | (values != np.round(values)) | (np.abs(values) > 2.0**53)]
+    if values.dtype.kind in "OSUT":
+        values = _of_cells(where, values.tolist())
+    if values.dtype.kind == "f":
+        _check_complete(where, np.isnan(values))
+        wrong = values[~np.isfinite(values) | (values != np.round(values)) | (np.abs(values) > _MAX_EXACT)]
         if len(wrong):
-            raise DataError(
-                f"{where}_labels have dtype {values.dtype} and hold {wrong[0]:g}, expected integers or text: a class "
-                "for each example"
-            )
+            raise DataError(f"{where}_labels hold {wrong[0]:g}, expected integers or text: a class for each example")
         values = values.astype(np.int64)
-    elif values.dtype.kind not in "iub":
+    if values.dtype.kind not in "iubU":
         raise DataError(f"{where}_labels have dtype {values.dtype}, expected integers or text [N]")
     return values
 
 
-def _of_objects(where: str, values: np.ndarray) -> np.ndarray:
-    _check_there(where, np.array([_is_missing(value) for value in values], bool))
+def _of_cells(where: str, cells: list[Any]) -> np.ndarray:
     try:
-        plain = [value.decode() if isinstance(value, bytes) else value for value in values]
+        cells = [cell.decode() if isinstance(cell, bytes) else cell for cell in cells]
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}_labels are bytes that are no UTF-8 ({error}); save them as text") from error
-    if all(isinstance(value, str) for value in plain):
-        return np.array(plain, str)
-    other = [value for value in plain if not _is_real(value)]
-    if other:
-        kinds = sorted({type(value).__name__ for value in plain})
-        raise DataError(f"{where}_labels hold {' and '.join(kinds)} ({other[0]!r:.60}), expected integers or text")
-    return _array(where, "labels", plain)
+        raise DataError(f"{where}_labels are bytes that are not UTF-8 ({error}); save them as text") from error
+    missing = [cell.strip() in _WRITTEN_MISSING if isinstance(cell, str) else _is_missing(cell) for cell in cells]
+    _check_complete(where, np.array(missing, bool))
+    kinds = {type(cell).__name__ for cell in cells}
+    if kinds == {"str"}:
+        return np.array(cells)
+    if not all(isinstance(cell, numbers.Real | np.bool_) for cell in cells):
+        raise DataError(f"{where}_labels hold {' and '.join(sorted(kinds))}, expected integers or text")
+    return np.array(cells)
 
 
-def _check_there(where: str, missing: np.ndarray) -> None:
+def _check_complete(where: str, missing: np.ndarray) -> None:
     if missing.any():
         raise DataError(
             f"{where}: {missing.sum():,} of {len(missing):,} labels are missing (NaN, None or empty), the first in row "
@@ -359,77 +291,60 @@ def _find_classes(
     source: str, labels: dict[str, np.ndarray], classes: Classes, class_names: tuple[str, ...] | None
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Numbers of classes 0 .. C-1, int32 [N] by split, and the names of the classes; see `make_dataset`."""
-    known = None if classes is None or isinstance(classes, int) else tuple(classes)
-    if class_names is not None and all(values.dtype.kind == "b" for values in labels.values()):
+    count = classes if isinstance(classes, int) else None
+    names = class_names or (None if classes is None or isinstance(classes, int) else tuple(classes))
+    if class_names and len(set(class_names)) < len(class_names):
+        raise DataError(f"{source}: class_names hold a name twice: {first_names(class_names)}")
+    if class_names and count not in (None, len(class_names)):
+        raise DataError(f"{source}: {len(class_names)} class names for {count} classes")
+    if class_names and all(values.dtype.kind == "b" for values in labels.values()):
         labels = {name: values.astype(int) for name, values in labels.items()}
-    if isinstance(classes, int) and class_names is not None and len(class_names) != classes:
-        raise DataError(f"{source}: {len(class_names)} class names for {classes} classes")
-    if any(values.dtype.kind not in "iu" for values in labels.values()) or (known and class_names is None):
-        return _numbered_by_text(source, labels, classes if known is None else None, class_names or known)
-    for name, values in labels.items():
-        _check_range(f"{source}: {name}", values)
-    found = np.unique(np.concatenate([np.unique(values).astype(np.int64) for values in labels.values()]))
-    count = len(class_names) if class_names else classes if isinstance(classes, int) else None
-    plain = found[0] >= 0 and found[-1] < (count or len(found))
-    if plain:
-        names = class_names or tuple(map(str, range(count or int(labels["train"].max()) + 1)))
-    elif count is None or count == len(found):
-        _check_plausible(source, labels["train"])
-        names = class_names or tuple(map(str, found.tolist()))
-        labels = {name: np.searchsorted(found, values) for name, values in labels.items()}
-        if is_primary():
-            shown = ", ".join(map(str, found[:5])) + (f" .. {found[-1]}" if len(found) > 5 else "")
-            say(f"{source}: labels {shown} are {len(names)} classes, named {_listed(names)}")
+    by_name = any(values.dtype.kind not in "iu" for values in labels.values()) or (names and not class_names)
+    if by_name:
+        labels = {name: values.astype(str) for name, values in labels.items()}
     else:
-        names = tuple(map(str, range(count)))
-    for name, values in labels.items():
-        check_labels(f"{source}: {name}", values, len(names))
-    if count is None:
-        _check_trained(source, labels, names, named=not plain)
-    return {name: values.astype(np.int32) for name, values in labels.items()}, names
-
-
-def _numbered_by_text(
-    source: str, labels: dict[str, np.ndarray], count: Classes, names: tuple[str, ...] | None
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """As `_find_classes`, of labels that are the names of their classes; None for those that stand there."""
-    texts = {name: values.astype(str) for name, values in labels.items()}
-    found = np.unique(np.concatenate([np.unique(values) for values in texts.values()])).tolist()
-    places = {name: place for place, name in enumerate(names or found)}
-    for name, values in texts.items():
-        unknown = [label for label in np.unique(values).tolist() if label not in places]
+        for name, values in labels.items():
+            _check_range(f"{source}: {name}", values)
+    lengths = [len(values) for values in labels.values()]
+    found, numbered = np.unique(np.concatenate(list(labels.values())), return_inverse=True)
+    inferred = names is None and (by_name or count is None)
+    plain = not by_name and found[0] >= 0 and found[-1] < (len(names) if names else count or len(found))
+    if by_name:
+        names = names or tuple(found.tolist())
+        unknown = [label for label in found.tolist() if label not in set(names)]
         if unknown:
             raise DataError(
-                f"{source}: {name}_labels hold {_listed(unknown)}, expected one of the {len(places)} classes "
-                f"{_listed(list(places))}"
+                f"{source}: labels hold {first_names(unknown)}, expected one of the classes {first_names(names)}"
             )
-    if count is not None and count != len(places):
-        raise DataError(f"{source}: the labels name {len(places)} classes, but data.num_classes is {count}")
-    numbered = {
-        name: np.array([places[label] for label in np.unique(values).tolist()], np.int32)[
-            np.unique(values, return_inverse=True)[1]
-        ]
-        for name, values in texts.items()
-    }
-    if names is None:
-        _check_trained(source, numbered, tuple(places), named=True)
-    return numbered, tuple(places)
+        if count not in (None, len(names)):
+            raise DataError(f"{source}: the labels name {len(names)} classes, but data.num_classes is {count}")
+        numbered = np.array([names.index(label) for label in found.tolist()])[numbered]
+    elif not plain and (len(names) if names else count or len(found)) == len(found):
+        _check_plausible(source, labels["train"])
+        names = names or tuple(map(str, found.tolist()))
+        if is_primary():
+            say(f"{source}: labels {found[0]} .. {found[-1]} are {len(names)} classes, named {first_names(names)}")
+    else:
+        names = names or tuple(map(str, range(count or int(labels["train"].max()) + 1)))
+        numbered = found[numbered]
+    parts = np.split(numbered, np.cumsum(lengths)[:-1])
+    by_split = dict(zip(labels, parts, strict=True))
+    for name, values in by_split.items():
+        check_labels(f"{source}: {name}", values, len(names))
+    if inferred:
+        _check_trained(source, by_split, names, every_class=not plain)
+    return {name: values.astype(np.int32) for name, values in by_split.items()}, names
 
 
-def _check_trained(source: str, labels: dict[str, np.ndarray], names: tuple[str, ...], named: bool) -> None:
-    """Raise DataError unless training labels are of two classes, and, where the labels name them, of all classes."""
+def _check_trained(source: str, labels: dict[str, np.ndarray], names: tuple[str, ...], every_class: bool) -> None:
+    """Raise DataError unless training labels are of two classes and, if asked, of `every_class`."""
     trained = np.unique(labels["train"])
     if len(trained) < 2:
-        raise DataError(
-            f"{source}: all {len(labels['train']):,} train_labels are {names[trained[0]]!r}, expected two classes"
-        )
+        raise DataError(f"{source}: all train_labels are {names[trained[0]]!r}, expected two classes")
     for name, values in labels.items():
-        unseen = [names[label] for label in np.setdiff1d(values, trained)] if named else []
+        unseen = [names[label] for label in np.setdiff1d(values, trained)] if every_class else []
         if unseen:
-            raise DataError(
-                f"{source}: {name} has the classes {_listed(unseen)}, of which train has no example; add some, or "
-                "leave these out"
-            )
+            raise DataError(f"{source}: {name} has classes of which train has no example: {first_names(unseen)}")
 
 
 def _check_range(where: str, labels: np.ndarray) -> None:
@@ -449,32 +364,3 @@ def _check_plausible(source: str, labels: np.ndarray) -> None:
             f"{source}: train_labels go up to {far[-1]}, with {len(labels)} examples, of which one has it; correct it, "
             "or number the classes from 0"
         )
-
-
-def _check_lengths(where: str, inputs: np.ndarray, labels: np.ndarray) -> None:
-    if inputs.ndim < 1 or len(inputs) != len(labels):
-        raise DataError(f"{where}: {len(inputs) if inputs.ndim else 0} examples but {len(labels)} labels")
-    if len(labels) == 0:
-        raise DataError(f"{where} is empty")
-    if 0 in inputs.shape:
-        raise DataError(f"{where}_images have shape {inputs.shape}: there is nothing in them")
-
-
-def _check_split(where: str, inputs: np.ndarray, labels: np.ndarray) -> ArraySplit:
-    if inputs.dtype == np.uint8 and inputs.ndim in (3, 4):
-        images = inputs if inputs.ndim == 4 else inputs[..., None]
-        return ArraySplit(np.ascontiguousarray(images), labels)
-    if np.issubdtype(inputs.dtype, np.floating) and inputs.ndim == 2:
-        with np.errstate(over="ignore"):
-            single = np.ascontiguousarray(inputs, np.float32)
-        for values, what in ((inputs, "NaN or infinity"), (single, "numbers beyond float32's range")):
-            bad = ~np.isfinite(values).all(axis=1)
-            if bad.any():
-                raise DataError(
-                    f"{where}: features hold {what} in {int(bad.sum())} rows, first in row {int(bad.argmax())}"
-                )
-        return ArraySplit(single, labels)
-    raise DataError(
-        f"{where}_images have shape {inputs.shape} and dtype {inputs.dtype}, expected uint8 images [N, H, W] or "
-        "[N, H, W, C], or features [N, D], which are numbers"
-    )

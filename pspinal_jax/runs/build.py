@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 from jax.sharding import Mesh
 
-from pspinal_jax.data.copies import copies_of_a_class
-from pspinal_jax.data.dataset import Dataset, Split, hold_out
+from pspinal_jax.data.dataset import Dataset, Split, copies_of_a_class, hold_out
 from pspinal_jax.errors import UsageError
 from pspinal_jax.models import Classifier
 from pspinal_jax.recipes.schema import Recipe

@@ -37,7 +37,7 @@ class Classifier:
       log_probabilities: inputs [B, ...] on the host to float64 [B, C], nats; RunError where they are not finite. A
         program is compiled for each B.
       transposed: it takes images with rows and columns swapped.
-      fit: how an image of another aspect becomes one of the input's, see `pspinal_jax.data.images.decode.decode`.
+      fit: how an image of another aspect becomes one of the input's, see `pspinal_jax.data.decode.decode`.
       recipe: what the run was trained by, its data included; None for an export.
       described: config.json of the run, export.json of the export.
     """

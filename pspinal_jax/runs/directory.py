@@ -20,7 +20,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints.checksum import json_checksum
-from pspinal_jax.data.images.classes import first_names
+from pspinal_jax.data.dataset import first_names
 from pspinal_jax.distributed import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, json_text, read_bytes

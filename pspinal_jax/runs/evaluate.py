@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.data import Dataset, load_data
-from pspinal_jax.data.copies import Contents
-from pspinal_jax.data.dataset import Split
-from pspinal_jax.data.images.encoded import ImageSplit
-from pspinal_jax.data.images.stream import stream
+from pspinal_jax.data.dataset import Contents, Split
+from pspinal_jax.data.images import ImageSplit
+from pspinal_jax.data.stream import stream
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import check_target, expanded, write_csv

@@ -103,7 +103,7 @@ def extract_features(
 
 
 def _moved(recipe: Recipe, split: Split, view: int) -> Split:
-    return split.placed(recipe.data.split_seed, view) if recipe.data.crops else split
+    return split.random_crop(recipe.data.split_seed, view) if recipe.data.crops else split
 
 
 class _Extractor:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pspinal_jax.data.images.decode import decode
-from pspinal_jax.data.images.encoded import MOST_BYTES, list_images
+from pspinal_jax.data.decode import decode
+from pspinal_jax.data.images import MAX_BYTES, list_images
 from pspinal_jax.data.tables import read_rows
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, UsageError
@@ -216,7 +216,7 @@ def _read(image: Path | Image.Image, classifier: Classifier) -> np.ndarray | str
     """The image as the model sees it, or why it cannot be read."""
     shape = classifier.input_shape
     try:
-        content = read_bytes(image, MOST_BYTES) if isinstance(image, Path) else image
+        content = read_bytes(image, MAX_BYTES) if isinstance(image, Path) else image
         pixels = decode(content, (shape[0], shape[1]), classifier.fit)
     except OSError as error:
         return error.strerror or str(error)

@@ -1,6 +1,6 @@
 """seen.safetensors: digests of the examples that a run has seen, by which copies are found in what is evaluated later.
 
-train, validation   of the run's own examples, uint64 [N], see `pspinal_jax.data.copies`
+train, validation   of the run's own examples, uint64 [N], see `pspinal_jax.data.dataset`
 before              of those that the run given by --init-from has seen, and the one before it
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.data.copies import Contents
+from pspinal_jax.data.dataset import Contents
 from pspinal_jax.errors import PSpinalError
 from pspinal_jax.progress import warn
 from pspinal_jax.runs import manifest

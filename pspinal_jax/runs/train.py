@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset, Split
-from pspinal_jax.data.images.stream import end_within_a_worker
+from pspinal_jax.data.stream import end_within_a_worker
 from pspinal_jax.distributed import assert_same, broadcast_from_primary, is_primary, primary_first
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
 from pspinal_jax.errors import PSpinalError, UsageError, printable

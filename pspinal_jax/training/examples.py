@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pspinal_jax.data.dataset import Split
-from pspinal_jax.data.images.stream import stream
+from pspinal_jax.data.stream import stream
 from pspinal_jax.training.chunk import Batch
 from pspinal_jax.training.programs import Programs, padded_split
 from pspinal_jax.training.seed_states import Chunk, SeedStates
@@ -126,7 +126,7 @@ class StreamedExamples:
                     contextlib.closing(
                         process_local_batches(
                             self._programs.mesh,
-                            self._split.placed(seed, seed_states.epoch) if self._moves else self._split,
+                            self._split.random_crop(seed, seed_states.epoch) if self._moves else self._split,
                             order[:used],
                             self._shape,
                             self._batch_size,

@@ -101,7 +101,7 @@ def test_without_a_network_it_ends_within_seconds_and_says_what_to_do(tmp_path):
     done = subprocess.run(run, capture_output=True, text=True, check=False, env={**os.environ, "no_proxy": "*"})
     assert time.monotonic() - start < 10
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: kmnist: train-images-idx3-ubyte.gz is not here")
+    assert done.stderr.startswith("error: kmnist: train-images-idx3-ubyte.gz is missing")
     assert done.stderr.endswith("run: pspinal-jax prepare kmnist --raw DIR\n") and done.stderr.count("\n") == 1
 
 

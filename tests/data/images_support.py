@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pspinal_jax.data.images import ImageSplit
+from pspinal_jax.data.images import Encoded, ImageSplit
 
 
 def picture(number, size=(6, 8), kind="PNG"):
@@ -16,7 +16,7 @@ def picture(number, size=(6, 8), kind="PNG"):
     return buffer.getvalue()
 
 
-class InMemory:
+class InMemory(Encoded):
     """`Encoded` that, given a folder, leaves a file there for every picture that was read."""
 
     def __init__(self, pictures: list[bytes], seen: Path | None = None) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from raw_files import examples, write_raw
 
-from pspinal_jax.data import cache, load_data, prepared
+from pspinal_jax.data import load_data, tfds
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.recipes import DataConfig
@@ -23,8 +23,8 @@ def data_dir(tmp_path):
 @pytest.fixture
 def reads(monkeypatch):
     """The splits whose records were decoded."""
-    real, names = prepared._read_split, []
-    monkeypatch.setattr(prepared, "_read_split", lambda builder, name: names.append(name) or real(builder, name))
+    real, names = tfds._open_split, []
+    monkeypatch.setattr(tfds, "_open_split", lambda builder, name: names.append(name) or real(builder, name))
     return names
 
 
@@ -103,9 +103,3 @@ def test_a_folder_that_cannot_be_written_is_no_error(data_dir, reads, monkeypatc
     load(data_dir)
     assert reads == ["train", "test"] * 2
     assert not cache_file(data_dir).exists() and not list(data_dir.rglob("*.part"))
-
-
-def test_a_large_set_is_not_cached(data_dir, reads, monkeypatch):
-    monkeypatch.setattr(cache, "_MOST_BYTES", 1000)
-    load(data_dir)
-    assert reads == ["train", "test"] and not cache_file(data_dir).exists()

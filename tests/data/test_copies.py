@@ -4,10 +4,19 @@ import numpy as np
 import pytest
 from images_support import InMemory, picture
 
-from pspinal_jax.data.copies import copies_of_a_class, digest_bytes, digest_rows, draw_together
-from pspinal_jax.data.dataset import ArraySplit, array_dataset, draw_by_class, hold_out, split_by_class
+from pspinal_jax.data.dataset import (
+    ArraySplit,
+    array_dataset,
+    copies_of_a_class,
+    digest_bytes,
+    digest_rows,
+    draw_by_class,
+    draw_together,
+    hold_out,
+    split_by_class,
+)
+from pspinal_jax.data.folder import read_folder
 from pspinal_jax.data.images import ImageSplit
-from pspinal_jax.data.images.folder import read_folder
 from pspinal_jax.errors import DataError
 
 DOUBLED = np.tile(np.arange(20), 2)

@@ -72,7 +72,7 @@ def test_files_that_lie_there_whole_are_not_fetched_again(tmp_path, server):
     damaged = bytearray((kept / MNIST_NAMES[0]).read_bytes())
     damaged[50] ^= 1
     (kept / MNIST_NAMES[0]).write_bytes(damaged)
-    (kept / f".{MNIST_NAMES[3]}.1.part").write_bytes(b"of a killed process")
+    (kept / "tmp1a2b3c").write_bytes(b"of a killed process")
     prepare_data_set(data_set, tmp_path / "data")
     fetched = [line.split("/")[-1] for line in server.requests if line.startswith("GET")]
     assert fetched == [MNIST_NAMES[0], MNIST_NAMES[3]]
@@ -89,20 +89,20 @@ def assert_refused(data_set, tmp_path, message):
 
 
 def test_a_wrong_checksum_is_refused(tmp_path, server):
-    message = assert_refused(mnist_at(server.server_port), tmp_path, "has SHA-256 .*, expected 440fcabf")
+    message = assert_refused(mnist_at(server.server_port), tmp_path, "does not match the known hash: expected 440fcabf")
     assert f"127.0.0.1:{server.server_port}/{MNIST_NAMES[0]}" in message and "--raw DIR" in message
 
 
 def test_a_file_that_is_gone_is_named(tmp_path, server):
     data_set = mnist_at(server.server_port, tmp_path / "upstream")
     (tmp_path / "upstream" / MNIST_NAMES[0]).unlink()
-    assert_refused(data_set, tmp_path, rf"{MNIST_NAMES[0]} is not here .*404")
+    assert_refused(data_set, tmp_path, rf"{MNIST_NAMES[0]} is missing .*404")
 
 
 def assert_says_what_to_do(data_set, tmp_path):
     start = time.monotonic()
     message = assert_refused(
-        data_set, tmp_path, r"^mnist: train-images-idx3-ubyte\.gz is not here and cannot be fetched"
+        data_set, tmp_path, r"^mnist: train-images-idx3-ubyte\.gz is missing and cannot be fetched"
     )
     assert time.monotonic() - start < 10
     assert message.endswith("into a folder DIR and run: pspinal-jax prepare mnist --raw DIR")

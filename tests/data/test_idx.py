@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from raw_files import idx
 
-from pspinal_jax.data.idx import INT32, UINT8, read_idx
+from pspinal_jax.data.raw import INT32, UINT8, read_idx
 from pspinal_jax.errors import DataError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28)).astype(np.uint8)
@@ -16,14 +16,10 @@ COLUMNS = np.array([[3, -1, 70_000, 0, 0, 0, 0, 2**31 - 1], [4, 0, 0, 0, 0, 0, 0
 @pytest.mark.parametrize(
     ("array", "dtype"), [(IMAGES, UINT8), (LABELS, UINT8), (COLUMNS, INT32)], ids=["images", "labels", "columns"]
 )
-def test_what_was_written_is_read_from_bytes_and_from_a_path(tmp_path, array, dtype, compress):
-    content = compress(idx(array))
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    for source in (content, path):
-        back = read_idx(source, "here", dtype, array.shape[1:])
-        np.testing.assert_array_equal(back, array)
-        assert back.dtype == array.dtype and back.dtype.isnative
+def test_what_was_written_is_read(array, dtype, compress):
+    back = read_idx(compress(idx(array)), "here", dtype, array.shape[1:])
+    np.testing.assert_array_equal(back, array)
+    assert back.dtype == array.dtype and back.dtype.isnative
 
 
 WHOLE = idx(IMAGES)
@@ -38,25 +34,20 @@ MANY = b"\0\0\x08\x03\xff\xff\xff\xff" + WHOLE[8:]  # says four billion images
         pytest.param(b"<!doctype html>", r"begins with the bytes 3c 21 64 6f", id="a web page"),
         pytest.param(idx(LABELS), r"begins with the bytes 00 00 08 01", id="labels"),
         pytest.param(b"\0\0\x0d\x03" + WHOLE[4:], r"00 00 0d 03, expected 00 00 08 03", id="floats"),
-        pytest.param(WHOLE[:9], "ends within its header", id="header"),
-        pytest.param(WHOLE[:-1], r"says it holds 5 items \(3920 bytes\) but has 3919 bytes", id="cut short"),
-        pytest.param(MANY, "says it holds 3367254359280 bytes, expected at most", id="count too large"),
-        pytest.param(WHOLE + b"\0", "goes on after the 5 items", id="goes on"),
-        pytest.param(idx(IMAGES[:, :27]), r"items of shape \(27, 28\), expected \(28, 28\)", id="shape"),
-        pytest.param(idx(IMAGES[:0]), "holds no examples", id="no examples"),
-        pytest.param(PACKED[:-9], "is cut short", id="gzip cut in its data"),
-        pytest.param(PACKED[:-1], "is cut short", id="gzip cut in its checksum"),
+        pytest.param(WHOLE[:9], "and 3 sizes", id="header"),
+        pytest.param(WHOLE[:-1], r"declares 5 items \(3920 bytes\) but has 3919 bytes", id="cut short"),
+        pytest.param(MANY, r"declares 4294967295 items \(3367254359280 bytes\) but has 3920", id="count too large"),
+        pytest.param(WHOLE + b"\0", r"declares 5 items \(3920 bytes\) but has 3921", id="goes on"),
+        pytest.param(idx(IMAGES[:, :27]), r"items of shape \(27, 28\), expected shape \(28, 28\)", id="shape"),
+        pytest.param(idx(IMAGES[:0]), "holds 0 items", id="no examples"),
+        pytest.param(PACKED[:-9], "Compressed file ended", id="gzip cut in its data"),
+        pytest.param(PACKED[:-1], "Compressed file ended", id="gzip cut in its checksum"),
         pytest.param(PACKED[:-8] + bytes(8), "CRC check failed", id="gzip checksum"),
         pytest.param(PACKED + b"more", "cannot be read: Not a gzipped file", id="gzip goes on"),
-        pytest.param(gzip.compress(WHOLE + b"\0"), "goes on after", id="gzip holds more"),
+        pytest.param(gzip.compress(WHOLE + b"\0"), "but has 3921", id="gzip holds more"),
     ],
 )
 def test_whatever_is_wrong_gets_one_line_that_names_the_file(content, message):
     with pytest.raises(DataError, match=message) as caught:
         read_idx(content, "raw/images.gz", UINT8, (28, 28))
     assert str(caught.value).startswith("raw/images.gz ") and "\n" not in str(caught.value)
-
-
-def test_a_path_that_cannot_be_opened_is_named(tmp_path):
-    with pytest.raises(DataError, match="images cannot be read"):
-        read_idx(tmp_path, "images", UINT8, (28, 28))

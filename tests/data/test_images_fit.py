@@ -7,8 +7,8 @@ import pytest
 from images_support import InMemory
 from PIL import Image
 
+from pspinal_jax.data.decode import decode
 from pspinal_jax.data.images import ImageSplit
-from pspinal_jax.data.images.decode import decode
 
 COARSE = np.random.default_rng(0).integers(0, 256, (4, 12, 3)).astype(np.uint8)
 WIDE = Image.fromarray(COARSE).resize((120, 40), Image.Resampling.BICUBIC)
@@ -57,7 +57,7 @@ def test_a_crop_may_lie_elsewhere_as_seeds_decide():
     file = io.BytesIO()
     WIDE.save(file, "PNG")
     split = ImageSplit(InMemory([file.getvalue()] * 3), np.arange(3), "crop")
-    moved, again, later = split.placed(5, 1), split.placed(5, 1), split.placed(5, 2)
+    moved, again, later = split.random_crop(5, 1), split.random_crop(5, 1), split.random_crop(5, 2)
     pictures = [[each.read(index, (16, 16)) for index in range(3)] for each in (moved, again, later)]
     np.testing.assert_array_equal(pictures[0], pictures[1])
     assert (np.array(pictures[0]) != np.array(pictures[2])).any()
@@ -65,7 +65,7 @@ def test_a_crop_may_lie_elsewhere_as_seeds_decide():
     np.testing.assert_array_equal(taken.read(0, (16, 16)), pictures[0][0])
     assert (pictures[0][0] != pictures[0][1]).any()
     squashed = ImageSplit(split.encoded, split.labels)
-    assert squashed.placed(1) is squashed
+    assert squashed.random_crop(1) is squashed
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_and_cropped_where_it_should_be():

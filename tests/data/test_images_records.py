@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 from raw_images import birds_members, write_files
 
+from pspinal_jax.data import tfds
 from pspinal_jax.data.catalogue import CATALOGUE
-from pspinal_jax.data.copies import digest_bytes
-from pspinal_jax.data.images.decode import decode
-from pspinal_jax.data.images.records import read_image_records
-from pspinal_jax.data.images.stream import stream
+from pspinal_jax.data.dataset import digest_bytes
+from pspinal_jax.data.decode import decode
 from pspinal_jax.data.prepare import prepare_data_set
+from pspinal_jax.data.stream import stream
+from pspinal_jax.data.tfds import read_image_records
 from pspinal_jax.errors import DataError
 
 
@@ -35,9 +36,7 @@ def prepared(tmp_path_factory):
 
 def test_records_are_read_without_tensorflow_and_labels_once(prepared, monkeypatch):
     first = read_image_records(prepared, 4)
-    from pspinal_jax.data.images import records
-
-    monkeypatch.setattr(records, "_read_labels", None)
+    monkeypatch.setattr(tfds, "_read_labels", None)
     again = read_image_records(prepared, 4)
     assert again.fingerprint() == first.fingerprint() and again.class_names == first.class_names
     np.testing.assert_array_equal(again.validation.labels, [0, 0, 1, 1])
@@ -72,13 +71,15 @@ def test_other_records_have_another_fingerprint(prepared, tmp_path):
 
 
 def test_damaged_or_missing_records_are_a_data_error(prepared, tmp_path):
-    with pytest.raises(DataError, match="is no data set that TFDS can read"):
+    with pytest.raises(DataError, match="is not a data set that TFDS can read"):
         read_image_records(tmp_path / "nothing", 4)
     copy = tmp_path / "birds225" / "1.0.0"
     shutil.copytree(prepared, copy)
     (record,) = copy.glob("*train*")
     record.write_bytes(record.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"birds225/1\.0\.0 cannot be read: .*; delete it and prepare") as caught:
+    with pytest.raises(
+        DataError, match=r"birds225/1\.0\.0 cannot be read: .*; delete the data set and prepare"
+    ) as caught:
         read_image_records(copy, 4)
     assert "\n" not in str(caught.value)
     record.unlink()

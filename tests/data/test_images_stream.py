@@ -16,7 +16,7 @@ import pytest
 from images_support import InMemory, numbered, picture
 
 from pspinal_jax.data.images import ImageSplit
-from pspinal_jax.data.images.stream import stream
+from pspinal_jax.data.stream import stream
 from pspinal_jax.errors import DataError, RunError
 
 SIZE = (5, 4)
@@ -109,7 +109,7 @@ def test_workers_survive_an_interrupt_and_end_with_a_main_process_that_is_killed
     script.write_text(
         "import multiprocessing, sys\nimport numpy as np\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from images_support import numbered\nfrom pspinal_jax.data.images.stream import stream\n"
+        "from images_support import numbered\nfrom pspinal_jax.data.stream import stream\n"
         "if __name__ == '__main__':\n"
         "    batches = stream(numbered(10), np.zeros(999, int), (5, 4), 4, workers=1)\n"
         "    next(batches)\n"
@@ -146,7 +146,7 @@ def test_a_process_with_workers_ends_without_a_word(how, tmp_path):
     script.write_text(
         "import sys\nimport numpy as np\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from images_support import numbered\nfrom pspinal_jax.data.images.stream import stream\n"
+        "from images_support import numbered\nfrom pspinal_jax.data.stream import stream\n"
         "if __name__ == '__main__':\n"
         f"    batches = stream(numbered(10), np.zeros(99, int), (50, 40), 9, workers=2)\n    {END[how]}\n"
     )
@@ -183,7 +183,7 @@ def test_without_grain_it_says_so(monkeypatch):
 def test_importing_it_loads_neither_jax_nor_grain():
     code = (
         "import sys\nimport pspinal_jax.data.images\n"
-        "from pspinal_jax.data.images import decode, stream\n"
+        "from pspinal_jax.data import decode, stream\n"
         "print(sorted({'jax', 'flax', 'grain', 'tensorflow_datasets', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

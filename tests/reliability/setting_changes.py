@@ -25,7 +25,7 @@ CHANGES = [
     ("grey", {}, ("data.num_validation", 5), EFFECT),
     ("folder", {}, ("data.num_validation", 5), "image files, which take data.validation_fraction"),
     ("folder", {}, ("data.image_size", 12), EFFECT),
-    ("grey", {"data.num_validation": 0}, ("data.image_size", 12), "is no folder"),
+    ("grey", {"data.num_validation": 0}, ("data.image_size", 12), "is not a folder"),
     ("folder", {"data.augment": "rotation_crop_flip"}, ("data.resize", 20), EFFECT),
     ("folder", {}, ("data.resize", 20), "None unless data.augment=rotation_crop_flip"),
     ("grey", {}, ("data.resize", 20), "data.resize is 20"),

@@ -11,8 +11,7 @@ from PIL import Image
 import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.checkpoints.checksum import json_checksum
-from pspinal_jax.data.copies import digest_rows
-from pspinal_jax.data.dataset import ArraySplit, array_dataset
+from pspinal_jax.data.dataset import ArraySplit, array_dataset, digest_rows
 from pspinal_jax.recipes import DataConfig, load_recipe
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.seen import SEEN, read_seen

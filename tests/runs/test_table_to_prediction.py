@@ -64,7 +64,7 @@ def test_predict_takes_frames_arrays_and_tables_by_the_names_of_columns(run, tmp
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (make_frame().drop(columns="c"), "has no column 'c', on which the run was trained"),
+        (make_frame().drop(columns="c"), "lacks columns on which the run was trained: c"),
         (make_frame().assign(b="x"), "column 'b' of the features holds text"),
         (make_frame().assign(b=[np.nan] * 90), "column 'b' of the features lacks 90 of 90"),
         (np.ma.masked_array(np.zeros((2, 4)), np.eye(2, 4)), "2 of 8 cells of the features are masked"),

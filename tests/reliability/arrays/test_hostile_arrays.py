@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.data.images.decode import decode
+from pspinal_jax.data.decode import decode
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.errors import DataError
 
@@ -47,15 +47,24 @@ LARGE[0], WIDE[0, 0] = 2**31 - 2, 1e39
         ({"train_labels": np.arange(60) + 2**32}, "expected 0 .. C-1"),
         ({"train_labels": np.full(60, 2**64 - 1, np.uint64)}, "go from 18446744073709551615"),
         ({"test_labels": np.arange(60) % 3 - 2**32}, "go from -4294967296"),
-        ({"train_images": WIDE}, "beyond float32's range in 1 rows, first in row 0"),
-        ({f"{split}_images": np.zeros((60, 0), np.float32) for split in ("train", "test")}, "nothing in them"),
-        ({f"{split}_images": np.zeros((60, 4, 4, 0), np.uint8) for split in ("train", "test")}, "nothing in them"),
-        ({f"{split}_images": np.zeros((60, 8, 0), np.uint8) for split in ("train", "test")}, "nothing in them"),
-        ({"class_names": np.array(["cat", "cat", "dog"])}, "'cat' stands there more than once"),
-        ({"class_names": np.array([b"cat", b"\xff", b"dog"])}, "no UTF-8"),
+        ({"train_images": WIDE}, "beyond float32's range), the first in row 0"),
+        (
+            {f"{split}_images": np.zeros((60, 0), np.float32) for split in ("train", "test")},
+            "is empty",
+        ),
+        (
+            {f"{split}_images": np.zeros((60, 4, 4, 0), np.uint8) for split in ("train", "test")},
+            "is empty",
+        ),
+        (
+            {f"{split}_images": np.zeros((60, 8, 0), np.uint8) for split in ("train", "test")},
+            "is empty",
+        ),
+        ({"class_names": np.array(["cat", "cat", "dog"])}, "class_names hold a name twice: cat"),
+        ({"class_names": np.array([b"cat", b"\xff", b"dog"])}, "not UTF-8"),
         ({"class_names": np.array([0.5, 1.5, 2.5])}, "dtype float64, expected text"),
         ({"class_names": np.array([["a"], ["b"], ["c"]])}, "expected text, one name a class"),
-        ({"validation_images": np.zeros((4, 6), np.float32)}, "but no validation_labels"),
+        ({"validation_images": np.zeros((4, 6), np.float32)}, "lacks validation_labels"),
         ({"train_labels": np.array([None] * 60)}, "train_labels holds Python objects"),
     ],
 )

@@ -15,7 +15,7 @@ from PIL import Image
 import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.commands.predict import read_list
-from pspinal_jax.data.images.checks import check_files
+from pspinal_jax.data.folder import check_files
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded, write_csv
 from pspinal_jax.progress import progress_bar, say, warn
@@ -212,5 +212,5 @@ def test_images_of_any_folder_are_remembered(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(root / "0\udcff.png")
     checks = check_files(root, ["0\udcff.png"], show_progress=False)
     (stored,) = (tmp_path / "cache" / "pictures").iterdir()
-    monkeypatch.setattr("pspinal_jax.data.images.checks.check", None)  # nothing is decoded again
+    monkeypatch.setattr("pspinal_jax.data.folder._check", None)  # nothing is decoded again
     assert check_files(root, ["0\udcff.png"], show_progress=False) == checks and stored.exists()

@@ -14,7 +14,7 @@ import pytest
 
 from pspinal_jax import __main__ as entry
 from pspinal_jax.commands import parse
-from pspinal_jax.data import archives, idx
+from pspinal_jax.data import raw
 from pspinal_jax.errors import DataError, printable
 from pspinal_jax.runs.classification_report import Scored, classification_report
 
@@ -77,8 +77,7 @@ def test_a_process_ends_whatever_still_waits(status):
 
 @pytest.fixture
 def small_limit(monkeypatch):
-    monkeypatch.setattr(archives, "MOST_BYTES", 5000)
-    monkeypatch.setattr(idx, "MOST_BYTES", 5000)
+    monkeypatch.setattr(raw, "MAX_BYTES", 5000)
 
 
 def test_a_zip_member_beyond_the_limit_is_refused_unread(tmp_path, small_limit):
@@ -86,10 +85,10 @@ def test_a_zip_member_beyond_the_limit_is_refused_unread(tmp_path, small_limit):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("small", b"x" * 5000)
         archive.writestr("large", b"\0" * 5001)
-    with archives.open_zip(path) as archive:
-        assert len(archives.read_zip_member(archive, path, "small")) == 5000
+    with raw.open_zip(path) as archive:
+        assert len(raw.read_zip_member(archive, path, "small")) == 5000
         with pytest.raises(DataError, match=r"large in .*bomb.zip has 5001 bytes unpacked, expected at most 5000"):
-            archives.read_zip_member(archive, path, "large")
+            raw.read_zip_member(archive, path, "large")
 
 
 @pytest.mark.parametrize("where", ["members", "after them"])
@@ -102,10 +101,10 @@ def test_a_tar_beyond_the_limit_is_refused(small_limit, where):
             archive.addfile(info, io.BytesIO(bytes(3000)))
     tail = b"" if where == "members" else bytes(100_000)
     with pytest.raises(DataError, match="bytes unpacked, expected at most 5000"):
-        archives.read_tar(io.BytesIO(gzip.compress(plain.getvalue() + tail)), "it", lambda name: True)
+        raw.read_tar(io.BytesIO(gzip.compress(plain.getvalue() + tail)), "it", lambda name: True)
 
 
 def test_an_idx_file_that_unpacks_without_end_is_refused(small_limit):
     header = bytes([0, 0, 8, 3]) + np.array([10**6, 28, 28], ">u4").tobytes()
-    with pytest.raises(DataError, match=r"says it holds 784000000 bytes, expected at most 5000"):
-        idx.read_idx(gzip.compress(header + bytes(10**6)), "it", np.dtype(np.uint8), (28, 28))
+    with pytest.raises(DataError, match=r"has 5001 bytes unpacked, expected at most 5000"):
+        raw.read_idx(gzip.compress(header + bytes(10**6)), "it", np.dtype(np.uint8), (28, 28))

@@ -13,11 +13,11 @@ from PIL import Image
 import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.checkpoints.checksum import json_checksum
-from pspinal_jax.data import prepared
-from pspinal_jax.data.archives import open_zip
-from pspinal_jax.data.images.folder import read_folder
+from pspinal_jax.data import tfds
+from pspinal_jax.data.folder import read_folder
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.data.prepared import read_prepared
+from pspinal_jax.data.raw import open_zip
+from pspinal_jax.data.tfds import read_prepared
 from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.files import read_bytes
 from pspinal_jax.runs.directory import RunDirectory
@@ -177,9 +177,8 @@ def test_the_module_of_the_builder_is_not_imported(stranger):
 
 
 def test_all_features_that_are_taken_are_tfds_own():
-    tfds = prepared.import_tfds()
-    known = tfds.features.FeatureConnector._registered_features
-    assert set(known) >= prepared._FEATURE_CLASSES
+    known = tfds.import_tfds().features.FeatureConnector._registered_features
+    assert set(known) >= tfds.FEATURE_CLASSES
 
 
 @pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "label.labels.txt", "digits-test"])
@@ -197,7 +196,7 @@ def test_postscript_in_a_data_set_is_never_handed_on():
     Image.new("L", (4, 4)).save(buffer, "EPS")
     assert buffer.getvalue().startswith(b"%!PS")
     with pytest.raises(OSError, match="cannot identify"):
-        prepared._decode(buffer.getvalue())
+        tfds._decode(buffer.getvalue())
 
 
 def rewrite(path, change):

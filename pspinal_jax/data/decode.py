@@ -53,8 +53,8 @@ differed by up to 15 (46 and 49 dB).
 def decode(
     data: bytes | Image.Image,
     size: tuple[int, int],
-    fit: Literal["squash", "crop", "pad"] = "squash",
-    place: float = 0.5,
+    resize_mode: Literal["squash", "crop", "pad"] = "squash",
+    centering: float = 0.5,
 ) -> np.ndarray:
     """The image in `data` as RGB, resized to `size`.
 
@@ -68,9 +68,9 @@ def decode(
     Args:
       data: an encoded image, or one that Pillow has opened or made, which stays as it is.
       size: (H, W).
-      fit: what to do with another aspect than that of `size`. squash: nothing is kept of it; crop: the largest part
-        that has the aspect is taken; pad: the whole image stands in the middle between black bars.
-      place: where that part lies: 0 at the left or top, 0.5 in the middle, 1 at the right or bottom.
+      resize_mode: what to do with another aspect than that of `size`. squash: the aspect is not kept; crop: the largest
+        part that has the aspect is taken; pad: the whole image stands in the middle between black bars.
+      centering: where that part lies: 0 at the left or top, 0.5 in the middle, 1 at the right or bottom.
 
     Returns:
       uint8 [H, W, 3].
@@ -81,7 +81,7 @@ def decode(
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
     try:
-        return _decode(data, size, fit, place)
+        return _decode(data, size, resize_mode, centering)
     except UnidentifiedImageError as error:
         raise DataError("the image cannot be decoded: its format is not known") from error
     except Exception as error:  # Pillow raises many kinds on damaged files
@@ -89,7 +89,7 @@ def decode(
         raise DataError(f"the image cannot be decoded: {reason}") from error
 
 
-def _decode(data: bytes | Image.Image, size: tuple[int, int], fit: str, place: float) -> np.ndarray:
+def _decode(data: bytes | Image.Image, size: tuple[int, int], resize_mode: str, centering: float) -> np.ndarray:
     height, width = size
     opened = contextlib.nullcontext(_copy(data)) if isinstance(data, Image.Image) else _open(data)
     with opened as image:
@@ -104,16 +104,16 @@ def _decode(data: bytes | Image.Image, size: tuple[int, int], fit: str, place: f
         upright = _to_rgb(image)
         if orientation in _UPRIGHT:
             upright = upright.transpose(_UPRIGHT[orientation])
-        if fit == "squash":
+        if resize_mode == "squash":
             return np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR))
-        return _crop(upright, width, height, place) if fit == "crop" else _pad(upright, width, height)
+        return _crop(upright, width, height, centering) if resize_mode == "crop" else _pad(upright, width, height)
 
 
-def _crop(image: Image.Image, width: int, height: int, place: float) -> np.ndarray:
+def _crop(image: Image.Image, width: int, height: int, centering: float) -> np.ndarray:
     """The largest part that has the aspect, resized: as the whole image resized and then cropped."""
     scale = min(image.width / width, image.height / height)
     across, down = min(scale * width, image.width), min(scale * height, image.height)
-    left, top = place * (image.width - across), place * (image.height - down)
+    left, top = centering * (image.width - across), centering * (image.height - down)
     box = (left, top, min(left + across, float(image.width)), min(top + down, float(image.height)))
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
 
