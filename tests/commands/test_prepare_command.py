@@ -72,7 +72,7 @@ def test_digits_need_no_files(tmp_path, capsys):
         (["mnist", "--raw", ".", "--npz", "a.npz"], 2, ["not both"]),
         (["mnist", "--raw", "nowhere"], 1, ["nowhere does not exist", "train-images-idx3-ubyte.gz"]),
         (["emnist-letters", "--raw", "."], 1, [". lacks emnist-letters-train-images-idx3-ubyte.gz", "gzip.zip"]),
-        (["mnist", "--npz", "none.npz"], 1, ["none.npz does not exist or is no file; give --npz"]),
+        (["mnist", "--npz", "none.npz"], 1, ["none.npz cannot be read as an .npz file"]),
     ],
 )
 def test_a_wrong_command_gets_one_line(tmp_path, monkeypatch, capsys, args, status, fragments):

@@ -58,5 +58,5 @@ def test_what_is_no_square_image_is_not_transposed(tmp_path):
     split = {"train_images": np.zeros((4, 6), np.float32), "test_images": np.zeros((4, 6), np.float32)}
     labels = np.array([0, 1, 0, 1])
     np.savez(tmp_path / "features.npz", **split, train_labels=labels, test_labels=labels)
-    with pytest.raises(DataError, match=r"shape \[6\]; data.transposed takes square images only"):
+    with pytest.raises(DataError, match=r"shape \(6,\); data.transposed takes square images"):
         load_data(DataConfig("emnist_letters", path=tmp_path / "features.npz", transposed=True))

@@ -46,7 +46,7 @@ CHANGES = [
     ("features", {}, ("data.augment", "perspective_rotation"), OTHER_KIND),
     ("grey", {}, ("data.transposed", True), EFFECT),
     ("folder", {}, ("data.transposed", True), "for image files, which are taken as they are"),
-    ("features", {}, ("data.transposed", True), "data.transposed takes square images only"),
+    ("features", {}, ("data.transposed", True), "data.transposed takes square images"),
     ("grey", {"batch_size": 8}, ("data.drop_remainder", False), EFFECT),
     ("grey", {}, ("data.shuffle", False), EFFECT),
     ("folder", {}, ("data.fit", "crop"), EFFECT),

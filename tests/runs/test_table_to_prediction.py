@@ -45,7 +45,7 @@ def test_evaluate_finds_the_runs_classes_in_tables_that_lack_some(run, tmp_path)
     with pytest.raises(UsageError, match=r"feature 0 of .* is 'b', but the run was trained on 'a' there"):
         run.evaluate(tmp_path / "order.csv")
     frame.assign(species="emu").to_csv(tmp_path / "emu.csv", index=False)
-    with pytest.raises(DataError, match="train_labels hold 'emu', expected one of the 3 classes 'cat', 'cow', 'dog'"):
+    with pytest.raises(DataError, match="labels hold emu, expected one of the classes cat, cow, dog"):
         run.evaluate(tmp_path / "emu.csv")
 
 
@@ -65,7 +65,7 @@ def test_predict_takes_frames_arrays_and_tables_by_the_names_of_columns(run, tmp
     ("rows", "message"),
     [
         (make_frame().drop(columns="c"), "lacks columns on which the run was trained: c"),
-        (make_frame().assign(b="x"), "column 'b' of the features holds text"),
+        (make_frame().assign(b="x"), "column 'b' of the features holds"),
         (make_frame().assign(b=[np.nan] * 90), "column 'b' of the features lacks 90 of 90"),
         (np.ma.masked_array(np.zeros((2, 4)), np.eye(2, 4)), "2 of 8 cells of the features are masked"),
         (np.zeros((2, 3)), "has shape [2, 3], but the run was trained on 4 features"),
