@@ -21,7 +21,6 @@ from pspinal_jax.__main__ import main  # noqa: E402
 from pspinal_jax.backbones import resnet  # noqa: E402
 from pspinal_jax.data import decode as decoding  # noqa: E402
 from pspinal_jax.data import load  # noqa: E402
-from pspinal_jax.data import decode as decoding  # noqa: E402
 from pspinal_jax.data.tfds import find_prepared  # noqa: E402
 from pspinal_jax.distributed import index  # noqa: E402
 from pspinal_jax.runs import train  # noqa: E402
