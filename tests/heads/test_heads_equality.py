@@ -144,18 +144,10 @@ in_every_mode = pytest.mark.parametrize("mode", ["train", "train with layer drop
 
 @with_norm
 @in_every_mode
-@settings(FAST, max_examples=2)
+@settings(FAST, max_examples=1)
 @given(data=st.data())
 def test_implementations_agree_in_float64(norm, mode, data):
     check_float64(data.draw(cases(norm, mode, 4, **FLOAT_64)))
-
-
-@with_norm
-@in_every_mode
-@settings(FAST, max_examples=1)
-@given(data=st.data())
-def test_implementations_agree_in_float32(norm, mode, data):
-    check_float32(data.draw(cases(norm, mode, 4, **FLOAT_32)))
 
 
 ENDS = {
@@ -169,7 +161,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "deep" else n for n in ENDS])
 def test_implementations_agree_at_the_ends(name):
     check_float64(ENDS[name])
 
