@@ -2,7 +2,7 @@
 
 The names below are loaded on first use, so ``import pspinal_jax`` costs nothing and
 ``pspinal_jax.ProgressiveSpinalHead`` pulls in jax and flax only. `train` and `load_run` are the command line's Python
-side, see `pspinal_jax.runs.run`; so is `compare`, see `pspinal_jax.comparison.door`.
+side, see `pspinal_jax.runs.run`; so is `compare`, see `pspinal_jax.comparison.api`.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pspinal_jax.comparison.door import compare
+    from pspinal_jax.comparison.api import compare
     from pspinal_jax.heads import (
         DenseHead,
         MLPHead,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pspinal_jax.training.fitted import Fit
 
 _ROOMS = dict.fromkeys(("Run", "load_run", "train"), "pspinal_jax.runs.run") | {
-    "compare": "pspinal_jax.comparison.door",
+    "compare": "pspinal_jax.comparison.api",
     "Fit": "pspinal_jax.training.fitted",
     "fit": "pspinal_jax.training.fit",
 }

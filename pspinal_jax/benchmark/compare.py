@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.benchmark.measurement import Case, Entry, Settings, has_torch, table
-from pspinal_jax.comparison.heads import HeadName, build_head
-from pspinal_jax.comparison.program import Examples, Part, Plan
-from pspinal_jax.comparison.runner import Runner, Task
-from pspinal_jax.comparison.settings import Ranges, Setting, draw_trial, training_seed
+from pspinal_jax.comparison.settings import CompareConfig, HeadName, Hparams, draw_trial, training_seed
+from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head
 from pspinal_jax.errors import UsageError
-from pspinal_jax.training.optimizers import Schedule
 
 OURS, TORCH, FIRST = "pspinal_jax compare", "PyTorch eager", "first trial, compilation included"
 NUM_FEATURES, NUM_CLASSES, NUM_TRAIN, NUM_VALIDATION = 1280, 101, 2424, 606
@@ -41,7 +38,7 @@ def cases(
     """
     if not has_torch():
         raise UsageError("benchmark compare has nothing to compare with: torch is not installed (extra `torch`)")
-    plan = Plan(epochs, batch_size, 500, Schedule("one_cycle", 1.0))
+    plan = Schedule(epochs, NUM_TRAIN // batch_size, batch_size, 500)
     measured: dict[str, dict[str, float]] = {}
     title = f"{trials} trials of {epochs} epochs a head, batch {batch_size}"
 
@@ -59,22 +56,22 @@ def cases(
     return [(name, partial(case, name)) for name in heads]
 
 
-def measure(name: HeadName, trials: int, plan: Plan) -> dict[str, float]:
+def measure(name: HeadName, trials: int, plan: Schedule) -> dict[str, float]:
     """Seconds of so many trials of a head, by side, and of our first, which compiles."""
     tasks, examples = make_work(trials, name)
     head: Any = build_head(name, NUM_FEATURES, NUM_CLASSES, 256, 4, "published")[0]
-    runner = Runner({name: head}, plan, trials)
+    runner = Trainer({name: head}, plan, trials)
 
     def ours(some: list[Task]) -> float:
         start = time.perf_counter()
-        list(runner.run(some, examples, [name]))
+        list(runner.run(some, examples))
         return time.perf_counter() - start
 
     seconds = {FIRST: ours(tasks[:1]), OURS: ours(tasks)}
     start = time.perf_counter()
     for task in tasks:
-        model = torch_head(name, getattr(head, "layer_width", 0), task.setting.dropout_rate)
-        train_in_torch(model, plan, task.setting, task.seed, examples)
+        model = torch_head(name, getattr(head, "layer_width", 0), task.hparams.dropout_rate)
+        train_in_torch(model, plan, task.hparams, task.seed, examples)
     return seconds | {TORCH: time.perf_counter() - start}
 
 
@@ -90,7 +87,9 @@ def make_work(trials: int, head: HeadName) -> tuple[list[Task], Examples]:
     shift, scale = np.zeros(NUM_FEATURES, np.float32), np.ones(NUM_FEATURES, np.float32)
     part = Part(train, padded, np.int32(NUM_VALIDATION), shift, scale)
     tasks = [
-        Task(number, head, draw_trial(0, number, Ranges(), ("all",)).setting, training_seed(0, "trial", number), part)
+        Task(
+            number, head, draw_trial(CompareConfig(), number, ("all",)).hparams, training_seed(0, "trial", number), part
+        )
         for number in range(trials)
     ]
     return tasks, examples
@@ -133,7 +132,7 @@ def torch_head(name: HeadName, layer_width: int, rate: float) -> Any:
     )
 
 
-def train_in_torch(model: Any, plan: Plan, setting: Setting, seed: int, examples: Examples) -> np.ndarray:
+def train_in_torch(model: Any, plan: Schedule, setting: Hparams, seed: int, examples: Examples) -> np.ndarray:
     """The same training as `train_head` in eager PyTorch, one thread a core; predictions of the validation rows."""
     import torch
     from torch.nn import functional
@@ -145,7 +144,7 @@ def train_in_torch(model: Any, plan: Plan, setting: Setting, seed: int, examples
     groups = [{"params": kernels, "weight_decay": setting.weight_decay}, {"params": biases, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=setting.learning_rate)
     model.train()
-    for rates in plan.rates(NUM_TRAIN):
+    for rates in plan.rates():
         order = torch.randperm(NUM_TRAIN)
         for step, rate in enumerate(rates.tolist()):
             rows = order[step * plan.batch_size : (step + 1) * plan.batch_size]

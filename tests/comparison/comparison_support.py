@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 
-from pspinal_jax.comparison.door import compare_data, make_config
+from pspinal_jax.comparison.api import compare_data
+from pspinal_jax.comparison.settings import CompareConfig
+from pspinal_jax.comparison.trial_log import TrialLog
 from pspinal_jax.data.tables import make_dataset
 
 SMALL = {
@@ -35,8 +37,8 @@ def small_data(**changes):
 
 def run(workdir=None, data=None, **changes):
     """What compare.json holds."""
-    config = make_config({**SMALL, **changes})
-    return compare_data(data or small_data(), config, workdir, "command", progress=False).result
+    config = CompareConfig(**{**SMALL, **changes})
+    return compare_data(data or small_data(), config, TrialLog(workdir), "command", progress=False).result
 
 
 def lasting(result):

@@ -1,41 +1,46 @@
 """What a comparison is made of: trials drawn, one program for all, floors, intervals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison_support import make_features
 
-from pspinal_jax.comparison import runner as runner_module
-from pspinal_jax.comparison.floors import METRICS, NEIGHBOURS, _vote, floor_settings, predict_floor
-from pspinal_jax.comparison.heads import build_head
-from pspinal_jax.comparison.parts import standardisation
-from pspinal_jax.comparison.program import Examples, Part, Plan, train_head
-from pspinal_jax.comparison.runner import Runner, Task
-from pspinal_jax.comparison.settings import Ranges, Setting, draw_trial, training_seed
-from pspinal_jax.comparison.statistics import bootstrap_means, interval_95
+from pspinal_jax.comparison.report import bootstrap_means, interval_95
+from pspinal_jax.comparison.search import (
+    METRICS,
+    NEIGHBOURS,
+    baseline_settings,
+    predict_baseline,
+    standardisation,
+    vote,
+)
+from pspinal_jax.comparison.settings import CompareConfig, Hparams, draw_trial, training_seed
+from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head, train_head
 from pspinal_jax.layers.dropout import dropout_scale
-from pspinal_jax.training.optimizers import Schedule
 from pspinal_jax.training.step import cross_entropy
 
-PLAN = Plan(epochs=2, batch_size=32, eval_batch_size=20, schedule=Schedule("one_cycle", 1.0))
+SCHEDULE = Schedule(epochs=2, steps=2, batch_size=32, eval_batch_size=20)
 
 
 def test_a_trial_is_a_function_of_seed_and_number_and_fills_its_ranges():
-    ranges = Ranges(label_smoothing=(0.01, 0.3))
-    trials = [draw_trial(3, number, ranges, ("each", "all")) for number in range(64)]
-    assert trials[5] == draw_trial(3, 5, ranges, ("each", "all")) != draw_trial(4, 5, ranges, ("each", "all"))
-    for name in Setting._fields:
-        low, high = getattr(ranges, name)
-        logs = np.log([getattr(trial.setting, name) for trial in trials]) - np.log(low)
+    config, scalings = CompareConfig(seed=3, label_smoothing=(0.01, 0.3)), ("each", "all")
+    trials = [draw_trial(config, number, scalings) for number in range(64)]
+    other = dataclasses.replace(config, seed=4)
+    assert trials[5] == draw_trial(config, 5, scalings) != draw_trial(other, 5, scalings)
+    for name in Hparams._fields:
+        low, high = getattr(config, name)
+        logs = np.log([getattr(trial.hparams, name) for trial in trials]) - np.log(low)
         shares = logs / np.log(high / low)
         assert shares.min() >= 0 and shares.max() <= 1
         # Of 64 points every eighth of the range has its 8, or nearly.
         assert np.abs(np.histogram(shares, 8, (0, 1))[0] - 8).max() <= 3
     assert 28 <= sum(trial.standardize == "all" for trial in trials) <= 36
     # Not tuning one leaves the others as they are.
-    fixed = draw_trial(3, 5, Ranges(), ("each", "all"))
-    assert fixed.setting._replace(label_smoothing=0) == trials[5].setting._replace(label_smoothing=0)
+    fixed = draw_trial(CompareConfig(seed=3), 5, scalings)
+    assert fixed.hparams._replace(label_smoothing=0) == trials[5].hparams._replace(label_smoothing=0)
     seeds = {training_seed(0, kind, number) for kind in ("trial", "seed") for number in range(500)}
     assert len(seeds) == 1000
 
@@ -78,7 +83,13 @@ def make_tasks(head, count):
     rows = np.arange(120).astype(np.int32)
     part = Part(rows[:90], np.pad(rows[90:], (0, 10)), np.int32(30), shift, scale)
     tasks = [
-        Task(number, head, draw_trial(0, number, Ranges(), ("each",)).setting, training_seed(0, "trial", number), part)
+        Task(
+            number,
+            head,
+            draw_trial(CompareConfig(), number, ("each",)).hparams,
+            training_seed(0, "trial", number),
+            part,
+        )
         for number in range(count)
     ]
     return tasks, Examples(inputs.astype(np.float32), labels.astype(np.int32))
@@ -89,26 +100,26 @@ def test_a_trial_alone_is_what_it_is_among_sixteen(name):
     """Up to the tolerance that `--seed-mode vmap` has in tests/runs/test_train.py."""
     tasks, examples = make_tasks(name, 16)
     head, _ = build_head(name, 6, 3, 8, 3, "published")
-    together = Runner({name: head}, PLAN, most_slots=16, mode="vmap")
-    batch = {task.key: outcome for task, outcome, _ in together.run(tasks, examples, [name])}
-    alone = Runner({name: head}, PLAN, most_slots=16, mode="loop", workers=2)
+    together = Trainer({name: head}, SCHEDULE, max_slots=16, mode="vmap")
+    batch = {task.key: outcome for task, outcome, _ in together.run(tasks, examples)}
+    alone = Trainer({name: head}, SCHEDULE, max_slots=16, mode="loop", workers=2)
     for number in (0, 7, 15):
-        ((_, single, _),) = alone.run([tasks[number]], examples, [name])
+        ((_, single, _),) = alone.run([tasks[number]], examples)
         np.testing.assert_allclose(batch[number].loss, single.loss, rtol=1e-5)
         np.testing.assert_array_equal(batch[number].predictions, single.predictions)
         assert single.finite and (single.predictions[30:] == -1).all()
     assert together.slots[name] == 16
     assert alone.compilations == together.compilations == {name: 1}
 
-    rates, part = PLAN.rates(90), jax.tree.map(jnp.asarray, tasks[0].part)
+    part = jax.tree.map(jnp.asarray, tasks[0].part)
 
-    def parameters(setting, seed):
-        return train_head(head, PLAN, setting, seed, rates, part, Examples(*map(jnp.asarray, examples)))[0].params
+    def parameters(hparams, seed):
+        return train_head(head, SCHEDULE, hparams, seed, part, Examples(*map(jnp.asarray, examples)))[0].params
 
-    settings = Setting(*np.asarray([task.setting for task in tasks], np.float32).T)
+    hparams = Hparams(*np.asarray([task.hparams for task in tasks], np.float32).T)
     seeds = np.asarray([task.seed for task in tasks], np.uint32)
-    mapped = jax.jit(jax.vmap(parameters))(settings, seeds)
-    single = jax.jit(parameters)(jax.tree.map(lambda leaf: leaf[7], settings), seeds[7])
+    mapped = jax.jit(jax.vmap(parameters))(hparams, seeds)
+    single = jax.jit(parameters)(jax.tree.map(lambda leaf: leaf[7], hparams), seeds[7])
     for ours, theirs in zip(jax.tree.leaves(mapped), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(ours[7], theirs, rtol=1e-4, atol=1e-4)
 
@@ -116,13 +127,12 @@ def test_a_trial_alone_is_what_it_is_among_sixteen(name):
 def test_as_many_slots_go_together_as_memory_holds(monkeypatch):
     tasks, examples = make_tasks("dense", 5)
     head, _ = build_head("dense", 6, 3, 4, 2, "published")
-    whole = Runner({"dense": head}, PLAN, 5, "vmap")
-    expected = {task.key: outcome for task, outcome, _ in whole.run(tasks, examples, ["dense"])}
-    each = runner_module._estimated_bytes(head, PLAN, tasks[0].part, examples)
-    monkeypatch.setattr(runner_module, "_memory_for_slots", lambda examples: 2.5 * each)
-    small = Runner({"dense": head}, PLAN, 5, "vmap")
-    found = {task.key: outcome for task, outcome, _ in small.run(tasks, examples, ["dense"])}
-    assert (whole.slots, small.slots["dense"] <= 2) == ({"dense": 5}, True)
+    whole = Trainer({"dense": head}, SCHEDULE, 5, "vmap")
+    expected = {task.key: outcome for task, outcome, _ in whole.run(tasks, examples)}
+    monkeypatch.setattr("pspinal_jax.comparison.train._memory_for_slots", lambda examples: 0.0)
+    small = Trainer({"dense": head}, SCHEDULE, 5, "vmap")
+    found = {task.key: outcome for task, outcome, _ in small.run(tasks, examples)}
+    assert (whole.slots, small.slots, small.compilations) == ({"dense": 5}, {"dense": 1}, {"dense": 3})
     assert sorted(found) == sorted(expected) == list(range(5))
     for number, outcome in found.items():
         np.testing.assert_array_equal(outcome.predictions, expected[number].predictions)
@@ -136,18 +146,18 @@ def test_all_trials_of_a_head_are_one_compilation():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *args, **kwargs: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    runner = Runner({"spinal": head}, PLAN, most_slots=2, mode="loop", workers=2)
-    assert len(list(runner.run(tasks[:3], examples, ["spinal"]))) == 3
+    runner = Trainer({"spinal": head}, SCHEDULE, max_slots=2, mode="loop", workers=2)
+    assert len(list(runner.run(tasks[:3], examples))) == 3
     first = len(compiled)
-    assert len(list(runner.run(tasks[3:], examples, ["spinal"]))) == 3
+    assert len(list(runner.run(tasks[3:], examples))) == 3
     assert first == len(compiled) == 1, compiled
 
 
 def test_a_training_that_blows_up_says_so():
     head, _ = build_head("mlp", 6, 3, 8, 3, "published")
     tasks, examples = make_tasks("mlp", 1)
-    wild = tasks[0]._replace(setting=tasks[0].setting._replace(learning_rate=1e30))
-    ((_, outcome, _),) = Runner({"mlp": head}, PLAN, 1, "loop").run([wild], examples, ["mlp"])
+    wild = tasks[0]._replace(hparams=tasks[0].hparams._replace(learning_rate=1e30))
+    ((_, outcome, _),) = Trainer({"mlp": head}, SCHEDULE, 1, "loop").run([wild], examples)
     assert not outcome.finite
 
 
@@ -170,17 +180,17 @@ def elected(labels, num_classes):
 def test_votes_count_before_nearness_and_nearness_before_the_number_of_the_class():
     cases = {(0, 0, 1, 1, 1): 1, (2, 1, 2, 1, 0): 2, (1, 2, 1, 2, 0): 1, (2, 2, 1, 1): 2, (2, 1, 1, 2): 1, (2, 1): 2}
     for row, winner in cases.items():
-        assert _vote(np.array([row]), 3).tolist() == elected([np.array(row)], 3) == [winner], row
+        assert vote(np.array([row]), 3).tolist() == elected([np.array(row)], 3) == [winner], row
     rng = np.random.default_rng(0)
     for k in (1, 4, 9, 50):
         rows = rng.integers(0, 3, (200, k))
-        assert _vote(rows, 3).tolist() == elected(rows, 3)
+        assert vote(rows, 3).tolist() == elected(rows, 3)
 
 
 def test_neighbours_and_ridge_do_what_they_are_called():
     (inputs, labels), (others, _) = make_features().values()
-    settings = floor_settings("knn", "none")
-    predictions = predict_floor("knn", settings, (inputs, labels), others, 3)
+    settings = baseline_settings("knn", "none")
+    predictions = predict_baseline(settings, (inputs, labels), others, 3)
     assert len(settings) == len(NEIGHBOURS) * len(METRICS) == len(predictions)
     for setting, ours in zip(settings, predictions, strict=True):
         unit = setting["metric"] == "cosine"
@@ -191,7 +201,7 @@ def test_neighbours_and_ridge_do_what_they_are_called():
     centred, targets = inputs - inputs.mean(0), 2 * np.eye(3)[labels] - 1
     weights = np.linalg.solve(centred.T @ centred + 10 * np.eye(6), centred.T @ (targets - targets.mean(0)))
     expected = ((others - inputs.mean(0)) @ weights + targets.mean(0)).argmax(1)
-    (ours,) = predict_floor("ridge", [{"penalty": 10.0}], (inputs, labels), others, 3)
+    (ours,) = predict_baseline([{"penalty": 10.0}], (inputs, labels), others, 3)
     np.testing.assert_array_equal(ours, expected)
 
 

@@ -1,0 +1,216 @@
+"""`pspinal_jax.compare`: a comparison of heads on arrays in memory, or on a data set that a command has read."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pspinal_jax.backbones.efficientnet import SCALES
+from pspinal_jax.comparison.report import format_table, format_terminal, make_result, plot, write_report
+from pspinal_jax.comparison.search import Comparer
+from pspinal_jax.comparison.settings import CompareConfig
+from pspinal_jax.comparison.trial_log import TrialLog, read_json_object
+from pspinal_jax.data import load_data
+from pspinal_jax.data.catalogue import CATALOGUE
+from pspinal_jax.data.dataset import ArraySplit, Dataset, cut_test
+from pspinal_jax.data.npz import read_npz
+from pspinal_jax.data.tables import make_dataset
+from pspinal_jax.data.tfds import open_prepared
+from pspinal_jax.environment import enable_compilation_cache
+from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.files import expanded, write_json
+from pspinal_jax.models import build_model, with_default_preprocessing
+from pspinal_jax.progress import warn
+from pspinal_jax.recipes import load_recipe
+from pspinal_jax.recipes.schema import TABLES, DataConfig
+from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
+from pspinal_jax.runs.restore import start_variables
+
+MAX_PIXELS = 64 * 64 * 3
+"""Of images that a head sees as they are; of larger ones it sees a backbone's features."""
+
+
+class Comparison:
+    """The outcome of a comparison; printed, it is a table and a summary.
+
+    Attributes:
+      result: the contents of compare.json: ``result["methods"]["dense"]["test_accuracy"]["mean"]`` is 0 .. 1.
+    """
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result = result
+
+    def __repr__(self) -> str:
+        return format_terminal(self.result)
+
+    def _repr_markdown_(self) -> str:
+        return format_table(self.result)
+
+    @property
+    def best(self) -> str:
+        """The head, or baseline, that did best on validation."""
+        return str(self.result["best_on_validation"])
+
+    def plot(self) -> Any:
+        """A matplotlib Figure: test accuracy of every seed, and paired differences with their 95 % intervals."""
+        return plot(self.result)
+
+
+def compare(
+    features: Any,
+    labels: Any,
+    *,
+    test_features: Any = None,
+    test_labels: Any = None,
+    test_fraction: float = 0.2,
+    class_names: Sequence[str] | None = None,
+    workdir: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Compare heads on arrays: which one, tuned alike, is better than a linear layer by more than the noise?
+
+    Example::
+
+        >>> import numpy as np, pspinal_jax
+        >>> rng = np.random.default_rng(0)
+        >>> labels = rng.integers(0, 3, 120)
+        >>> features = np.eye(3, 8)[labels] + rng.normal(0, 0.5, (120, 8))
+        >>> small = dict(heads=("mlp", "dense"), trials=2, num_seeds=2, epochs=1, batch_size=16, layer_width=4)
+        >>> comparison = pspinal_jax.compare(features, labels, progress=False, **small)
+        >>> sorted(comparison.result["methods"])
+        ['dense', 'knn', 'mlp', 'ridge']
+
+    Args:
+      features: numbers [N, D], as an array or a frame (pandas, Polars, PyArrow), or images uint8 [N, H, W] or
+        [N, H, W, C], which are flattened.
+      labels: integers or text [N], as an array, list or series. Integers 0 .. C-1 are numbers of classes; other labels
+        are names of classes.
+      test_features: of the test split, likewise; without it `test_fraction` of each class is cut from `features` by
+        the seed.
+      test_labels: its labels.
+      test_fraction: see `test_features`.
+      class_names: names of the C classes.
+      workdir: folder for trials.jsonl, compare.json, compare.md and compare.png; called again with it, finished trials
+        are not run again. None: nothing is written.
+      progress: whether to show progress on standard error.
+      **settings: fields of `pspinal_jax.comparison.settings.CompareConfig`: heads, floors, trials, num_seeds, splits,
+        seed, match ('published' or 'parameters'), layer_width, num_layers, epochs, batch_size, validation_fraction,
+        standardize, mode, workers; and learning_rate, weight_decay, dropout_rate and label_smoothing as (low, high).
+
+    Returns:
+      A `Comparison`.
+
+    Raises:
+      DataError: if the arrays do not fit, a column is text, or a cell or a label is missing or masked.
+      UsageError: if a setting does not fit, or `workdir` holds something else.
+      RunError: if `workdir` is damaged, in use or not writable.
+      OSError: if `workdir` cannot be written to the end.
+    """
+    for name in settings:
+        if name not in CompareConfig.__dataclass_fields__:
+            raise UsageError(
+                f"compare has no setting {name!r}; there are: {', '.join(CompareConfig.__dataclass_fields__)}"
+            )
+    if isinstance(settings.get("heads"), str):
+        settings["heads"] = (settings["heads"],)
+    config = CompareConfig(**settings)
+    log = TrialLog(None if workdir is None else expanded(workdir))
+    if (test_features is None) != (test_labels is None):
+        raise UsageError("test_features and test_labels are given together, or neither")
+    splits = {"train": (features, labels)} | ({} if test_features is None else {"test": (test_features, test_labels)})
+    data = make_dataset(splits, "arrays", None, None if class_names is None else tuple(map(str, class_names)))
+    if test_features is None:
+        data = cut_test(data, test_fraction, config.seed, log.keep_copies_together)
+    return compare_data(data, config, log, "pspinal_jax.compare(features, labels, ..)", progress)
+
+
+def compare_data(
+    data: Dataset[ArraySplit], config: CompareConfig, log: TrialLog, command: str, progress: bool = True
+) -> Comparison:
+    """The comparison on `data`, or what is left of it in the work directory of `log`; raises as `compare`."""
+    enable_compilation_cache()
+    comparer = Comparer(data, config, log, progress)
+    counts, text = comparer.copies
+    if drawn := counts["test_in_train_of_drawn_splits"]:
+        text += f"{'; ' if text else ''}of the splits that are drawn, {drawn:,} test examples are also in train"
+    if text:
+        warn(f"{data.source}: {text}")
+    with log.opened(comparer.identity(), len(comparer.splits[0].test_labels)):
+        comparer.run()
+        result = make_result(comparer, command)
+        if log.workdir is not None:
+            write_report(log.workdir, result)
+    return Comparison(result)
+
+
+def load_features(
+    source: str, log: TrialLog, backbone: str | None, weights: str | None, seed: int = 0
+) -> Dataset[ArraySplit]:
+    """The data set that `source` names, as features or small images.
+
+    Args:
+      source: an .npz file, a table (.csv, .tsv, .parquet), the directory or the name of a prepared data set, or a
+        folder of class folders.
+      log: of the comparison, in whose work directory the features of a folder of images are kept.
+      backbone: what gives them; None for that of the recipe `folder`.
+      weights: its weights; None for that recipe's, 'random' for random numbers.
+      seed: cuts the test split of a table, a fifth of each class.
+
+    Raises:
+      DataError: if it does not exist, or is not readable.
+      UsageError: if a backbone is named where none is used, or there is no such backbone.
+    """
+    path = expanded(source)
+    if path.is_dir() and not ((path / "dataset_info.json").is_file() and _has_small_images(path)):
+        return _features_of_images(path, log, backbone, weights)
+    if path.exists() or path.suffix.lower() in (".npz", *TABLES):
+        config = DataConfig(name="features", path=path, split_seed=seed)
+    elif source in CATALOGUE:
+        config = DataConfig(name=source)
+    else:
+        raise DataError(
+            f"{source} does not exist; compare takes an .npz file, a table, a folder, the directory of a prepared data "
+            f"set, or the name of one: {', '.join(CATALOGUE)}"
+        )
+    if backbone is not None or weights is not None:
+        raise UsageError(f"--backbone and --weights are for folders of images; {source} is taken as it is")
+    return load_data(config)  # type: ignore[return-value]
+
+
+def _has_small_images(directory: Path) -> bool:
+    shape = open_prepared(directory).info.features["image"].shape
+    return None not in shape and math.prod(shape) <= MAX_PIXELS
+
+
+def _features_of_images(folder: Path, log: TrialLog, backbone: str | None, weights: str | None) -> Dataset[ArraySplit]:
+    """The features of a folder of images, computed once and kept in the work directory of `log`."""
+    recipe, workdir = load_recipe("folder"), log.workdir or Path()
+    name: Any = backbone or recipe.model.backbone
+    if name not in SCALES:
+        raise UsageError(
+            f"--backbone is {name}, expected one of {', '.join(SCALES)}; compare takes another one's features as the "
+            ".npz file that extract-features writes"
+        )
+    weights = None if weights == "random" else weights or recipe.model.weights
+    changes: dict[str, Any] = {"path": folder, "augment": "none", "validation_fraction": 0.0}
+    data = dataclasses.replace(recipe.data, keep_copies_together=log.keep_copies_together, **changes)
+    model_config = dataclasses.replace(recipe.model, backbone=name, weights=weights)
+    recipe = with_default_preprocessing(dataclasses.replace(recipe, data=data, model=model_config, freeze="backbone"))
+    images = load_data(recipe.data)
+    identity = {"images": images.fingerprint(), "backbone": name, "weights": weights}
+    identity["image_size"] = recipe.data.image_size
+    path, record = workdir / "features.npz", workdir / "features.json"
+    if record.exists() and path.exists():
+        if read_json_object(record) != identity:
+            raise UsageError(f"{workdir} holds features of other images or another backbone; choose another --workdir")
+        return read_npz(path, images.num_classes)
+    shape, dtype = images.example_shape, images.example_dtype
+    model = build_model(recipe, shape, images.num_classes)
+    start = start_variables(recipe, model, None, shape, dtype, images.class_names)
+    features = extract_features(recipe, model, complete_backbone(recipe, model, start, shape, dtype), images)
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_features(path, features)
+    write_json(record, identity)
+    return features

@@ -1,0 +1,368 @@
+"""The order of a comparison: tune on validation, train seeds of the best hyper-parameters, look at the test once."""
+
+import dataclasses
+import json
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pspinal_jax.comparison.settings import (
+    BASELINES,
+    CompareConfig,
+    Scaling,
+    Trial,
+    draw_trial,
+    training_seed,
+)
+from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head
+from pspinal_jax.comparison.trial_log import Key, TrialLog, packed
+from pspinal_jax.data.dataset import ArraySplit, Dataset, copies_of_a_class, draw_together, split_by_class
+from pspinal_jax.errors import UsageError
+from pspinal_jax.progress import progress_bar
+
+MIN_STEPS = 600
+"""Of a training whose epochs are not given: little data is seen more often."""
+NEIGHBOURS = (1, 3, 5, 10, 20, 50)
+METRICS = ("euclidean", "cosine")
+PENALTIES = tuple(float(10.0**exponent) for exponent in np.arange(-2, 7.5, 0.5))
+"""Of the sum of squares over all training examples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitExamples:
+    """The examples of one split into training pool and test; the pool comes first.
+
+    Attributes:
+      inputs: float32 or uint8 [P + T, D].
+      labels: int32 [P + T].
+      num_pool: P, of which a part is validated on.
+      own_validation: how many at the end of the pool are a validation split of the data's own; 0 for none.
+      copies: integers [P + T], equal for rows that splits keep together; None to draw each by itself.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    num_pool: int
+    own_validation: int
+    copies: np.ndarray | None
+
+    @property
+    def test_labels(self) -> np.ndarray:
+        """int32 [T]."""
+        return self.labels[self.num_pool :]
+
+    @property
+    def test_rows(self) -> np.ndarray:
+        """Rows of the test examples [T]."""
+        return np.arange(self.num_pool, len(self.labels))
+
+    def copies_apart(self) -> int:
+        """How many test examples have a copy in the pool, of those that splits keep together where they can."""
+        copies = np.arange(len(self.labels)) if self.copies is None else self.copies
+        return int(np.isin(copies[self.num_pool :], copies[: self.num_pool]).sum())
+
+    def rows(self, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (train, validation) of the pool; where the data brings no validation split, `seed` cuts it by class.
+
+        Copies go to one side, see `draw_together`; every seed has equally many rows.
+        """
+        if self.own_validation:
+            return np.split(np.arange(self.num_pool), [self.num_pool - self.own_validation])  # type: ignore[return-value]
+        copies = None if self.copies is None else self.copies[: self.num_pool]
+        return split_by_class(self.labels[: self.num_pool], validation_fraction, seed, copies)
+
+    def examples(self, with_test: bool) -> Examples:
+        """What a training gets: no label of the test, and without `with_test` zeros in place of its inputs."""
+        in_pool = np.arange(len(self.labels)) < self.num_pool
+        inputs = self.inputs if with_test else np.where(in_pool[:, None], self.inputs, self.inputs.dtype.type(0))
+        return Examples(inputs, np.where(in_pool, self.labels, 0).astype(np.int32))
+
+
+def flattened(data: Dataset[ArraySplit]) -> Dataset[ArraySplit]:
+    """`data` with images as rows [N, D]."""
+    splits = {name: ArraySplit(s.inputs.reshape(len(s), -1), s.labels) for name, s in data.splits.items()}
+    return dataclasses.replace(data, splits=splits, example_shape=splits["train"].inputs.shape[1:])
+
+
+def make_split(
+    data: Dataset[ArraySplit], number: int, num_splits: int, seed: int, copies: np.ndarray | None = None
+) -> SplitExamples:
+    """Split `number` of the flattened `data`.
+
+    Split 0 is the data's own. The others join everything and draw, by class, as many test examples as the data's own
+    test split has; where there are several, a validation split of the data's own is part of the pool. `copies`:
+    integers, of train, validation and test one after the other, equal for rows to keep together where that can be.
+    """
+    train, validation, test = data.train, data.validation, data.test
+    pool = train if validation is None else train.join(validation)
+    whole = pool.join(test)
+    own = len(validation) if validation is not None and num_splits == 1 else 0
+    if number:
+        drawn = draw_like(whole.labels, test.labels, [seed, number], copies)
+        order = np.concatenate([np.setdiff1d(np.arange(len(whole)), drawn), drawn])
+        whole, copies = whole.take(order), None if copies is None else copies[order]
+    return SplitExamples(whole.inputs, whole.labels, len(pool), own, copies)
+
+
+def draw_like(labels: np.ndarray, test: np.ndarray, seed: list[int], copies: np.ndarray | None) -> np.ndarray:
+    """Sorted indices: of each class as many, drawn without replacement, as `test` has."""
+    drawn = []
+    for label, count in zip(*np.unique(test, return_counts=True), strict=True):
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([*seed, int(label)]).permutation(members)
+        drawn.append(draw_together(order, count, copies, exact=True))
+    return np.sort(np.concatenate(drawn))
+
+
+def standardisation(inputs: np.ndarray, scaling: Scaling) -> tuple[np.ndarray, np.ndarray]:
+    """(shift, scale), float32 [D], of (x - shift) * scale, from the training rows alone.
+
+    'each': every feature is centred and divided by its standard deviation; a constant one becomes 0. 'all': one mean
+    and one deviation for all features, which keeps them in proportion. 'none': features stay as they are, and pixels
+    (uint8) go to 0 .. 1.
+    """
+    width = inputs.shape[1]
+    if scaling == "none":
+        return np.zeros(width, np.float32), np.full(width, 1 / 255 if inputs.dtype == np.uint8 else 1.0, np.float32)
+    axis = 0 if scaling == "each" else None
+    mean = np.broadcast_to(inputs.mean(axis, dtype=np.float64), width)
+    deviation = np.broadcast_to(inputs.std(axis, dtype=np.float64), width)
+    constant = deviation <= 1e-6 * np.maximum(np.abs(mean), 1e-30)
+    return mean.astype(np.float32), np.where(constant, 0.0, 1 / np.where(constant, 1.0, deviation)).astype(np.float32)
+
+
+def baseline_settings(name: str, scaling: Scaling) -> list[dict[str, Any]]:
+    """All that is tried on features standardised so; what does best on validation is taken, of equals the first."""
+    if name == "ridge":
+        return [{"penalty": penalty, "standardize": scaling} for penalty in PENALTIES]
+    return [{"metric": metric, "k": k, "standardize": scaling} for metric in METRICS for k in NEIGHBOURS]
+
+
+def predict_baseline(
+    settings: list[dict[str, Any]], train: tuple[np.ndarray, np.ndarray], inputs: np.ndarray, num_classes: int
+) -> list[np.ndarray]:
+    """Predictions int [M] of `inputs` [M, D] under each of `settings`, from `train` (inputs [N, D], labels [N])."""
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.neighbors import NearestNeighbors
+
+    if "penalty" in settings[0]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a penalty too small for the data, which validation will not choose
+            ridges = [RidgeClassifier(alpha=each["penalty"], solver="cholesky").fit(*train) for each in settings]
+        return [np.asarray(ridge.predict(inputs)) for ridge in ridges]
+    largest, nearest = min(len(train[1]), max(setting["k"] for setting in settings)), dict[str, np.ndarray]()
+    for metric in {setting["metric"] for setting in settings}:  # one search for every k
+        model = NearestNeighbors(n_neighbors=largest, metric=metric, algorithm="brute").fit(train[0])
+        nearest[metric] = train[1][model.kneighbors(inputs, return_distance=False)]
+    return [vote(nearest[setting["metric"]][:, : setting["k"]], num_classes) for setting in settings]
+
+
+def vote(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The most frequent of each row of `labels` [M, k], nearest first.
+
+    Of equals it is the one with nearer neighbours (the smaller sum of ranks), then the first class; scikit-learn's
+    classifier takes the first class.
+    """
+    rows, k = labels.shape
+    votes = np.zeros((rows, num_classes), int)
+    for rank in range(k):
+        votes[np.arange(rows), labels[:, rank]] += k * k - rank  # all deductions of a row are less than one vote
+    return votes.argmax(1)
+
+
+class Comparer:
+    """One comparison on its way from data to records in a trial log.
+
+    Attributes:
+      sizes: parameters of each head, by name.
+      methods: heads and baselines, in the order of the table.
+      rows: (split, seed) -> rows (train, validation); trials have those of seed 0.
+      copies: see `pspinal_jax.data.dataset.Contents.find_copies`, of the data's own split and the first seed; and
+        how many test examples of the splits that are drawn are in their pools too.
+      choices: (split, method) -> number of the trial that did best on validation.
+      seconds: wall time of what this process did, by stage.
+    """
+
+    def __init__(self, data: Dataset[ArraySplit], config: CompareConfig, log: TrialLog, shown: bool) -> None:
+        self.data, self.config, self.log, self._shown = flattened(data), config, log, shown
+        contents = self.data.contents()
+        copies = copies_of_a_class(contents.digests, contents.labels) if log.keep_copies_together else None
+        self.splits = [make_split(self.data, i, config.splits, config.seed, copies) for i in range(config.splits)]
+        self.rows = {
+            (split, seed): self.splits[split].rows(config.validation_fraction, config.seed + seed)
+            for split in range(config.splits)
+            for seed in range(config.num_seeds)
+        }
+        train, validation = self.rows[0, 0]
+        self.copies = contents.find_copies(train, validation, self.splits[0].test_rows)
+        self.copies[0]["test_in_train_of_drawn_splits"] = sum(split.copies_apart() for split in self.splits[1:])
+        if not len(validation):
+            raise UsageError(f"{data.source}: no example is left to validate on; choose a larger validation_fraction")
+        if config.batch_size > len(train):
+            raise UsageError(f"batch_size is {config.batch_size}, but only {len(train)} examples are left to train on")
+        steps = len(train) // config.batch_size
+        epochs = config.epochs or max(20, math.ceil(MIN_STEPS / steps))
+        evaluated = len(validation) + len(self.splits[0].test_labels)
+        self.schedule = Schedule(epochs, steps, config.batch_size, min(500, evaluated))
+        sizes = (self.data.example_shape[0], data.num_classes, config.layer_width, config.num_layers, config.match)
+        built = {name: build_head(name, *sizes) for name in config.heads}
+        self.heads: dict[str, Any] = {name: head for name, (head, _) in built.items()}
+        self.sizes: dict[str, int] = {name: size for name, (_, size) in built.items()}
+        most = max(config.trials, config.num_seeds)
+        self.trainer = Trainer(self.heads, self.schedule, most, config.mode, config.workers)
+        self.methods: list[str] = [*config.heads, *(BASELINES if config.floors else ())]
+        self.choices: dict[tuple[int, str], int] = {}
+        self.seconds = {"floors": 0.0, "trials": 0.0, "seeds": 0.0}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides every record; kept in config.json."""
+        deciding = ("seed", "match", "layer_width", "num_layers", "batch_size", "validation_fraction", "standardize")
+        return {
+            "data_fingerprint": self.data.fingerprint(),
+            **{name: getattr(self.config, name) for name in deciding},
+            "ranges": {name: list(value) for name, value in self.config.ranges.items()},
+            "epochs": self.schedule.epochs,
+            # Earlier versions had no such setting, and recorded nothing.
+            **({"keep_copies_together": True} if self.log.keep_copies_together else {}),
+            "own_validation": self.splits[0].own_validation,
+            "jax_enable_x64": jax.config.values["jax_enable_x64"],
+            "jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"],
+        }
+
+    def record(self, kind: str, split: int, method: str, number: int) -> dict[str, Any]:
+        """A finished record of the log."""
+        return self.log.records[Key(kind, split, method, number)]
+
+    def run(self) -> None:
+        """Do what is not yet done."""
+        config = self.config
+        baselines = BASELINES if config.floors else ()
+        each = len(config.heads) * (config.trials + config.num_seeds) + len(baselines) * (1 + config.num_seeds)
+        total = config.splits * each
+        with progress_bar(total, "compare", "training", self._shown, unit_scale=False) as self._bar:
+            for split in range(config.splits):
+                start = time.perf_counter()
+                for baseline in baselines:
+                    self._baseline(split, baseline)
+                self.seconds["floors"] += time.perf_counter() - start
+                self._train("trial", split, config.trials)
+                for head in config.heads:
+                    tried = [self.record("trial", split, head, trial) for trial in range(config.trials)]
+                    self.choices[split, head] = max(range(config.trials), key=lambda trial: rank(tried[trial]))
+                self._train("seed", split, config.num_seeds)
+
+    @property
+    def scalings(self) -> tuple[Scaling, ...]:
+        """How features may be standardised; pixels, which all mean the same, are so by one mean and deviation."""
+        if self.config.standardize != "auto":
+            return (self.config.standardize,)
+        return ("all",) if self.data.example_dtype == np.uint8 else ("each", "all")
+
+    def _train(self, kind: str, split: int, count: int) -> None:
+        """The first `count` trials, or seeds of the best trial, of every head."""
+        start, examples, with_test = time.perf_counter(), self.splits[split], kind == "seed"
+        tasks, parts, trials = list[Task](), dict[tuple[int, Scaling], Part](), dict[Key, Trial]()
+        for head in sorted(self.sizes, key=lambda head: -self.sizes[head]):  # the longest begin first
+            for number in range(count):
+                key = Key(kind, split, head, number)
+                choice = self.choices[split, head] if with_test else number
+                trial = trials[key] = draw_trial(self.config, choice, self.scalings)
+                if self._is_done(key, [trial.as_json()]):
+                    self._bar.update(1)
+                    continue
+                rows = self.rows[split, number if with_test else 0]
+                place = number if with_test else 0, trial.standardize
+                if place not in parts:
+                    parts[place] = make_part(examples, rows, with_test, self.schedule.eval_batch_size, place[1])
+                seed = training_seed(self.config.seed, kind, number)
+                tasks.append(Task(key, head, trial.hparams, seed, parts[place]))
+        if not tasks:
+            return
+        for task, outcome, seconds in self.trainer.run(tasks, examples.examples(with_test)):
+            key = task.key
+            validation = self.rows[split, key.number if with_test else 0][1]
+            right = self._right(split, validation, np.asarray(outcome.predictions), with_test)
+            losses = np.asarray(outcome.losses)[: len(validation)]
+            record = {"setting": trials[key].as_json(), **right, "validation_loss": round(float(losses.mean()), 5)}
+            record |= {"train_loss": float(outcome.loss), "finite": bool(outcome.finite), "seconds": round(seconds, 3)}
+            self.log.add(key, record)
+            self._advance(key)
+        self.seconds[f"{kind}s"] += time.perf_counter() - start
+
+    def _is_done(self, key: Key, settings: Sequence[dict[str, Any]]) -> bool:
+        """Whether the log has its record, of one of `settings`."""
+        record = self.log.records.get(key)
+        # As text: in Python, 1 is 1.0 and True.
+        return record is not None and _text(record["setting"]) in map(_text, settings)
+
+    def _advance(self, key: Key) -> None:
+        validation = self.log.records[key]["validation_accuracy"]
+        self._bar.set_postfix({key.method: f"{100 * validation:.1f} % of validation"}, refresh=False)
+        self._bar.update(1)
+
+    def _right(self, split: int, validation: np.ndarray, predictions: np.ndarray, with_test: bool) -> dict[str, Any]:
+        """Accuracies, from predictions of the validation rows and then the test rows."""
+        examples = self.splits[split]
+        held_out = predictions[: len(validation)] == examples.labels[validation]
+        right: dict[str, Any] = {"validation_accuracy": float(held_out.mean())}
+        if with_test:
+            test = examples.test_labels
+            hits = predictions[len(validation) : len(validation) + len(test)] == test
+            right |= {"test_accuracy": float(hits.mean()), "test_hits": packed(hits)}
+        return right
+
+    def _baseline(self, split: int, baseline: str) -> None:
+        """All settings of a baseline as one record (the one that did best), then that one on every seed's split."""
+        tuned = Key("trial", split, baseline, 0)
+        settings = [baseline_settings(baseline, scaling) for scaling in self.scalings]
+        if not self._is_done(tuned, [each for alike in settings for each in alike]):
+            tried = [self._try_baseline(tuned, alike) for alike in settings]
+            best = max(tried, key=lambda record: record["validation_accuracy"])
+            self.log.add(tuned, {**best, "seconds": round(sum(record["seconds"] for record in tried), 3)})
+        self._advance(tuned)
+        for seed in range(self.config.num_seeds):
+            key, setting = Key("seed", split, baseline, seed), self.log.records[tuned]["setting"]
+            if not self._is_done(key, [setting]):
+                self.log.add(key, self._try_baseline(key, [setting]))
+            self._advance(key)
+
+    def _try_baseline(self, key: Key, settings: list[dict[str, Any]]) -> dict[str, Any]:
+        """The record of the one of `settings`, standardised alike, that does best on validation."""
+        start, examples, with_test = time.perf_counter(), self.splits[key.split], key.kind == "seed"
+        train, validation = self.rows[key.split, key.number]
+        shift, scale = standardisation(examples.inputs[train], settings[0]["standardize"])
+        evaluated = np.concatenate([validation, examples.test_rows]) if with_test else validation
+        fitted, inputs = ((examples.inputs[rows].astype(np.float32) - shift) * scale for rows in (train, evaluated))
+        predictions = predict_baseline(settings, (fitted, examples.labels[train]), inputs, self.data.num_classes)
+        rights = [self._right(key.split, validation, each, with_test) for each in predictions]
+        best = int(np.argmax([right["validation_accuracy"] for right in rights]))
+        return {"setting": settings[best], **rights[best], "seconds": round(time.perf_counter() - start, 3)}
+
+
+def make_part(
+    split: SplitExamples, rows: tuple[np.ndarray, np.ndarray], with_test: bool, eval_batch_size: int, scaling: Scaling
+) -> Part:
+    """What a training of `split` works on: `rows` (train, validation), and which are predicted, test rows last."""
+    train, validation = rows
+    evaluated = np.concatenate([validation, split.test_rows])
+    count = len(evaluated) if with_test else len(validation)
+    padded = np.pad(evaluated, (0, -len(evaluated) % eval_batch_size)).astype(np.int32)
+    return Part(train.astype(np.int32), padded, np.int32(count), *standardisation(split.inputs[train], scaling))
+
+
+def rank(record: dict[str, Any]) -> tuple[float, float]:
+    """What the trials of a head are chosen by, larger is better: accuracy, and of equal ones the loss.
+
+    The loss is -inf where it is not finite or, in records from before it was kept, not known.
+    """
+    loss = record.get("validation_loss")
+    return record["validation_accuracy"], -np.inf if loss is None else -loss
+
+
+def _text(setting: dict[str, Any]) -> str:
+    return json.dumps(setting, sort_keys=True)

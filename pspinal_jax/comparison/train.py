@@ -1,0 +1,338 @@
+"""Trainings of a head by one compiled program: one after the other on every core of a CPU, or many as one on devices.
+
+A training is a pure function of arrays, so that all trials and seeds of a head share one program. It returns
+predictions: labels of evaluated examples never enter it, and trials see zeros in place of the test examples.
+
+On CPU a vectorised head gains nothing, but cores do: a thread for each calls the same single-threaded executable (as
+fast as a process for each, measured, and compiled once). Elsewhere the program is mapped over an axis of slots, which
+is cut over the devices of the mesh; the devices exchange nothing.
+"""
+
+import bisect
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pspinal_jax.comparison.settings import HeadName, Hparams, Match, Mode
+from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
+from pspinal_jax.heads.baselines import matching_width
+from pspinal_jax.heads.layouts import training_layout
+from pspinal_jax.models import Classifier, abstract_variables, count_parameters
+from pspinal_jax.training import keys, optimizers
+from pspinal_jax.training.chunk import EpochPlan, run_chunk
+from pspinal_jax.training.layouts import convert_state, head_layouts
+from pspinal_jax.training.sharding import make_mesh, replicated_on
+from pspinal_jax.training.state import Totals, init_state
+from pspinal_jax.training.step import TrainStep, target_losses
+
+
+def build_head(
+    name: HeadName, num_features: int, num_classes: int, layer_width: int, num_layers: int, match: Match
+) -> tuple[nn.Module, int]:
+    """A head and its number of trainable parameters.
+
+    Args:
+      name: which.
+      num_features: D.
+      num_classes: C.
+      layer_width: width of each hidden layer of `progressive`, and as published of `spinal`.
+      num_layers: how many hidden layers these two have.
+      match: 'published': `spinal` has `layer_width` too. 'parameters': it has the width at which it comes closest to
+        the parameters of `progressive`. `mlp` always has; `dense` has no width to choose.
+    """
+
+    def size(head: nn.Module) -> int:
+        return count_parameters(abstract_variables(head, (num_features,))["params"])
+
+    def spinal_size(width: int) -> int:
+        return size(SpinalHead(num_classes, width, num_layers))
+
+    head: nn.Module = ProgressiveSpinalHead(num_classes, layer_width, num_layers)
+    goal = size(head)
+    if name == "dense":
+        head = DenseHead(num_classes)
+    elif name == "mlp":
+        head = MLPHead(num_classes, matching_width(goal, num_features, num_classes, batch_norm=False))
+    elif name == "spinal":
+        if match == "parameters":
+            above = bisect.bisect_left(range(2**20), goal, lo=2, key=spinal_size)
+            layer_width = min((above - 1, above), key=lambda width: abs(spinal_size(width) - goal))
+        head = SpinalHead(num_classes, layer_width, num_layers)
+    return head, size(head)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What is compiled in, beside the head.
+
+    Attributes:
+      epochs: passes over the training part.
+      steps: of an epoch.
+      batch_size: examples a step; the last, smaller batch of an epoch is left out (other examples each epoch).
+      eval_batch_size: examples predicted at a time.
+    """
+
+    epochs: int
+    steps: int
+    batch_size: int
+    eval_batch_size: int
+
+    def rates(self) -> np.ndarray:
+        """The learning rates of a one-cycle schedule with a peak of 1 as float32 [epochs, steps]."""
+        rates = partial(optimizers.learning_rates, optimizers.Schedule("one_cycle", 1.0))
+        with jax.ensure_compile_time_eval():
+            return np.stack([rates(epoch, self.steps, self.epochs) for epoch in range(self.epochs)])
+
+
+class Part(NamedTuple):
+    """Which examples a training sees, and how.
+
+    Attributes:
+      train: int32 [N], rows of the examples that are trained on.
+      evaluated: int32 [E], rows of those to predict, padded to a multiple of `eval_batch_size`.
+      count: int32 scalar, how many of these are predicted.
+      shift: float32 [D], subtracted from every example ..
+      scale: .. and what it is multiplied with after that.
+    """
+
+    train: Any
+    evaluated: Any
+    count: Any
+    shift: Any
+    scale: Any
+
+
+class Examples(NamedTuple):
+    """All examples: inputs float32 or uint8 [M, D], and labels int32 [M] of those that are trained on."""
+
+    inputs: Any
+    labels: Any
+
+
+class Outcome(NamedTuple):
+    """The result of a training.
+
+    Attributes:
+      predictions: int32 [E], of the rows `Part.evaluated`; past `Part.count`, -1.
+      losses: float32 [E], negative log-likelihood of what `Examples.labels` says of these rows; past `Part.count`, 0.
+      loss: float32, mean training loss over the last epoch.
+      finite: whether loss and gradients stayed finite.
+    """
+
+    predictions: Any
+    losses: Any
+    loss: Any
+    finite: Any
+
+
+def train_head(
+    head: nn.Module, schedule: Schedule, hparams: Hparams, seed: Any, part: Part, examples: Examples
+) -> tuple[Any, Outcome]:
+    """Train a head from its initialisation to the end of the schedule, and predict.
+
+    Args:
+      head: the head; its dropout rate comes from the hyper-parameters.
+      schedule: what is compiled in.
+      hparams: hyper-parameters, float32 scalars.
+      seed: uint32 scalar; with the data and the hyper-parameters it decides everything.
+      part: which examples.
+      examples: all of them.
+
+    Returns:
+      (state after the last step, outcome). The head's parameters in the state are in the layout that it trains with.
+    """
+    model = Classifier(head.clone(dropout_rate=hparams.dropout_rate))
+    optimizer = optimizers.make_optimizer("adamw", weight_decay=hparams.weight_decay)
+
+    def apply(variables: Any, rows: jax.Array, **options: Any) -> Any:
+        return model.apply(variables, (rows.astype(jnp.float32) - part.shift) * part.scale, **options)
+
+    step = TrainStep(apply, optimizer, partial(target_losses, label_smoothing=hparams.label_smoothing))
+    run = partial(run_chunk, step, schedule.batch_size, schedule.batch_size)
+    inputs = jax.ShapeDtypeStruct((2, *examples.inputs.shape[1:]), jnp.float32)
+    state = init_state(model, optimizer, inputs, (), False, seed)
+    if isinstance(head, ProgressiveSpinalHead):
+        layout = training_layout(head.implementation, head.num_layers, schedule.batch_size, masks_layers=False)
+        state = convert_state(state, head_layouts(layout))
+
+    def epoch(state: Any, operands: tuple[jax.Array, jax.Array]) -> tuple[Any, Totals]:
+        index, epoch_rates = operands
+        order = part.train[keys.epoch_order(seed, index, len(part.train))]
+        plan = EpochPlan(order, hparams.learning_rate * epoch_rates)
+        return run(state, Totals.zero(), seed, plan, jnp.int32(0), jnp.int32(schedule.steps), examples)
+
+    state, totals = lax.scan(epoch, state, (jnp.arange(schedule.epochs), jnp.asarray(schedule.rates())))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    predictions, losses = _predict(partial(apply, variables, train=False), schedule.eval_batch_size, part, examples)
+    loss = totals.loss[-1] / totals.count[-1]
+    return state, Outcome(predictions, losses, loss, jnp.all(totals.bad_step < 0) & jnp.isfinite(loss))
+
+
+def _predict(apply: Any, batch_size: int, part: Part, examples: Examples) -> tuple[jax.Array, jax.Array]:
+    """The most probable class of each evaluated row, and its label's negative log-likelihood."""
+
+    def body(index: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start = index * batch_size
+        rows = lax.dynamic_slice_in_dim(part.evaluated, start, batch_size)
+        inputs, labels = (array.at[rows].get(mode="promise_in_bounds") for array in examples)
+        logits = apply(inputs).astype(jnp.float32)
+        batch = jnp.argmax(logits, -1), optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        update = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return jax.tree.map(lambda rows, new: update(rows, new.astype(rows.dtype)), found, batch)
+
+    shape = part.evaluated.shape
+    batches = (part.count + batch_size - 1) // batch_size
+    predictions, losses = lax.fori_loop(0, batches, body, (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
+    counted = jnp.arange(len(predictions)) < part.count
+    return jnp.where(counted, predictions, -1), jnp.where(counted, losses, 0.0)
+
+
+class Task(NamedTuple):
+    """One training.
+
+    Attributes:
+      key: whose it is; handed back.
+      head: name of its head.
+      hparams: hyper-parameters.
+      seed: of all random numbers.
+      part: which examples; tasks that run together have parts of the same shapes and counts.
+    """
+
+    key: Any
+    head: str
+    hparams: Hparams
+    seed: int
+    part: Part
+
+
+_SLOTS, _WHOLE = PartitionSpec("data"), PartitionSpec()
+
+
+class Trainer:
+    """The programs of all heads, each compiled when it is first needed, and once.
+
+    Attributes:
+      mode: 'loop' or 'vmap'.
+      workers: trainings at a time with 'loop'.
+      compilations: how many programs were compiled, by head.
+      slots: how many trainings are one program, by head; 1 with 'loop'.
+    """
+
+    def __init__(
+        self,
+        heads: dict[str, nn.Module],
+        schedule: Schedule,
+        max_slots: int,
+        mode: Mode = "auto",
+        workers: int | None = None,
+    ) -> None:
+        self._heads, self._schedule, self._max_slots = heads, schedule, max_slots
+        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+        self.mode = ("loop" if one_cpu else "vmap") if mode == "auto" else mode
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        self.workers = workers or len(cores)
+        self.compilations: dict[str, int] = dict.fromkeys(heads, 0)
+        self.slots: dict[str, int] = dict.fromkeys(heads, 1)
+        self._mesh = make_mesh()
+        self._programs: dict[str, Callable[..., Outcome]] = {}
+
+    def run(self, tasks: Sequence[Task], examples: Examples) -> Iterator[tuple[Task, Outcome, float]]:
+        """Yield (task, outcome on the host, seconds of its own) as trainings end.
+
+        Args:
+          tasks: what to train; with 'loop' they begin in this order.
+          examples: all examples, of the same shapes in every call.
+        """
+        place = replicated_on(self._mesh) if self.mode == "vmap" else jax.devices()[0]
+        resident = Examples(*jax.device_put(tuple(examples), place))
+        yield from (self._loop if self.mode == "loop" else self._vectorised)(tasks, resident)
+
+    def _loop(self, tasks: Sequence[Task], examples: Examples) -> Iterator[tuple[Task, Outcome, float]]:
+        def work(task: Task) -> tuple[Task, Outcome, float]:
+            start = time.perf_counter()
+            outcome = jax.device_get(self._programs[task.head](*_operands(task), examples))
+            return task, outcome, time.perf_counter() - start
+
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            first = {task.head: task for task in reversed(tasks)}
+            list(pool.map(lambda task: self._compile(task, examples), first.values()))
+            for future in as_completed([pool.submit(work, task) for task in tasks]):
+                yield future.result()
+        finally:  # on an error, or where nobody asks for more: what has begun is all that still runs
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _vectorised(self, tasks: Sequence[Task], examples: Examples) -> Iterator[tuple[Task, Outcome, float]]:
+        for head in dict.fromkeys(task.head for task in tasks):
+            waiting = [task for task in tasks if task.head == head]
+            self._compile(waiting[0], examples)
+            while waiting:
+                group, waiting = waiting[: self.slots[head]], waiting[self.slots[head] :]
+                start = time.perf_counter()
+                # What is left of the slots does the last task again.
+                operands = _stacked(group + group[-1:] * (self.slots[head] - len(group)))
+                outcomes = jax.device_get(self._programs[head](*operands, examples))
+                seconds = (time.perf_counter() - start) / len(group)
+                for index, task in enumerate(group):
+                    yield task, jax.tree.map(lambda leaf, i=index: leaf[i], outcomes), seconds
+
+    def _compile(self, task: Task, examples: Examples) -> None:
+        """Compile the program of a task's head: with 'vmap' over as many slots as asked for, or as memory holds."""
+        if task.head in self._programs:
+            return
+        head, schedule, devices = self._heads[task.head], self._schedule, self._mesh.size
+
+        def train(hparams: Hparams, seed: Any, part: Part, examples: Examples) -> Outcome:
+            return train_head(head, schedule, hparams, seed, part, examples)[1]
+
+        if self.mode == "loop":
+            # The other threads have the other cores.
+            options: dict[str, Any] = {"xla_cpu_multi_thread_eigen": False} if jax.default_backend() == "cpu" else {}
+            self._programs[task.head] = jax.jit(train).lower(*_operands(task), examples).compile(options)
+            self.compilations[task.head] += 1
+            return
+        mapped = jax.vmap(train, (0, 0, Part(0, 0, None, 0, 0), None))
+        specs = (_SLOTS, _SLOTS, Part(_SLOTS, _SLOTS, _WHOLE, _SLOTS, _SLOTS), _WHOLE)
+        # The devices exchange nothing, so there is nothing for shard_map to check.
+        sharded = jax.shard_map(mapped, mesh=self._mesh, in_specs=specs, out_specs=_SLOTS, check_vma=False)
+        program = jax.jit(sharded, in_shardings=jax.tree.map(partial(NamedSharding, self._mesh), specs))
+        memory, slots = _memory_for_slots(examples), -(-self._max_slots // devices) * devices
+        while True:
+            compiled = program.lower(*_stacked([task] * slots), examples).compile()
+            self.compilations[task.head] += 1
+            analysis = compiled.memory_analysis()
+            needed = 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+            if needed <= memory or slots == devices:
+                break
+            slots = max(devices, slots // 2 // devices * devices)
+        self._programs[task.head], self.slots[task.head] = compiled, slots
+
+
+def _operands(task: Task) -> tuple[Hparams, Any, Part]:
+    hparams: Any = Hparams(*map(np.float32, task.hparams))  # type: ignore[arg-type]
+    return hparams, np.uint32(task.seed), task.part
+
+
+def _stacked(tasks: Sequence[Task]) -> tuple[Hparams, Any, Part]:
+    """The operands with a leading axis of slots, but for the count, which is everyone's."""
+    hparams, seeds, part = jax.tree.map(lambda *leaves: np.stack(leaves), *map(_operands, tasks))
+    return hparams, seeds, part._replace(count=tasks[0].part.count)
+
+
+def _memory_for_slots(examples: Examples) -> float:
+    """Bytes on a device for slots: nine tenths of what the examples leave; a CPU reports no limit."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    return float(0.9 * (limit - sum(array.nbytes for array in examples)))
