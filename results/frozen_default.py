@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 
 import pspinal_jax
 from pspinal_jax.data.dataset import split_by_class
-from pspinal_jax.runs.classification_report import calibration_error
+from pspinal_jax.runs.scores import calibration_error
 
 NAMES = {
     "caltech": "Caltech-101, 30 a class",

@@ -11,8 +11,8 @@ import argparse
 
 import numpy as np
 
-from pspinal_jax.runs.classification_report import LEVEL, bootstrap
-from pspinal_jax.runs.classification_report import _macro_f1_interval as macro_f1_interval
+from pspinal_jax.runs.scores import LEVEL, bootstrap
+from pspinal_jax.runs.scores import _macro_f1_interval as macro_f1_interval
 
 SETTINGS = [
     (classes, members, accuracy, design)

@@ -192,7 +192,6 @@ def cost(folder, data):
     import jax
 
     from pspinal_jax.data import load_data
-    from pspinal_jax.models import build_model
     from pspinal_jax.recipes import AugmentConfig, load_recipe
     from pspinal_jax.runs.build import set_up
     from pspinal_jax.training.programs import make_order
@@ -210,7 +209,7 @@ def cost(folder, data):
     loaded, turns, times = load_data(plain.data), {}, {name: [] for name in changes}
     for name, change in changes.items():
         recipe = dataclasses.replace(plain, **change)
-        setup = set_up(recipe, build_model(recipe, loaded.example_shape, loaded.num_classes), loaded)
+        setup = set_up(recipe, loaded)
         states, stage = SeedStates(setup.programs, [0]), setup.stages[0]
         order = make_order(stage.subset, setup.examples.count, vectorized=False)
         states.plan_epoch(order, 0, np.full((1, stage.steps_per_epoch), 1e-3, np.float32))

@@ -30,7 +30,7 @@ from pspinal_jax.errors import RunError
 from pspinal_jax.models import build_model, normalisation, with_default_preprocessing
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.programs import build_run_programs
+from pspinal_jax.runs.build import build_run_programs
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.programs import make_order
 

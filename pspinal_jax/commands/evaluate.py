@@ -38,8 +38,8 @@ def main(args: Sequence[str]) -> int:
         description="Evaluate the selected parameters of a run, or an export, on the test split.",
         example="pspinal-jax evaluate runs/digits --predictions predictions.csv",
     )
-    from pspinal_jax.runs.classification_report import describe_report
     from pspinal_jax.runs.evaluate import evaluate
+    from pspinal_jax.runs.report import describe_scores
 
     report = evaluate(
         parsed.run_dir,
@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> int:
         on = "on" if unknown else "on other data than the run was trained on:"
         end = "; the export does not say what it was trained on" if unknown else ""
         print(printable(f"{on} {report['data']}, {part}{end}"))
-    print("\n".join(describe_report(report)))
+    print("\n".join(describe_scores(report)))
     if report["files"]:
         print(printable(f"written to {parsed.output or parsed.run_dir}: {', '.join(report['files'])}"))
     if parsed.predictions is not None:

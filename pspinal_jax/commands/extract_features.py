@@ -41,7 +41,7 @@ def main(args: Sequence[str]) -> int:
     from pspinal_jax.models import build_model, with_default_preprocessing
     from pspinal_jax.recipes.rules import check_settings, check_settings_for
     from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
-    from pspinal_jax.runs.restore import start_variables
+    from pspinal_jax.runs.start import start_variables
 
     recipe = parsed.recipe
     if recipe.model.backbone == "none":

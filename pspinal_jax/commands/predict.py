@@ -98,7 +98,7 @@ def _source_and_images(parsed: PredictArguments) -> tuple[Path, list[Path]]:
     images = (parsed.run_dir, *parsed.images)
     if (parsed.run_dir / "config.json").is_file():
         raise UsageError(f"{parsed.run_dir} is a run directory; with --artifact, predict takes images only")
-    from pspinal_jax.export.directory import require_export
+    from pspinal_jax.runs.export import require_export
 
     require_export(parsed.artifact)
     return parsed.artifact, _listed(images)

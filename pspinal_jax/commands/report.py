@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> int:
     )
     if not parsed.runs:
         raise UsageError("report takes at least one run directory")
-    from pspinal_jax.runs.html_report import write_report
+    from pspinal_jax.runs.report import write_report
 
     output = parsed.output or (parsed.runs[0] if len(parsed.runs) == 1 else Path()) / "report.html"
     for problem in write_report(parsed.runs, output, show_progress=True):

@@ -109,7 +109,7 @@ def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:
     again = f"Go on with: pspinal-jax {shlex.join(command)}"
     try:
         with leave_at_once(f"nothing is lost. {again}"):
-            from pspinal_jax.runs.result import describe_result  # only now: these take seconds
+            from pspinal_jax.runs.report import describe_result  # only now: these take seconds
             from pspinal_jax.runs.run import train
 
             run = train(recipe, **vars(options))

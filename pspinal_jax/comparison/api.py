@@ -25,7 +25,7 @@ from pspinal_jax.progress import warn
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import TABLES, DataConfig
 from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
-from pspinal_jax.runs.restore import start_variables
+from pspinal_jax.runs.start import start_variables
 
 MAX_PIXELS = 64 * 64 * 3
 """Of images that a head sees as they are; of larger ones it sees a backbone's features."""

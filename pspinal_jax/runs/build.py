@@ -1,15 +1,23 @@
 """From a recipe, its model and its data to everything that the loop works with."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pspinal_jax.augment.mixing import mix
 from pspinal_jax.data.dataset import Dataset, Split, copies_of_a_class, hold_out
+from pspinal_jax.distributed import is_primary
+from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import UsageError
-from pspinal_jax.models import Classifier
+from pspinal_jax.heads.layouts import Layout, training_layout
+from pspinal_jax.models import Classifier, build_model
+from pspinal_jax.progress import say
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.programs import build_run_programs, check_classes, class_weights, schedule_of
 from pspinal_jax.training.examples import (
     EvaluatedSplit,
     Examples,
@@ -18,10 +26,13 @@ from pspinal_jax.training.examples import (
     StreamedExamples,
     StreamedSplit,
 )
+from pspinal_jax.training.layouts import head_layouts
 from pspinal_jax.training.loop import Setup
-from pspinal_jax.training.optimizers import learning_rates
-from pspinal_jax.training.programs import Programs
+from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
+from pspinal_jax.training.programs import Execution, Programs, build_programs
+from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
 from pspinal_jax.training.stages import LoopConfig, make_stages, selected_by
+from pspinal_jax.training.step import EvalStep, TrainStep, target_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +64,7 @@ def loop_config(recipe: Recipe) -> LoopConfig:
         keeps_first_of_ties=recipe.protocol == "paper",
         restarts_rate=recipe.optimizer.steering != "none",
         stop_on_nonfinite=recipe.on_nonfinite == "stop",
-        advice="lower --optimizer.learning-rate, or leave such steps out with --on-nonfinite skip (in another "
-        "--workdir)",
+        advice="lower optimizer.learning_rate, or leave such steps out with on_nonfinite=skip (in another workdir)",
     )
 
 
@@ -80,36 +90,34 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
         if getattr(recipe, name) and not len(validation):
             raise UsageError(
                 f"{name} is {getattr(recipe, name)}, expected {off} where nothing is held out to look at; "
-                f"hold some out with --data.{'num-validation' if data.in_memory else 'validation-fraction'}"
+                f"hold some out with data.{'num_validation' if data.in_memory else 'validation_fraction'}"
             )
     if recipe.batch_size > len(train):
         raise UsageError(
             f"batch_size is {recipe.batch_size}, but only {len(train)} examples are left to train on; "
-            "choose a smaller --batch-size"
+            "choose a smaller batch_size"
         )
     for stage in make_stages(recipe, train, validation):
         if stage.tail_size == 1 and recipe.refuses_batches_of_one:
             raise UsageError(
                 f"batch_size is {recipe.batch_size}, which leaves 1 of {len(stage.subset)} examples as the last batch "
-                "of an epoch, and batch norm learns from 2 or more; choose another --batch-size, or leave it out with "
-                "--data.drop-remainder"
+                "of an epoch, and batch norm learns from 2 or more; choose another batch_size, or leave it out with "
+                "data.drop_remainder"
             )
     return train, validation
 
 
-def set_up(
-    recipe: Recipe, model: Classifier, data: Dataset[Split], workers: int = 0, mesh: Mesh | None = None
-) -> RunSetup:
-    """Build the programs of `model` and split the data; raises as `split_examples`.
+def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0, mesh: Mesh | None = None) -> RunSetup:
+    """Build the model and its compiled steps, and split the data; raises as `split_examples`.
 
     Args:
       recipe: the recipe.
-      model: the recipe's.
       data: arrays, which are brought to the devices, or images, which are read while training.
       workers: processes that decode images; 0 for threads of this one.
       mesh: the devices; by default as `run_mesh` says.
     """
     train, validation = split_examples(recipe, data)
+    model = build_model(recipe, data.example_shape, data.num_classes)
     # A validation split of the data's own follows the training examples; stages tell them apart by index.
     pool = data.train if data.validation is None else data.train.join(data.validation)
     weights = class_weights(recipe, pool.labels[train], data.num_classes)
@@ -142,3 +150,161 @@ def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int =
     if split.inputs is None:
         return StreamedSplit(programs, split, recipe.data.side, programs.eval_batch_size, workers)
     return ResidentSplit.place(programs, (split.inputs, split.labels), programs.eval_batch_size)
+
+
+def build_run_programs(
+    recipe: Recipe,
+    model: Classifier,
+    input_shape: tuple[int, ...],
+    input_dtype: Any,
+    mesh: Mesh | None = None,
+    weights: tuple[float, ...] | None = None,
+) -> Programs:
+    """The compiled pieces of the recipe's `model`, for inputs of one example's `input_shape` and dtype.
+
+    `weights` are those of `class_weights`; only training needs them.
+    """
+    mesh = mesh or run_mesh(recipe)
+    optimizer = recipe.optimizer
+    direction = make_optimizer(
+        optimizer.name,
+        optimizer.momentum,
+        optimizer.nesterov,
+        optimizer.weight_decay,
+        recipe.gradient_clip,
+        optimizer.backbone_rate,
+    )
+    step = TrainStep(
+        model.apply,
+        direction,
+        partial(target_losses, label_smoothing=recipe.label_smoothing, class_weights=weights),
+        augment=augmentation(recipe),
+        mix=mixing(recipe),
+        ema_decay=recipe.ema_decay,
+        frozen=("backbone",) if recipe.freeze == "backbone" else (),
+        micro_batches=recipe.micro_batches,
+        skip_nonfinite=recipe.on_nonfinite == "skip",
+    )
+    execution = Execution(
+        inputs=jax.ShapeDtypeStruct(input_shape, input_dtype),
+        batch_size=recipe.batch_size,
+        eval_batch_size=recipe.eval_batch_size,
+        vectorized=runs_vectorized(recipe),
+        head_layouts={} if shards_parameters(mesh) else head_layouts(_head_layout(recipe, num_batch_shards(mesh))),
+        mesh=mesh,
+        compiler_options=convolution_options(mesh.devices.flat[0].platform) if recipe.model.backbone != "none" else {},
+        batch_norm_per_device=recipe.batch_norm == "per_device",
+    )
+    return build_programs(model, step, EvalStep(model.apply), execution)
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    """The learning-rate schedule of `recipe`."""
+    config = recipe.optimizer
+    return Schedule(
+        config.schedule, config.learning_rate, config.decay_epochs, config.warmup_fraction, config.warmup_epochs
+    )
+
+
+def class_weights(recipe: Recipe, labels: np.ndarray, num_classes: int) -> tuple[float, ...] | None:
+    """What `recipe` weights the loss of each class with, given the training `labels`; None for nothing."""
+    return balanced_weights(labels, num_classes) if recipe.class_weights == "balanced" else None
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
+    """N / (K n_c) for every class c: N `labels`, n_c of them c, K classes that occur; their mean over `labels` is 1.
+
+    A class that does not occur counts as if it did once. The same as scikit-learn's ``class_weight="balanced"``.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    present = np.count_nonzero(counts)
+    return tuple((len(labels) / (present * np.maximum(counts, 1))).tolist())
+
+
+def _head_layout(recipe: Recipe, shards: int) -> Layout:
+    model = recipe.model
+    if model.head != "progressive":
+        return "tree"
+    return training_layout(
+        model.implementation, model.num_layers, recipe.batch_size // shards, model.layer_dropout_rate > 0.0
+    )
+
+
+def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """The augmentation (key, images) -> images that `recipe` asks for, None for none."""
+    name, strength = recipe.data.augment, recipe.augment.color_jitter
+    if name == "none" and not strength:
+        return None
+    from pspinal_jax.augment import ResizedCrop, augment, color_jitter, resized_crop_flip, rotate_crop_flip
+
+    moved: Callable[[jax.Array, jax.Array], jax.Array] = augment
+    if name == "rotation_crop_flip":
+        moved = partial(rotate_crop_flip, size=recipe.data.side)
+    elif name == "resized_crop_flip":
+        settings = ResizedCrop(recipe.augment.min_area)
+        moved = partial(resized_crop_flip, size=recipe.data.side, settings=settings)
+    if not strength:
+        return moved
+    return partial(_move_and_color, None if name == "none" else moved, partial(color_jitter, strength=strength))
+
+
+def _move_and_color(moved: Any, colored: Any, key: jax.Array, images: jax.Array) -> jax.Array:
+    images = images if moved is None else moved(key, images)
+    result: jax.Array = colored(jax.random.fold_in(key, 1), images)
+    return result
+
+
+def mixing(recipe: Recipe) -> Callable[..., Any] | None:
+    """Mixup and cutmix, (key, inputs, labels) -> (inputs, targets), as `recipe` asks for them; None for none."""
+    if not recipe.augment.mixup and not recipe.augment.cutmix:
+        return None
+    return partial(mix, mixup=recipe.augment.mixup, cutmix=recipe.augment.cutmix)
+
+
+def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
+    """The devices that a run of `recipe` trains on; a line on standard error where they are not what was asked for.
+
+    Args:
+      recipe: gives the mesh, and the batches that shall divide over it.
+      resuming: for a run that has begun, perhaps elsewhere: it goes on with any number of devices.
+
+    Raises:
+      UsageError: if the mesh does not fit the devices, or batch norm has too few examples on each of them.
+    """
+    per_device, rows = recipe.batch_norm == "per_device", recipe.batch_size // recipe.micro_batches
+    asked, devices = dataclasses.astuple(recipe.mesh), jax.device_count()
+    mesh = fit_mesh(*asked, rows=rows, least=2 if per_device else 1, resuming=resuming)
+    shards = num_batch_shards(mesh)
+    if per_device and rows < 2 * shards:
+        raise UsageError(
+            f"batch_size is {recipe.batch_size}, expected at least {2 * shards * recipe.micro_batches}: with "
+            "batch_norm=per_device batch norm needs 2 examples on each device"
+        )
+    parts = " in its micro-batches" if recipe.micro_batches > 1 else ""
+    problem = f"batch_size {recipe.batch_size}{parts} does not divide over {devices} devices"
+    if per_device and rows % shards:
+        raise UsageError(f"{problem}, which batch_norm=per_device asks for; change batch_size or mesh.data")
+    line = ""
+    if rows % shards:
+        line = f"{problem}: each of them computes every batch whole"
+    elif asked[0] == -1 and mesh.size < devices:
+        line = f"{problem}: training uses {mesh.size} of them"
+    if any(length not in (-1, mesh.shape[axis]) for axis, length in zip(AXES, asked, strict=True)):
+        line = f"the run goes on over {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)} of {devices} devices"
+    if line and is_primary():
+        say(line)
+    return mesh
+
+
+def check_classes(recipe: Recipe, num_classes: int) -> None:
+    """Raise UsageError unless the classes can be sharded evenly over the mesh's axis model."""
+    shards = recipe.mesh.model
+    if num_classes % shards:
+        raise UsageError(f"mesh.model is {shards}, expected a divisor of {num_classes}, the number of classes")
+
+
+def runs_vectorized(recipe: Recipe) -> bool:
+    """Whether the seeds of `recipe` run as one program: on CPU that is no faster, elsewhere small models gain."""
+    if recipe.num_seeds == 1 or recipe.seed_mode == "loop" or recipe.data.image_size is not None:
+        return False
+    return recipe.seed_mode == "vmap" or (recipe.seed_mode == "auto" and jax.default_backend() != "cpu")

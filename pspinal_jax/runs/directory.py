@@ -5,6 +5,7 @@ Of several processes, only process 0 writes them; Orbax saves checkpoints from a
 config.json     recipe, classes, data and versions; written when the run starts, checked when it resumes
 metrics.jsonl   a line an epoch
 result.json     written when the run is finished
+manifest.json   SHA-256 of the other files on which an answer depends
 curves.png      loss and accuracy by epoch
 checkpoints/    see pspinal_jax.checkpoints
 """
@@ -13,28 +14,28 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from flax.traverse_util import flatten_dict
 
-from pspinal_jax.checkpoints.checksum import json_checksum
+from pspinal_jax import files
+from pspinal_jax.checkpoints.checksum import file_checksum, json_checksum
 from pspinal_jax.data.dataset import first_names
 from pspinal_jax.distributed import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError, printable
-from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, held, json_text, read_bytes
+from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, json_text, read_bytes
 from pspinal_jax.recipes.rules import BEFORE, default_settings
 from pspinal_jax.recipes.schema import OWN, DataConfig, Recipe
 from pspinal_jax.recipes.typed import typed
 
 _SECONDS_TO_APPEAR = 20
 _LOCK = ".lock"
-_LATER = {"jax"}
-"""Parts of the identity that older runs do not record."""
-_MOST_VALUES = 2**28
-"""Of one example: an input of a larger shape would fill the memory."""
-_MOST_METRICS_BYTES = 2**28
+_LATER = {"jax"}  # parts of the identity that older runs do not record
+_MAX_VALUES = 2**28  # of one example: an input of a larger shape would fill the memory
+_MAX_METRICS_BYTES = 2**28
+_ADVICE = "train in another workdir"
 
 
 class _Name(TypedDict):
@@ -67,6 +68,7 @@ class _Config(TypedDict):
     data_location: dict[str, str]
     device: _Device
     versions: dict[str, str | None]
+    checksum: str
 
 
 class _Summary(TypedDict):
@@ -101,12 +103,53 @@ class _Result(TypedDict):
     compile_seconds: float
 
 
+class _Manifest(TypedDict):
+    sha256: dict[str, str]
+
+
 class _Line(TypedDict):
     """What every line of metrics.jsonl has."""
 
     stage: str
     epoch: int
     step: int
+
+
+def read_checked(
+    path: Path,
+    schema: Any,
+    check: Callable[[dict[str, Any]], None] = lambda value: None,
+    advice: str = _ADVICE,
+    covers: str | None = None,
+) -> dict[str, Any]:
+    """The JSON object in `path`, of which the checksum, the types and what `check` looks at are right.
+
+    Args:
+      path: a file of `write_checked`; older ones have no checksum.
+      schema: the TypedDict of what is read of it.
+      check: raises UsageError or ValueError for values that cannot be.
+      advice: how to go on without the file.
+      covers: the entry that the checksum is of, by default all of them.
+
+    Raises:
+      RunError: if it cannot be read or is damaged.
+    """
+    try:
+        value = json.loads(read_bytes(path, MOST_JSON_BYTES).decode())
+        typed("it", value, schema)
+        checksum = value.pop("checksum", None)
+        if checksum not in (None, json_checksum(value if covers is None else value[covers])):
+            raise ValueError("it does not match its checksum")
+        check(value)
+    except (OSError, ValueError, RecursionError, UsageError) as error:
+        raise RunError(f"{path} is damaged: {error}; {advice}") from error
+    return dict(value)
+
+
+def write_checked(path: Path, value: dict[str, Any], covers: str | None = None) -> None:
+    """Write the JSON object `value` to `path` with its checksum; raises as `write_json`. See `read_checked`."""
+    plain = json.loads(json_text(value))  # as it will be read back
+    write_json(path, plain | {"checksum": json_checksum(plain if covers is None else plain[covers])})
 
 
 class RunDirectory:
@@ -117,6 +160,7 @@ class RunDirectory:
         self.config_path = path / "config.json"
         self.metrics_path = path / "metrics.jsonl"
         self.result_path = path / "result.json"
+        self.manifest_path = path / "manifest.json"
         self.curves_path = path / "curves.png"
         self.checkpoints_path = path / "checkpoints"
 
@@ -128,15 +172,34 @@ class RunDirectory:
           UsageError: if it holds a run of another configuration; the differences are named.
         """
         try:
-            if self.config_path.exists():
-                self._check_same(config)
-                return
-            entries = self.path.iterdir() if self.path.exists() else ()
+            exists = self.config_path.exists()
+            entries = self.path.iterdir() if not exists and self.path.exists() else ()
             others = [entry.name for entry in entries if entry.name != _LOCK and not entry.name.endswith(".part")]
         except OSError as error:
             raise RunError(f"work directory {self.path} cannot be read: {error.strerror or error}") from error
-        if others:
-            raise RunError(f"{self.path} holds {others[0]} but no config.json: it is no run; choose another --workdir")
+        if exists:
+            self._check_same(config)
+        elif others:
+            raise RunError(f"{self.path} holds {others[0]} but no config.json: it is not a run; choose another workdir")
+
+    def _check_same(self, config: dict[str, Any]) -> None:
+        held, identity = self.config(), config["identity"]
+        later = {key: identity[key] for key in _LATER & identity.keys()}
+        before, now = (flatten_dict(each, sep=".") for each in (later | held["identity"], identity))
+        # A setting that came later than the run is at its default.
+        before = {name: value for name, value in default_settings().items() if name in now} | before
+        changed = differences(before, now, lambda key, was, is_now: f"{key} was {was!r} and is now {is_now!r}")
+        changed.sort(key=lambda line: not line.startswith("card.name"))
+        if len(changed) == 1 and before["data_fingerprint"] != now["data_fingerprint"]:
+            what = "has had examples added, removed or changed since"
+            if held["class_names"] != config["class_names"]:
+                what = changed_classes(held["class_names"], config["class_names"])
+            raise UsageError(
+                f"{self.path} holds a run on other data: {config['data_source']} {what}; put that back, or "
+                "choose another workdir"
+            )
+        if changed:
+            raise UsageError(f"{self.path} holds another run: {', '.join(changed[:4])}; choose another workdir")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -145,53 +208,39 @@ class RunDirectory:
         Raises:
           RunError: if another process trains in it, or it cannot be written.
         """
-        if not is_primary():
-            yield
-            return
         with contextlib.ExitStack() as opened:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                other = opened.enter_context(held(self.path / _LOCK))
-            except OSError as error:
-                raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error
-            if other is not None:
-                raise RunError(
-                    f"{self.path} is in use: {other} trains there; wait until it has ended, or choose another --workdir"
-                )
+            if is_primary():
+                with writing(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    other = opened.enter_context(files.held(self.path / _LOCK))
+                if other is not None:
+                    raise RunError(
+                        f"{self.path} is in use: {other} trains there; wait until it has ended, or choose another "
+                        "workdir"
+                    )
             yield
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the directory for a run of `config` unless it holds that run already; raises as `check`.
 
         Raises:
-          RunError: if it cannot be written.
+          RunError: if it cannot be written, or process 0 has written to another file system.
         """
         if is_primary():
-            self._create(config)
+            self.check(config)
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            if not self.config_path.exists():
+                write_checked(self.config_path, config)
         barrier()
-        if not is_primary() and not self._appears():
-            raise RunError(
-                f"{self.config_path}, which process 0 has written, is not to be seen from this process; --workdir must "
-                "lie on a file system that all machines share"
-            )
-
-    def _create(self, config: dict[str, Any]) -> None:
-        self.check(config)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            there = self.config_path.exists()
-        except OSError as error:
-            raise RunError(f"work directory {self.path} cannot be written: {error.strerror or error}") from error
-        if not there:
-            write_json(self.config_path, config | {"checksum": json_checksum(config)})
-
-    def _appears(self) -> bool:
-        """Whether config.json is there, or comes to be: a network file system may take its time."""
-        for _ in range(_SECONDS_TO_APPEAR):
+        for _ in range(_SECONDS_TO_APPEAR):  # a network file system may take its time
             if self.config_path.exists():
-                return True
+                return
             time.sleep(1)
-        return self.config_path.exists()
+        raise RunError(
+            f"{self.config_path}, which process 0 has written, does not appear for this process; workdir must lie on "
+            "a file system that all machines share"
+        )
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run in this directory.
@@ -200,72 +249,29 @@ class RunDirectory:
           RunError: if there is none, or it is damaged.
         """
         if not self.config_path.is_file():
-            raise RunError(f"{self.path} is no run directory: it has no config.json; give the --workdir of a `train`")
-        config = read_json(self.config_path)
-        checksum = config.pop("checksum", None) if isinstance(config, dict) else None
-        if checksum != json_checksum(config):
-            raise RunError(f"{self.config_path} does not match its checksum: it is damaged; train in another --workdir")
-        try:
-            _check_config(config)
-        except (UsageError, ValueError) as error:
-            raise RunError(
-                f"{self.config_path} is not what `train` writes: {error}; train in another --workdir"
-            ) from error
-        return config
+            raise RunError(f"{self.path} is not a run directory: it has no config.json; give the workdir of a `train`")
+        return read_checked(self.config_path, _Config, _check_config)
 
     def result(self) -> dict[str, Any] | None:
-        """What result.json holds; None if the run is not finished.
+        """The content of result.json; None if the run is not finished.
 
         Raises:
           RunError: if it is damaged.
         """
         if not self.result_path.exists():
             return None
-        result = read_json(self.result_path)
-        checksum = result.pop("checksum", None) if isinstance(result, dict) else ""  # older runs have none
-        if checksum not in (None, json_checksum(result)):
-            raise RunError(f"{self.result_path} is damaged: it does not match its checksum; train in another --workdir")
-        try:
-            typed("it", result, _Result)
-            seeds = self.config()["num_seeds"]
-            for name in _Result.__annotations__:
-                value = result.get(name)
-                if isinstance(value, dict) and len(value["each"]) != seeds:
-                    raise UsageError(f"{name} has {len(value['each'])} values, expected one of each of {seeds} seeds")
-        except UsageError as error:
-            raise RunError(
-                f"{self.result_path} is not what `train` writes: {error}; train in another --workdir"
-            ) from error
-        return result
+        seeds = self.config()["num_seeds"]
+
+        def check(result: dict[str, Any]) -> None:
+            for name, value in result.items():
+                if name in _Result.__annotations__ and isinstance(value, dict) and len(value["each"]) != seeds:
+                    raise UsageError(f"{name} has {len(value['each'])} values, expected one for each of {seeds} seeds")
+
+        return read_checked(self.result_path, _Result, check)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Write result.json, with its checksum; raises as `write_json`."""
-        write_json(self.result_path, result | {"checksum": json_checksum(json.loads(json_text(result)))})
-
-    def _check_same(self, config: dict[str, Any]) -> None:
-        held = self.config()
-        there = held["identity"]
-        later = {key: config["identity"][key] for key in _LATER & config["identity"].keys()}
-        before, now = (flatten_dict(each, sep=".") for each in (later | there, config["identity"]))
-        # A setting that came later than the run is at its default.
-        before = {name: value for name, value in default_settings().items() if name in now} | before
-        name = before.get("card.name")
-        if name != now.get("card.name"):
-            raise UsageError(
-                f"{self.path} holds a run of the recipe {name}, not {now.get('card.name')}; choose another --workdir"
-            )
-        changed = differences(before, now, lambda key, was, is_now: f"{key} was {was!r} and is now {is_now!r}")
-        if [line.split(" was ")[0] for line in changed] == ["data_fingerprint"]:
-            what = "has had examples added, removed or changed since"
-            if held["class_names"] != config["class_names"]:
-                what = changed_classes(held["class_names"], config["class_names"])
-            raise UsageError(
-                f"{self.path} holds a run on other data: {config['data_source']} {what}; put that back, or "
-                "choose another --workdir"
-            )
-        if changed:
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-            raise UsageError(f"{self.path} holds another run: {', '.join(changed[:4])}{more}; choose another --workdir")
+        """Write result.json; raises as `write_json`."""
+        write_checked(self.result_path, result)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; damaged ones are left out, as is a last one cut off by a kill.
@@ -277,7 +283,7 @@ class RunDirectory:
             return []
         lines = []
         try:
-            content = read_bytes(self.metrics_path, _MOST_METRICS_BYTES)
+            content = read_bytes(self.metrics_path, _MAX_METRICS_BYTES)
         except OSError as error:
             raise RunError(f"{self.metrics_path} cannot be read: {error.strerror or error}") from error
         for text in content.splitlines():
@@ -288,10 +294,45 @@ class RunDirectory:
                 lines.append(line)
         return lines
 
+    def recorded(self) -> dict[str, str]:
+        """SHA-256 by the name of every file in the manifest; {} for a run without one.
+
+        Raises:
+          RunError: if the manifest is damaged.
+        """
+        if not self.manifest_path.exists():
+            return {}
+        return dict(read_checked(self.manifest_path, _Manifest, covers="sha256")["sha256"])
+
+    def record(self, *names: str) -> None:
+        """Add the files `names`, as they are now, to the manifest.
+
+        Raises:
+          RunError: if one cannot be read, or the manifest cannot be written.
+        """
+        known = self.recorded() | {name: self._file_checksum(name) for name in names}
+        write_checked(self.manifest_path, {"sha256": known}, covers="sha256")
+
+    def verify(self, *names: str) -> None:
+        """Return if the files `names` are as the manifest records them, or it does not.
+
+        Raises:
+          RunError: if one is missing or changed.
+        """
+        known = self.recorded()
+        for name in names:
+            if name in known and self._file_checksum(name) != known[name]:
+                raise RunError(f"{self.path / name} is damaged: it does not match its checksum; {_ADVICE}")
+
+    def _file_checksum(self, name: str) -> str:
+        try:
+            return file_checksum(self.path / name)
+        except OSError as error:
+            raise RunError(f"{self.path / name} cannot be read: {error.strerror or error}; {_ADVICE}") from error
+
 
 def _check_config(config: dict[str, Any]) -> None:
-    """Return if config.json holds what is read of it, in sizes that a run can have; else a UsageError or ValueError."""
-    typed("it", config, _Config)
+    """Raise UsageError or ValueError where sizes are not those of a run."""
     recipe, shape = load_recipe_of(config), config["input_shape"]
     if recipe.num_seeds != config["num_seeds"]:
         raise UsageError(f"num_seeds is {config['num_seeds']}, but {recipe.num_seeds} in its identity")
@@ -299,7 +340,7 @@ def _check_config(config: dict[str, Any]) -> None:
         raise UsageError(f"data.image_size is {OWN}, expected a number")
     side = recipe.data.side
     rank = 3 if config["input_dtype"] == "uint8" else 1
-    if len(shape) != rank or min(shape) < 1 or math.prod(shape) > _MOST_VALUES or (side and shape != [side, side, 3]):
+    if len(shape) != rank or min(shape) < 1 or math.prod(shape) > _MAX_VALUES or (side and shape != [side, side, 3]):
         raise UsageError(f"input_shape is {shape!r:.100}, expected the shape of one example of {config['input_dtype']}")
     if not config["class_names"]:
         raise UsageError("class_names is empty")
@@ -309,7 +350,7 @@ def load_recipe_of(config: dict[str, Any]) -> Recipe:
     """The recipe that a run's config.json records, its data location included; on the default mesh.
 
     Raises:
-      UsageError: if it is none.
+      UsageError: if it is not a recipe.
     """
     settings = config["identity"]
     # A setting that came later than the run is at its default.
@@ -324,7 +365,7 @@ def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfi
     """The data configuration that config.json records as these settings, at this location.
 
     Raises:
-      UsageError: if it is none.
+      UsageError: if it is not one.
     """
     data = BEFORE | settings | {key: None if value == "None" else value for key, value in location.items()}
     if data.get("image_size") is not None:
@@ -334,27 +375,15 @@ def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfi
 
 
 def changed_classes(before: Sequence[str], now: Sequence[str]) -> str:
-    """What a data set with the classes `now` has and lacks, beside the classes `before`."""
-    old, known = set(before), set(now)
-    new, gone = [name for name in now if name not in old], [name for name in before if name not in known]
+    """How a data set with the classes `now` differs from the classes `before`."""
+    known, found = set(before), set(now)
+    new, missing = [name for name in now if name not in known], [name for name in before if name not in found]
     parts = [
-        f"{verb} the {kind}class{'es' if len(names) > 1 else ''} {first_names([printable(name) for name in names])}"
-        for verb, kind, names in (("has", "new ", new), ("lacks", "", gone))
+        f"{verb} {first_names([printable(name) for name in names])}"
+        for verb, names in (("has the new classes", new), ("lacks the classes", missing))
         if names
     ]
     return " and ".join(parts) or "has its classes in another order"
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`.
-
-    Raises:
-      RunError: if it cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(read_bytes(path, MOST_JSON_BYTES).decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read: {error}; it is damaged: train again in another --workdir") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -363,13 +392,8 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
       RunError: if it cannot be written.
     """
-    write_text(path, json_text(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all; raises as `write_json`."""
-    with whole_file(path) as part:
-        part.write_text(text)
+    with writing(path):
+        files.write_json(path, value)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""`evaluate`: what a run's selected parameters, or an export, do on a test split."""
+"""`evaluate`: the scores of a run's selected parameters, or of an export, on a test split."""
 
 import contextlib
 import dataclasses
+import json
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ from pspinal_jax.data.images import ImageSplit
 from pspinal_jax.data.stream import stream
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError
-from pspinal_jax.files import check_target, expanded, write_csv
+from pspinal_jax.files import MOST_JSON_BYTES, check_target, expanded, read_bytes, write_csv
 from pspinal_jax.progress import progress_bar, warn
 from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
-from pspinal_jax.runs.classification_report import Scored, classification_report, percent, worst_first
-from pspinal_jax.runs.classifier import Classifier, load_classifier
-from pspinal_jax.runs.directory import changed_classes, data_config, read_json, write_json, writing
+from pspinal_jax.runs.directory import RunDirectory, changed_classes, data_config, write_json, writing
 from pspinal_jax.runs.metrics import plot_confusion, plot_mistakes
-from pspinal_jax.runs.seen import KINDS, read_seen
+from pspinal_jax.runs.predict import Predictor, load_predictor
+from pspinal_jax.runs.scores import Scored, percent, score_report, worst_first
+from pspinal_jax.runs.start import KINDS, read_seen
 
-MOST_MISTAKES = 24
-PICTURE_SIDE = 112
+_MAX_MISTAKES = 24
+_PICTURE_SIDE = 112
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,46 +48,43 @@ class Mistake:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """A classifier's answers for the test split of `data`.
+    """A predictor's answers for the test split of `data`.
 
     Attributes:
-      classifier: what answered.
-      data: its test split was asked.
+      predictor: gave the answers.
+      data: its test split holds the examples.
       scored: the answers.
-      report: what `evaluate` returns, without files.
+      report: the result of `evaluate`, without files.
+      transposed: the examples of `data` have rows and columns swapped.
     """
 
-    classifier: Classifier
+    predictor: Predictor
     data: Dataset[Split]
     scored: Scored
     report: dict[str, Any]
-
-    def mistakes(self, most: int = MOST_MISTAKES) -> list[Mistake]:
-        """The surest mistakes, the surest first; none where the examples are no pictures."""
-        shape, names = self.data.example_shape, self.classifier.class_names
-        if len(shape) != 3 or shape[2] not in (1, 3):
-            return []
-        turned = self.data.in_memory and self._transposed
-        found = []
-        for index in self.scored.surest_mistakes(most):
-            picture = self.data.test.read(int(index), (PICTURE_SIDE, PICTURE_SIDE))
-            found.append(
-                Mistake(
-                    names[self.scored.labels[index]],
-                    names[self.scored.predictions[index]],
-                    float(self.scored.confidence[index]),
-                    picture.swapaxes(0, 1) if turned else picture,
-                )
-            )
-        return found
+    transposed: bool
 
     @property
-    def _transposed(self) -> bool:
-        return bool(_trained_on(self.classifier).transposed)
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.predictor.class_names
+
+    def mistakes(self, most: int = _MAX_MISTAKES) -> list[Mistake]:
+        """The surest mistakes, the surest first; none where the examples are not pictures."""
+        shape, names = self.data.example_shape, self.class_names
+        if len(shape) != 3 or shape[2] not in (1, 3):
+            return []
+        found = []
+        for index in self.scored.surest_mistakes(most):
+            picture = self.data.test.read(int(index), (_PICTURE_SIDE, _PICTURE_SIDE))
+            picture = picture.swapaxes(0, 1) if self.transposed else picture
+            true, predicted = names[self.scored.labels[index]], names[self.scored.predictions[index]]
+            found.append(Mistake(true, predicted, float(self.scored.confidence[index]), picture))
+        return found
 
 
 def evaluate(
-    source: str | Path | Classifier,
+    source: str | Path | Predictor,
     seed_index: int | None = None,
     data_path: str | Path | None = None,
     *,
@@ -101,7 +99,7 @@ def evaluate(
     says so. Nothing is written into an export.
 
     Args:
-      source: run directory, or an export: its directory or a file in it; or a loaded classifier.
+      source: run directory, or an export: its directory or a file in it; or a loaded predictor.
       seed_index: which of the run's seeds; by default the best on validation.
       data_path: a data set whose test split is taken in place of the run's own, or all examples of a folder that holds
         no split and is not what the run was trained on; an export needs one.
@@ -111,7 +109,7 @@ def evaluate(
       show_progress: whether to show a bar on standard error when it takes long.
 
     Returns:
-      What `classification_report` gives, and data, where it came from, data_fingerprint, its checksum, trained_on_it,
+      The entries of `score_report`, and data, where it came from, data_fingerprint, its checksum, trained_on_it,
       whether this is the data that was trained on (None for an export that does not say), part, what of it was scored
       ('test' or 'all'), seen_in_training, how many of the examples scored the run was trained on and the accuracy of
       the others (None where that is not known: a warning says so), and files, the names of what was written.
@@ -126,86 +124,112 @@ def evaluate(
     if output is not None:
         check_target(expanded(output), "--output", "evaluation.json", "classes.csv")
     evaluated = evaluate_examples(source, seed_index, data_path, show_progress)
-    classifier = evaluated.classifier
-    folder = classifier.source if output is None else expanded(output)
-    paths = [] if classifier.recipe is None and output is None else _write(folder, evaluated)
+    predictor = evaluated.predictor
+    written: list[Path] = []
+    if predictor.recipe is not None or output is not None:
+        written = _write(predictor.source if output is None else expanded(output), evaluated)
     if table is not None:
-        write_predictions(table, evaluated)
-    if paths:
-        _draw(paths, evaluated)
-    return evaluated.report | {"files": [path.name for path in paths if path.exists()]}
+        _write_predictions(table, evaluated)
+    return evaluated.report | {"files": [path.name for path in written if path.exists()]}
 
 
 def evaluate_examples(
-    source: str | Path | Classifier,
+    source: str | Path | Predictor,
     seed_index: int | None = None,
     data_path: str | Path | None = None,
     show_progress: bool = False,
 ) -> Evaluated:
-    """As `evaluate`, which see, but nothing is written."""
+    """As `evaluate`, but nothing is written."""
     enable_compilation_cache()
-    classifier = source if isinstance(source, Classifier) else load_classifier(expanded(source), seed_index)
-    config, names = _trained_on(classifier), classifier.class_names
-    if data_path is None and classifier.recipe is None:
+    predictor = source if isinstance(source, Predictor) else load_predictor(source, seed_index)
+    config, protocol, trained_with = _trained_on(predictor)
+    names = predictor.class_names
+    if data_path is None and predictor.recipe is None:
         raise UsageError(
-            f"{classifier.source} is an export, which does not know where its data lies; name it with --data.path"
+            f"{predictor.source} is an export, which does not know where its data lies; name it with data.path"
         )
     if data_path is not None:
         config = dataclasses.replace(config, path=Path(data_path))
-    # Folders say their classes themselves: how theirs differ from the run's is told below.
+    # Folders have names for their classes, which are compared below.
     asked = dataclasses.replace(config, num_classes=None if config.image_size else len(names))
     data = load_data(asked, names, needs_test=False)
-    if data.class_names != tuple(names):
-        raise UsageError(
-            f"{data.source} {changed_classes(names, data.class_names)}; {classifier.source} tells its own {len(names)} "
-            "classes apart: give those with --data.path, or train again in another --workdir"
-        )
-    shape, dtype = data.example_shape, data.example_dtype
-    if shape != classifier.input_shape or str(dtype) != classifier.input_dtype:
-        raise UsageError(
-            f"{data.source} has inputs of shape {list(shape)} ({dtype}), but the run was trained on "
-            f"{list(classifier.input_shape)} ({classifier.input_dtype})"
-        )
-    if data.columns and classifier.columns and data.columns != classifier.columns:
-        first = next(i for i, pair in enumerate(zip(data.columns, classifier.columns, strict=True)) if len({*pair}) > 1)
-        raise UsageError(
-            f"feature {first} of {data.source} is {data.columns[first]!r}, but the run was trained on "
-            f"{classifier.columns[first]!r} there; give it the run's columns, in their order"
-        )
-    fingerprint, trained_with = _fingerprint(classifier, config, data), _trained_with(classifier)
+    _check_fits(predictor, data)
+    cut = data
+    if not data.in_memory and protocol == "validation":
+        cut = data.with_validation(config.validation_fraction, config.split_seed, config.keep_copies_together)
+    fingerprint = cut.fingerprint()
     same = None if trained_with is None else fingerprint == trained_with
     if data_path is None and not same:
         raise DataError(
             f"{data.source} is no longer what the run was trained on: examples were added, removed or changed since, "
             "and so may have been its split into training and test examples; put them back, name the data to evaluate "
-            "on with --data.path, or train again in another --workdir"
+            "on with data.path, or train again in another workdir"
         )
     part = "test"
     if not same and data.uncut is not None:
         data, part = dataclasses.replace(data, splits={**data.splits, "test": data.uncut}), "all"
-    turned = data.in_memory and config.transposed and not classifier.transposed
-    scored = _score(classifier, data.test, turned=turned, shown=show_progress)
-    report = classification_report(scored, names)
+    transposed = data.in_memory and config.transposed
+    # An export takes upright examples.
+    scored = _score(predictor, data.test, turned=transposed and not predictor.transposed, shown=show_progress)
+    report = score_report(scored, names)
     report |= {"data": data.source, "data_fingerprint": fingerprint, "trained_on_it": same, "part": part}
-    report["seen_in_training"] = _seen_in_training(classifier, data, scored, same)
-    return Evaluated(classifier, data, scored, report)
+    report["seen_in_training"] = _seen_in_training(predictor, data, scored, same)
+    return Evaluated(predictor, data, scored, report, transposed)
+
+
+def _trained_on(predictor: Predictor) -> tuple[DataConfig, str | None, str | None]:
+    """How the data of training is read, its protocol and its checksum; None where an older export does not say."""
+    metadata, shape = predictor.metadata, predictor.input_shape
+    if predictor.recipe is not None:
+        return predictor.recipe.data, predictor.recipe.protocol, str(metadata["identity"]["data_fingerprint"])
+    if "data" not in metadata:
+        size = shape[0] if len(shape) == 3 and shape[2] == 3 else None
+        return DataConfig("export", image_size=size), None, None
+    try:
+        config = data_config(metadata["data"]["settings"], {})
+        Recipe(card=Card("export", "", ""), data=config)  # which checks it
+        return config, metadata["data"].get("protocol"), metadata["data"].get("fingerprint")
+    except (UsageError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{predictor.source} does not say how its data is read: {error}; export the run again") from None
+
+
+def _check_fits(predictor: Predictor, data: Dataset[Split]) -> None:
+    """Raise UsageError where `data` has other classes, inputs or columns than those of training."""
+    names, source = predictor.class_names, predictor.source
+    if data.class_names != tuple(names):
+        raise UsageError(
+            f"{data.source} {changed_classes(names, data.class_names)}; {source} knows {len(names)} classes: give "
+            "those with data.path, or train again in another workdir"
+        )
+    found = data.example_shape, str(data.example_dtype)
+    if found != (predictor.input_shape, predictor.input_dtype):
+        raise UsageError(
+            f"{data.source} has inputs of shape {list(found[0])} ({found[1]}), but the run was trained on "
+            f"{list(predictor.input_shape)} ({predictor.input_dtype})"
+        )
+    for index, (column, expected) in enumerate(zip(data.columns, predictor.columns, strict=False)):
+        if column != expected:
+            raise UsageError(
+                f"feature {index} of {data.source} is {column!r}, but the run was trained on {expected!r}; give it the "
+                "run's columns, in their order"
+            )
 
 
 def _seen_in_training(
-    classifier: Classifier, data: Dataset[Split], scored: Scored, same: bool | None
+    predictor: Predictor, data: Dataset[Split], scored: Scored, same: bool | None
 ) -> dict[str, Any] | None:
-    """Count, and warn of, what the classifier has seen of the test split of `data`; None where that is not known.
+    """Count, and warn of, the examples of the test split that the predictor has seen; None where that is not known.
 
     Returns:
       examples, how many it has seen; trained_on, validated_on and trained_on_before, of these by the run and by that
       of --init-from; accuracy_of_others, of all that it has not seen, None where there is nothing else.
     """
-    source, test = classifier.source, data.test
-    seen = None if classifier.recipe is None else read_seen(source)
+    source, test = predictor.source, data.test
+    seen = None if predictor.recipe is None else read_seen(RunDirectory(source))
     if seen is None and same:
         seen = {"train": np.concatenate([split.digests for name, split in data.splits.items() if name != "test"])}
     if seen is None:
-        kind = "an export" if classifier.recipe is None else "a run"
+        kind = "an export" if predictor.recipe is None else "a run"
         warn(f"{source} is {kind} without checksums: it may have been trained on these examples")
         return None
     masks = {kind: np.isin(test.digests, seen.get(kind, ())) for kind in KINDS}
@@ -223,60 +247,23 @@ def _seen_in_training(
     return {"examples": int(known.sum()), **counts, "accuracy_of_others": accuracy}
 
 
-def _trained_on(classifier: Classifier) -> DataConfig:
-    """How the data of the classifier is read; of an export of before exports said so, as its inputs suggest."""
-    if classifier.recipe is not None:
-        return classifier.recipe.data
-    if "data" in classifier.described:
-        return _described_data(classifier)
-    shape = classifier.input_shape
-    return DataConfig("export", image_size=shape[0] if len(shape) == 3 and shape[2] == 3 else None)
-
-
-def _described_data(classifier: Classifier) -> DataConfig:
-    try:
-        config = data_config(classifier.described["data"]["settings"], {})
-        Recipe(card=Card("export", "", ""), data=config)  # which checks it
-    except (UsageError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"{classifier.source} does not say how its data is read: {error}; export the run again"
-        ) from None
-    return config
-
-
-def _trained_with(classifier: Classifier) -> str | None:
-    """The fingerprint of what the classifier was trained on, where it is known."""
-    if classifier.recipe is not None:
-        return str(classifier.described["identity"]["data_fingerprint"])
-    return classifier.described.get("data", {}).get("fingerprint")
-
-
-def _fingerprint(classifier: Classifier, config: DataConfig, data: Dataset[Split]) -> str:
-    """The checksum of `data` as config.json records it."""
-    recipe: Recipe | None = classifier.recipe
-    protocol = classifier.described.get("data", {}).get("protocol") if recipe is None else recipe.protocol
-    if not data.in_memory and protocol == "validation":
-        data = data.with_validation(config.validation_fraction, config.split_seed, config.keep_copies_together)
-    return data.fingerprint()
-
-
-def _score(classifier: Classifier, split: Split, *, turned: bool, shown: bool) -> Scored:
-    """The classifier's answers for `split`; the last batch is padded, and what is said of the padding dropped.
+def _score(predictor: Predictor, split: Split, *, turned: bool, shown: bool) -> Scored:
+    """The predictor's answers for `split`.
 
     Args:
-      classifier: asked.
+      predictor: gives them.
       split: examples.
       turned: the examples lie transposed, as the run saw them, and an export takes them upright.
       shown: whether to show a bar on standard error.
     """
-    parts, size = [], classifier.batch_size
+    parts, size = [], predictor.batch_size
     with (
         progress_bar(len(split), "evaluate", "example", shown, delay=2.0) as bar,
-        contextlib.closing(_batches(split, classifier.input_shape, size)) as batches,
+        contextlib.closing(_batches(split, predictor.input_shape, size)) as batches,
     ):
         for inputs, labels in batches:
             padded = np.pad(inputs, [(0, size - len(labels))] + [(0, 0)] * (inputs.ndim - 1))
-            rows = classifier.log_probabilities(padded.swapaxes(1, 2) if turned else padded)
+            rows = predictor.log_probabilities(padded.swapaxes(1, 2) if turned else padded)
             parts.append(Scored.of(labels, rows[: len(labels)]))
             bar.update(len(labels))
     return Scored.joined(parts)
@@ -292,54 +279,44 @@ def _batches(split: Split, shape: tuple[int, ...], size: int) -> Generator[tuple
 
 
 def _write(folder: Path, evaluated: Evaluated) -> list[Path]:
-    """Write the numbers; returns the paths of `_FILES`, which are others for other data than the run's own."""
-    report = evaluated.report
+    """Write scores and pictures; where they cannot be written, a warning says so. Returns the paths."""
+    report, recipe = evaluated.report, evaluated.predictor.recipe
     ending = f"-{report['data_fingerprint']}" if report["trained_on_it"] is False else ""
-    paths = [folder / f"{stem}{ending}{kind}" for stem, kind in _FILES]
+    scores, table, confusion, mistakes = paths = [
+        folder / f"{stem}{ending}{suffix}"
+        for stem, suffix in (("evaluation", ".json"), ("classes", ".csv"), ("confusion", ".png"), ("mistakes", ".png"))
+    ]
+    columns = ("support", "precision", "recall", "f1")
+    rows = [[each["name"], *(each[column] for column in columns)] for each in worst_first(report["classes"])]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(paths[0], report)
-        _write_classes(paths[1], report["classes"])
-    except (RunError, OSError) as error:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(scores, report)
+        with writing(table):
+            write_csv(table, ["class", *columns], rows)
+    except RunError as error:
         warn(str(error))
         return []
     _list_others(folder)
-    return paths
-
-
-def _draw(paths: Sequence[Path], evaluated: Evaluated) -> None:
-    """Draw the pictures among `paths`, those of `_FILES`; what cannot be drawn is a warning."""
-    report, names, recipe = evaluated.report, evaluated.classifier.class_names, evaluated.classifier.recipe
-    *_, confusion, mistakes = paths
-    name = evaluated.classifier.described.get("recipe", "export") if recipe is None else recipe.card.name
+    name = evaluated.predictor.metadata.get("recipe", "export") if recipe is None else recipe.card.name
     title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
-    plot_confusion(evaluated.scored.confusion(len(names)), list(names), confusion, title)
+    names = list(evaluated.class_names)
+    plot_confusion(evaluated.scored.confusion(len(names)), names, confusion, title)
+    mistakes.unlink(missing_ok=True)  # those of an earlier evaluation, of another seed perhaps
     try:
         found = evaluated.mistakes()
     except DataError as error:  # a picture that was there a moment ago
         warn(f"{mistakes} was not drawn: {error}")
-        return
+        return paths
     if found:
         captions = [f"{each.true}\nas {each.predicted} {100 * each.probability:.0f} %" for each in found]
         plot_mistakes([each.picture for each in found], captions, mistakes, f"{name}: the surest mistakes")
-    elif mistakes.exists():
-        mistakes.unlink()  # those of an earlier evaluation, of another seed perhaps
+    return paths
 
 
-_FILES = (("evaluation", ".json"), ("classes", ".csv"), ("confusion", ".png"), ("mistakes", ".png"))
-
-
-def _write_classes(path: Path, classes: list[dict[str, Any]]) -> None:
-    """The table of classes, worst first; of what cannot be computed, nothing."""
-    columns = ("support", "precision", "recall", "f1")
-    rows = [[each["name"], *(each[column] for column in columns)] for each in worst_first(classes)]
-    with writing(path):
-        write_csv(path, ["class", *columns], rows)
-
-
-def write_predictions(path: Path, evaluated: Evaluated) -> None:
+def _write_predictions(path: Path, evaluated: Evaluated) -> None:
     """Write a line an example; RunError if that is not possible. See `evaluate`."""
-    scored, names, split = evaluated.scored, evaluated.classifier.class_names, evaluated.data.test
+    scored, names, split = evaluated.scored, evaluated.class_names, evaluated.data.test
     rows = []
     for index, (label, predicted) in enumerate(zip(scored.labels, scored.predictions, strict=True)):
         name = Path(split.encoded.name(index)) if isinstance(split, ImageSplit) else index
@@ -351,11 +328,16 @@ def write_predictions(path: Path, evaluated: Evaluated) -> None:
 
 
 def _list_others(run: Path) -> None:
-    """Name the evaluations of other data in evaluation.json, where it is there; damaged files are passed over."""
+    """Name the evaluations of other data in evaluation.json, if it exists; damaged files are passed over."""
+
+    def read(path: Path) -> dict[str, Any]:
+        return dict(json.loads(read_bytes(path, MOST_JSON_BYTES)))
+
+    damaged = (OSError, ValueError, LookupError, TypeError, RecursionError, RunError)
     others = {}
     for path in sorted(run.glob("evaluation-*.json")):
-        with contextlib.suppress(RunError, LookupError, TypeError):
-            others[path.name] = read_json(path)["data"]
-    with contextlib.suppress(RunError, TypeError):
+        with contextlib.suppress(*damaged):
+            others[path.name] = read(path)["data"]
+    with contextlib.suppress(*damaged):
         if others:
-            write_json(run / "evaluation.json", read_json(run / "evaluation.json") | {"other_data": others})
+            write_json(run / "evaluation.json", read(run / "evaluation.json") | {"other_data": others})

@@ -1,23 +1,90 @@
-"""`export`: a run's selected parameters as a program that JAX alone runs."""
+"""`export`: a run's selected parameters as files that JAX alone runs.
 
+model.jaxexport     the serialised program, parameters included
+export.json         class names, input, source and versions; checksums of the other two, and of itself
+params.safetensors  the parameters and running statistics by themselves, see `pspinal_jax.weights.save_variables`
+"""
+
+import contextlib
 import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from pspinal_jax.checkpoints.checksum import file_checksum
 from pspinal_jax.environment import versions
-from pspinal_jax.errors import RunError
-from pspinal_jax.export.directory import check_free, write_export
-from pspinal_jax.export.program import export_classifier
-from pspinal_jax.files import expanded
+from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.files import check_target, expanded, read_bytes
 from pspinal_jax.models import build_model, count_parameters
-from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
-from pspinal_jax.runs.restore import load_variables
-from pspinal_jax.runs.result import best_seed_index
+from pspinal_jax.recipes.typed import typed
+from pspinal_jax.runs.directory import RunDirectory, load_recipe_of, read_checked, write_checked, writing
+from pspinal_jax.runs.result import best_seed_index, load_variables
+from pspinal_jax.weights.variables import first_not_finite, save_variables
+
+PROGRAM = "model.jaxexport"
+DESCRIPTION = "export.json"
+PARAMETERS = "params.safetensors"
+FORMAT = "pspinal_jax export 1"
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Of parameters: the format (flatbuffers) ends at 2 GiB, and the program itself takes some.
+MAX_BYTES = 2**31 - 2**24
+_FILES = (PROGRAM, DESCRIPTION, PARAMETERS)
+_ADVICE = "export the run again"
+
+
+class _Input(TypedDict):
+    fit: NotRequired[str]
+    columns: NotRequired[list[str]]
+
+
+class _Description(TypedDict):
+    """What is read of export.json; how its data is read is looked at where that is asked for."""
+
+    class_names: list[str]
+    input: _Input
+    output: dict[str, Any]
+    recipe: NotRequired[str]
+    sha256: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """An export, read back.
+
+    Attributes:
+      exported: the program; ``exported.call(inputs [N, ...])`` gives probabilities float32 [N, C].
+      description: the content of export.json.
+    """
+
+    exported: export.Exported
+    description: dict[str, Any]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the C classes, in the order of the probabilities."""
+        return self.description["class_names"]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One example's shape."""
+        return tuple(self.exported.in_avals[0].shape[1:])
+
+    @property
+    def input_dtype(self) -> np.dtype:
+        """The inputs' dtype: uint8 for images, float32 for features."""
+        return self.exported.in_avals[0].dtype
 
 
 def export_run(run: str | Path, output: str | Path | None = None, seed_index: int | None = None) -> Path:
-    """Write the export of a finished run; see `pspinal_jax.export.directory` for its files.
+    """Write the export of a finished run.
 
     Args:
       run: run directory.
@@ -28,39 +95,27 @@ def export_run(run: str | Path, output: str | Path | None = None, seed_index: in
       The directory written.
 
     Raises:
-      PSpinalError: if `run` is no finished run, or `output` cannot be written or holds anything but an export.
+      PSpinalError: if `run` is not a finished run, or `output` cannot be written or holds anything but an export.
     """
     run = expanded(run)
     output = run / "export" if output is None else expanded(output)
     directory = RunDirectory(run)
-    config = directory.config()
-    result = directory.result()
+    config, result = directory.config(), directory.result()
     if result is None:
         raise RunError(f"{run} is not finished: it has no result.json; run `train` again to go on")
-    check_free(output)
+    _check_free(output)
     if seed_index is None:
         seed_index = best_seed_index(config, result, directory.metrics())
     variables, config = load_variables(run, seed_index)
-    recipe, shape = load_recipe_of(config), tuple(config["input_shape"])
-    model = build_model(_for_inference(recipe), shape, len(config["class_names"]))
+    recipe, shape, names = load_recipe_of(config), tuple(config["input_shape"]), config["class_names"]
+    # The documented tree, computed in the layout that suits it.
+    inference = dataclasses.replace(recipe.model, implementation="auto", remat=False)
+    model = build_model(dataclasses.replace(recipe, model=inference), shape, len(names))
     exported = export_classifier(model, variables, shape, config["input_dtype"], transposed=recipe.data.transposed)
-    write_export(output, exported, variables, _describe(recipe, seed_index, variables, config, result))
-    return output
-
-
-def _for_inference(recipe: Recipe) -> Recipe:
-    """`recipe` with a model that computes on the documented tree in the layout that suits it."""
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, implementation="auto", remat=False))
-
-
-def _describe(
-    recipe: Recipe, seed_index: int, variables: dict[str, Any], config: dict[str, Any], result: dict[str, Any]
-) -> dict[str, Any]:
-    names = config["class_names"]
-    return {
+    description = {
         "class_names": names,
         "input": {
-            "shape": ["N", *config["input_shape"]],
+            "shape": ["N", *shape],
             "dtype": config["input_dtype"],
             **({"fit": recipe.data.fit} if recipe.data.fit != "squash" else {}),
             **({"columns": config["columns"]} if config.get("columns") else {}),
@@ -82,3 +137,156 @@ def _describe(
         "trained_with": config["versions"],
         "exported_with": versions(),
     }
+    write_export(output, exported, variables, description)
+    return output
+
+
+def export_classifier(
+    model: nn.Module,
+    variables: dict[str, Any],
+    input_shape: tuple[int, ...],
+    input_dtype: Any,
+    *,
+    transposed: bool = False,
+) -> export.Exported:
+    """The program inputs -> probabilities of `model`, lowered for `PLATFORMS`, with its variables as constants.
+
+    Args:
+      model: called as ``model.apply(variables, inputs [N, ...], train=False) -> logits [N, C]``.
+      variables: what it applies.
+      input_shape: one example's shape; the batch size N is left open.
+      input_dtype: their dtype.
+      transposed: the model saw images with rows and columns swapped; the program takes them upright and swaps them.
+
+    Returns:
+      Its ``call`` takes one array of inputs and gives float32 [N, C], each row of sum 1.
+
+    Raises:
+      RunError: if the variables are too large for one file, or not finite.
+    """
+    # Host arrays: nothing of the devices that hold them enters the program.
+    held = jax.device_get(variables)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
+    if size > MAX_BYTES:
+        raise RunError(f"the parameters take {size / 1e9:.1f} GB; an export holds up to {MAX_BYTES / 1e9:.1f} GB")
+    # XLA's CPU compiler may make anything of a constant that is NaN.
+    if (name := first_not_finite(held)) is not None:
+        raise RunError(f"the variables are not finite, {name} first; an export would give no probabilities")
+
+    def probabilities(inputs: jax.Array) -> jax.Array:
+        logits = model.apply(held, inputs.swapaxes(1, 2) if transposed else inputs, train=False)
+        return jax.nn.softmax(logits.astype(jnp.float32))  # type: ignore[union-attr]
+
+    inputs = jax.ShapeDtypeStruct((*export.symbolic_shape("N"), *input_shape), input_dtype)
+    return export.export(jax.jit(probabilities), platforms=PLATFORMS)(inputs)
+
+
+def write_export(path: Path, exported: export.Exported, variables: dict[str, Any], description: dict[str, Any]) -> None:
+    """Write an export to the directory `path`, whole or not at all; one that is there is replaced.
+
+    Args:
+      path: the directory; its parents are made.
+      exported: of `export_classifier`.
+      variables: written beside it, by themselves.
+      description: the content of export.json besides format and checksums: at least class_names, input and output.
+
+    Raises:
+      RunError: if `path` holds something else, or cannot be written.
+    """
+    path = expanded(path).resolve()
+    _check_free(path)
+    with writing(path), _new_folder(path) as part:
+        (part / PROGRAM).write_bytes(exported.serialize())
+        save_variables(part / PARAMETERS, variables)
+        checksums = {name: file_checksum(part / name) for name in (PROGRAM, PARAMETERS)}
+        write_checked(part / DESCRIPTION, {"format": FORMAT, **description, "sha256": checksums})
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, which takes its place at the end of the `with`; what a kill leaves, the next removes."""
+    part, old = (path.with_name(f".{path.name}.export-{kind}") for kind in ("part", "old"))
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if path.exists():
+            os.replace(path, old)
+        os.replace(part, path)
+    finally:
+        for folder in (part, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_export(path: Path) -> bool:
+    """Whether `path` is a directory with the description of an export."""
+    return (path / DESCRIPTION).is_file()
+
+
+def require_export(path: Path) -> None:
+    """Return if `path` is an export; RunError says what to give otherwise."""
+    if not is_export(path):
+        raise RunError(f"{path} is not an export: it has no {DESCRIPTION}; give the output of an `export`")
+
+
+def _check_free(path: Path) -> None:
+    """Raise RunError unless an export can be written to `path`: nothing, an empty directory or an older export."""
+    path = expanded(path).resolve()
+    check_target(path.parent, "the folder of the export,", f".{path.name}.export-part/{PROGRAM}")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"{path} is a file; choose another output")
+    names = sorted(entry.name for entry in path.iterdir())
+    others = [name for name in names if name not in _FILES]
+    if names and (others or not is_export(path)):
+        raise RunError(f"{path} holds {(others or names)[0]} and is not an export; choose another output")
+    if names:
+        with contextlib.suppress(_Damaged):  # which a new export replaces
+            _read_description(path)
+
+
+class _Damaged(RunError):
+    pass
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    file = path / DESCRIPTION
+    try:
+        description = read_checked(file, dict[str, Any], advice=_ADVICE)
+    except RunError as error:
+        raise _Damaged(str(error)) from error
+    if description.get("format") != FORMAT:
+        raise RunError(f"{file} does not describe an export of this version: it has no format {FORMAT!r}")
+    try:
+        typed("it", description, _Description)
+    except UsageError as error:
+        raise _Damaged(f"{file} is damaged: {error}; {_ADVICE}") from error
+    return description
+
+
+def read_export(path: Path) -> Artifact:
+    """The export in the directory `path`.
+
+    Raises:
+      RunError: if there is none, or it is damaged.
+    """
+    require_export(path)
+    description, program = _read_description(path), path / PROGRAM
+    try:
+        if file_checksum(program) != description["sha256"][PROGRAM]:
+            raise RunError(f"{program} is damaged: it does not match its checksum in {DESCRIPTION}; {_ADVICE}")
+        exported = export.deserialize(bytearray(read_bytes(program, 2**31)))
+    except OSError as error:
+        raise RunError(f"{program} cannot be read: {error.strerror or error}; {_ADVICE}") from error
+    except RunError:
+        raise
+    except Exception as error:  # of a JAX too old or too new for it; of bytes that are no program, of any kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise RunError(f"{program} cannot be read by jax {jax.__version__}: {reason}; {_ADVICE}") from error
+    inputs, outputs, classes = exported.in_avals, exported.out_avals, len(description["class_names"])
+    if len(inputs) != 1 or len(outputs) != 1 or outputs[0].ndim != 2 or outputs[0].shape[1] != classes:
+        shapes = ", ".join(str(array) for array in (*inputs, *outputs))
+        raise RunError(f"{program} does not take inputs to probabilities of {classes} classes: {shapes}")
+    return Artifact(exported, description)

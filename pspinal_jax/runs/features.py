@@ -1,11 +1,10 @@
-"""A run on cached features: its head trains on what a frozen backbone, which runs over the data once, gives.
+"""Cached features: a frozen backbone runs over the data once, and the head trains on its features as on any data.
 
-The features are made when the run starts. They are kept in its directory, beside the backbone that completes the head.
+The features are kept in the run's directory, beside the backbone that completes the head.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from pspinal_jax.data.dataset import ArraySplit, Dataset, Split, array_dataset
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.distributed import barrier, broadcast_from_primary, is_primary, put, whole
 from pspinal_jax.environment import convolution_options, jit_with
-from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.models import Classifier
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import AugmentConfig, Recipe
-from pspinal_jax.runs import manifest
+from pspinal_jax.runs.build import augmentation
 from pspinal_jax.runs.directory import RunDirectory, whole_file
-from pspinal_jax.runs.programs import augmentation
 from pspinal_jax.training import keys
 from pspinal_jax.training.examples import process_local_batches
 from pspinal_jax.training.sharding import divisible_size, fit_mesh, shard_process_local, shardings
@@ -50,29 +47,20 @@ def head_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def head_of(start: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The head's part of the variables that `start` gives."""
-    parts = {name: {key: tree[key] for key in tree if key != "backbone"} for name, tree in start().items()}
+def without_backbone(variables: dict[str, Any]) -> dict[str, Any]:
+    """The head's part of `variables`."""
+    parts = {name: {key: tree[key] for key in tree if key != "backbone"} for name, tree in variables.items()}
     return {name: tree for name, tree in parts.items() if tree}
 
 
-def save_backbone(path: Path, variables: dict[str, Any]) -> None:
-    """Write the backbone's part of `variables`, whole or not at all."""
-    save_variables(path, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
-
-
-def add_backbone(directory: Path, variables: dict[str, Any]) -> dict[str, Any]:
+def add_backbone(directory: RunDirectory, variables: dict[str, Any]) -> dict[str, Any]:
     """The variables of a run's head, completed by its frozen backbone.
 
     Raises:
-      RunError: if the backbone's file is missing or damaged.
+      PSpinalError: if the backbone's file is missing or damaged.
     """
-    path = directory / BACKBONE
-    manifest.check(directory, BACKBONE)
-    try:
-        trees = read_variables(path)
-    except DataError as error:
-        raise RunError(f"the run's frozen backbone: {error}; train again") from error
+    directory.verify(BACKBONE)
+    trees = read_variables(directory.path / BACKBONE)
     return {name: {**tree, **({"backbone": trees[name]} if name in trees else {})} for name, tree in variables.items()}
 
 
@@ -89,66 +77,50 @@ def extract_features(
       data: images.
       workers: processes that decode them; 0 for threads of this one.
     """
-    extractor = _Extractor(recipe, model, variables, workers)
-    passes = [
-        extractor.run(_moved(recipe, data.train, view), f"features, view {view + 1}", view)
-        for view in range(recipe.feature_views)
-    ]
-    train = np.concatenate(passes) if passes else extractor.run(data.train, "features of train")
-    splits = {"train": ArraySplit(train, np.tile(data.train.labels, max(1, recipe.feature_views)))}
-    for name, split in data.splits.items():
-        if name != "train":
-            splits[name] = ArraySplit(extractor.run(split, f"features of {name}"), split.labels)
-    return array_dataset(splits, data.class_names, f"features of {data.source}")
+    # Never refused: the run may have begun on other devices. Any number divides over itself.
+    mesh = fit_mesh(*dataclasses.astuple(recipe.mesh), rows=jax.device_count(), resuming=True)
+    placed_variables = put(variables, shardings(mesh, variables))
+    augment = augmentation(recipe)
 
+    def plain(variables: Any, images: jax.Array) -> jax.Array:
+        features = model.apply(variables, images, False, method="features")
+        return features.astype(jnp.float32)  # type: ignore[union-attr]
 
-def _moved(recipe: Recipe, split: Split, view: int) -> Split:
-    return split.random_crop(recipe.data.split_seed, view) if recipe.data.crops else split
+    def augmented(variables: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+        return plain(variables, images if augment is None else augment(key, images))
 
+    jit = partial(jit_with, convolution_options(mesh.devices.flat[0].platform))
+    compiled_plain, compiled_augmented = jit(plain), jit(augmented)
 
-class _Extractor:
-    def __init__(self, recipe: Recipe, model: Classifier, variables: dict[str, Any], workers: int) -> None:
-        self._recipe, self._workers = recipe, workers
-        # Never refused: the run may have begun on other devices. Any number divides over itself.
-        self._mesh = fit_mesh(*dataclasses.astuple(recipe.mesh), rows=jax.device_count(), resuming=True)
-        self._variables = put(variables, shardings(self._mesh, variables))
-        augment = augmentation(recipe)
-
-        def plain(variables: Any, images: jax.Array) -> jax.Array:
-            features = model.apply(variables, images, False, method="features")
-            return features.astype(jnp.float32)  # type: ignore[union-attr]
-
-        def augmented(variables: Any, images: jax.Array, key: jax.Array) -> jax.Array:
-            return plain(variables, images if augment is None else augment(key, images))
-
-        jit = partial(jit_with, convolution_options(self._mesh.devices.flat[0].platform))
-        self._plain, self._augmented = jit(plain), jit(augmented)
-
-    def run(self, split: Split, description: str, view: int | None = None) -> np.ndarray:
+    def run(split: Split, description: str, view: int | None = None) -> np.ndarray:
         """Features [N, D] of `split`; augmented with the random numbers of pass `view`."""
-        data, size = self._recipe.data, self._recipe.eval_batch_size
-        if view is None:  # random numbers are drawn by the batch, so views have batches of one size on all devices
-            size = divisible_size(self._mesh, size)
-        side = data.train_side if view is not None else data.side
-        key = jax.random.fold_in(keys.init_key(data.split_seed), view or 0)
-        parts = []
-        with (
-            contextlib.closing(
-                process_local_batches(
-                    self._mesh, split, np.arange(len(split)), (side, side), size, workers=self._workers, pad=True
-                )
-            ) as batches,
-            progress_bar(len(split), description, "image", is_primary()) as bar,
-        ):
-            for index, ((images, _), count) in enumerate(batches):
-                placed = shard_process_local(self._mesh, images, size)
+        # Random numbers are drawn by the batch, so views have batches of one size on all devices.
+        size = divisible_size(mesh, recipe.eval_batch_size) if view is None else recipe.eval_batch_size
+        side = recipe.data.side if view is None else recipe.data.train_side
+        key = jax.random.fold_in(keys.init_key(recipe.data.split_seed), view or 0)
+        order, parts = np.arange(len(split)), []
+        local = process_local_batches(mesh, split, order, (side, side), size, workers=workers, pad=True)
+        with contextlib.closing(local), progress_bar(len(split), description, "image", is_primary()) as bar:
+            for index, ((images, _), count) in enumerate(local):
+                placed = shard_process_local(mesh, images, size)
                 if view is None:
-                    features = self._plain(self._variables, placed)
+                    features = compiled_plain(placed_variables, placed)
                 else:
-                    features = self._augmented(self._variables, placed, jax.random.fold_in(key, index))
+                    features = compiled_augmented(placed_variables, placed, jax.random.fold_in(key, index))
                 parts.append(whole(features)[:count])
                 bar.update(count)
         return np.concatenate(parts)
+
+    views = []
+    for view in range(recipe.feature_views):
+        split = data.train.random_crop(recipe.data.split_seed, view) if recipe.data.crops else data.train
+        views.append(run(split, f"features, view {view + 1}", view))
+    train = np.concatenate(views or [run(data.train, "features of train")])
+    splits = {"train": ArraySplit(train, np.tile(data.train.labels, max(1, recipe.feature_views)))}
+    for name, split in data.splits.items():
+        if name != "train":
+            splits[name] = ArraySplit(run(split, f"features of {name}"), split.labels)
+    return array_dataset(splits, data.class_names, f"features of {data.source}")
 
 
 def save_features(path: Path, data: Dataset[ArraySplit]) -> None:
@@ -163,7 +135,7 @@ def save_features(path: Path, data: Dataset[ArraySplit]) -> None:
 def cached_features(
     recipe: Recipe,
     model: Classifier,
-    start: Callable[[], dict[str, Any]],
+    start: dict[str, Any],
     data: Dataset[Split],
     directory: RunDirectory,
     workers: int,
@@ -173,22 +145,22 @@ def cached_features(
     Args:
       recipe: has a frozen backbone.
       model: the recipe's.
-      start: gives the variables that the run starts from, see `start_variables`.
+      start: the variables that the run starts from, see `start_variables`.
       data: images.
       directory: the run's.
       workers: processes that decode them; 0 for threads of this one.
     """
-    path = directory.path / FEATURES
-    if not broadcast_from_primary(lambda: path.exists() and (directory.path / BACKBONE).exists()):
-        variables = complete_backbone(recipe, model, start(), data.example_shape, data.example_dtype)
-        features = extract_features(recipe, model, variables, data, workers)
+    features, backbone = directory.path / FEATURES, directory.path / BACKBONE
+    if not broadcast_from_primary(lambda: features.exists() and backbone.exists()):
+        variables = complete_backbone(recipe, model, start, data.example_shape, data.example_dtype)
+        found = extract_features(recipe, model, variables, data, workers)
         if is_primary():
-            save_backbone(directory.path / BACKBONE, variables)
-            save_features(path, features)
-            manifest.record(directory.path, BACKBONE, FEATURES)
+            save_variables(backbone, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
+            save_features(features, found)
+            directory.record(BACKBONE, FEATURES)
         barrier()
-    manifest.check(directory.path, BACKBONE, FEATURES)
-    return read_npz(path, data.num_classes)
+    directory.verify(BACKBONE, FEATURES)
+    return read_npz(features, data.num_classes)
 
 
 def complete_backbone(

@@ -1,4 +1,4 @@
-"""What a run reports: an epoch's line, mean and spread over seeds, TensorBoard events, and plots."""
+"""An epoch's line as it ends, mean and std over seeds, TensorBoard events, and plots."""
 
 import contextlib
 import time
@@ -13,14 +13,13 @@ from pspinal_jax.errors import UsageError
 from pspinal_jax.files import json_text
 from pspinal_jax.pictures import drawable, drawn
 from pspinal_jax.progress import warn
-from pspinal_jax.runs.directory import RunDirectory, write_json, write_text, writing
+from pspinal_jax.runs.directory import RunDirectory, whole_file, write_json, writing
 from pspinal_jax.training.history import History
 from pspinal_jax.training.loop import REPORT
 
-_LONGEST_CAPTION = 26
-_MOST_DRAWN_CLASSES = 500
-MOST_NUMBERED_CLASSES = 30
-"""Above so many classes the confusion matrix shows colours only."""
+MAX_NUMBERED_CLASSES = 30  # of a confusion matrix; more show colours only
+_MAX_DRAWN_CLASSES = 500
+_MAX_CAPTION = 26
 
 
 class MetricsWriter:
@@ -45,23 +44,23 @@ class MetricsWriter:
             self._events.close()
 
     def rewind(self, finished: Sequence[tuple[str, int]]) -> None:
-        """Keep the lines of `finished`, the (stage, epoch) that the restored checkpoint knows of; say what is missing.
+        """Keep the lines of `finished`, the (stage, epoch) that the restored checkpoint knows; warn of missing ones.
 
         Raises:
           RunError: if it cannot be written.
         """
         if not is_primary():
             return
-        there = {(line["stage"], line["epoch"]): line for line in reversed(self.directory.metrics())}
-        lines = [there[epoch] for epoch in finished if epoch in there]
-        missing = [f"{stage} {epoch}" for stage, epoch in finished if (stage, epoch) not in there]
-        if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        path = self.directory.metrics_path
+        known = {(line["stage"], line["epoch"]): line for line in reversed(self.directory.metrics())}
+        lines = [known[epoch] for epoch in finished if epoch in known]
+        if missing := [f"{stage} {epoch}" for stage, epoch in finished if (stage, epoch) not in known]:
             warn(
-                f"{self.directory.metrics_path} is damaged: it lacks the lines of finished epochs "
-                f"({', '.join(missing[:5])}{more}); the run goes on, and its result does not depend on them"
+                f"{path} is damaged: it lacks the lines of finished epochs ({', '.join(missing[:5])}); the run goes "
+                "on, and its result does not depend on them"
             )
-        write_text(self.directory.metrics_path, "".join(json_text(line) + "\n" for line in lines))
+        with whole_file(path) as part:
+            part.write_text("".join(json_text(line) + "\n" for line in lines))
         if self._events is not None:
             self._events.restart(lines)
 
@@ -84,7 +83,10 @@ class MetricsWriter:
 
 
 class _Events:
-    """TensorBoard's files, a folder for each stage, written by tensorboardX (no TensorFlow) without a thread."""
+    """TensorBoard's files, a folder for each stage.
+
+    By tensorboardX's file writer: its SummaryWriter writes in a thread, so a flush may miss lines and an error is lost.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -128,7 +130,7 @@ def check_installed() -> None:
     try:
         import tensorboardX  # noqa: F401
     except ImportError:
-        raise UsageError("--tensorboard needs tensorboardX; in the checkout: pip install '.[tensorboard]'") from None
+        raise UsageError("tensorboard needs tensorboardX; in the checkout: pip install '.[tensorboard]'") from None
 
 
 def summary(values: list[float]) -> dict[str, Any]:
@@ -154,10 +156,10 @@ def plot_confusion(matrix: Any, class_names: list[str], path: Path, title: str) 
     from scipy.sparse import coo_array
 
     pairs, count = coo_array(matrix), len(class_names)
-    each = -(-count // _MOST_DRAWN_CLASSES)
+    each = -(-count // _MAX_DRAWN_CLASSES)
     side = -(-count // each)
     matrix = coo_array((pairs.data, (pairs.row // each, pairs.col // each)), shape=(side, side)).toarray()
-    size = float(np.clip(0.45 * count, 5, 16)) if count <= MOST_NUMBERED_CLASSES else 9.0
+    size = float(np.clip(0.45 * count, 5, 16)) if count <= MAX_NUMBERED_CLASSES else 9.0
     with drawn(path, size + 1, size) as figure:
         axis = figure.subplots()
         fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -167,7 +169,7 @@ def plot_confusion(matrix: Any, class_names: list[str], path: Path, title: str) 
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
         axis.set_title(drawable(title))
-        if len(class_names) <= MOST_NUMBERED_CLASSES:
+        if len(class_names) <= MAX_NUMBERED_CLASSES:
             labels = [drawable(name) for name in class_names]
             # Names that cannot be told apart any more have their number before them.
             labels = labels if len({*labels}) == len(labels) else [f"{i}: {label}" for i, label in enumerate(labels)]
@@ -188,6 +190,6 @@ def plot_mistakes(pictures: Sequence[np.ndarray], captions: Sequence[str], path:
             axis.set_axis_off()
         for axis, picture, caption in zip(figure.axes, pictures, captions, strict=False):
             axis.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=255)
-            lines = [drawable(line, _LONGEST_CAPTION) for line in caption.splitlines()]
+            lines = [drawable(line, _MAX_CAPTION) for line in caption.splitlines()]
             axis.set_title("\n".join(lines), fontsize=7)
         figure.suptitle(drawable(title))

@@ -1,4 +1,4 @@
-"""`predict`: the classes that a run, or an export of one, gives images."""
+"""`predict`: the classes that a run, or an export of one, gives images or rows of features."""
 
 import collections
 import contextlib
@@ -7,33 +7,161 @@ import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from pspinal_jax.data.decode import decode
 from pspinal_jax.data.images import MAX_BYTES, list_images
 from pspinal_jax.data.tables import read_rows
-from pspinal_jax.environment import enable_compilation_cache
-from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.distributed import put
+from pspinal_jax.environment import convolution_options, enable_compilation_cache, jit_with
+from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import expanded, read_bytes
+from pspinal_jax.models import build_model
 from pspinal_jax.progress import progress_bar
-from pspinal_jax.recipes.schema import TABLES
-from pspinal_jax.runs.classifier import Classifier, load_classifier
+from pspinal_jax.recipes.schema import TABLES, Recipe
+from pspinal_jax.runs.directory import load_recipe_of
+from pspinal_jax.runs.export import DESCRIPTION, PROGRAM, is_export, read_export
+from pspinal_jax.runs.result import load_variables
+from pspinal_jax.training.sharding import divisible_size, make_mesh, replicated_on, shard_batch
 
 BATCH_SIZE = 32
-_MOST_THREADS = 8
-_BATCHES_AHEAD = 3
-"""How many batches of images are decoded while the model is at work."""
+_EXPORT_BATCH = 64
+_MAX_THREADS = 8
+_BATCHES_AHEAD = 3  # decoded while the model works
 
 Images = Any
 """Paths, Pillow images, arrays and frames, see `predict`."""
+ResizeMode = Literal["squash", "crop", "pad"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A run or an export as evaluation and prediction need it.
+
+    Attributes:
+      source: the run or the export.
+      class_names: names of the C classes.
+      input_shape: one example's shape.
+      input_dtype: 'uint8' for images, 'float32' for features.
+      columns: names of the features, where a table gave them.
+      batch_size: examples that an evaluation hands it at a time.
+      log_probabilities: inputs [B, ...] on the host to float64 [B, C], nats; RunError where they are not finite. It
+        compiles for each B.
+      transposed: it takes images with rows and columns swapped.
+      fit: how an image of another aspect becomes one of the input's, see `pspinal_jax.data.decode.decode`.
+      recipe: what the run was trained by, its data included; None for an export.
+      metadata: config.json of the run, export.json of the export.
+    """
+
+    source: Path
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    input_dtype: str
+    columns: tuple[str, ...]
+    batch_size: int
+    log_probabilities: Callable[[np.ndarray], np.ndarray]
+    transposed: bool
+    fit: ResizeMode
+    recipe: Recipe | None
+    metadata: dict[str, Any]
+
+
+def load_predictor(source: str | Path, seed_index: int | None = None) -> Predictor:
+    """The predictor of a run's selected parameters, or of an export.
+
+    Args:
+      source: run directory, the directory of an export, or a file in it.
+      seed_index: which of the run's seeds; by default the best on validation. An export has but one.
+
+    Raises:
+      UsageError: if there is no such seed.
+      RunError: if the run or the export cannot be read.
+    """
+    source = expanded(source)
+    if source.name in (PROGRAM, DESCRIPTION) and source.is_file():
+        source = source.parent
+    if not is_export(source):
+        return _of_run(source, seed_index)
+    if seed_index is not None:
+        raise UsageError(f"seed_index is {seed_index}, but {source} is an export, of one seed; leave it out")
+    return _of_export(source)
+
+
+def _of_run(run: Path, seed_index: int | None) -> Predictor:
+    variables, config = load_variables(run, seed_index)
+    recipe, names, shape = load_recipe_of(config), config["class_names"], tuple(config["input_shape"])
+    model = build_model(recipe, shape, len(names))
+    mesh = make_mesh()
+    options = convolution_options(mesh.devices.flat[0].platform) if recipe.model.backbone != "none" else {}
+
+    def logits(variables: Any, inputs: jax.Array) -> jax.Array:
+        return model.apply(variables, inputs, train=False).astype(jnp.float32)  # type: ignore[union-attr]
+
+    compiled = jit_with(options, logits, out_shardings=replicated_on(mesh))
+    placed = put(variables, replicated_on(mesh))
+
+    def log_probabilities(inputs: np.ndarray) -> np.ndarray:
+        rows = np.asarray(compiled(placed, shard_batch(mesh, inputs)), np.float64)
+        if not np.isfinite(rows).all():
+            raise RunError(f"{run} gives logits that are not finite: training diverged; its answers would mean nothing")
+        rows -= np.logaddexp.reduce(rows, axis=-1, keepdims=True)
+        return rows
+
+    return Predictor(
+        source=run,
+        class_names=tuple(names),
+        input_shape=shape,
+        input_dtype=config["input_dtype"],
+        columns=tuple(config.get("columns", ())),
+        batch_size=divisible_size(mesh, recipe.eval_batch_size),
+        log_probabilities=log_probabilities,
+        transposed=recipe.data.transposed,
+        fit=recipe.data.fit,
+        recipe=recipe,
+        metadata=config,
+    )
+
+
+def _of_export(path: Path) -> Predictor:
+    artifact = read_export(path)
+    fit = artifact.description["input"].get("fit", "squash")
+    if fit not in get_args(ResizeMode):
+        raise RunError(f"{path / DESCRIPTION} has the fit {fit!r}, expected squash, crop or pad; export the run again")
+    compiled = jax.jit(artifact.exported.call)
+
+    def log_probabilities(inputs: np.ndarray) -> np.ndarray:
+        try:
+            rows = np.asarray(compiled(inputs), np.float64)
+        except Exception as error:  # of many kinds, where the program's bytes are not ours
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise RunError(f"the program of {path} cannot be run: {reason}; export the run again") from error
+        if not np.isfinite(rows).all():
+            raise RunError(f"{path} gives probabilities that are not finite: it is damaged, or training diverged")
+        return np.log(np.maximum(rows, np.finfo(np.float32).tiny))
+
+    return Predictor(
+        source=path,
+        class_names=tuple(artifact.class_names),
+        input_shape=artifact.input_shape,
+        input_dtype=str(artifact.input_dtype),
+        columns=tuple(artifact.description["input"].get("columns", ())),
+        batch_size=_EXPORT_BATCH,
+        log_probabilities=log_probabilities,
+        transposed=False,
+        fit=fit,
+        recipe=None,
+        metadata=artifact.description,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image.
+    """The most probable classes of one image.
 
     Attributes:
       path: the image's file, or a table's with the row's number after a colon; None for an array or a Pillow image.
@@ -47,7 +175,7 @@ class Prediction:
 
 
 def predict(
-    source: str | Path | Classifier,
+    source: str | Path | Predictor,
     images: Images,
     top: int = 1,
     seed_index: int | None = None,
@@ -55,11 +183,11 @@ def predict(
 ) -> list[Prediction]:
     """Classify images, or rows of features, with a run's selected parameters.
 
-    Images are decoded by threads while the model works on those before. One program is compiled, for batches of one
-    size, a power of two up to 32; the last one is padded. A classifier compiles for each such size once.
+    Images are decoded by threads while the model works on those before. All batches have one size, a power of two up
+    to 32, the last one is padded. A predictor compiles for each such size once.
 
     Args:
-      source: run directory, or an export: its directory or a file in it; or a loaded classifier.
+      source: run directory, or an export: its directory or a file in it; or a loaded predictor.
       images: files of any format that Pillow reads, Pillow images, and arrays uint8 [H, W] or [H, W, C], C 1 or 3; or
         one array uint8 [N, H, W] or [N, H, W, C]. Each may have any size: it is resized to what the model sees.
         For a run that was trained on features, numbers [N, D] as an array or a frame, or tables by their paths.
@@ -76,24 +204,40 @@ def predict(
       RunError: if the run or the export cannot be read.
     """
     enable_compilation_cache()
-    classifier = source if isinstance(source, Classifier) else load_classifier(expanded(source), seed_index)
-    _check(classifier, top)
+    predictor = source if isinstance(source, Predictor) else load_predictor(source, seed_index)
+    shape, names = predictor.input_shape, predictor.class_names
+    if len(shape) == 3 and shape[2] not in (1, 3):
+        raise UsageError(
+            f"{predictor.source} was trained on images of {shape[2]} channels; predict takes grey and colour images"
+        )
+    if not 1 <= top <= len(names):
+        raise UsageError(f"top is {top}, expected 1 .. {len(names)}, the number of classes")
     each: Sequence[Path | Image.Image | None]
-    each, rows = _rows(classifier, images) if len(classifier.input_shape) == 1 else (_each(images), None)
+    inputs: Generator[Any, None, None]
+    if len(shape) == 1:
+        each, rows = _rows(predictor, images)
+        inputs = (row for row in rows)
+    else:
+        each = _each(images)
+        inputs = _in_threads(lambda image: _read(image, predictor), each, _BATCHES_AHEAD * BATCH_SIZE)
     size = min(BATCH_SIZE, 1 << (len(each) - 1).bit_length())
     predictions: list[Prediction] = []
-    with (
-        progress_bar(len(each), "predict", "image", show_progress, delay=1.0) as bar,
-        contextlib.closing(
-            _in_threads(lambda image: _read(image, classifier), each, _BATCHES_AHEAD * size)
-            if rows is None
-            else (row for row in rows)
-        ) as inputs,
-    ):
+    with progress_bar(len(each), "predict", "image", show_progress, delay=1.0) as bar, contextlib.closing(inputs):
         for start in range(0, len(each), size):
-            batch = each[start : start + size]
-            predictions += _predict_batch(classifier, batch, [next(inputs) for _ in batch], size, top)
-            bar.update(len(batch))
+            batch = np.zeros((size, *shape), predictor.input_dtype)
+            found = [next(inputs) for _ in each[start : start + size]]
+            for index, pixels in enumerate(found):
+                if not isinstance(pixels, str):
+                    batch[index] = pixels
+            probabilities = np.exp(predictor.log_probabilities(batch))
+            for image, pixels, row in zip(each[start:], found, probabilities, strict=False):
+                path = image if isinstance(image, Path) else None
+                best = np.argsort(-row, kind="stable")[:top]
+                if isinstance(pixels, str):
+                    predictions.append(Prediction(path, error=pixels))
+                else:
+                    predictions.append(Prediction(path, tuple((names[index], float(row[index])) for index in best)))
+            bar.update(len(found))
     return predictions
 
 
@@ -118,7 +262,7 @@ def find_images(given: Iterable[Path]) -> list[Path]:
 def _in_threads(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Generator[Any, None, None]:
     """`function(item)` of all items, in their order, computed by threads, `ahead` items ahead at most."""
     waiting: collections.deque[Future[Any]] = collections.deque()
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
@@ -131,33 +275,31 @@ def _in_threads(function: Callable[[Any], Any], items: Iterable[Any], ahead: int
                 future.cancel()
 
 
-def _rows(classifier: Classifier, given: Any) -> tuple[Sequence[Path | None], np.ndarray]:
-    """What to call the rows of features in `given`, by their table and number, and the rows, float32 [N, D]."""
-    width = classifier.input_shape[0]
+def _rows(predictor: Predictor, given: Any) -> tuple[Sequence[Path | None], np.ndarray]:
+    """Names for the rows of features in `given`, by their table and number, and the rows, float32 [N, D]."""
+    width = predictor.input_shape[0]
     tables = [given] if isinstance(given, str | Path) else given
     if not (isinstance(tables, list | tuple) and tables and all(isinstance(each, str | Path) for each in tables)):
-        rows = read_rows(given, classifier.columns, width)
+        rows = read_rows(given, predictor.columns, width)
         return [None] * len(rows), rows
     names, found = [], []
     for path in map(expanded, tables):
         if path.suffix.lower() not in TABLES:
             raise UsageError(
-                f"{path} is no table ({', '.join(TABLES)}), but {classifier.source} was trained on features, "
+                f"{path} is not a table ({', '.join(TABLES)}), but {predictor.source} was trained on features, "
                 "not on images"
             )
-        found.append(read_rows(path, classifier.columns, width))
+        found.append(read_rows(path, predictor.columns, width))
         names += [Path(f"{path}:{row}") for row in range(len(found[-1]))]
     return names, np.concatenate(found)
 
 
 def _each(images: Images) -> list[Path | Image.Image]:
-    """One image after the other; UsageError if something among them is none."""
+    """One image after the other; UsageError if something among them is not an image."""
     if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "UO":
         images = images.tolist()
-    one = isinstance(images, str | Path | Image.Image) or hasattr(images, "columns")
-    if one or (
-        isinstance(images, np.ndarray) and (images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3)))
-    ):
+    single = isinstance(images, np.ndarray) and (images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3)))
+    if single or isinstance(images, str | Path | Image.Image) or hasattr(images, "columns"):
         what = f"an array {list(images.shape)}" if isinstance(images, np.ndarray) else f"{images!r:.100}"
         raise UsageError(f"images is {what}, expected several images; put one image into a list")
     return [_opened(image) for image in images]
@@ -179,49 +321,16 @@ def _opened(image: Any) -> Path | Image.Image:
     return Image.fromarray(array.reshape(array.shape[:2]) if grey else array)
 
 
-def _check(classifier: Classifier, top: int) -> None:
-    source, shape = classifier.source, classifier.input_shape
-    if len(shape) == 3 and shape[2] not in (1, 3):
-        raise UsageError(f"{source} was trained on images of {shape[2]} channels; predict takes grey and colour images")
-    if not 1 <= top <= len(classifier.class_names):
-        raise UsageError(f"--top is {top}, expected 1 .. {len(classifier.class_names)}, the number of classes")
-
-
-def _predict_batch(
-    classifier: Classifier,
-    images: Sequence[Path | Image.Image | None],
-    inputs: Sequence[np.ndarray | str],
-    size: int,
-    top: int,
-) -> list[Prediction]:
-    """Predictions of `images`, which were read as `inputs`, computed as one batch of `size`."""
-    batch = np.zeros((size, *classifier.input_shape), classifier.input_dtype)
-    for index, pixels in enumerate(inputs):
-        if isinstance(pixels, np.ndarray):
-            batch[index] = pixels
-    rows = np.exp(classifier.log_probabilities(batch))
-    predictions = []
-    for image, pixels, row in zip(images, inputs, rows, strict=False):
-        path = image if isinstance(image, Path) else None
-        if isinstance(pixels, str):
-            predictions.append(Prediction(path, error=pixels))
-            continue
-        best = np.argsort(-row, kind="stable")[:top]
-        named = tuple((classifier.class_names[index], float(row[index])) for index in best)
-        predictions.append(Prediction(path, named))
-    return predictions
-
-
-def _read(image: Path | Image.Image, classifier: Classifier) -> np.ndarray | str:
+def _read(image: Path | Image.Image, predictor: Predictor) -> np.ndarray | str:
     """The image as the model sees it, or why it cannot be read."""
-    shape = classifier.input_shape
+    shape = predictor.input_shape
     try:
         content = read_bytes(image, MAX_BYTES) if isinstance(image, Path) else image
-        pixels = decode(content, (shape[0], shape[1]), classifier.fit)
+        pixels = decode(content, (shape[0], shape[1]), predictor.fit)
     except OSError as error:
         return error.strerror or str(error)
     except DataError as error:
         return str(error)
     if shape[2] == 1:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-    return pixels.swapaxes(0, 1) if classifier.transposed else pixels
+    return pixels.swapaxes(0, 1) if predictor.transposed else pixels

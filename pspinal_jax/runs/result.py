@@ -1,34 +1,39 @@
-"""The result of a finished run: result.json."""
+"""What a run gives: result.json, and the selected parameters that it is about."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
+from pspinal_jax.checkpoints import read_newest
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.environment import device, versions
-from pspinal_jax.errors import RunError, printable
-from pspinal_jax.models import count_parameters
+from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.files import differences
+from pspinal_jax.models import abstract_variables, build_model, count_features, count_parameters
+from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs.build import RunSetup
-from pspinal_jax.runs.classification_report import averages, scores_by_class, without_examples
-from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
+from pspinal_jax.runs.features import BACKBONE, add_backbone, head_recipe
 from pspinal_jax.runs.metrics import summary
+from pspinal_jax.runs.scores import averages, scores_by_class
 from pspinal_jax.training.loop import Trainer
-from pspinal_jax.training.stages import selected_by
-
-_MOST_CLASSES = 6
+from pspinal_jax.training.sharding import make_mesh, replicated_on
+from pspinal_jax.training.stages import TrainingProgress, selected_by
+from pspinal_jax.weights.variables import first_not_finite
 
 
 def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> dict[str, Any]:
-    """What result.json holds. Under the validation protocol this is where the test split is evaluated, once.
+    """The content of result.json. Under the validation protocol this is where the test split is evaluated, once.
 
     Raises:
       Stopped: after SIGINT or SIGTERM; the run is saved.
     """
-    progress, recipe = trainer.progress, setup.recipe
-    params = trainer.seed_states.trees()["params"]
+    progress, recipe, trees = trainer.progress, setup.recipe, trainer.seed_states.trees()
     result: dict[str, Any] = {
         "recipe": recipe.card.name,
         "row": recipe.card.row,
@@ -47,30 +52,34 @@ def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> d
         result["best_on_test_epoch"] = progress.best_epoch
     else:
         result["test_accuracy"] = summary((sums["correct"] / test.count).tolist())
-        selected = progress.selected_epoch or progress.best_epoch
         validation = progress.selected_accuracy or progress.best_accuracy
         loss = [each for each in progress.selected_loss or progress.best_loss if each is not None]
         if validation:
             result[f"validation_{selected_by(recipe)}"] = summary(validation)
         if loss and len(loss) == len(validation):
             result["validation_loss"] = summary(loss)
-        result["selected_epoch"] = selected
-    lines = directory.metrics()
-    trees = trainer.seed_states.trees()
+        result["selected_epoch"] = progress.selected_epoch or progress.best_epoch
     if recipe.patience:
         stopped = progress.lines - progress.epoch if progress.selected_epoch else progress.epoch
         result["early_stopping"] = {"patience": recipe.patience, "epochs": stopped}
+    names = directory.config()["class_names"]
+    seeds = [scores_by_class(test.labels, predictions, names) for predictions in sums["predictions"]]
     return result | {
         "test_loss": summary((sums["loss"] / test.count).tolist()),
-        **_by_class(test.labels, sums["predictions"], directory.config()["class_names"]),
-        "selected_checksum": selected_checksum(trees if paper else trees["best"]),
+        "test_balanced_accuracy": summary([averages(classes)["balanced_accuracy"] for classes in seeds]),
+        "test_macro_f1": summary([averages(classes)["macro_f1"] for classes in seeds]),
+        "test_classes": [
+            {"name": same[0]["name"], "support": same[0]["support"], "recall": [each["recall"] for each in same]}
+            for same in zip(*seeds, strict=True)
+        ],
+        "selected_checksum": _selected_checksum(trees if paper else trees["best"]),
         "published_accuracy_percent": published_accuracy(setup),
-        "parameters": count_parameters(params) // recipe.num_seeds,
+        "parameters": count_parameters(trees["params"]) // recipe.num_seeds,
         "train_examples": len(trainer.stage.subset),
         "test_examples": test.count,
         "epochs": recipe.epochs,
         "seconds": round(progress.total_seconds, 3),
-        "compile_seconds": round(sum(line.get("compile_seconds", 0.0) for line in lines), 3),
+        "compile_seconds": round(sum(line.get("compile_seconds", 0.0) for line in directory.metrics()), 3),
         "seeds_as": _seeds_as(trainer),
         "device": device(),
         "versions": versions(),
@@ -83,26 +92,8 @@ def _seeds_as(trainer: Trainer) -> str:
     return "one program" if trainer.setup.programs.vectorized else "one after the other"
 
 
-def _by_class(labels: np.ndarray, predictions: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    """Scores that a large class does not decide, of predictions [K, N] of the seeds, and recall by class."""
-    seeds = [scores_by_class(labels, each, tuple(class_names)) for each in predictions]
-    means = [averages(classes) for classes in seeds]
-    return {
-        "test_balanced_accuracy": summary([each["balanced_accuracy"] for each in means]),
-        "test_macro_f1": summary([each["macro_f1"] for each in means]),
-        "test_classes": [
-            {
-                "name": name,
-                "support": seeds[0][index]["support"],
-                "recall": [classes[index]["recall"] for classes in seeds],
-            }
-            for index, name in enumerate(class_names)
-        ],
-    }
-
-
 def describe_selection(setup: RunSetup) -> str:
-    """In words: how the parameters were chosen whose test accuracy is reported."""
+    """How the parameters were chosen whose test accuracy is reported."""
     recipe = setup.recipe
     if recipe.protocol == "paper":
         return (
@@ -126,85 +117,108 @@ def published_accuracy(setup: RunSetup) -> float | None:
     return card.published_accuracy if is_it else None
 
 
-def describe_result(result: dict[str, Any]) -> str:
-    """A line or two for the terminal."""
-    lines = [f"test accuracy {_percent(result['test_accuracy'])}  ({result['selection']})"]
-    if "best_on_test_accuracy" in result:
-        best = _percent(result["best_on_test_accuracy"])
-        lines.append(f"best on test  {best}  (selected on the test split: not an estimate of accuracy on new data)")
-    lines += _worst_classes(result)
-    if result["published_accuracy_percent"] is not None:
-        lines.append(f"the paper reports {result['published_accuracy_percent']} % for this row")
-    return "\n".join(lines)
-
-
-def _worst_classes(result: dict[str, Any]) -> list[str]:
-    """The classes at a glance, the worst first; nothing of a run of before result.json had them, or of one class."""
-    classes = [
-        (float(np.mean(each["recall"])), each["support"], each["name"])
-        for each in result.get("test_classes", [])
-        if each["support"] and None not in each["recall"]
-    ]
-    if len(classes) < 2 or "test_balanced_accuracy" not in result:
-        return []
-    shown = sorted(classes, key=lambda each: each[0])[:_MOST_CLASSES]
-    width = max(len(printable(name)) for _, _, name in shown)
-    balanced = f"{_percent(result['test_balanced_accuracy'])}{without_examples(result['test_classes'])}"
-    lines = [f"balanced accuracy {balanced}; classes recognised, worst first:"]
-    lines += [
-        f"  {printable(name).ljust(width)}  {100 * recall:6.2f} % of {support:,}" for recall, support, name in shown
-    ]
-    if left := len(classes) - len(shown):
-        least = 100 * sorted(classes)[_MOST_CLASSES][0]
-        lines.append(f"  and {left} more classes{' at 100 %' if least == 100 else f', each {least:.2f} % or more'}")
-    return lines
-
-
-def _percent(values: dict[str, Any]) -> str:
-    mean = f"{100 * values['mean']:.2f} %"
-    if values["std"] is None:
-        return mean
-    return f"{mean} ± {100 * values['std']:.2f} (std of {len(values['each'])} seeds)"
-
-
 def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metrics: list[dict[str, Any]]) -> int:
     """Index of the seed that does best on validation, as epochs are selected (see `improves`); of equals the first.
 
     Without validation it is the first; nothing is ever chosen on test.
     """
-    if config["num_seeds"] == 1:
+    count = config["num_seeds"]
+    if count == 1:
         return 0
+    names = ("validation_balanced_accuracy", "validation_accuracy")
     try:
-        for name in ("validation_balanced_accuracy", "validation_accuracy"):
-            if result is not None and name in result:
-                accuracies = [result[name]["each"]]
-                losses = [
-                    result["validation_loss"]["each"] if "validation_loss" in result else [0.0] * len(accuracies[0])
-                ]
-                return _best_of(accuracies, losses)
-        balances = any("validation_balanced_accuracy" in line for line in metrics)
-        name = "validation_balanced_accuracy" if balances else "validation_accuracy"
-        evaluated = [line for line in metrics if name in line]
-        accuracies, losses = (
-            np.asarray([line[key] for line in evaluated], float).reshape(-1, config["num_seeds"]).tolist()
-            for key in (name, "validation_loss")
-        )
-        return _best_of(accuracies, losses)
+        name = next((name for name in names if name in (result or ())), None)
+        if result is not None and name is not None:
+            losses = result["validation_loss"]["each"] if "validation_loss" in result else [0.0] * count
+            epochs = [(result[name]["each"], losses)]
+        else:
+            name = next((name for name in names if any(name in line for line in metrics)), None)
+            epochs = [(line[name], line["validation_loss"]) for line in metrics if name in line]
+        values = np.asarray(epochs, float).reshape(-1, 2, count)
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with --seed-index") from error
+        raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with seed_index") from error
+    best = [max(((accuracy, -loss) for accuracy, loss in values[..., seed]), default=0) for seed in range(count)]
+    return best.index(max(best))
 
 
-def _best_of(accuracies: list[list[float]], losses: list[list[float]]) -> int:
-    """The seed with the best epoch, of accuracies and losses by epoch and seed; 0 where there is no epoch."""
-    seeds = [max(zip(*seed, strict=True)) for seed in zip(np.transpose(accuracies), -np.transpose(losses), strict=True)]
-    return seeds.index(max(seeds)) if seeds else 0
-
-
-def selected_checksum(selected: Any) -> str:
+def _selected_checksum(selected: Any) -> str:
     """A checksum of the parameters and running statistics that a result is of, those of all seeds."""
     return json_checksum({name: tree_checksums(selected.get(name, {})) for name in ("params", "batch_stats")})
 
 
-def leading_seed(trees: Any, index: int, num_seeds: int) -> Any:
-    """The trees of one seed out of a checkpoint's."""
-    return trees if num_seeds == 1 else jax.tree.map(lambda leaf: leaf[index], trees)
+def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters and running statistics that a run's result stands for: selected, or the last (paper's protocol).
+
+    Args:
+      run: a run directory.
+      seed_index: which of the run's seeds; by default the best on validation.
+
+    Returns:
+      ({'params': .., 'batch_stats': ..}, config.json). The variables are what the run's model applies.
+
+    Raises:
+      RunError: if `run` is not a run directory, its newest checkpoint is damaged or missing, or the parameters are not
+        those that result.json is about, or not finite.
+      UsageError: if there is no such seed.
+    """
+    directory = RunDirectory(run)
+    config, result = directory.config(), directory.result()
+    recipe, shape, num_classes = load_recipe_of(config), tuple(config["input_shape"]), len(config["class_names"])
+    count = recipe.num_seeds
+    if seed_index is None:
+        seed_index = best_seed_index(config, result, directory.metrics())
+    if not 0 <= seed_index < count:
+        raise UsageError(f"seed_index is {seed_index}, expected 0 .. {count - 1}: the run has {count} seeds")
+    trained, inputs, dtype = recipe, shape, config["input_dtype"]
+    try:
+        if recipe.cache_features:
+            trained, inputs, dtype = head_recipe(recipe), (count_features(recipe, shape),), "float32"
+        shapes = abstract_variables(build_model(trained, inputs, num_classes), inputs, dtype)
+    except (UsageError, TypeError, ValueError, OverflowError) as error:  # flax and jax raise these for odd sizes
+        raise RunError(f"{directory.config_path} describes no model: {error}; train in another workdir") from error
+    # Under the paper's protocol the result is the last epoch's; its "best" was selected on the test split.
+    takes_last = recipe.protocol == "paper"
+    sharding, lead = replicated_on(make_mesh()), (count,) if count > 1 else ()
+
+    def expected(position: dict[str, Any]) -> dict[str, Any]:
+        if not any(typed("position", position, TrainingProgress).best_epoch):
+            raise RunError(f"{run} has not finished an epoch yet; run `train` again to go on")
+        trees = {name: shapes.get(name, {}) for name in ("params", "batch_stats")}
+        trees = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(lead + leaf.shape, leaf.dtype, sharding=sharding), trees)
+        return trees if takes_last else {"best": trees}
+
+    trees, progress = read_newest(directory.checkpoints_path, expected)
+    selected = trees if takes_last else trees["best"]
+    if result is not None and not _is_about(result, selected, progress):
+        raise RunError(
+            f"the newest checkpoint in {directory.checkpoints_path} does not hold the parameters of result.json: it "
+            "was replaced, or a newer one is missing; train in another workdir"
+        )
+    variables = selected if count == 1 else jax.tree.map(lambda leaf: leaf[seed_index], selected)
+    if recipe.cache_features:
+        variables = add_backbone(directory, variables)
+        whole = abstract_variables(build_model(recipe, shape, num_classes), shape, config["input_dtype"])
+        if listed := misfits(flatten_dict(variables), flatten_dict(whole)):
+            raise RunError(f"{run / BACKBONE} does not fit its config.json: {listed}; train in another workdir")
+    if (name := first_not_finite(variables)) is not None:
+        raise RunError(
+            f"{run} holds parameters that are not finite, {name} first: training diverged; train again in another "
+            "workdir with a lower optimizer.learning_rate"
+        )
+    return variables, config
+
+
+def _is_about(result: dict[str, Any], selected: Any, progress: dict[str, Any]) -> bool:
+    """Whether `result` is the result of the parameters `selected`, of all seeds."""
+    if "selected_checksum" in result:
+        return bool(result["selected_checksum"] == _selected_checksum(selected))
+    if "selected_epoch" in result:  # an older run without that checksum
+        return bool(result["selected_epoch"] == (progress.get("selected_epoch") or progress["best_epoch"]))
+    return bool(result["test_accuracy"]["each"] == progress.get("last_accuracy"))
+
+
+def misfits(found: dict[Any, Any], expected: dict[Any, Any]) -> str:
+    """Which variables, by their paths, have other shapes or are on one side only."""
+    # Without the collection: parameters and statistics of a layer have other names.
+    old, new = ({"/".join(path[1:]): leaf.shape for path, leaf in leaves.items()} for leaves in (found, expected))
+    return ", ".join(differences(old, new, lambda name, was, now: f"{name} is {was}, expected {now}"))

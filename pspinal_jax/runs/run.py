@@ -1,4 +1,4 @@
-"""The Python door: train a recipe, or open a run, and use it; the commands call the same functions."""
+"""The Python API of runs: train a recipe, or open a run, and use it; the commands call the same functions."""
 
 import dataclasses
 import difflib
@@ -19,12 +19,11 @@ from pspinal_jax.recipes import Recipe, load_recipe
 from pspinal_jax.recipes.registry import on_cached_features
 from pspinal_jax.recipes.schema import RunOptions
 from pspinal_jax.recipes.typed import typed
-from pspinal_jax.runs.classifier import Classifier, load_classifier
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
-from pspinal_jax.runs.predict import Images, Prediction, predict
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.predict import Images, Prediction, Predictor, load_predictor, predict
+from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train as train_recipe
 from pspinal_jax.runs.train import work_directory
 from pspinal_jax.training.history import History
@@ -96,9 +95,9 @@ class Run:
         return build_model(self.recipe, tuple(self.config["input_shape"]), len(self.class_names))
 
     @functools.cached_property
-    def _classifier(self) -> Classifier:
-        """Loaded once, and with it the programs that it has compiled."""
-        return load_classifier(self.path, self.seed_index)
+    def _predictor(self) -> Predictor:
+        """Loaded once, and with it what it has compiled."""
+        return load_predictor(self.path, self.seed_index)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.seed_index)  # compiled programs stay in their process
@@ -116,7 +115,7 @@ class Run:
         Returns:
           A `Prediction` an image, in their order; a file that cannot be read has its `error`.
         """
-        return predict(self._classifier, images, top)
+        return predict(self._predictor, images, top)
 
     def predict_proba(self, images: Images) -> np.ndarray:
         """Class probabilities float64 [N, C] of `images`, which `predict` describes; columns as `class_names`.
@@ -137,7 +136,7 @@ class Run:
     @absl_quietened()
     def evaluate(self, data_path: str | Path | None = None) -> dict[str, Any]:
         """Evaluate on the run's test split, or that of `data_path`; as `pspinal_jax.runs.evaluate.evaluate`."""
-        return evaluate(self._classifier, data_path=data_path)
+        return evaluate(self._predictor, data_path=data_path)
 
     @absl_quietened()
     def export(self, output: str | Path | None = None) -> Path:

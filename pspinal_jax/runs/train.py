@@ -5,13 +5,10 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax.checkpoints import CheckpointStore
@@ -23,23 +20,22 @@ from pspinal_jax.environment import convolution_options, device, enable_compilat
 from pspinal_jax.errors import PSpinalError, UsageError, printable
 from pspinal_jax.files import check_target, expanded
 from pspinal_jax.log_filter import absl_quietened
-from pspinal_jax.models import Classifier, build_model, with_default_preprocessing
+from pspinal_jax.models import build_model, with_default_preprocessing
 from pspinal_jax.progress import say, warn
 from pspinal_jax.recipes.rules import check_settings, check_settings_for
 from pspinal_jax.recipes.schema import Recipe, RunOptions
-from pspinal_jax.runs.build import RunSetup, set_up, split_examples
+from pspinal_jax.runs.build import run_mesh, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
-from pspinal_jax.runs.features import cached_features, head_of, head_recipe
+from pspinal_jax.runs.features import cached_features, head_recipe, without_backbone
 from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
-from pspinal_jax.runs.opening import describe_opening, warn_of_random_backbone
-from pspinal_jax.runs.programs import run_mesh
-from pspinal_jax.runs.restore import keep_start, start_variables
+from pspinal_jax.runs.report import describe_start
 from pspinal_jax.runs.result import make_result
 from pspinal_jax.runs.seeds import can_use_processes, find_parts, seeds_of, train_in_processes, wants_processes
-from pspinal_jax.runs.seen import keep_seen, read_seen
+from pspinal_jax.runs.start import load_start, look_for_copies, save_start, start_variables
 from pspinal_jax.training.loop import Trainer
 from pspinal_jax.training.signals import Stopped, StopRequest
 
+# JAX's settings with which the same run gives other numbers.
 _DECIDING = (
     "default_prng_impl",
     "threefry_partitionable",
@@ -47,11 +43,10 @@ _DECIDING = (
     "enable_x64",
     "default_matmul_precision",
 )
-"""JAX's settings with which the same run gives other numbers."""
 
 
 def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    """Run `recipe`, or what is left of it, in its run directory, and return what result.json holds.
+    """Run `recipe`, or what is left of it, in its run directory, and return the content of result.json.
 
     Where several processes have joined (pspinal_jax.distributed), every one calls this, with the same arguments.
 
@@ -62,26 +57,13 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     end_within_a_worker()
     if options.tensorboard:
         check_installed()
-    asked, recipe = recipe, with_default_preprocessing(recipe)
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)
     if is_primary() and not directory.result_path.exists():
         check_target(directory.path, "work directory", directory.config_path.name, directory.metrics_path.name)
     resuming = broadcast_from_primary(directory.config_path.exists)
-    if resuming:  # a run of an earlier version goes on as it began
-        began = directory.config().get("identity", {}).get("data", {}).get("keep_copies_together", False)
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, keep_copies_together=began))
-    else:
-        check_settings(asked)
-    classes = directory.config()["class_names"] if resuming else None
-    data = primary_first(lambda: load_data(recipe.data, classes))
-    if not resuming:
-        check_settings_for(asked, data.source, data.example_shape)
-        _check_seed_mode(recipe, options)
-    if not data.in_memory and recipe.protocol == "validation":
-        together = recipe.data.keep_copies_together
-        data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed, together)
+    recipe, data = _load(recipe, options, directory, resuming)
     rows = split_examples(recipe, data)  # what does not fit is refused before anything is written
     config = _config(recipe, options, data)
     everywhere = {**config["identity"], "mesh": config["mesh"], "workdir": str(directory.path)}
@@ -89,59 +71,88 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if is_primary():
         directory.check(config)
     if broadcast_from_primary(directory.result_path.exists):
-        if is_primary() and not directory.curves_path.exists():  # a kill came between the two
-            _plot(recipe, directory)
         if is_primary():
-            say(f"{directory.path} holds this run, finished: nothing is trained again; its result:")
+            if not directory.curves_path.exists():  # a kill came between the two
+                _plot(recipe, directory)
+            say(f"run in {directory.path} is already finished; skipping training")
         return directory.result() or {}
     mesh = run_mesh(recipe, resuming=resuming)
-    if resuming:
-        _warn_of_devices(recipe, directory)
     shape, dtype = data.example_shape, data.example_dtype
     model = build_model(recipe, shape, data.num_classes)
 
-    def read_given() -> dict[str, Any]:
+    def read() -> dict[str, Any]:
         return start_variables(recipe, model, options.init_from, shape, dtype, data.class_names)
 
-    given = None if resuming else read_given()
+    def start() -> dict[str, Any]:
+        variables = load_start(directory, read)
+        return without_backbone(variables) if recipe.cache_features else variables
+
+    given = None if resuming else read()
     with directory.held():
         directory.create(config)
-        start = keep_start(directory, given, read_given)
-        copies = _look_for_copies(directory, data, rows, options.init_from) if is_primary() else {}
-        if not data.in_memory and recipe.cache_features:
-            features = cached_features(recipe, model, start, data, directory, options.workers)
-            head_only, start = head_recipe(recipe), partial(head_of, start)
-            head = build_model(head_only, features.example_shape, features.num_classes)
-            setup = set_up(head_only, head, features, options.workers, mesh)
+        if given is not None:
+            save_start(directory, given)
+        copies = look_for_copies(directory, data, rows, options.init_from) if is_primary() else {}
+        if recipe.cache_features:
+            features = cached_features(recipe, model, load_start(directory, read), data, directory, options.workers)
+            setup = set_up(head_recipe(recipe), features, options.workers, mesh)
         else:
-            setup = set_up(recipe, model, data, options.workers, mesh)
+            setup = set_up(recipe, data, options.workers, mesh)
         if is_primary():
-            _open(recipe, options, data, model, setup)
-        return _train(setup, recipe, options, directory, start, copies)
-
-
-def _train(
-    setup: RunSetup,
-    recipe: Recipe,
-    options: RunOptions,
-    directory: RunDirectory,
-    start: Callable[[], dict[str, Any]],
-    copies: dict[str, int],
-) -> dict[str, Any]:
-    with StopRequest() as stop:
-        with (
-            CheckpointStore(directory.checkpoints_path) as store,
-            MetricsWriter(directory, options.tensorboard) as metrics,
-        ):
-            if store.empty and (find_parts(directory.path) or wants_processes(recipe, setup, options)):
-                train_in_processes(setup, options.checkpoint_seconds, metrics, store, stop)
-            trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
-            trainer.run()
-            result = make_result(trainer, setup, directory) | {"copies": copies}
-        if is_primary():
-            directory.write_result(result)
-            _plot(recipe, directory)
+            for line in describe_start(recipe, options.init_from, data, model, setup.stages):
+                say(line)
+            _warn(recipe, options, directory)
+        with StopRequest() as stop:
+            with (
+                CheckpointStore(directory.checkpoints_path) as store,
+                MetricsWriter(directory, options.tensorboard) as metrics,
+            ):
+                if store.empty and (find_parts(directory.path) or wants_processes(recipe, setup, options)):
+                    train_in_processes(setup, options.checkpoint_seconds, metrics, store, stop)
+                trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
+                trainer.run()
+                result = make_result(trainer, setup, directory) | {"copies": copies}
+            if is_primary():
+                directory.write_result(result)
+                _plot(recipe, directory)
     return result
+
+
+def _load(
+    recipe: Recipe, options: RunOptions, directory: RunDirectory, resuming: bool
+) -> tuple[Recipe, Dataset[Split]]:
+    """The recipe with all its values, and its data, found to fit each other."""
+    if not resuming:
+        check_settings(recipe)
+    whole, classes = with_default_preprocessing(recipe), None
+    if resuming:  # a run of an earlier version goes on as it began
+        config = directory.config()
+        together = config["identity"]["data"].get("keep_copies_together", False)
+        whole = dataclasses.replace(whole, data=dataclasses.replace(whole.data, keep_copies_together=together))
+        classes = config["class_names"]
+    data = primary_first(lambda: load_data(whole.data, classes))
+    if not resuming:
+        check_settings_for(recipe, data.source, data.example_shape)
+        if recipe.seed_mode == "processes" and recipe.num_seeds > 1 and not can_use_processes(whole, options):
+            raise UsageError(
+                "seed_mode is processes, expected auto, loop or vmap: processes train heads on arrays, on the CPU as "
+                "one device, without init_from and patience"
+            )
+    if not data.in_memory and whole.protocol == "validation":
+        settings = whole.data
+        data = data.with_validation(settings.validation_fraction, settings.split_seed, settings.keep_copies_together)
+    return whole, data
+
+
+def _warn(recipe: Recipe, options: RunOptions, directory: RunDirectory) -> None:
+    if recipe.freeze == "backbone" and recipe.model.weights is None and options.init_from is None:
+        warn(
+            "the backbone is frozen with random weights: its features were never trained; give model.weights or "
+            "init_from, or leave freeze out"
+        )
+    began, now = directory.config()["device"]["count"], device()["count"]
+    if recipe.batch_norm == "per_device" and began != now:
+        warn(f"with batch_norm=per_device {now} devices give another result than {began}")
 
 
 def train_part() -> None:
@@ -168,60 +179,14 @@ def _end_with_the_parent() -> None:
     os._exit(1)
 
 
-def _look_for_copies(
-    directory: RunDirectory, data: Dataset[Split], rows: tuple[np.ndarray, np.ndarray], init_from: Path | None
-) -> dict[str, int]:
-    """Keep digests of what is trained on, and warn of test examples among it; counts for result.json."""
-    contents = data.contents()
-    keep_seen(directory.path, contents, rows, init_from)
-    test = len(contents.labels) - len(data.test) + np.arange(len(data.test))
-    counts, text = contents.find_copies(*rows, test)
-    if text:
-        warn(f"{data.source}: {text}")
-    if init_from is not None:
-        before = (read_seen(directory.path) or {}).get("before", np.zeros(0, np.uint64))
-        places = test[np.isin(contents.digests[test], before)]
-        counts["test_in_init_from"] = len(places)
-        if len(places):
-            count = f"{len(places):,} of {len(test):,} test examples are ones that {init_from} was trained on"
-            warn(f"{data.source}: {count}: {contents.named(places)}")
-        elif not len(before):
-            warn(f"{init_from} is a run without checksums: it may have been trained on the test examples")
-    return counts
-
-
-def _check_seed_mode(recipe: Recipe, options: RunOptions) -> None:
-    if recipe.seed_mode == "processes" and recipe.num_seeds > 1 and not can_use_processes(recipe, options):
-        raise UsageError(
-            "seed_mode is processes, expected auto, loop or vmap: processes train heads on arrays, on the CPU as one "
-            "device, without --init-from and --patience"
-        )
-
-
-def _open(recipe: Recipe, options: RunOptions, data: Dataset[Split], model: Classifier, setup: RunSetup) -> None:
-    """Say on standard error what is about to be trained."""
-    for line in describe_opening(recipe, options.init_from, data, model, setup.stages):
-        say(line)
-    problem = warn_of_random_backbone(recipe, options.init_from)
-    if problem is not None:
-        warn(problem)
-
-
 def _check_apart(workdir: Path, data: Path | None) -> None:
     """Raise UsageError if the run would write into the folder that it reads."""
     place, folder = os.path.realpath(workdir), "" if data is None else os.path.realpath(expanded(data))
     if folder and os.path.isdir(folder) and os.path.commonpath([place, folder]) == folder:
         raise UsageError(
             f"the work directory {workdir} lies inside the data, {data}: what a run writes there would become data; "
-            "choose another --workdir"
+            "choose another workdir"
         )
-
-
-def _warn_of_devices(recipe: Recipe, directory: RunDirectory) -> None:
-    """Say so where the rest of the run will be another than it would have been on the devices it began on."""
-    began, now = directory.config()["device"]["count"], device()["count"]
-    if recipe.batch_norm == "per_device" and began != now and is_primary():
-        warn(f"with --batch-norm per_device {now} devices give another result than {began}")
 
 
 def _plot(recipe: Recipe, directory: RunDirectory) -> None:
@@ -233,19 +198,16 @@ def work_directory(recipe: Recipe, options: RunOptions) -> Path:
     return expanded(options.workdir or Path("runs") / recipe.card.name)
 
 
-def _absolute(path: Path | None) -> str:
-    """`path` as it will be looked up again, from whatever folder; text for what is not given, too."""
-    return str(None if path is None else expanded(path).absolute())
-
-
 def _config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dict[str, Any]:
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}
     mesh = settings.pop("mesh")  # where the numbers lie, not what they are: a run may go on on other devices
-    where = {key: _absolute(getattr(recipe.data, key)) for key in ("path", "data_dir")}
-    for key in where:
+    where = {}
+    for key in ("path", "data_dir"):
         settings["data"].pop(key)
+        path = getattr(recipe.data, key)  # absolute, to be found from whatever folder
+        where[key] = str(None if path is None else expanded(path).absolute())
     return {
         "identity": {
             **settings,

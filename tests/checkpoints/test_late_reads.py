@@ -4,16 +4,15 @@ import logging
 import sys
 from types import SimpleNamespace
 
-from pspinal_jax import log_filter
-from pspinal_jax.checkpoints import late_reads
+from pspinal_jax import checkpoints, log_filter
 
 
 def test_only_late_reads_are_dropped(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    monkeypatch.setattr(late_reads, "_installed", False)
-    late_reads.ignore_late_reads()
-    late_reads.ignore_late_reads()
+    checkpoints._ignore_late_reads.cache_clear()
+    checkpoints._ignore_late_reads()
+    checkpoints._ignore_late_reads()
     errors = [RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")]
     for error in errors:
         sys.unraisablehook(SimpleNamespace(exc_value=error))
@@ -21,7 +20,7 @@ def test_only_late_reads_are_dropped(monkeypatch):
 
 
 def test_only_errors_of_arrays_that_nobody_waited_for_are_dropped(caplog):
-    late_reads.ignore_late_reads()
+    checkpoints._ignore_late_reads()
     logger = logging.getLogger("asyncio")
     for error, message in [
         (ValueError("RESOURCE_EXHAUSTED"), "Task exception was never retrieved\nfuture: ..."),

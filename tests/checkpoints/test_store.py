@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspinal_jax.checkpoints import CheckpointStore, read_newest, store
+from pspinal_jax import checkpoints as store
+from pspinal_jax.checkpoints import CheckpointStore, read_newest
 from pspinal_jax.checkpoints.checksum import json_checksum, tree_checksums
 from pspinal_jax.errors import RunError
 

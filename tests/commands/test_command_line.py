@@ -61,7 +61,7 @@ def test_train_again_reports_the_finished_run(trained, npz_path, capsys):
         capsys, "train", "digits", "--data.path", npz_path, "--data.num-classes", 3, "--workdir", trained, *SMALL
     )
     assert again[0] == 0 and "test accuracy" in again[1]
-    assert f"{trained} holds this run, finished: nothing is trained again" in again[2]
+    assert f"{trained} is already finished; skipping training" in again[2]
 
 
 def test_recipes_are_listed_with_row_model_and_published_accuracy(capsys):
@@ -83,7 +83,7 @@ def test_recipes_are_listed_with_row_model_and_published_accuracy(capsys):
         (["train", "digits", "--model.head", "big"], 2, ["invalid choice 'big'", "progressive"]),
         (["train", "digits", "--epochs", "0"], 2, ["epochs is 0", "at least 1"]),
         (["train", "mnist", "--data.path", "none.npz"], 1, ["none.npz does not exist", "--data.path"]),
-        (["evaluate", "nowhere"], 1, ["nowhere is no run directory"]),
+        (["evaluate", "nowhere"], 1, ["nowhere is not a run directory"]),
         (["evaluate"], 2, ["Missing from pspinal-jax evaluate", "Run directory"]),
         (["recipes", "all"], 2, ["takes no arguments"]),
     ],
@@ -125,7 +125,9 @@ def test_sizes_that_do_not_fit_get_one_line(capsys, tmp_path, npz_path):
 
 def test_a_run_directory_of_another_recipe_gets_one_line(capsys, trained, npz_path):
     flags = ["--data.path", npz_path, "--workdir", trained, *SMALL]
-    assert_refused(run(capsys, "train", "mnist", *flags), 2, "recipe digits, not mnist", "--workdir")
+    assert_refused(
+        run(capsys, "train", "mnist", *flags), 2, "card.name was 'digits' and is now 'mnist'", "another workdir"
+    )
     other = ["--data.num-classes", 3, "--seed", 4]
     assert_refused(run(capsys, "train", "digits", *flags, *other), 2, "seed was 0 and is now 4")
 
@@ -140,7 +142,7 @@ def test_an_unwritable_work_directory_gets_one_line(capsys, tmp_path, npz_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     refused = run(capsys, "train", "digits", "--workdir", tmp_path / "mine", *flags)
-    assert_refused(refused, 1, "thesis.tex", "choose another --workdir")
+    assert_refused(refused, 1, "thesis.tex", "choose another workdir")
 
 
 def test_a_run_without_checkpoints_gets_one_line(capsys, trained, tmp_path):

@@ -168,7 +168,7 @@ def test_many_images_are_one_program_and_the_same_whatever_the_batch(place, monk
     from pspinal_jax.runs import predict as predict_module
 
     images = sorted((place / "pictures").rglob("*.png"))
-    shapes, load = [], predict_module.load_classifier
+    shapes, load = [], predict_module.load_predictor
 
     def watched(*words):
         import dataclasses
@@ -181,7 +181,7 @@ def test_many_images_are_one_program_and_the_same_whatever_the_batch(place, monk
 
         return dataclasses.replace(classifier, log_probabilities=log_probabilities)
 
-    monkeypatch.setattr(predict_module, "load_classifier", watched)
+    monkeypatch.setattr(predict_module, "load_predictor", watched)
     together = predict_module.predict(place / "run", images)
     assert len(set(shapes)) == 1 and len(shapes) == 3 and [each.path for each in together] == images
     alone = predict_module.predict(place / "run", images[40:41])[0]
@@ -217,15 +217,15 @@ def test_the_report_holds_all_and_loads_nothing(place, tmp_path, capsys):
     report = evaluate_examples(place / "run").report
     for shown in (f"{100 * report['accuracy']:.2f} %", "balanced accuracy", "95 % interval", "Wilson", "bootstrap"):
         assert shown in text
-    assert "standard deviation of 2 seeds" in text and "optimizer.learning_rate" in text and "jax" in text
+    assert "standard deviation of the seeds" in text and "optimizer.learning_rate" in text and "jax" in text
     assert checked.tags.count("figure") == min(24, report["examples"] - report["correct"])
     assert 'class="matrix"' in page and 'alt="Confusion matrix"' not in page
 
 
 def test_the_reports_confusions_are_a_table_of_names_or_of_many_classes_a_picture(place, tmp_path, monkeypatch):
-    from pspinal_jax.runs.html_report import write_report
+    from pspinal_jax.runs.report import write_report
 
-    monkeypatch.setattr("pspinal_jax.runs.html_report.MOST_NUMBERED_CLASSES", 2)
+    monkeypatch.setattr("pspinal_jax.runs.report.MOST_NUMBERED_CLASSES", 2)
     write_report([place / "run"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert 'class="matrix"' not in page and 'alt="Confusion matrix"' in page

@@ -23,7 +23,7 @@ from pspinal_jax import fuse_params, heads, pack_batch_stats, pack_params
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import VGG5, ResNet
 from pspinal_jax.models import Classifier
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import load_variables
 from pspinal_jax.training import loop as trainer
 from pspinal_jax.weights import classifier_state_dict, resnet_state_dict, save_variables
 

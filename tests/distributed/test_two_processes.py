@@ -9,7 +9,7 @@ import pytest
 from processes_support import free_port, metrics, run, run_to_the_end, small, write_four_classes
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import load_variables
 
 TWO = "--distributed --num-processes 2"
 ENDED_BY_ANOTHER = (1, -6)

@@ -7,7 +7,7 @@ from processes_support import metrics, run_to_the_end
 
 from pspinal_jax.backbones import resnet
 from pspinal_jax.data.folder import read_folder
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import load_variables
 
 pytestmark = pytest.mark.slow
 

@@ -24,6 +24,7 @@ from pspinal_jax.data.decode import decode
 from pspinal_jax.data.folder import read_folder
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.errors import DataError, PSpinalError, RunError, UsageError
+from pspinal_jax.models import build_model
 from pspinal_jax.recipes import list_recipes
 from pspinal_jax.runs import train as train_module
 from pspinal_jax.training.loop import Stopped
@@ -111,9 +112,10 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def stop_after_set_up(recipe, model, data, workers=0, mesh=None):
+def stop_after_set_up(recipe, data, *rest):
     """In place of compiling: the model's shapes, and as if the user had stopped the run."""
     shape, dtype = data.example_shape, data.example_dtype
+    model = build_model(recipe, shape, data.num_classes)
     inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
     jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
     raise Stopped("SIGTERM")
@@ -145,7 +147,7 @@ def test_overrides_of_recipes(place, monkeypatch, recipe, overrides, local):
     monkeypatch.setattr(
         train_module,
         "cached_features",
-        lambda recipe, model, _, data, *rest: stop_after_set_up(recipe, model, data),
+        lambda recipe, model, start, data, *rest: stop_after_set_up(recipe, data),
     )
     args = ["train", recipe, *(LOCAL if local else []), *overrides]
     assert_clear(*call(args), args)

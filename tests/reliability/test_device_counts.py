@@ -153,4 +153,4 @@ def test_batch_norm_per_device_takes_as_many_devices_as_have_two_examples(npz_pa
     assert "batch_size 10 does not divide over 6 devices: training uses 5 of them" in errors
     (tmp_path / "run" / "result.json").unlink()
     ((_, again),) = on_devices(1, command)
-    assert "with --batch-norm per_device 1 devices give another result than 6" in again
+    assert "with batch_norm=per_device 1 devices give another result than 6" in again

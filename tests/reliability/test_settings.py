@@ -14,7 +14,6 @@ from setting_changes import CACHED, CHANGES, EFFECT, ELSEWHERE
 
 from pspinal_jax.data import load_data
 from pspinal_jax.errors import PSpinalError, UsageError
-from pspinal_jax.export.directory import read_export
 from pspinal_jax.models import build_model
 from pspinal_jax.recipes import (
     AugmentConfig,
@@ -28,14 +27,13 @@ from pspinal_jax.recipes import (
 )
 from pspinal_jax.recipes.rules import check_settings, check_settings_for
 from pspinal_jax.recipes.schema import RunOptions
-from pspinal_jax.runs import programs
-from pspinal_jax.runs.build import split_examples
+from pspinal_jax.runs import build
+from pspinal_jax.runs.build import build_run_programs, schedule_of, split_examples
 from pspinal_jax.runs.directory import load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
-from pspinal_jax.runs.export import export_run
+from pspinal_jax.runs.export import export_run, read_export
 from pspinal_jax.runs.features import head_recipe
 from pspinal_jax.runs.predict import predict
-from pspinal_jax.runs.programs import build_run_programs, schedule_of
 from pspinal_jax.runs.train import train
 from pspinal_jax.training.optimizers import learning_rates
 from pspinal_jax.training.programs import make_order
@@ -96,10 +94,10 @@ def seen(recipe, monkeypatch):
     stages = make_stages(recipe, train_indices, validation)
     model = build_model(recipe, shape, data.num_classes)
     calls = []
-    monkeypatch.setattr(programs, "build_programs", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(programs, "make_optimizer", lambda *arguments: arguments)
+    monkeypatch.setattr(build, "build_programs", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(build, "make_optimizer", lambda *arguments: arguments)
     pool = data.train if data.validation is None else data.train.join(data.validation)
-    weights = programs.class_weights(recipe, pool.labels[train_indices], data.num_classes)
+    weights = build.class_weights(recipe, pool.labels[train_indices], data.num_classes)
     build_run_programs(recipe, model, shape, dtype, weights=weights)
     balanced = pool.labels if recipe.sampler == "balanced" else None
     order = make_order(stages[0].subset, 60, vectorized=False, shuffle=recipe.data.shuffle, balanced=balanced)

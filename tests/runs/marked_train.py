@@ -103,7 +103,7 @@ def wrap(marks: Marks, owner, name: str, doing: str, after=None) -> None:
 
 def mark_calls(marks: Marks) -> None:
     """Mark what a run consists of; imports it all."""
-    from pspinal_jax.checkpoints.store import CheckpointStore
+    from pspinal_jax.checkpoints import CheckpointStore
     from pspinal_jax.runs import metrics, train
     from pspinal_jax.runs.directory import RunDirectory
     from pspinal_jax.training import loop as trainer

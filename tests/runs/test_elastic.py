@@ -10,7 +10,7 @@ import chex
 import numpy as np
 import pytest
 
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import load_variables
 
 SCRIPT = Path(__file__).with_name("train_on_devices.py")
 ONE, EIGHT, CUT = ("1", "-1", "1", "1"), ("8", "-1", "1", "1"), ("8", "-1", "2", "2")

@@ -18,12 +18,12 @@ from small_runs import Killed
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.errors import RunError
-from pspinal_jax.export import directory as export_directory
-from pspinal_jax.export import export_classifier, program, read_export
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.models import Classifier, build_model
+from pspinal_jax.runs import export
 from pspinal_jax.runs.directory import load_recipe_of
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.export import export_classifier, read_export
+from pspinal_jax.runs.result import load_variables
 from pspinal_jax.weights import read_variables
 
 JAX_ALONE = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers")
@@ -235,7 +235,7 @@ def refused(capsys, status, said, *arguments):
 
 
 def test_what_cannot_be_exported_gets_one_line(trained, tmp_path, capsys):
-    refused(capsys, 1, "nowhere is no run directory", "export", tmp_path / "nowhere")
+    refused(capsys, 1, "nowhere is not a run directory", "export", tmp_path / "nowhere")
     refused(capsys, 2, "--seed-index is 3, expected 0 .. 0", "export", trained, "--seed-index", 3)
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
@@ -250,13 +250,13 @@ def test_nothing_but_an_export_is_replaced(trained, tmp_path, capsys):
     file.write_text("words")
     notes = output / "notes.txt"
     notes.write_text("words")
-    refused(capsys, 1, "out holds notes.txt and is no export", "export", trained, "--output", output)
+    refused(capsys, 1, "out holds notes.txt and is not an export", "export", trained, "--output", output)
     refused(capsys, 1, "file is a file", "export", trained, "--output", file)
     refused(capsys, 1, "cannot be written", "export", trained, "--output", file / "below")
-    refused(capsys, 1, "is no export", "export", trained, "--output", trained)
+    refused(capsys, 1, "is not an export", "export", trained, "--output", trained)
     weights = output / "params.safetensors"
     notes.rename(weights)
-    refused(capsys, 1, "out holds params.safetensors and is no export", "export", trained, "--output", output)
+    refused(capsys, 1, "out holds params.safetensors and is not an export", "export", trained, "--output", output)
     assert weights.read_text() == "words" and file.read_text() == "words"
     weights.unlink()
     assert main(["export", str(trained), "--output", str(output)]) == 0, "an empty directory is filled"
@@ -274,7 +274,7 @@ def test_a_kill_while_exporting_leaves_the_older_export_whole(trained, tmp_path,
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(export_directory, "save_variables", die)
+        patch.setattr(export, "save_variables", die)
         main(words)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert main(words) == 0
@@ -295,18 +295,18 @@ def test_a_damaged_export_gets_one_line(trained, tmp_path, capsys):
     file.unlink()
     refused(capsys, 1, "model.jaxexport cannot be read", *words)
     said = output / "export.json"
-    for text, message in (("{", "cannot be read"), ('{"format": "pspinal_jax export 1"}', "lacks class_names")):
+    for text, message in (("{", "is damaged"), ('{"format": "pspinal_jax export 1"}', "lacks class_names")):
         said.write_text(text)
         refused(capsys, 1, message, *words)
     said.unlink()
-    refused(capsys, 1, "is no export: it has no export.json", *words)
+    refused(capsys, 1, "is not an export: it has no export.json", *words)
     refused(capsys, 2, "Missing from pspinal-jax predict", "predict", "--artifact", output)
     refused(capsys, 2, "with --artifact, predict takes images only", "predict", trained, *words[1:])
     refused(capsys, 2, "at least one image", "predict", trained)
 
 
 def test_parameters_too_large_for_the_format_are_refused(monkeypatch):
-    monkeypatch.setattr(program, "MAX_BYTES", 100)
+    monkeypatch.setattr(export, "MAX_BYTES", 100)
     model = Classifier(DenseHead(3))
     variables = model.init(jax.random.key(0), np.zeros((2, 9), np.float32), train=False)
     with pytest.raises(RunError, match="the parameters take"):
@@ -318,7 +318,7 @@ import sys
 from pathlib import Path
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from pspinal_jax.export import read_export
+from pspinal_jax.runs.export import read_export
 from pspinal_jax.runs.export import export_run
 assert jax.local_device_count() == 2
 print(read_export(export_run(Path(sys.argv[1]), Path(sys.argv[2]))).exported.nr_devices)

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.checkpoints.store import CheckpointStore
+from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError
 from pspinal_jax.runs import train as train_module
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import load_variables
 from pspinal_jax.training.examples import ResidentSplit
 from pspinal_jax.training.loop import Trainer
 

@@ -14,7 +14,7 @@ from pspinal_jax.data.dataset import ArraySplit, array_dataset
 from pspinal_jax.errors import RunError
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_recipe
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.state import Totals, TrainState, init_state

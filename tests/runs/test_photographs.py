@@ -22,10 +22,9 @@ from pspinal_jax.data.decode import decode
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import RunOptions
-from pspinal_jax.runs import manifest
-from pspinal_jax.runs.classifier import load_classifier
-from pspinal_jax.runs.predict import _read
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.predict import _read, load_predictor
+from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.seed_states import SeedStates
@@ -128,7 +127,7 @@ def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path
         return advance(self, remaining)
 
     monkeypatch.setattr(trainer_module.Trainer, "_chunk_steps", dying)
-    monkeypatch.setattr("pspinal_jax.checkpoints.store.CheckpointStore.due", lambda self, seconds: True)
+    monkeypatch.setattr("pspinal_jax.checkpoints.CheckpointStore.due", lambda self, seconds: True)
     with pytest.raises(Killed):
         run(pictures, tmp_path / "cut", *flags)
     assert [int(path.name) for path in (tmp_path / "cut" / "checkpoints").iterdir()], "something was saved"
@@ -232,8 +231,8 @@ def test_a_head_on_cached_features_is_linear_and_a_run_of_before_goes_on(picture
     backbone = read_variables(strange / "backbone.safetensors")
     backbone["params"]["stem"]["kernel"] = backbone["params"]["stem"]["kernel"][..., :1]
     save_variables(strange / "backbone.safetensors", backbone)
-    manifest.record(strange, "backbone.safetensors")
-    with pytest.raises(RunError, match=r"does not fit its config.json: backbone/stem/kernel is \(.*, 1\) there and"):
+    RunDirectory(strange).record("backbone.safetensors")
+    with pytest.raises(RunError, match=r"does not fit its config.json: backbone/stem/kernel is \(.*, 1\), expected"):
         load_variables(strange)
     identity = read(tmp_path / "new" / "config.json")["identity"]
     assert identity["model"]["head"] == "dense" and identity["optimizer"]["name"] == "adamw"
@@ -252,7 +251,7 @@ def test_a_head_on_cached_features_is_linear_and_a_run_of_before_goes_on(picture
     result = train(before, RunOptions(workdir=tmp_path / "before"))
     assert read(tmp_path / "before" / "config.json")["identity"]["optimizer"]["name"] == "sgd"
     assert main([*words, str(tmp_path / "before")]) == 0
-    assert "finished: nothing is trained again" in capsys.readouterr().err
+    assert "is already finished; skipping training" in capsys.readouterr().err
     assert read(tmp_path / "before" / "result.json")["selected_checksum"] == result["selected_checksum"]
     assert main([*words, str(tmp_path / "before"), "--epochs", "3"]) == 2
 
@@ -337,7 +336,7 @@ def test_predictions_see_images_as_training_and_evaluation_do(pictures, tmp_path
     assert main(["train", "folder", *tiny_flags, *flags]) == 0
     assert main(["export", str(run)]) == 0
     long = Image.open(next(pictures.rglob("*.jpg"))).resize((120, 40))
-    seen = [_read(long, load_classifier(source)) for source in (run, run / "export")]
+    seen = [_read(long, load_predictor(source)) for source in (run, run / "export")]
     wanted = decode(long, (32, 32), fit)
     np.testing.assert_array_equal(seen[0], wanted)
     np.testing.assert_array_equal(seen[1], wanted)

@@ -15,7 +15,7 @@ import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.recipes import DataConfig, load_recipe
-from pspinal_jax.runs import classifier
+from pspinal_jax.runs import predict as predict_module
 
 SETTINGS = {"data.num_classes": 3, "epochs": 1, "batch-size": 16, "eval_batch_size": 16, "data__num_validation": 20}
 
@@ -69,8 +69,8 @@ def test_a_run_shows_its_history_and_gives_probabilities_as_an_array(run, arrays
 
 
 def test_predict_and_evaluate_again_neither_load_nor_compile_again(run, arrays, monkeypatch):
-    loads, load = [], classifier.load_variables
-    monkeypatch.setattr(classifier, "load_variables", lambda *words: loads.append(words) or load(*words))
+    loads, load = [], predict_module.load_variables
+    monkeypatch.setattr(predict_module, "load_variables", lambda *words: loads.append(words) or load(*words))
     loaded, inputs = pspinal_jax.load_run(run.path), arrays["test_images"]
     first = loaded.predict(inputs[:8])
     loaded.evaluate()
@@ -167,7 +167,7 @@ def test_settings_become_the_recipes_types(monkeypatch):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(RunError, match="is no run directory"):
+    with pytest.raises(RunError, match="is not a run directory"):
         pspinal_jax.load_run(tmp_path)
     with pytest.raises(UsageError, match="unknown recipe 'digit'; did you mean digits"):
         pspinal_jax.train("digit")
@@ -177,7 +177,7 @@ def test_an_unfinished_run_has_no_result(run, tmp_path):
     (tmp_path / "config.json").write_bytes((run.path / "config.json").read_bytes())
     with pytest.raises(RunError, match="not finished"):
         _ = pspinal_jax.load_run(tmp_path).result
-    with pytest.raises(UsageError, match="seed-index is 1"):
+    with pytest.raises(UsageError, match="seed_index is 1"):
         _ = pspinal_jax.load_run(run.path, seed_index=1).variables
 
 

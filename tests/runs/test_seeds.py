@@ -19,7 +19,7 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes import OptimizerConfig, load_recipe
 from pspinal_jax.recipes.schema import RunOptions
 from pspinal_jax.runs import seeds
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train
 
 

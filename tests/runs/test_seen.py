@@ -14,7 +14,8 @@ from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.data.dataset import ArraySplit, array_dataset, digest_rows
 from pspinal_jax.recipes import DataConfig, load_recipe
 from pspinal_jax.runs.build import split_examples
-from pspinal_jax.runs.seen import SEEN, read_seen
+from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.start import SEEN, read_seen
 
 SMALL = {"model__layer_width": 4, "model__num_layers": 1, "batch_size": 8, "eval_batch_size": 8, "epochs": 1}
 NO_BACKBONE = {"model__backbone": "none", "model__weights": None, "data__image_size": 8, "data__augment": "none"}
@@ -72,7 +73,7 @@ def test_train_counts_test_rows_that_are_training_rows(place):
 
 
 def test_a_run_keeps_digests_of_its_parts(place):
-    seen = read_seen(place / "rows")
+    seen = read_seen(RunDirectory(place / "rows"))
     assert {kind: len(each) for kind, each in seen.items()} == {"train": 30, "validation": 10, "before": 0}
     expected = np.sort(digest_rows(features(0)[0]))
     np.testing.assert_array_equal(np.sort(np.concatenate([seen["train"], seen["validation"]])), expected)
@@ -92,7 +93,7 @@ def test_train_cuts_validation_with_copies_on_one_side():
 
 
 def test_evaluate_counts_rows_that_the_run_was_trained_on(place, tmp_path, capsys):
-    seen, new = read_seen(place / "rows"), features(5, 12)
+    seen, new = read_seen(RunDirectory(place / "rows")), features(5, 12)
     inputs, _ = features(0)
     validated = np.flatnonzero(np.isin(digest_rows(inputs), seen["validation"]))[0]
     trained = np.flatnonzero(np.isin(digest_rows(inputs), seen["train"]))[:2]
@@ -177,7 +178,7 @@ def test_init_from_names_test_examples_that_the_earlier_run_was_trained_on(place
     assert "2 examples have identical copies in another class: train row 0, test row 10" in said
     again = pspinal_jax.train("features", data__path=path, workdir=tmp_path / "2", init_from=tmp_path / "1", **SMALL)
     assert again.result["copies"]["test_in_init_from"] == 12
-    assert len(read_seen(again.path)["before"]) == 80
+    assert len(read_seen(RunDirectory(again.path))["before"]) == 80
 
 
 def test_a_damaged_file_of_digests_is_warned_of_and_the_scores_stand(place, tmp_path, capsys):

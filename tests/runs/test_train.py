@@ -14,8 +14,7 @@ from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes import ModelConfig, OptimizerConfig
 from pspinal_jax.runs.evaluate import evaluate
-from pspinal_jax.runs.restore import load_variables
-from pspinal_jax.runs.result import best_seed_index
+from pspinal_jax.runs.result import best_seed_index, load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.examples import ResidentExamples
@@ -264,7 +263,7 @@ def test_seed_j_equals_the_single_run_with_that_seed(single_runs, tmp_path, mode
     # The default seed is the best on validation, of equal ones by the loss.
     best = int(np.lexsort([-np.array(result["validation_loss"]["each"]), result["validation_accuracy"]["each"]])[-1])
     chex.assert_trees_all_equal(load_variables(tmp_path / "both")[0], load_variables(tmp_path / "both", best)[0])
-    with pytest.raises(UsageError, match=r"seed-index is 2, expected 0 \.\. 1"):
+    with pytest.raises(UsageError, match=r"seed_index is 2, expected 0 \.\. 1"):
         load_variables(tmp_path / "both", 2)
 
 
@@ -331,7 +330,7 @@ def test_init_from_starts_from_the_other_runs_parameters(finished, recipe, tmp_p
         load_variables(tmp_path / "run")[0]["params"], load_variables(finished[0])[0]["params"], atol=1e-6
     )
     wider = dataclasses.replace(recipe, model=ModelConfig(layer_width=7, num_layers=3, norm="batch"))
-    with pytest.raises(UsageError, match=r"--init-from .* does not fit this model: head/layer_1/bias is \(6,\)"):
+    with pytest.raises(UsageError, match=r"init_from .* does not fit this model: head/layer_1/bias is \(6,\)"):
         train(wider, options(tmp_path / "wider", init_from=finished[0]))
 
 
@@ -360,7 +359,9 @@ def test_resuming_on_data_that_has_changed_says_what_has(recipe, arrays, tmp_pat
     train(here, options(tmp_path / "run"))
     labels = (arrays["train_labels"] + 1) % 3
     np.savez(path, **{**arrays, "train_labels": labels}, class_names=np.array(["a", "b", "other"]))
-    with pytest.raises(UsageError, match=r"other data: .*data.npz has the new class other and lacks the class c; put"):
+    with pytest.raises(
+        UsageError, match=r"other data: .*data.npz has the new classes other and lacks the classes c; put"
+    ):
         train(here, options(tmp_path / "run"))
     np.savez(path, **{**arrays, "train_labels": labels}, class_names=np.array(["a", "b", "c"]))
     with pytest.raises(UsageError, match=r"has had examples added, removed or changed since; put that back, or choose"):

@@ -9,13 +9,12 @@ import pytest
 from small_runs import Killed, metrics, options, small_recipe
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.checkpoints.checksum import json_checksum
-from pspinal_jax.checkpoints.store import CheckpointStore
+from pspinal_jax.checkpoints import CheckpointStore, json_checksum
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes import AugmentConfig, ModelConfig, OptimizerConfig, load_recipe
 from pspinal_jax.runs.directory import load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.examples import ResidentExamples

@@ -14,7 +14,7 @@ from pspinal_jax.layers.conv import conv_same
 from pspinal_jax.layers.depthwise import depthwise_conv
 from pspinal_jax.models import build_model
 from pspinal_jax.recipes import load_recipe
-from pspinal_jax.runs import programs
+from pspinal_jax.runs import build
 
 UNKNOWN = {"no_such_option_of_xla": True}
 NEW = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
@@ -46,13 +46,13 @@ def test_options_without_effect_are_not_asked_for(monkeypatch, fresh, optimised)
 
 @pytest.mark.parametrize(("backbone", "reached"), [("vgg5", True), ("none", False)])
 def test_they_reach_the_programs_with_convolutions_and_no_others(monkeypatch, backbone, reached):
-    monkeypatch.setattr(programs, "convolution_options", lambda platform: UNKNOWN)
+    monkeypatch.setattr(build, "convolution_options", lambda platform: UNKNOWN)
     recipe = load_recipe("mnist")
     recipe = dataclasses.replace(
         recipe, batch_size=2, eval_batch_size=2, model=dataclasses.replace(recipe.model, backbone=backbone)
     )
     shape = (28, 28, 1)
-    built = programs.build_run_programs(recipe, build_model(recipe, shape, 10), shape, np.uint8)
+    built = build.build_run_programs(recipe, build_model(recipe, shape, 10), shape, np.uint8)
     state = built.init(np.uint32(0))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     data = np.zeros((2, *shape), np.uint8), np.zeros(2, np.int32)

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from pspinal_jax.errors import UsageError
 from pspinal_jax.recipes import MeshConfig, load_recipe
-from pspinal_jax.runs.programs import check_classes, run_mesh
+from pspinal_jax.runs.build import check_classes, run_mesh
 from pspinal_jax.training.sharding import make_mesh, mesh_shape, partition_spec, shardings
 
 AXES = {"data": 2, "fsdp": 4, "model": 2}

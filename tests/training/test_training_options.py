@@ -12,7 +12,7 @@ from pspinal_jax.augment import mix
 from pspinal_jax.augment.mixing import Mixed
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models import Classifier
-from pspinal_jax.runs.programs import balanced_weights
+from pspinal_jax.runs.build import balanced_weights
 from pspinal_jax.training import keys
 from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.layouts import head_layouts

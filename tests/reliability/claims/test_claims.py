@@ -13,8 +13,8 @@ from pspinal_jax.__main__ import main
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.runs import evaluate as evaluate_module
-from pspinal_jax.runs import manifest
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.directory import RunDirectory
+from pspinal_jax.runs.result import load_variables
 
 SMALL = {"epochs": 3, "batch_size": 16, "eval_batch_size": 16, "data__num_validation": 20, "data__num_classes": 3}
 SMALL |= {"model__layer_width": 8}
@@ -149,7 +149,7 @@ def swap_result(run):
         (swap_result, "does not hold the parameters of result.json"),
         (drop_best, "is damaged"),
         (damage, "is damaged"),
-        (drop_all, "is a finished run whose checkpoints are gone"),
+        (drop_all, "checkpoints does not exist"),
     ],
 )
 def test_no_other_parameters_stand_in_for_the_selected_ones(place, spoil, message, capfd):
@@ -177,12 +177,12 @@ def test_a_run_of_before_checksums_opens_unless_its_newest_checkpoint_is_another
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "cannot be read"),
-        ("{", "cannot be read"),
-        ("[" * 100_000, "cannot be read"),
-        ("[1]", "does not match its checksum"),
-        ('{"test_accuracy": {"mean": 1.0}, "checksum": "0"}', "does not match its checksum"),
-        (b"\xff\xfe{}", "cannot be read"),
+        ("", "is damaged"),
+        ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("[1]", "is damaged: it is"),
+        ('{"test_accuracy": {"mean": 1.0}, "checksum": "0"}', "is damaged: it lacks"),
+        (b"\xff\xfe{}", "is damaged"),
     ],
 )
 @pytest.mark.parametrize("name", ["result.json", "config.json"])
@@ -196,18 +196,19 @@ def test_malformed_json_is_one_line(place, name, content, message):
 def test_the_manifest_knows_its_files(tmp_path):
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("2")
-    manifest.check(tmp_path, "a")  # a run of before there were manifests
-    manifest.record(tmp_path, "a")
-    manifest.record(tmp_path, "b")
-    manifest.check(tmp_path, "a", "b", "c")
+    run = RunDirectory(tmp_path)
+    run.verify("a")  # a run of before there were manifests
+    run.record("a")
+    run.record("b")
+    run.verify("a", "b", "c")
     (tmp_path / "a").write_text("3")
-    with pytest.raises(RunError, match="a is damaged: its checksum"):
-        manifest.check(tmp_path, "a")
-    manifest.check(tmp_path, "b")
+    with pytest.raises(RunError, match="a is damaged: it does not match its checksum"):
+        run.verify("a")
+    run.verify("b")
     (tmp_path / "a").unlink()
     with pytest.raises(RunError, match="a cannot be read"):
-        manifest.check(tmp_path, "a")
-    path = tmp_path / manifest.MANIFEST
-    path.write_text(path.read_text().replace("sha256", "sha512"))
+        run.verify("a")
+    path = run.manifest_path
+    path.write_text(path.read_text().replace('"a"', '"c"'))
     with pytest.raises(RunError, match="does not match its checksum"):
-        manifest.check(tmp_path, "b")
+        run.verify("b")

@@ -58,7 +58,7 @@ def test_a_work_directory_inside_the_data_is_refused_before_anything_is_written(
     (data / "cat").mkdir(parents=True)
     (tmp_path / "link").symlink_to(data)
     monkeypatch.chdir(data)
-    with pytest.raises(UsageError, match=r"lies inside the data, \.: .* choose another --workdir"):
+    with pytest.raises(UsageError, match=r"lies inside the data, \.: .* choose another workdir"):
         pspinal_jax.train("folder", data__path=".", workdir=workdir)
     assert [path.name for path in data.iterdir()] == ["cat"]
 

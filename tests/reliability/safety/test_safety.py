@@ -16,7 +16,7 @@ from pspinal_jax import __main__ as entry
 from pspinal_jax.commands import parse
 from pspinal_jax.data import raw
 from pspinal_jax.errors import DataError, printable
-from pspinal_jax.runs.classification_report import Scored, classification_report
+from pspinal_jax.runs.scores import Scored, score_report
 
 ESCAPES = "\x1b[31mred\x07\r\n\x1b]0;title\x07 \u202egnp.\udcff"
 
@@ -33,9 +33,9 @@ def test_names_of_files_and_classes_are_not_printed_raw(tmp_path, capsys, monkey
     missing = tmp_path / "a\x1b[2Jb\nerror: c"
     assert entry.main(["predict", str(missing), "a.png"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path}/a\\x1b[2Jb\\nerror: c is no run directory")
+    assert line.startswith(f"error: {tmp_path}/a\\x1b[2Jb\\nerror: c is not a run directory")
     scored = Scored.of(np.array([0, 1]), np.log([[0.4, 0.6], [0.2, 0.8]]))
-    report = classification_report(scored, (ESCAPES, "b")) | {"trained_on_it": True, "files": [ESCAPES]}
+    report = score_report(scored, (ESCAPES, "b")) | {"trained_on_it": True, "files": [ESCAPES]}
     monkeypatch.setattr("pspinal_jax.runs.evaluate.evaluate", lambda *_, **__: report)
     assert entry.main(["evaluate", str(tmp_path)]) == 0
     said = capsys.readouterr().out

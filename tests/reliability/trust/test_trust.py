@@ -21,7 +21,7 @@ from pspinal_jax.data.tfds import read_prepared
 from pspinal_jax.errors import DataError, RunError
 from pspinal_jax.files import read_bytes
 from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.restore import load_variables
+from pspinal_jax.runs.result import load_variables
 
 OPTIONS = {"image_size": 8, "test_fraction": 0.25, "split_seed": 0}
 
@@ -247,7 +247,7 @@ STRANGE_CONFIGS = [
 def test_config_of_a_stranger_with_its_checksum_right_is_one_line(run, tmp_path, place, value):
     shutil.copy(run / "config.json", tmp_path)
     rewrite(tmp_path / "config.json", setting(place, value))
-    with pytest.raises(RunError, match=r"config.json is not what `train` writes: .* another --workdir") as told:
+    with pytest.raises(RunError, match=r"config.json is damaged: .* another workdir") as told:
         RunDirectory(tmp_path).config()
     assert len(str(told.value)) < 1000
 
@@ -268,7 +268,7 @@ def test_result_of_a_stranger_with_its_checksum_right_is_one_line(run, tmp_path,
     for name in ("config.json", "result.json"):
         shutil.copy(run / name, tmp_path)
     rewrite(tmp_path / "result.json", setting(place, value))
-    with pytest.raises(RunError, match=r"result.json is not what `train` writes: .*; train in another --workdir"):
+    with pytest.raises(RunError, match=r"result.json is damaged: .*; train in another workdir"):
         RunDirectory(tmp_path).result()
 
 

@@ -5,15 +5,14 @@ import pytest
 from scipy.sparse import coo_array
 from sklearn.metrics import precision_recall_fscore_support
 
-from pspinal_jax.runs.classification_report import (
+from pspinal_jax.runs.report import describe_scores
+from pspinal_jax.runs.scores import (
     Scored,
     bootstrap,
     calibration_error,
-    class_table,
-    classification_report,
-    describe_report,
     intervals,
     most_confused,
+    score_report,
     scores_by_class,
     without_examples,
     worst_first,
@@ -30,7 +29,7 @@ def scored(labels, rows):
 def report():
     """Nine of a, one of b, which is taken for a; nothing of the third class, which is named once."""
     rows = [[0.8, 0.1, 0.1]] * 8 + [[0.3, 0.1, 0.6]] + [[0.7, 0.2, 0.1]]
-    return classification_report(scored([0] * 9 + [1], rows), NAMES)
+    return score_report(scored([0] * 9 + [1], rows), NAMES)
 
 
 def test_a_class_that_is_never_found_halves_balanced_accuracy_and_not_accuracy(report):
@@ -75,7 +74,7 @@ def test_a_confidence_on_a_bins_edge_belongs_to_the_bin_below():
 
 def test_top_5_counts_examples_whose_class_is_among_the_first_five():
     rows = np.tile([0.3, 0.25, 0.2, 0.1, 0.08, 0.07], (6, 1))
-    assert classification_report(scored(range(6), rows), tuple("abcdef"))["top_5_accuracy"] == pytest.approx(5 / 6)
+    assert score_report(scored(range(6), rows), tuple("abcdef"))["top_5_accuracy"] == pytest.approx(5 / 6)
     assert scored(range(6), np.full((6, 6), 1 / 6)).rank.tolist() == [0, 1, 2, 3, 4, 5], "equal ones, by their number"
 
 
@@ -142,14 +141,14 @@ def test_sparse_and_dense_confusions_give_the_same():
 def test_draws_in_parts_are_the_draws_at_once(monkeypatch):
     confusion = np.array([[30, 10, 0], [5, 12, 3], [2, 0, 1]])
     whole = bootstrap(confusion)
-    monkeypatch.setattr("pspinal_jax.runs.classification_report._DRAWN_AT_A_TIME", 600)
+    monkeypatch.setattr("pspinal_jax.runs.scores._DRAWN_AT_A_TIME", 600)
     np.testing.assert_array_equal(bootstrap(confusion), whole)
 
 
 def test_confusions_of_more_than_a_thousand_classes_are_listed():
     labels = np.arange(1001)
     made = Scored(labels, np.where(labels < 2, 1, labels), np.ones(1001), np.zeros(1001), np.zeros(1001, int))
-    report = classification_report(made, tuple(map(str, labels)))
+    report = score_report(made, tuple(map(str, labels)))
     assert report["confusion"] is None and report["confusion_counts"][:3] == [[0, 1, 1], [1, 1, 1], [2, 2, 1]]
     assert report["correct"] == 1000 and report["most_confused"] == [
         {"true": "0", "predicted": "1", "count": 1, "share": 1.0}
@@ -165,18 +164,18 @@ def test_scores_by_class_are_scikit_learns():
         assert [each[name] for each in found] == [None if np.isnan(value) else value for value in column]
 
 
-def test_the_table_has_at_most_twenty_classes_worst_first():
+def test_the_table_has_at_most_twenty_classes_worst_first(report):
     classes = [
         {"name": f"c{index}", "support": 4, "precision": 1.0, "recall": index / 30, "f1": index / 30}
         for index in range(29, -1, -1)
     ]
-    lines = class_table(classes)
+    lines = describe_scores(report | {"classes": classes, "most_confused": []})[3:]
     assert len(lines) == 22 and lines[1].split()[:2] == ["c0", "4"] and lines[20].split()[0] == "c19"
     assert lines[-1] == "  and 10 more classes"
 
 
 def test_what_is_said_is_what_was_found(report):
-    said = "\n".join(describe_report(report))
+    said = "\n".join(describe_scores(report))
     assert "test accuracy 80.00 % (8 of 10; 95 % interval 49.02 to 94.33)" in said
     assert "balanced accuracy 44.44 %" in said and "(15 bins)" in said
     assert "a taken for never there 1 times" in said
@@ -188,7 +187,7 @@ def test_the_surest_mistakes_come_first():
 
 
 def test_classes_without_examples_are_named_beside_balanced_accuracy(report):
-    assert " % (without test examples: never there), macro F1" in describe_report(report)[1]
+    assert " % (without test examples: never there), macro F1" in describe_scores(report)[1]
     classes = [{"name": f"c{index}\x1b", "support": 0} for index in range(5)]
     assert without_examples(classes) == r" (without test examples: c0\x1b, c1\x1b, c2\x1b and 2 more)"
     assert without_examples([{"name": "a", "support": 1}]) == ""

@@ -9,16 +9,15 @@ from pspinal_jax.data import load_data
 from pspinal_jax.models import build_model
 from pspinal_jax.recipes import DataConfig, ModelConfig, load_recipe
 from pspinal_jax.runs.build import split_examples
-from pspinal_jax.runs.opening import class_counts, describe_opening, warn_of_random_backbone
-from pspinal_jax.runs.result import describe_result
+from pspinal_jax.runs.report import class_counts, describe_result, describe_start
 from pspinal_jax.training.stages import make_stages
 
 
-def opening(recipe, init_from=None):
+def summary(recipe, init_from=None):
     data = load_data(recipe.data)
     model = build_model(recipe, data.example_shape, data.num_classes)
     stages = make_stages(recipe, *split_examples(recipe, data))
-    return describe_opening(recipe, init_from, data, model, stages), data
+    return describe_start(recipe, init_from, data, model, stages), data
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def recipe(npz_path):
 
 
 def test_the_counts_are_those_of_the_splits_that_are_trained_and_tested_on(recipe, arrays):
-    lines, data = opening(recipe)
+    lines, data = summary(recipe)
     train, validation = split_examples(recipe, data)
     labels = arrays["train_labels"]
     counts = class_counts(recipe, data)
@@ -46,19 +45,9 @@ def test_many_classes_are_told_by_the_smallest_and_the_largest(tmp_path, recipe)
     path = tmp_path / "many.npz"
     np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     data = DataConfig("digits", path=path, num_validation=0)
-    lines, _ = opening(dataclasses.replace(recipe, data=data, retrain=False))
+    lines, _ = summary(dataclasses.replace(recipe, data=data, retrain=False))
     assert lines[1] == "  in train 0 2, 1 3, 2 4 .. 19 21 examples a class, median 12"
     assert "validation" not in lines[0] and len(lines) == 5
-
-
-def test_a_frozen_backbone_of_random_numbers_is_warned_of(recipe, tmp_path):
-    random = ModelConfig(backbone="resnet18", weights=None)
-    frozen = dataclasses.replace(recipe, model=random, freeze="backbone")
-    assert "frozen with random weights" in warn_of_random_backbone(frozen, None)
-    assert warn_of_random_backbone(frozen, tmp_path) is None
-    assert warn_of_random_backbone(dataclasses.replace(frozen, freeze="none"), None) is None
-    weighted = dataclasses.replace(random, weights="pretrained")
-    assert warn_of_random_backbone(dataclasses.replace(frozen, model=weighted), None) is None
 
 
 def test_what_is_frozen_is_not_counted_as_trained(recipe, tmp_path):
@@ -68,10 +57,10 @@ def test_what_is_frozen_is_not_counted_as_trained(recipe, tmp_path):
     np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     data = DataConfig("digits", path=path, num_validation=8)
     frozen = dataclasses.replace(recipe, model=model, data=data, freeze="backbone")
-    *_, parameters, _ = opening(frozen)[0]
+    *_, parameters, _ = summary(frozen)[0]
     total, trained = (int(word.replace(",", "")) for word in parameters.split() if word.replace(",", "").isdigit())
     assert total - trained == 11_176_512  # of ResNet-18 without its classifier
-    assert "backbone resnet18, weights random; progressive head (4 layers of 8)" in opening(frozen)[0][-3]
+    assert "backbone resnet18, weights random; progressive head (4 layers of 8)" in summary(frozen)[0][-3]
 
 
 def test_the_end_names_the_worst_classes_first_and_older_results_are_told_as_before():
@@ -87,6 +76,3 @@ def test_the_end_names_the_worst_classes_first_and_older_results_are_told_as_bef
     assert lines[1].startswith("balanced accuracy 60.00 %") and lines[2].split() == ["b\\x1b", "25.00", "%", "of", "10"]
     assert "(without test examples: none)" in lines[1]
     assert len(lines) == 9 and lines[-1] == "  and 4 more classes, each 75.00 % or more"
-    for each in result["test_classes"][-4:]:
-        each["recall"] = [1.0]
-    assert describe_result(result).splitlines()[-1] == "  and 4 more classes at 100 %"

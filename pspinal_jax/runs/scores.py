@@ -1,4 +1,4 @@
-"""From predictions to what they are worth: scores, intervals, scores by class, confusions.
+"""Scores of predictions, their intervals, scores by class and confusions.
 
 Accuracy hides classes: of 90 % in one class, a model that knows no other has 90 %. Balanced accuracy is the mean of the
 classes' recalls, macro F1 the mean of their F1, over the classes that have examples (K. Brodersen et al., "The balanced
@@ -8,6 +8,7 @@ weighted by their examples.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,25 +18,21 @@ if TYPE_CHECKING:
 
 from pspinal_jax.errors import printable
 
-CALIBRATION_BINS = 15
-"""As Guo et al. have it."""
-LEAST_CLASSES_FOR_TOP_5 = 6
+CALIBRATION_BINS = 15  # as in Guo et al.
 LEVEL = 0.95
 RESAMPLES = 1000
-LEAST_MEMBERS = 3.5
-"""Harmonic mean of the classes' examples from which on macro F1 gets an interval; below, too few of them hold it."""
-MOST_CONFUSED = 10
-MOST_LISTED = 1000
-"""Classes up to which the confusion matrix is written as rows of C numbers."""
+# Harmonic mean of the classes' examples from which on macro F1 gets an interval; below, too few intervals hold it.
+_MIN_MEMBERS = 3.5
+_MIN_CLASSES_FOR_TOP_5 = 6
+_MAX_CONFUSED = 10
+_MAX_MATRIX = 1000  # classes up to which the confusion matrix is written as rows of C numbers
 _DRAWN_AT_A_TIME = 500_000
-MOST_ROWS = 20
-"""Lines of the table on screen."""
 _NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a classifier says of N labelled examples.
+    """A classifier's answers for N labelled examples.
 
     Attributes:
       labels: integers [N].
@@ -80,7 +77,7 @@ class Scored:
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:most]
 
 
-def scores_by_class(labels: np.ndarray, predictions: np.ndarray, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
+def scores_by_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Of each class name, support, precision, recall and f1; None where there is nothing to divide by."""
     # Three counts; scikit-learn, which gives the same numbers, takes 140 MB to import.
     support, named, hits = (
@@ -118,8 +115,8 @@ def worst_first(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return order + [each for each in classes if not each["support"]]
 
 
-def classification_report(scored: Scored, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """All that evaluation.json says of `scored`.
+def score_report(scored: Scored, class_names: Sequence[str]) -> dict[str, Any]:
+    """The scores in evaluation.json.
 
     Returns:
       accuracy, balanced_accuracy, macro_f1 (0 .. 1), intervals of these (95 %, see `intervals`), top_5_accuracy (from
@@ -144,11 +141,11 @@ def classification_report(scored: Scored, class_names: tuple[str, ...]) -> dict[
         "class_accuracy": {each["name"]: each["recall"] for each in classes},
         "classes": classes,
         "most_confused": most_confused(confusion, class_names),
-        "confusion": confusion.toarray().tolist() if len(class_names) <= MOST_LISTED else None,
+        "confusion": confusion.toarray().tolist() if len(class_names) <= _MAX_MATRIX else None,
     }
     if report["confusion"] is None:
         report["confusion_counts"] = np.column_stack(_pairs(confusion)).tolist()
-    if len(class_names) >= LEAST_CLASSES_FOR_TOP_5:
+    if len(class_names) >= _MIN_CLASSES_FOR_TOP_5:
         report["top_5_accuracy"] = float((scored.rank < 5).mean())
     return report
 
@@ -258,7 +255,7 @@ def _macro_f1_interval(confusion: Any, drawn: np.ndarray) -> list[float] | None:
     members = float(1 / np.mean(1 / support[there]))
     f1 = float(np.mean(2 * hits[there] / (support + named)[there]))
     bias, spread = float(drawn.mean()) - f1, float(drawn.std(ddof=1))
-    if members < LEAST_MEMBERS or abs(bias) > 2 * spread:  # a bias that large is known too badly to be taken off
+    if members < _MIN_MEMBERS or abs(bias) > 2 * spread:  # a bias that large is known too badly to be taken off
         return None
     variance = spread**2 * (1 + 1 / members) + bias**2
     size = min(f1 * (1 - f1) / variance, float(total)) if variance else float(total)
@@ -269,7 +266,7 @@ def _macro_f1_interval(confusion: Any, drawn: np.ndarray) -> list[float] | None:
     return [float(min(middle - half, f1)), float(max(middle + half, f1))]
 
 
-def most_confused(confusion: Any, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
+def most_confused(confusion: Any, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """The pairs of a true and a predicted class that are most often confused, at most 10, the most frequent first."""
     true, predicted, counts = _pairs(confusion)
     support = np.bincount(true, counts, len(class_names))
@@ -281,33 +278,13 @@ def most_confused(confusion: Any, class_names: tuple[str, ...]) -> list[dict[str
             "count": int(counts[pair]),
             "share": float(counts[pair] / support[true[pair]]),
         }
-        for pair in wrong[np.argsort(-counts[wrong], kind="stable")][:MOST_CONFUSED]
+        for pair in wrong[np.argsort(-counts[wrong], kind="stable")][:_MAX_CONFUSED]
     ]
 
 
-def describe_report(report: dict[str, Any]) -> list[str]:
-    """The lines of `classification_report` for the screen: the scores, classes worst first, what is confused."""
-    low, high = report["intervals"]["accuracy"]
-    lines = [
-        f"test accuracy {percent(report['accuracy'])} ({report['correct']} of {report['examples']}; "
-        f"95 % interval {100 * low:.2f} to {100 * high:.2f})",
-        f"balanced accuracy {percent(report['balanced_accuracy'])}{without_examples(report['classes'])}, "
-        f"macro F1 {percent(report['macro_f1'])}",
-    ]
-    if "top_5_accuracy" in report:
-        lines[1] += f", top-5 accuracy {percent(report['top_5_accuracy'])}"
-    lines.append(
-        f"negative log-likelihood {report['loss']:.4f} nats, calibration error {percent(report['calibration_error'])} "
-        f"({report['calibration_bins']} bins)"
-    )
-    lines += class_table(report["classes"])
-    if report["most_confused"]:
-        named = [
-            f"{printable(each['true'])} taken for {printable(each['predicted'])} {each['count']} times"
-            for each in report["most_confused"][:3]
-        ]
-        lines.append(f"most often: {'; '.join(named)}")
-    return lines
+def percent(value: float | None) -> str:
+    """`value`, 0 .. 1, in percent; '-' for None."""
+    return "-" if value is None else f"{100 * value:.2f} %"
 
 
 def without_examples(classes: list[dict[str, Any]]) -> str:
@@ -315,24 +292,3 @@ def without_examples(classes: list[dict[str, Any]]) -> str:
     names = [printable(each["name"]) for each in classes if not each["support"]]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f" (without test examples: {', '.join(names[:_NAMED])}{more})" if names else ""
-
-
-def class_table(classes: list[dict[str, Any]], most: int = MOST_ROWS) -> list[str]:
-    """A table of `scores_by_class`, the worst first and at most `most` of them, and how many are left out."""
-    shown = worst_first(classes)[:most]
-    rows: list[tuple[str, ...]] = [("class, worst first", "examples", "precision", "recall", "F1")]
-    for each in shown:
-        scores = [percent(each[name]) for name in ("precision", "recall", "f1")]
-        rows.append((printable(each["name"]), str(each["support"]), *scores))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
-        for name, *cells in rows
-    ]
-    left = len(classes) - len(shown)
-    return [f"  {line}" for line in lines] + ([f"  and {left} more classes"] if left else [])
-
-
-def percent(value: float | None) -> str:
-    """`value`, 0 .. 1, in percent; '-' for None."""
-    return "-" if value is None else f"{100 * value:.2f} %"
