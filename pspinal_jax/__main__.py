@@ -33,6 +33,9 @@ COMMANDS = {
     "doctor": "tell what is installed, what computes and where files lie",
     "gradients": "measure the gradients that reach the features and each layer, by depth",
 }
+MODULES = {"prepare": "data", "report": "evaluate", "extract-features": "train", "recipes": "train"}
+MODULES |= dict.fromkeys(("export", "doctor", "gradients"), "tools")
+"""Command -> the module of `commands` that holds its function, where that has another name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +75,8 @@ def _dispatch(args: list[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UsageError(f"unknown command {name!r}; {hint}There are: {', '.join(COMMANDS)}")
-    return import_module(f"pspinal_jax.commands.{name.replace('-', '_')}").main(rest)
+    module = import_module(f"pspinal_jax.commands.{MODULES.get(name, name)}")
+    return getattr(module, name.replace("-", "_"))(rest)
 
 
 def _usage() -> str:

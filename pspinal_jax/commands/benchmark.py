@@ -115,7 +115,7 @@ def _flags(name: str) -> Any:
     return made.get(name, Computed(workdir))
 
 
-def main(args: Sequence[str]) -> int:
+def benchmark(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args or args[0] in ("-h", "--help"):
         titles = {name: benchmark.title for name, benchmark in BENCHMARKS.items()} | {"all": str(_all.__doc__)}

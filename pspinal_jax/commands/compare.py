@@ -38,7 +38,7 @@ class CompareArguments(CompareConfig, Source):
     """
 
 
-def main(args: Sequence[str]) -> int:
+def compare(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args:
         raise UsageError(

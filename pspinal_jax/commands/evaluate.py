@@ -1,4 +1,4 @@
-"""`pspinal-jax evaluate RUN_OR_EXPORT`: what a run's selected parameters, or an export, do on the test split."""
+"""`evaluate RUN_OR_EXPORT`, scores on the test split, and `report RUN [RUN ..]`, one HTML page about runs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from typing import Annotated
 import tyro
 
 from pspinal_jax.commands.parse import parse
-from pspinal_jax.errors import printable
+from pspinal_jax.errors import UsageError, printable
+from pspinal_jax.progress import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,17 @@ class EvaluateArguments:
     export nothing is written without it."""
 
 
-def main(args: Sequence[str]) -> int:
+@dataclasses.dataclass(frozen=True)
+class ReportArguments:
+    """Arguments of `report`."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories of `train`; several are shown side by side."""
+    output: Path | None = None
+    """The page to write; by default report.html in the run directory, of several runs in the current folder."""
+
+
+def evaluate(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     parsed = parse(
         EvaluateArguments,
@@ -38,10 +49,10 @@ def main(args: Sequence[str]) -> int:
         description="Evaluate the selected parameters of a run, or an export, on the test split.",
         example="pspinal-jax evaluate runs/digits --predictions predictions.csv",
     )
-    from pspinal_jax.runs.evaluate import evaluate
+    from pspinal_jax.runs.evaluate import evaluate as evaluate_run
     from pspinal_jax.runs.report import describe_scores
 
-    report = evaluate(
+    report = evaluate_run(
         parsed.run_dir,
         parsed.seed_index,
         parsed.data_path,
@@ -60,4 +71,24 @@ def main(args: Sequence[str]) -> int:
         print(printable(f"written to {parsed.output or parsed.run_dir}: {', '.join(report['files'])}"))
     if parsed.predictions is not None:
         print(printable(f"each prediction in {parsed.predictions}"))
+    return 0
+
+
+def report(args: Sequence[str]) -> int:
+    """Run the command with its arguments; returns the exit status."""
+    parsed = parse(
+        ReportArguments,
+        args,
+        prog="pspinal-jax report",
+        description="Evaluate runs and write one HTML page about them, with pictures inside and nothing to load.",
+        example="pspinal-jax report runs/digits",
+    )
+    if not parsed.runs:
+        raise UsageError("report takes at least one run directory")
+    from pspinal_jax.runs.report import write_report
+
+    output = parsed.output or (parsed.runs[0] if len(parsed.runs) == 1 else Path()) / "report.html"
+    for problem in write_report(parsed.runs, output, show_progress=True):
+        warn(problem)
+    print(printable(f"written to {output} ({output.stat().st_size / 1e6:.1f} MB); open it in a browser"))
     return 0

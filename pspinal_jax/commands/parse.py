@@ -1,30 +1,71 @@
-"""Parsing flags with tyro; whatever is wrong with them becomes one line."""
+"""Parses flags with tyro: aliases that people type, a short help, and one line for whatever is wrong."""
 
 import contextlib
 import dataclasses
+import functools
 import io
+import operator
 import os
 import re
 import shutil
+import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal
 
+import docstring_parser
 import tyro
 
 from pspinal_jax.commands import FLAGS
-from pspinal_jax.commands.flags import flags_of, most_used
-from pspinal_jax.commands.slips import what_was_meant
-from pspinal_jax.errors import UsageError, printable
+from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import quiet_absl
 
-LEAST_COLUMNS, MOST_COLUMNS = 40, 400
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+MIN_COLUMNS, MAX_COLUMNS = 40, 400
+
+# fmt: off
+ALIASES = {
+    "b": "batch-size", "batch": "batch-size", "bs": "batch-size", "classes": "num-classes", "clip": "gradient-clip",
+    "data": "data.path", "data-path": "data.path", "dropout": "dropout-rate", "e": "epochs", "ema": "ema-decay",
+    "img-size": "image-size", "imgsz": "image-size", "j": "workers", "jitter": "color-jitter", "layers": "num-layers",
+    "lr": "learning-rate", "model": "model.backbone", "num-workers": "workers", "o": "output", "opt": "optimizer.name",
+    "optimizer": "optimizer.name", "out": "output", "output": "workdir", "output-dir": "workdir", "seeds": "num-seeds",
+    "smoothing": "label-smoothing", "topk": "top", "val-split": "validation-fraction", "warmup": "warmup-epochs",
+    "wd": "weight-decay", "width": "layer-width",
+}
+# fmt: on
+"""Names that other trainers have for a flag or for the last part of one, where a command has such a flag."""
 
 _FRAME = re.compile(r"[╭╮╰╯│─]+|-{4,}")
 
 
-HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of the command line."""
+
+    name: str
+    """Without the dashes in front: data.num-classes."""
+    attribute: str
+    """Its place in the parsed arguments: recipe.data.num_classes."""
+    hint: Any
+    """Its type."""
+    owner: type
+    """The dataclass that it is a field of."""
+
+
+def flags_of(arguments_class: type, prefix: str = "", attribute: str = "") -> Iterator[Flag]:
+    """All flags that tyro makes of the dataclass and of those in it, without positional arguments."""
+    for field, annotated in typing.get_type_hints(arguments_class, include_extras=True).items():
+        hint, *extras = typing.get_args(annotated) if typing.get_origin(annotated) is Annotated else (annotated,)
+        if tyro.conf.Suppress in extras or tyro.conf.Positional in extras:
+            continue
+        names = [extra.name for extra in extras if getattr(extra, "name", None) is not None]
+        name = names[0] if names else field.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            inner = f"{prefix}{name}." if name else prefix
+            yield from flags_of(typing.cast(type, hint), inner, f"{attribute}{field}.")
+        else:
+            yield Flag(prefix + name, attribute + field, hint, arguments_class)
 
 
 def parse(
@@ -40,7 +81,7 @@ def parse(
     """An instance of the dataclass `arguments_class` from `args`; `--help` prints the flags and exits with 0.
 
     Args:
-      arguments_class: what the flags are made of.
+      arguments_class: its fields are the flags.
       args: the words after the command.
       prog: the command, as the help names it.
       description: what it does.
@@ -49,83 +90,80 @@ def parse(
       groups: heading -> the flags that `--help` shows under it, where there are too many; `--help-all` shows them all.
 
     Raises:
-      UsageError: on an unknown flag (with the one that was meant), a value of the wrong type or an unknown choice.
+      UsageError: on an unknown flag (with those like it), a value of the wrong type or an unknown choice.
     """
+    run_tyro = functools.partial(tyro.cli, prog=prog, description=description)
     if any(word in (*HELP, HELP_ALL) for word in args):
-        short = None if HELP_ALL in args else groups
-        _print_help(arguments_class, prog=prog, description=description, example=example, default=default, groups=short)
-    for name in (flag.name for flag in flags_of(arguments_class)):
-        FLAGS[name.replace("-", "_")] = FLAGS[name.rpartition(".")[2].replace("-", "_")] = name
+        footer = f"example: {example}"
+        if groups is not None and HELP_ALL not in args:
+            arguments_class, others = _most_used(arguments_class, groups, default)
+            default = arguments_class()
+            footer = f"{others} more flags, and more about these: {prog} {HELP_ALL}\n{footer}"
+        with _room_for_help(), contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(print, footer)
+            run_tyro(arguments_class, default=default, args=["--help"])
+    flags = list(flags_of(arguments_class))
+    for flag in flags:
+        FLAGS[flag.name.replace("-", "_")] = FLAGS[flag.name.rpartition(".")[2].replace("-", "_")] = flag.name
+    names = {flag.name for flag in flags}
+    names |= {re.sub(r"([^.]+)$", r"no-\1", flag.name) for flag in flags if flag.hint is bool}
     errors = io.StringIO()
     try:
         with _room_for_help(), contextlib.redirect_stderr(errors):
-            arguments, unknown = tyro.cli(
-                arguments_class,
-                default=default,
-                args=list(args),
-                prog=prog,
-                description=description,
-                return_unknown_args=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_one_line(errors.getvalue())) from None
-    if unknown:
-        said = what_was_meant(arguments_class, unknown, args)
-        raise UsageError(
-            f"{printable(said)}{'' if said.endswith('?') else '.'} All flags: {prog} {HELP_ALL if groups else '--help'}"
-        )
+            parsed = run_tyro(arguments_class, default=default, args=[_written_out(word, names) for word in args])
+    except SystemExit:
+        title, *lines = [" ".join(_FRAME.sub(" ", line).split()) for line in errors.getvalue().splitlines()]
+        raise UsageError(" ".join(line for line in lines if line) or title) from None
     quiet_absl()  # the command is about to start
-    return _at_home(arguments)
+    return parsed
 
 
-def _print_help(
-    arguments_class: type,
-    *,
-    prog: str,
-    description: str,
-    example: str,
-    default: Any,
-    groups: Mapping[str, Sequence[str]] | None,
-) -> NoReturn:
-    footer = f"example: {example}"
-    if groups is not None:
-        arguments_class, default, others = most_used(arguments_class, groups, default)
-        footer = f"{others} more flags, and more about these: {prog} {HELP_ALL}\n{footer}"
-    try:
-        with _room_for_help():
-            tyro.cli(arguments_class, default=default, args=["--help"], prog=prog, description=description)
-    finally:
-        print(footer)
-    raise AssertionError("tyro printed no help")
+def _written_out(word: str, names: set[str]) -> str:
+    """`word` with the flag out of `names` that it is an alias or the last part of, and with ~ as the user's home."""
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    value = str(expanded(value)) if value.startswith("~") else value
+    name = flag.lstrip("-").replace("_", "-").lower()
+    front, _, last = name.rpartition(".")
+    alias = ALIASES.get(last, last)
+    for meant in (alias, ALIASES.get(alias, alias), last):
+        found = {each for each in names if meant in (each, each.rpartition(".")[2]) and each.startswith(front)}
+        if name in names or len(found) == 1:
+            return f"--{name if name in names else found.pop()}{equals}{value}"
+    return f"{flag}{equals}{value}"
 
 
-def _at_home(value: Any) -> Any:
-    """`value` with ~ as the user's home in every path in it, tuples and dataclasses included."""
-    if isinstance(value, Path):
-        return expanded(value)
-    if isinstance(value, tuple):
-        return tuple(map(_at_home, value))
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return value
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return dataclasses.replace(value, **{name: _at_home(inner) for name, inner in fields.items()})
+def _most_used(arguments_class: type, groups: Mapping[str, Sequence[str]], default: Any) -> tuple[type, int]:
+    """A dataclass whose help shows some flags of `arguments_class`, by groups, and how many flags it leaves out."""
+    known = {flag.name: flag for flag in flags_of(arguments_class)}
+    parts = {
+        group: dataclasses.make_dataclass(group, [_field(known[name], default) for name in names], frozen=True)
+        for group, names in groups.items()
+    }
+    view = dataclasses.make_dataclass(
+        "MostUsed", [(group, part, dataclasses.field(default_factory=part)) for group, part in parts.items()]
+    )
+    return view, len(known) - sum(map(len, groups.values()))
+
+
+def _field(flag: Flag, default: Any) -> tuple[str, Any, Any]:
+    """The flag as a field for `make_dataclass`; its help is one sentence, or everything where it has choices."""
+    documented = docstring_parser.parse_from_object(flag.owner).params
+    field = flag.attribute.rpartition(".")[2]
+    text = next((" ".join((each.description or "").split()) for each in documented if each.arg_name == field), "")
+    if typing.get_origin(flag.hint) is not Literal:
+        text = re.split(r"(?<=[\w)'])\.\s", text)[0].rstrip(".") + "."
+    shown = tyro.conf.arg(name=flag.name, prefix_name=False, help=text)
+    return re.sub(r"\W", "_", flag.name), Annotated[flag.hint, shown], operator.attrgetter(flag.attribute)(default)
 
 
 @contextlib.contextmanager
 def _room_for_help() -> Iterator[None]:
-    """A width that tyro's help fits into: on fewer than 6 columns it never ends."""
+    """In a `with`, a width that tyro's help fits into: on fewer than 6 columns it never ends."""
     before, columns = os.environ.get("COLUMNS"), shutil.get_terminal_size().columns
-    os.environ["COLUMNS"] = str(min(max(columns, LEAST_COLUMNS), MOST_COLUMNS))
+    os.environ["COLUMNS"] = str(min(max(columns, MIN_COLUMNS), MAX_COLUMNS))
     try:
         yield
     finally:
         os.environ.pop("COLUMNS")
         if before is not None:
             os.environ["COLUMNS"] = before
-
-
-def _one_line(text: str) -> str:
-    title, *lines = [" ".join(_FRAME.sub(" ", line).split()) for line in text.splitlines()]
-    return " ".join(line for line in lines if line) or title

@@ -1,9 +1,8 @@
-"""`pspinal-jax predict RUN_OR_EXPORT IMAGES...`: classes and probabilities of images, folders or a list of them."""
+"""`predict RUN_OR_EXPORT IMAGES...`: classes and probabilities of images, folders or a list of them."""
 
 import codecs
 import dataclasses
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import tyro
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import check_target, json_text, write_csv
-from pspinal_jax.progress import say
+from pspinal_jax.progress import say, warn
 
 if TYPE_CHECKING:
     from pspinal_jax.runs.predict import Prediction
@@ -45,7 +44,7 @@ class PredictArguments:
     """Which of the run's seeds, from 0; by default the best on validation."""
 
 
-def main(args: Sequence[str]) -> int:
+def predict(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status: 1 if no image could be read."""
     parsed = parse(
         PredictArguments,
@@ -57,31 +56,35 @@ def main(args: Sequence[str]) -> int:
     source, given = _source_and_images(parsed)
     if parsed.csv is not None:
         check_target(parsed.csv, "--csv")
-    from pspinal_jax.runs.predict import find_images, predict
+    from pspinal_jax.runs import predict as predictor
 
-    images = find_images(given)
-    start = time.perf_counter()
-    predictions = predict(source, images, parsed.top, parsed.seed_index, show_progress=True)
+    start, images = time.perf_counter(), predictor.find_images(given)
+    predictions = predictor.predict(source, images, parsed.top, parsed.seed_index, show_progress=True)
     seconds = time.perf_counter() - start
     good = [prediction for prediction in predictions if prediction.error is None]
     if parsed.csv is not None:
         try:
             _write_csv(parsed.csv, predictions, parsed.top)
-        except RunError:  # a disk that has become full
+        except OSError as error:  # a disk that has become full
             _print_table(good)
-            raise
+            raise RunError(f"{parsed.csv} cannot be written: {error.strerror or error}") from error
     if parsed.json:
         print(json_text([_as_json(prediction) for prediction in predictions], indent=2))
     elif parsed.csv is None:
         _print_table(good)
-    where = f", written to {parsed.csv}" if parsed.csv is not None else ""
     count, what = len(predictions), "images" if len(predictions) == len(images) else "rows"
-    if count > 1 or where:
-        say(
-            f"{len(good)} of {count} {what} classified in {seconds:.1f} s, loading and compiling included "
-            f"({count / seconds:.1f} {what}/s){where}"
-        )
-    return _name_failed(predictions, len(good))
+    if count > 1 or parsed.csv is not None:
+        where = "" if parsed.csv is None else f", written to {parsed.csv}"
+        rate = f"loading and compiling included ({count / seconds:.1f} {what}/s)"
+        say(f"{len(good)} of {count} {what} classified in {seconds:.1f} s, {rate}{where}")
+    failed = [prediction for prediction in predictions if prediction.error is not None]
+    if failed and good:
+        warn(f"{len(failed)} of {count} images could not be read:")
+    for prediction in failed:
+        say(f"  {prediction.path}: {prediction.error}")
+    if not good:
+        raise RunError("none of the images could be read")
+    return 0
 
 
 def _source_and_images(parsed: PredictArguments) -> tuple[Path, list[Path]]:
@@ -121,42 +124,19 @@ def _listed(images: Sequence[Path]) -> list[Path]:
 def read_list(content: bytes) -> list[Path]:
     """The files that a list names: a line each, or with NUL between them, as `find -print0` writes.
 
-    UTF-16, as shells on Windows write, is known by its mark or by how it begins; other bytes are taken as they are, but
-    for UTF-8's mark.
+    UTF-16 and UTF-8 are known by their byte order mark; other bytes are taken as they are.
 
     Raises:
       UsageError: if it is damaged UTF-16.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    elif b"\0" in content and _UTF_16.search(content):
-        encoding = "utf-16-be" if content.startswith(b"\0") else "utf-16-le"
-    else:
-        encoding = ""
-    if encoding:
         try:
-            content = content.decode(encoding).encode()
+            content = content.decode("utf-16").encode()
         except UnicodeError as error:
             raise UsageError(f"standard input is a list in UTF-16 that is damaged: {error}; write it anew") from error
     content = content.removeprefix(codecs.BOM_UTF8)
     names = content.split(b"\0") if b"\0" in content else content.splitlines()
     return [Path(os.fsdecode(name)) for name in names if name.strip()]
-
-
-_UTF_16 = re.compile(rb"\A(?:[^\0]\0)+?[\n./\\]\0|\A(?:\0[^\0])+?\0[\n./\\]", re.DOTALL)
-"""ASCII up to a character that is no picture's whole name, as it would be in a list with NUL between names."""
-
-
-def _name_failed(predictions: Sequence["Prediction"], good: int) -> int:
-    """Name what could not be read; returns the exit status."""
-    failed = [prediction for prediction in predictions if prediction.error is not None]
-    if failed and good:
-        say(f"warning: {len(failed)} of {len(predictions)} images could not be read:")
-    for prediction in failed:
-        say(f"  {prediction.path}: {prediction.error}")
-    if not good:
-        say(f"error: {'the image' if len(failed) == 1 else f'none of the {len(failed)} images'} could be read")
-    return 0 if good else 1
 
 
 def _write_csv(path: Path, predictions: Sequence["Prediction"], top: int) -> None:
@@ -167,10 +147,7 @@ def _write_csv(path: Path, predictions: Sequence["Prediction"], top: int) -> Non
     for prediction in predictions:
         cells = [cell for name, probability in prediction.classes for cell in (name, f"{probability:.6f}")]
         rows.append([prediction.path, *cells, *[""] * (2 * top - len(cells)), prediction.error or ""])
-    try:
-        write_csv(path, [*columns, "error"], rows)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_csv(path, [*columns, "error"], rows)
 
 
 def _as_json(prediction: "Prediction") -> dict[str, object]:

@@ -1,17 +1,18 @@
-"""`pspinal-jax train RECIPE`: train, or go on with, a run."""
+"""`train RECIPE`, `extract-features RECIPE` and `recipes`: commands that take a recipe, and the list of them."""
 
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from pspinal_jax.commands import naming_flags
 from pspinal_jax.commands.parse import HELP, HELP_ALL, parse
-from pspinal_jax.distributed import is_primary
+from pspinal_jax.distributed import is_primary, joined
 from pspinal_jax.errors import UsageError, printable
-from pspinal_jax.files import expanded
+from pspinal_jax.files import check_target, expanded
 from pspinal_jax.progress import say
 from pspinal_jax.recipes import Recipe, list_recipes, load_recipe
 from pspinal_jax.recipes.schema import ProcessOptions, RunOptions
@@ -38,64 +39,149 @@ MOST_USED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Arguments:
+class TrainArguments:
+    """Arguments of `train`."""
+
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     options: Annotated[RunOptions, tyro.conf.arg(name="")]
     processes: Annotated[ProcessOptions, tyro.conf.arg(name="")]
 
 
-def main(args: Sequence[str]) -> int:
-    """Run the command with its arguments; returns the exit status."""
-    name, recipe, flags = take_recipe("train", args)
+@dataclasses.dataclass(frozen=True)
+class ExtractArguments:
+    """Arguments of `extract-features`."""
 
-    def parsed(recipe: Recipe) -> _Arguments:
-        arguments: _Arguments = parse(
-            _Arguments,
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    output: Path = Path("features.npz")
+    """The file to write."""
+    init_from: Path | None = None
+    """Take the backbone of this run directory in place of --model.weights."""
+    workers: int = 0
+    """Processes that decode images; 0 for threads of this one."""
+
+
+def train(args: Sequence[str]) -> int:
+    """Train a recipe, or go on with an unfinished run of it; returns the exit status."""
+    name, recipe, flags = _take_recipe("train", args)
+
+    def parsed(recipe: Recipe) -> TrainArguments:
+        arguments: TrainArguments = parse(
+            TrainArguments,
             flags,
             prog=f"pspinal-jax train {name}",
             description=f"Train {recipe.card.name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
             example=_example(name, recipe),
             groups=MOST_USED,
-            default=_Arguments(recipe, RunOptions(), ProcessOptions()),
+            default=TrainArguments(recipe, RunOptions(), ProcessOptions()),
         )
         return arguments
 
     arguments = parsed(recipe)
-    from pspinal_jax.distributed import joined
-
+    again = f"Go on with: pspinal-jax train {shlex.join(args)}"
     with joined(arguments.processes), naming_flags():
-        changed = arguments.recipe
-        if changed.cache_features:
-            from pspinal_jax.runs.run import resolve
+        try:
+            with leave_at_once(f"nothing is lost. {again}"):
+                from pspinal_jax.runs import run as runs  # only now: these take seconds
+                from pspinal_jax.runs.report import describe_result
 
-            changed = resolve(recipe, lambda other: parsed(other).recipe, arguments.options)
-        return _train(changed, arguments.options, ["train", *args])
+                changed = arguments.recipe
+                if changed.cache_features:
+                    changed = runs.resolve(recipe, lambda other: parsed(other).recipe, arguments.options)
+                done = runs.train(changed, **vars(arguments.options))
+        except Stopped as stop:
+            if is_primary():
+                say(f"stopped by {stop}; the run is saved. {again}")
+            return 0
+        if is_primary():
+            print(describe_result(done.result))
+            print(f"results in {printable(done.path)}: result.json, metrics.jsonl, curves.png, checkpoints/")
+    return 0
 
 
-def take_recipe(command: str, args: Sequence[str]) -> tuple[str, Recipe, Sequence[str]]:
+def extract_features(args: Sequence[str]) -> int:
+    """Write the features that a recipe's backbone gives of its images; returns the exit status."""
+    name, recipe, flags = _take_recipe("extract-features", args)
+    parsed = parse(
+        ExtractArguments,
+        flags,
+        prog=f"pspinal-jax extract-features {name}",
+        description=f"Write the features that the backbone of {name} gives for its data, for `train features`.",
+        example="pspinal-jax extract-features folder --data.path my_pictures --output features.npz",
+        default=ExtractArguments(recipe),
+    )
+    from pspinal_jax.data import load_data
+    from pspinal_jax.environment import enable_compilation_cache
+    from pspinal_jax.models import build_model, with_default_preprocessing
+    from pspinal_jax.recipes.rules import check_settings, check_settings_for
+    from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
+    from pspinal_jax.runs.start import start_variables
+
+    recipe = parsed.recipe
+    if recipe.model.backbone == "none":
+        raise UsageError(f"{name} has no backbone; extract-features takes a recipe of images with one")
+    check_target(parsed.output, "--output")
+    check_settings(recipe)
+    recipe = with_default_preprocessing(recipe)
+    data = load_data(recipe.data)
+    if data.in_memory:
+        raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of images")
+    check_settings_for(recipe, data.source, data.example_shape)
+    data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
+    enable_compilation_cache()
+    shape, dtype = data.example_shape, data.example_dtype
+    model = build_model(recipe, shape, data.num_classes)
+    start = start_variables(recipe, model, parsed.init_from, shape, dtype, data.class_names)
+    variables = complete_backbone(recipe, model, start, shape, dtype)
+    features = extract_features(recipe, model, variables, data, parsed.workers)
+    save_features(parsed.output, features)
+    print(f"{len(features.train)} training and {len(features.test)} test features in {printable(parsed.output)}")
+    print(f"train a head on them with: pspinal-jax train features --data.path {printable(parsed.output)}")
+    return 0
+
+
+def recipes(args: Sequence[str]) -> int:
+    """Print a table of the recipes; returns the exit status."""
+    if args and args[0] in HELP:
+        print("usage: pspinal-jax recipes\n\nPrints name, row of the paper's table, model, and the paper's accuracy.")
+        print("\nexample: pspinal-jax recipes")
+        return 0
+    if args:
+        raise UsageError(f"recipes takes no arguments, got {' '.join(args)}")
+    rows = [("recipe", "row", "model", "protocol", "paper's accuracy")]
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        published = recipe.card.published_accuracy
+        accuracy = "-" if published is None else f"{published} %"
+        rows.append((name, recipe.card.row, recipe.card.model, recipe.protocol, accuracy))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    return 0
+
+
+def _take_recipe(command: str, args: Sequence[str]) -> tuple[str, Recipe, Sequence[str]]:
     """The recipe's name, the recipe and the flags in `args`; 'RECIPE' and the default one where help is asked for.
 
     Raises:
-      UsageError: if there is no recipe in front of the flags.
+      UsageError: if there is no recipe in front of the flags, or data stands in its place or after it.
     """
     if args and args[0] in (*HELP, HELP_ALL):
         return "RECIPE", load_recipe(DEFAULT_RECIPE), args
     if not args:
         raise UsageError(f"{command} takes a recipe: {', '.join(list_recipes())}, or a path to your own .py file")
-    if args[0].startswith("-"):
+    name, *flags = args
+    if name.startswith("-"):
         raise UsageError(f"{command} takes a recipe before its flags: pspinal-jax {command} RECIPE {shlex.join(args)}")
-    _refuse_data(command, args[0])
-    return args[0], load_recipe(args[0]), args[1:]
-
-
-def _refuse_data(command: str, word: str) -> None:
-    """Raise UsageError if data stands where a recipe is expected."""
-    path = expanded(word)
-    if word in list_recipes() or path.suffix == ".py" or not path.exists():
-        return
-    kind, recipe = ("a folder", "folder") if path.is_dir() else ("a file", "RECIPE")
-    meant = printable(f"pspinal-jax {command} {recipe} --data.path {shlex.quote(word)}")
-    raise UsageError(f"{printable(word)} is no recipe but {kind}; did you mean {meant}?")
+    path, data = expanded(name), name if name not in list_recipes() and not name.endswith(".py") else ""
+    if data and path.exists():
+        kind, name, flags = ("a folder", "folder", [data]) if path.is_dir() else ("a file", "RECIPE", [data])
+        found = f"{printable(data)} is not a recipe but {kind}"
+    elif flags and not flags[0].startswith("-"):
+        found = f"{printable(flags[0])} is not a flag"
+    else:
+        return name, load_recipe(name), flags
+    meant = shlex.join(["pspinal-jax", command, name, "--data.path", flags[0]])
+    raise UsageError(f"{found}; did you mean {printable(meant)}?")
 
 
 def _example(name: str, recipe: Recipe) -> str:
@@ -103,21 +189,3 @@ def _example(name: str, recipe: Recipe) -> str:
         return f"pspinal-jax train {name} --data.path my_pictures --freeze backbone --cache-features"
     data = " --data.path features.npz" if recipe.data.name == "features" else ""
     return f"pspinal-jax train {DEFAULT_RECIPE if name == 'RECIPE' else shlex.quote(name)}{data} --num-seeds 3"
-
-
-def _train(recipe: Recipe, options: RunOptions, command: list[str]) -> int:
-    again = f"Go on with: pspinal-jax {shlex.join(command)}"
-    try:
-        with leave_at_once(f"nothing is lost. {again}"):
-            from pspinal_jax.runs.report import describe_result  # only now: these take seconds
-            from pspinal_jax.runs.run import train
-
-            run = train(recipe, **vars(options))
-    except Stopped as stop:
-        if is_primary():
-            say(f"stopped by {stop}; the run is saved. {again}")
-        return 0
-    if is_primary():
-        print(describe_result(run.result))
-        print(f"results in {printable(run.path)}: result.json, metrics.jsonl, curves.png, checkpoints/")
-    return 0

@@ -77,7 +77,7 @@ def test_recipes_are_listed_with_row_model_and_published_accuracy(capsys):
         (["train"], 2, ["train takes a recipe", "mnist-paper"]),
         (["train", "--epochs", "3"], 2, ["recipe before its flags"]),
         (["train", "mnits"], 2, ["unknown recipe 'mnits'", "did you mean mnist?"]),
-        (["train", "digits", "--epocs", "3"], 2, ["--epocs", "did you mean --epochs 3?"]),
+        (["train", "digits", "--epocs", "3"], 2, ["--epocs", "--epochs"]),
         (["train", "digits", "--model.layer-widht", "3"], 2, ["--model.layer-width"]),
         (["train", "digits", "--epochs", "many"], 2, ["--epochs", "many"]),
         (["train", "digits", "--model.head", "big"], 2, ["invalid choice 'big'", "progressive"]),

@@ -17,7 +17,7 @@ from PIL import Image
 import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.checkpoints.checksum import json_checksum
-from pspinal_jax.commands import doctor
+from pspinal_jax.commands import tools
 from pspinal_jax.runs.evaluate import evaluate_examples
 
 NASTY = '<script>alert("x")</script>'
@@ -151,7 +151,7 @@ def test_predict_takes_folders_and_a_list_and_names_what_it_cannot_read(place, t
 def test_predict_fails_only_where_nothing_could_be_read(place, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.jpg").write_text("no picture")
     told = said(capsys, "predict", place / "run", tmp_path / "bad.jpg", tmp_path / "none.png", status=1)
-    assert "error: none of the 2 images could be read" in told.err and "none.png: No such file" in told.err
+    assert "error: none of the images could be read" in told.err and "none.png: No such file" in told.err
     (tmp_path / "empty").mkdir()
     assert (
         "holds no file that is named like an image"
@@ -302,8 +302,8 @@ def test_a_browser_shows_the_report(place, tmp_path, capsys):
 
 
 def test_doctor_tells_what_is_missing_and_how_to_get_it(capsys, monkeypatch, tmp_path):
-    there = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("torch", "grain") else there(name))
+    there = tools._version
+    monkeypatch.setattr(tools, "_version", lambda name: None if name in ("torch", "grain") else there(name))
     monkeypatch.setenv("PSPINAL_JAX_CACHE", str(tmp_path))
     (tmp_path / "program").write_bytes(b"x" * 2_500_000)
     told = said(capsys, "doctor").out
@@ -322,6 +322,6 @@ def test_doctor_knows_every_extra_that_is_not_for_developers():
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     developers = {"test", "docs", "notebooks", "examples"}
-    assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - developers
+    assert set(tools.EXTRAS) == set(project["optional-dependencies"]) - developers
     named = {re.match(r"[\w-]+", each)[0].lower().replace("_", "-") for each in project["dependencies"]}
-    assert {name.lower().replace("_", "-") for name in doctor.REQUIRED} - {"jaxlib"} <= named
+    assert {name.lower().replace("_", "-") for name in tools.REQUIRED} - {"jaxlib"} <= named

@@ -44,4 +44,4 @@ def test_the_wheel_is_built_from_what_is_copied(tmp_path):
     subprocess.run([str(word) for word in command], check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "pspinal_jax/commands/doctor.py" in names and "pspinal_jax/configs/digits.py" in names
+    assert "pspinal_jax/commands/tools.py" in names and "pspinal_jax/configs/digits.py" in names

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.commands import gradients
+from pspinal_jax.commands import tools
 
-study = gradients.load_study()
+study = tools.load_study()
 gradient_norms, make_network = study.gradient_norms, study.make_network
 STUDY = study.Study((2,), width=4, num_seeds=1, epochs=0, every=1, batch_size=8, learning_rate=0.1, norm=None)
 FAST = {"xla_backend_optimization_level": 0}
@@ -101,7 +101,7 @@ def test_what_is_not_finite_is_no_number_in_the_json():
 def test_the_command_measures_trains_and_writes(npz_path, tmp_path, monkeypatch, capsys):
     two = {name: study.NETWORKS[name] for name in ("progressive", "plain, He")}
     monkeypatch.setattr(study, "NETWORKS", two)
-    monkeypatch.setattr(gradients, "load_study", lambda: study)
+    monkeypatch.setattr(tools, "load_study", lambda: study)
     workdir = tmp_path / "new" / "study"
     flags = ["--depths", "1", "--width", "8", "--num-seeds", "2", "--epochs", "3", "--every", "2", "--norm", "batch"]
     flags += ["--data.path", str(npz_path), "--batch-size", "16", "--workdir", str(workdir)]

@@ -164,11 +164,9 @@ def test_what_is_said_on_standard_error_holds_no_escape_sequences(capfd):
 LISTED = ["a.png", "b c/é猫.png", "d.png"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("between", ["\n", "\r\n", "\0"], ids=["lines", "lines of Windows", "NUL"])
 def test_lists_of_pictures_are_read_in_every_encoding(encoding, between):
-    if between == "\0" and encoding in ("utf-16-le", "utf-16-be"):
-        between = "\n\n"
     for end in ("", between):
         text = between.join(LISTED) + end
         assert list(map(str, read_list(text.encode(encoding)))) == LISTED

@@ -49,7 +49,7 @@ def test_help_ends_however_narrow_the_terminal(columns, monkeypatch, capsys):
     monkeypatch.setattr(parse.tyro, "cli", lambda *_, **__: (seen.append(os.environ["COLUMNS"]), []))
     monkeypatch.setattr(parse, "quiet_absl", lambda: None)
     parse.parse(object, [], prog="p", description="d", example="p")
-    assert parse.LEAST_COLUMNS <= int(seen[0]) <= parse.MOST_COLUMNS
+    assert parse.MIN_COLUMNS <= int(seen[0]) <= parse.MAX_COLUMNS
     assert os.environ["COLUMNS"] == columns, "the caller's own is left as it was"
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from pspinal_jax.commands.parse import parse
-from pspinal_jax.data.catalogue import CATALOGUE, DataSet, find_data_set
+from pspinal_jax.data.catalogue import CATALOGUE, find_data_set
 from pspinal_jax.errors import DataError, UsageError, printable
 from pspinal_jax.recipes import list_recipes
 
@@ -32,7 +31,7 @@ class PrepareArguments:
     """TFDS data folder to prepare in; by default TFDS's own (TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
 
 
-def main(args: Sequence[str]) -> int:
+def prepare(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args:
         raise UsageError(f"prepare takes a data set: {', '.join(CATALOGUE)}")
@@ -45,33 +44,15 @@ def main(args: Sequence[str]) -> int:
     )
     data_set = find_data_set(parsed.name)
     try:
-        return _prepare(data_set, parsed)
+        from pspinal_jax.data.prepare import prepare_data_set
+
+        done = prepare_data_set(data_set, parsed.data_dir, parsed.raw, parsed.npz, show_progress=True)
     except KeyboardInterrupt:
         raise DataError(f"stopped before {data_set.name} was prepared; run the same command again") from None
-
-
-def _prepare(data_set: DataSet, arguments: PrepareArguments) -> int:
-    from pspinal_jax.data.prepare import prepare_data_set
-
-    done = prepare_data_set(data_set, arguments.data_dir, arguments.raw, arguments.npz, show_progress=True)
-    if done.was_there:
-        print(
-            printable(
-                f"{data_set.name} is already prepared in {done.directory}; delete that folder to prepare it again"
-            )
-        )
-    else:
-        print(printable(f"{data_set.name} is prepared in {done.directory}"))
-    print(f"train on it with: {printable(_train_command(data_set, arguments.data_dir))}")
-    sys.stdout.flush()
-    return 0
-
-
-def _train_command(data_set: DataSet, data_dir: Path | None) -> str:
+    again = "; delete that folder to prepare it again" if done.was_there else ""
+    print(printable(f"{data_set.name} is {'already ' if done.was_there else ''}prepared in {done.directory}{again}"))
     recipe = data_set.name.replace("_", "-")
-    words = ["pspinal-jax", "train", recipe if recipe in list_recipes() else "RECIPE"]
-    if words[-1] == "RECIPE":
-        words += ["--data.name", data_set.name]
-    if data_dir is not None:
-        words += ["--data.data-dir", str(data_dir)]
-    return shlex.join(words)
+    words = ["train", recipe] if recipe in list_recipes() else ["train", "RECIPE", "--data.name", data_set.name]
+    words += [] if parsed.data_dir is None else ["--data.data-dir", str(parsed.data_dir)]
+    print(f"train on it with: {printable(shlex.join(['pspinal-jax', *words]))}")
+    return 0
