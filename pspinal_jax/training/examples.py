@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,6 +19,7 @@ from pspinal_jax.training.programs import Programs, padded_split
 from pspinal_jax.training.seed_states import Chunk, SeedStates
 from pspinal_jax.training.sharding import process_local_rows, shard_process_local
 from pspinal_jax.training.stages import TrainingStage
+from pspinal_jax.training.step import count_rows
 
 Evaluate = Callable[[Batch, int], dict[str, np.ndarray]]
 """(padded batch or split, how many are real) -> sums of loss and metrics [K] and predictions [K, M], of K seeds."""
@@ -75,8 +76,8 @@ class ResidentExamples:
     first_chunk = 8
     waited = 0.0
 
-    def __init__(self, programs: Programs, arrays: tuple[np.ndarray, np.ndarray]) -> None:
-        self.count = len(arrays[1])
+    def __init__(self, programs: Programs, arrays: Batch) -> None:
+        self.count = count_rows(arrays)
         self._data: Batch = programs.replicate(arrays)
 
     def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
@@ -166,17 +167,13 @@ class ResidentSplit:
     """A split on the devices: arrays padded to whole batches, and the labels of the examples that are real."""
 
     arrays: Batch
-    labels: np.ndarray
-
-    @property
-    def count(self) -> int:
-        """How many."""
-        return len(self.labels)
+    labels: Any
+    count: int
 
     @classmethod
-    def place(cls, programs: Programs, arrays: tuple[np.ndarray, np.ndarray], batch_size: int) -> "ResidentSplit":
+    def place(cls, programs: Programs, arrays: Batch, batch_size: int) -> "ResidentSplit":
         """The examples and labels `arrays` on the devices, padded to whole batches."""
-        return cls(programs.replicate(padded_split(arrays, batch_size)), arrays[1])
+        return cls(programs.replicate(padded_split(arrays, batch_size)), arrays[1], count_rows(arrays))
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """See `EvaluatedSplit`."""

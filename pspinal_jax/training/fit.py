@@ -7,10 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -23,7 +25,7 @@ from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.training.fitted import Fit
 from pspinal_jax.training.history import History
 from pspinal_jax.training.layouts import Layouts, commutes, head_layouts
-from pspinal_jax.training.loop import Callback, LoopConfig, Store, Trainer
+from pspinal_jax.training.loop import REPORT, Callback, LoopConfig, Store, Trainer
 from pspinal_jax.training.models import Model, as_model
 from pspinal_jax.training.programs import Execution, Programs, build_programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
@@ -141,44 +143,21 @@ def fit(
       DataError: if arrays do not hold numbers, or do not fit together.
       RunError: if the loss or a gradient is not finite, or the workdir cannot be written or read.
     """
-    unknown = set(options) - {field.name for field in dataclasses.fields(FitOptions)}
-    if unknown:
-        known = ", ".join(field.name for field in dataclasses.fields(FitOptions))
-        raise TypeError(f"fit() has no argument {sorted(unknown)[0]!r}; further ones are {known}")
-    chosen = FitOptions(**options)
-    goal = _goal(loss, metrics)
     source = Source.of(data, validation, batch_size, seed)
-    adapted = as_model(model)
-    _check(chosen, goal, source, epochs, num_seeds)
-    mesh = _mesh(mesh, source.batch_size // chosen.micro_batches)
-    optimizer = optax.adamw(1e-3) if optimizer is None else optimizer
-    programs = _programs(adapted, optimizer, goal, source, augment, mesh, chosen, num_seeds)
-    config = LoopConfig(
-        seed=seed,
+    compiled = compile_training(
+        model,
+        source.example,
+        source.batch_size,
+        optimizer=optimizer,
+        loss=loss,
+        metrics=metrics,
+        augment=augment,
+        mesh=mesh,
         num_seeds=num_seeds,
-        epochs=epochs,
-        batch_size=source.batch_size,
-        selected_by=chosen.select,
-        patience=chosen.patience,
-        stop_on_nonfinite=chosen.on_nonfinite == "stop",
-        least_score=-sys.float_info.max,
-        advice="lower the learning rate, or pass on_nonfinite='skip'",
+        from_host=source.arrays is None,
+        **options,
     )
-    setup = source.set_up(config, programs, chosen.drop_remainder)
-    identity = {"seed": seed, "num_seeds": num_seeds, "batch_size": source.batch_size, "data": source.checksum()}
-    with contextlib.ExitStack() as opened:
-        store, log = opened.enter_context(_place(workdir, identity))
-        stop = opened.enter_context(StopRequest()) if workdir is not None else StopRequest()
-        trainer = Trainer(setup, log, store, stop, chosen.checkpoint_seconds, callbacks=callbacks)
-        try:
-            trainer.run()
-        except Stopped as stopped:
-            if stop.received == signal.SIGINT:
-                raise KeyboardInterrupt(f"saved in {workdir}: the same call goes on") from stopped
-            raise SystemExit(128 + signal.SIGTERM) from stopped
-        history = History(log.lines())
-    kept = chosen.select is not None
-    return Fit(adapted, programs, trainer.seed_states, history, goal.loss_names, source.example, kept)
+    return train_compiled(compiled, source, epochs, seed, num_seeds, callbacks, workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +169,167 @@ class _Goal:
     classifies: bool
 
     @property
-    def loss_names(self) -> list[str]:
+    def names(self) -> list[str]:
         return ["loss", *self.metrics]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledTraining:
+    """A model with the programs that train it, on examples of one shape.
+
+    Attributes:
+      model: the model.
+      programs: compiled when they are first called.
+      goal: loss and metrics.
+      options: of the training.
+      num_classes: of the logits, where the loss is the cross-entropy.
+      on_device: whether an epoch is one compiled loop over arrays on the devices.
+    """
+
+    model: Model
+    programs: Programs
+    goal: _Goal
+    options: FitOptions
+    num_classes: int | None
+    on_device: bool
+
+
+def compile_training(
+    model: Any,
+    example: Any,
+    batch_size: int,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    loss: Literal["cross_entropy"] | Loss = "cross_entropy",
+    metrics: Metrics | None = None,
+    augment: Callable[[jax.Array, Any], Any] | None = None,
+    mesh: Mesh | None = None,
+    num_seeds: int = 1,
+    from_host: bool = False,
+    **options: Any,
+) -> CompiledTraining:
+    """What `fit` trains with, to be used for several trainings; arguments and errors are those of `fit`.
+
+    Args:
+      model: as for `fit`.
+      example: (inputs, labels) of one example, trees of `jax.ShapeDtypeStruct`.
+      batch_size: examples per step.
+      optimizer: as for `fit`, and so on.
+      loss: as for `fit`.
+      metrics: as for `fit`.
+      augment: as for `fit`.
+      mesh: as for `fit`.
+      num_seeds: as for `fit`.
+      from_host: whether batches come from an iterable.
+      **options: the fields of `FitOptions`.
+    """
+    known = [field.name for field in dataclasses.fields(FitOptions)]
+    if unknown := set(options) - set(known):
+        raise TypeError(f"fit() has no argument {min(unknown)!r}; further ones are {', '.join(known)}")
+    chosen, goal, adapted = FitOptions(**options), _goal(loss, metrics), as_model(model)
+    _check_at_least(1, num_seeds=num_seeds, micro_batches=chosen.micro_batches)
+    if batch_size % chosen.micro_batches:
+        raise UsageError(f"micro_batches is {chosen.micro_batches}, expected a divisor of batch_size, {batch_size}")
+    for name, value, allowed in (
+        ("on_nonfinite", chosen.on_nonfinite, ("stop", "skip")),
+        ("seed_mode", chosen.seed_mode, ("auto", "loop", "vmap")),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+    mesh = _mesh(mesh, batch_size // chosen.micro_batches)
+    inputs, labels = example
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
+    params, logits = jax.eval_shape(partial(_start, adapted), batch)
+    if missing := set(chosen.frozen) - set(params):
+        raise UsageError(f"frozen names {min(missing)!r}, expected entries of the parameters: {', '.join(params)}")
+    if goal.classifies:
+        _check_labels(labels, logits)
+    clip = [optax.clip_by_global_norm(chosen.gradient_clip)] if chosen.gradient_clip else []
+    optimizer = optax.adamw(1e-3) if optimizer is None else optimizer
+    step = TrainStep(
+        adapted.apply,
+        # The step descends along a direction; an optax transformation ends with the update.
+        optax.chain(*clip, optimizer, optax.scale(-1.0)),
+        goal.loss,
+        goal.metrics,
+        augment=augment,
+        ema_decay=chosen.ema_decay,
+        frozen=tuple(chosen.frozen),
+        micro_batches=chosen.micro_batches,
+        skip_nonfinite=chosen.on_nonfinite == "skip",
+    )
+    platform = mesh.devices.flat[0].platform
+    convolves = any(leaf.ndim > 3 for leaf in jax.tree.leaves(params))
+    on_device = not (convolves and platform == "cpu") if chosen.on_device is None else chosen.on_device
+    together = chosen.seed_mode == "vmap" or (chosen.seed_mode == "auto" and platform != "cpu")
+    rows = batch_size // chosen.micro_batches // num_batch_shards(mesh)
+    execution = Execution(
+        inputs=inputs,
+        labels=labels,
+        batch_size=batch_size,
+        eval_batch_size=chosen.eval_batch_size or batch_size,
+        vectorized=num_seeds > 1 and together and on_device and not from_host,
+        head_layouts={} if shards_parameters(mesh) else _layouts(adapted, params, batch, step, rows),
+        mesh=mesh,
+        compiler_options=convolution_options(platform) if convolves else {},
+    )
+    evaluation = EvalStep(adapted.apply, goal.loss, goal.metrics, goal.classifies)
+    programs = build_programs(adapted, step, evaluation, execution)
+    return CompiledTraining(adapted, programs, goal, chosen, logits.shape[1] if goal.classifies else None, on_device)
+
+
+def train_compiled(
+    compiled: CompiledTraining,
+    source: Source,
+    epochs: int,
+    seed: int,
+    num_seeds: int = 1,
+    callbacks: Sequence[Callback] = (),
+    workdir: Path | str | None = None,
+    learning_rates: Callable[[int, int], np.ndarray] | None = None,
+    shows_progress: bool = True,
+) -> Fit:
+    """Train on `source`; the other arguments are those of `fit` and `LoopConfig`."""
+    options, goal, programs = compiled.options, compiled.goal, compiled.programs
+    _check_at_least(1, epochs=epochs)
+    _check_at_least(0, patience=options.patience)
+    if options.select is not None and (options.select not in goal.names or source.validation is None):
+        names = ", ".join(goal.names)
+        raise UsageError(f"select is {options.select!r}, expected one of {names}, and examples as validation")
+    if options.patience and options.select is None:
+        raise UsageError(f"patience is {options.patience}, which needs select: one of {', '.join(goal.names)}")
+    if compiled.num_classes is not None:
+        source.check_labels(compiled.num_classes)
+    config = LoopConfig(
+        seed=seed,
+        num_seeds=num_seeds,
+        epochs=epochs,
+        batch_size=source.batch_size,
+        learning_rates=learning_rates,
+        selected_by=options.select,
+        patience=options.patience,
+        stop_on_nonfinite=options.on_nonfinite == "stop",
+        least_score=-sys.float_info.max,
+        advice="lower the learning rate, or pass on_nonfinite='skip'",
+        shows_progress=shows_progress,
+    )
+    setup = source.set_up(config, programs, options.drop_remainder, compiled.on_device)
+    with contextlib.ExitStack() as opened:
+        store: Store = _NoStore()
+        stop, log = StopRequest(), _Log(None)
+        if workdir is not None:
+            identity = {"seed": seed, "num_seeds": num_seeds, "batch_size": source.batch_size}
+            store, log = opened.enter_context(_opened(workdir, identity | {"data": source.checksum()}))
+            opened.enter_context(stop)
+        trainer = Trainer(setup, log, store, stop, options.checkpoint_seconds, callbacks=callbacks)
+        try:
+            trainer.run()
+        except Stopped as stopped:
+            if stop.received == signal.SIGINT:
+                raise KeyboardInterrupt(f"saved in {workdir}: the same call goes on") from stopped
+            raise SystemExit(128 + signal.SIGTERM) from stopped
+    best = options.select is not None
+    return Fit(compiled.model, programs, trainer.seed_states, History(log.lines), goal.names, source.example, best)
 
 
 def _goal(loss: Any, metrics: Metrics | None) -> _Goal:
@@ -203,102 +341,31 @@ def _goal(loss: Any, metrics: Metrics | None) -> _Goal:
     for name, function in metrics.items():
         if name in _RESERVED or not callable(function):
             raise UsageError(
-                f"metrics has {name!r}: {function!r}, expected functions of (logits, labels) by names other than "
-                f"{', '.join(_RESERVED)}"
+                f"metrics has {name!r} of type {type(function).__name__}, expected functions of (logits, labels) by "
+                f"names other than {', '.join(_RESERVED)}"
             )
     return _Goal(cross_entropy if classifies else loss, dict(metrics), classifies)
 
 
-def _check(options: FitOptions, goal: _Goal, source: Source, epochs: int, num_seeds: int) -> None:
-    for name, value, least in (
-        ("epochs", epochs, 1),
-        ("num_seeds", num_seeds, 1),
-        ("micro_batches", options.micro_batches, 1),
-        ("patience", options.patience, 0),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise UsageError(f"{name} is {value!r}, expected an integer of at least {least}")
-    if source.batch_size % options.micro_batches:
-        raise UsageError(
-            f"micro_batches is {options.micro_batches}, expected a divisor of batch_size, {source.batch_size}"
-        )
-    names = ", ".join(goal.loss_names)
-    if options.select is not None and (options.select not in goal.loss_names or source.validation is None):
-        raise UsageError(f"select is {options.select!r}, expected one of {names}, and examples as validation")
-    if options.patience and options.select is None:
-        raise UsageError(f"patience is {options.patience}, which needs select: one of {names}")
-    if options.on_nonfinite not in ("stop", "skip") or options.seed_mode not in ("auto", "loop", "vmap"):
-        raise UsageError(
-            f"on_nonfinite is {options.on_nonfinite!r} and seed_mode {options.seed_mode!r}, expected stop or skip, and "
-            "auto, loop or vmap"
-        )
-    if goal.classifies:
-        labels = source.example[1]
-        if not isinstance(labels, jax.ShapeDtypeStruct) or labels.shape or labels.dtype.kind not in "iu":
-            raise UsageError(
-                f"labels are {labels}, expected integers [N] for the cross-entropy; pass a loss of your own for others"
-            )
+def _check_at_least(least: int, **given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Integral) or value < least:
+            raise UsageError(f"{name} is {value!r:.40}, expected an integer of at least {least}")
+
+
+def _check_labels(labels: Any, logits: jax.ShapeDtypeStruct) -> None:
+    if not isinstance(labels, jax.ShapeDtypeStruct) or labels.shape or labels.dtype.kind not in "iu":
+        raise UsageError(f"labels are {labels}, expected integers [N] for the cross-entropy; pass a loss of your own")
+    if logits.ndim != 2:
+        raise UsageError(f"the model gives logits of shape {list(logits.shape)}, expected [N, C] for the cross-entropy")
 
 
 def _mesh(mesh: Mesh | None, rows: int) -> Mesh:
     if mesh is None:
         return fit_mesh(-1, 1, 1, rows=rows)
     if not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
-        raise UsageError(f"mesh is {mesh!r}, expected a jax.sharding.Mesh with the axes {', '.join(AXES)}")
+        raise UsageError(f"mesh is {mesh!r:.100}, expected a jax.sharding.Mesh with the axes {', '.join(AXES)}")
     return mesh
-
-
-def _programs(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    goal: _Goal,
-    source: Source,
-    augment: Any,
-    mesh: Mesh,
-    options: FitOptions,
-    num_seeds: int,
-) -> Programs:
-    inputs, labels = source.example
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
-    params, logits = jax.eval_shape(partial(_start, model), batch)
-    convolves = any(leaf.ndim > 3 for leaf in jax.tree.leaves(params))
-    platform = mesh.devices.flat[0].platform
-    if options.on_device is None:
-        source.on_device = not (convolves and platform == "cpu")
-    else:
-        source.on_device = options.on_device
-    if missing := set(options.frozen) - set(params):
-        raise UsageError(
-            f"frozen names {sorted(missing)[0]!r}, expected entries of the parameters: {', '.join(params)}"
-        )
-    if goal.classifies:
-        source.check_labels(logits.shape)
-    clip = [optax.clip_by_global_norm(options.gradient_clip)] if options.gradient_clip else []
-    step = TrainStep(
-        model.apply,
-        # The step descends along a direction; an optax transformation ends with the update.
-        optax.chain(*clip, optimizer, optax.scale(-1.0)),
-        goal.loss,
-        goal.metrics,
-        augment=augment,
-        ema_decay=options.ema_decay,
-        frozen=tuple(options.frozen),
-        micro_batches=options.micro_batches,
-        skip_nonfinite=options.on_nonfinite == "skip",
-    )
-    vectorized = options.seed_mode == "vmap" or (options.seed_mode == "auto" and platform != "cpu")
-    rows = source.batch_size // options.micro_batches // num_batch_shards(mesh)
-    execution = Execution(
-        inputs=inputs,
-        labels=labels,
-        batch_size=source.batch_size,
-        eval_batch_size=options.eval_batch_size or source.batch_size,
-        vectorized=num_seeds > 1 and vectorized and source.is_resident,
-        head_layouts={} if shards_parameters(mesh) else _layouts(model, params, batch, step, rows),
-        mesh=mesh,
-        compiler_options=convolution_options(platform) if convolves else {},
-    )
-    return build_programs(model, step, EvalStep(model.apply, goal.loss, goal.metrics, goal.classifies), execution)
 
 
 def _layouts(model: Model, params: Any, inputs: Any, step: TrainStep, rows: int) -> Layouts:
@@ -321,44 +388,37 @@ class _Log:
     """The history of a fit in memory and, in a workdir, as lines of metrics.jsonl."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._lines: list[dict[str, Any]] = []
+        self.lines: list[dict[str, Any]] = []
         self._folder = folder
-        self._path = None if folder is None else folder / _METRICS
 
     def rewind(self, finished: Sequence[tuple[str, int]]) -> None:
         """Keep the lines of these epochs."""
-        if self._path is not None and self._path.exists():
-            lines = [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
-            self._lines = lines[: len(finished)]
+        if self._folder is not None and (path := self._folder / _METRICS).exists():
+            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            self.lines = lines[: len(finished)]
         self._write()
 
     def append(self, line: dict[str, Any]) -> None:
         """Add one line."""
-        self._lines.append(line)
+        self.lines.append(line)
         self._write()
 
     def _write(self) -> None:
-        if self._path is not None and is_primary():
-            write_text(self._path, "".join(json_text(line) + "\n" for line in self._lines))
+        if self._folder is not None and is_primary():
+            write_text(self._folder / _METRICS, "".join(json_text(line) + "\n" for line in self.lines))
 
     def report(self, found: dict[str, Any]) -> Path | None:
         """Write down what was found where a step was not finite; where that lies."""
         if self._folder is None:
             return None
-        path = self._folder / "nonfinite.json"
+        path = self._folder / REPORT
         if is_primary():
             write_json(path, found)
         return path
 
-    def lines(self) -> list[dict[str, Any]]:
-        """What has been written."""
-        return list(self._lines)
-
 
 class _NoStore:
     """In place of checkpoints, where there is no workdir."""
-
-    empty = True
 
     def due(self, seconds: float) -> bool:
         return False
@@ -374,11 +434,8 @@ class _NoStore:
 
 
 @contextlib.contextmanager
-def _place(workdir: Path | str | None, identity: dict[str, Any]) -> Iterator[tuple[Store, _Log]]:
+def _opened(workdir: Path | str, identity: dict[str, Any]) -> Iterator[tuple[Store, _Log]]:
     """Where checkpoints and the history go; raises UsageError if the folder holds another training."""
-    if workdir is None:
-        yield _NoStore(), _Log(None)
-        return
     folder = expanded(Path(workdir))
     path = folder / _IDENTITY
     with contextlib.ExitStack() as opened:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from pspinal_jax.distributed import is_primary, whole
-from pspinal_jax.environment import jit_with
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.training.arrays import count_examples, to_numpy
@@ -17,7 +16,6 @@ from pspinal_jax.training.history import History
 from pspinal_jax.training.models import Model
 from pspinal_jax.training.programs import Programs, padded_split
 from pspinal_jax.training.seed_states import SeedStates
-from pspinal_jax.training.sharding import replicated_on, shard_batch
 from pspinal_jax.training.sources import to_batch
 from pspinal_jax.training.step import count_rows
 
@@ -46,7 +44,6 @@ class Fit:
         self._model, self._programs, self._seed_states = model, programs, seed_states
         self._names, self._example, self._best = names, example, best
         self._trees = seed_states.variables(best=best)
-        self._apply: Any = None
 
     @property
     def variables(self) -> Any:
@@ -68,18 +65,7 @@ class Fit:
         inputs = to_numpy(x, "x")
         count = count_examples(inputs, "x")
         self._check(inputs, self._example[0], "x")
-        size, mesh = self._programs.eval_batch_size, self._programs.mesh
-        if self._apply is None:
-            apply = partial(self._model.apply, train=False)
-            seeds = apply if len(self._seed_states.seeds) == 1 else jax.vmap(apply, (0, None))
-            self._apply = jit_with(self._programs.compiler_options, seeds, out_shardings=replicated_on(mesh))
-        axis = 0 if len(self._seed_states.seeds) == 1 else 1
-        parts = []
-        for start in range(0, count, size):
-            rows = jax.tree.map(lambda leaf, start=start: leaf[start : start + size], inputs)
-            parts.append(whole(self._apply(self._trees, shard_batch(mesh, padded_split((rows, ()), size)[0]))))
-        logits = np.concatenate(parts, axis) if parts else np.zeros(0, np.float32)
-        return logits[:count] if axis == 0 else logits[:, :count]
+        return predict_logits(self._programs, self._trees, inputs, count, stacked=len(self._seed_states.seeds) > 1)
 
     def evaluate(self, x: Any, y: Any) -> dict[str, Any]:
         """Mean loss and metrics over all examples, each counted once; of K seeds a list of K for each.
@@ -120,3 +106,15 @@ class Fit:
 
     def __repr__(self) -> str:
         return f"Fit({self.history.summary()})"
+
+
+def predict_logits(programs: Programs, variables: Any, inputs: Any, count: int, *, stacked: bool = False) -> np.ndarray:
+    """The logits [count, ...] of host arrays, in batches of one size; of `stacked` variables [K, count, ...]."""
+    size, axis = programs.eval_batch_size, int(stacked)
+    parts = []
+    for start in range(0, count, size):
+        rows = jax.tree.map(lambda leaf, start=start: leaf[start : start + size], inputs)
+        batch = programs.shard_batch(padded_split((rows, ()), size)[0])
+        parts.append(whole(programs.logits(stacked)(variables, batch)))
+    logits = np.concatenate(parts, axis) if parts else np.zeros(0, np.float32)
+    return logits[:, :count] if stacked else logits[:count]

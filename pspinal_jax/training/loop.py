@@ -199,7 +199,7 @@ class Trainer:
         self._plan_epoch(order)
         self._warm_up()
         total = None if stage.steps_per_epoch is None else epochs * stage.steps_per_epoch
-        with StepProgress(total, progress.steps_in(stage), stage.name, is_primary()) as bar:
+        with StepProgress(total, progress.steps_in(stage), stage.name, is_primary() and config.shows_progress) as bar:
             while True:
                 self._run_epoch(bar)
                 self._finish_epoch(epochs, bar)
@@ -419,5 +419,5 @@ def longest_epoch(stages: list[TrainingStage]) -> int:
 
 
 def padded_rates(rates: np.ndarray, length: int) -> np.ndarray:
-    """`rates` followed by zeros up to `length`, so that every stage calls the same program."""
-    return np.pad(rates, (0, length - len(rates)))
+    """`rates` followed by zeros up to a power of two from `length` on: stages and runs alike call the same program."""
+    return np.pad(rates, (0, (1 << (length - 1).bit_length()) - len(rates)))

@@ -71,6 +71,7 @@ class Programs:
         brings; state and totals are donated. Never vectorised.
       evaluate: (variables, data, count) -> Evaluation; data of a multiple of `eval_batch_size` examples.
       eval_batch_size: examples per evaluation step.
+      logits: whether variables have a leading seed axis -> the program (variables, inputs) -> logits in evaluation.
       update_best: (best, candidate, improved) -> best; the older best is donated.
       vectorized: whether all seeds run as one program.
       compiler_options: XLA's, of what trains and evaluates.
@@ -84,6 +85,7 @@ class Programs:
     batch_step: Callable[..., tuple[TrainState, Totals]]
     evaluate: Callable[..., Evaluation]
     eval_batch_size: int
+    logits: Callable[[bool], Callable[..., jax.Array]]
     update_best: Callable[..., Any]
     vectorized: bool
     compiler_options: Mapping[str, bool | str]
@@ -155,6 +157,10 @@ def build_programs(model: Any, train_step: TrainStep, eval_step: EvalStep, execu
 
         return evaluate_split(one, eval_batch_size, data, count)
 
+    def logits(stacked: bool) -> Callable[..., jax.Array]:
+        apply = partial(eval_step.apply, train=False)
+        return jit_with_options(jax.vmap(apply, (0, None)) if stacked else apply, out_shardings=replicated)
+
     def zero_totals(seed: jax.Array) -> Totals:
         state = jax.eval_shape(initial, jax.ShapeDtypeStruct((), np.uint32))
         sums = jax.eval_shape(eval_step, state.variables, (inputs, labels), jax.ShapeDtypeStruct((2,), bool))
@@ -169,6 +175,7 @@ def build_programs(model: Any, train_step: TrainStep, eval_step: EvalStep, execu
         batch_step=jit_steps(batch_step),
         evaluate=jit_with_options(seeds(evaluate, (0, None, None)), out_shardings=replicated),
         eval_batch_size=eval_batch_size,
+        logits=cache(logits),
         update_best=jit(seeds(_update_best, (0, 0, 0)), donate_argnums=0, out_shardings=variables),
         vectorized=vectorized,
         compiler_options=execution.compiler_options,
@@ -219,16 +226,24 @@ def make_order(
 
     The fixed length lets every stage of a run, with its own subset, use the same compiled chunk.
     """
+    if balanced is None:
+        return partial(_order, length, shuffle, np.asarray(subset, np.int32))
+    classes = balanced[subset]
 
     def order(seed: jax.Array, epoch: jax.Array) -> jax.Array:
-        visited = jnp.asarray(subset, jnp.int32)
-        if balanced is not None:
-            visited = visited[keys.balanced_order(seed, epoch, balanced[subset])]
-        elif shuffle:
-            visited = visited[keys.epoch_order(seed, epoch, len(subset))]
+        visited = jnp.asarray(subset, jnp.int32)[keys.balanced_order(seed, epoch, classes)]
         return jnp.pad(visited, (0, length - len(subset)))
 
     return jax.jit(jax.vmap(order, (0, None)) if vectorized else order)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _order(length: int, shuffle: bool, subset: jax.Array, seed: jax.Array, epoch: jax.Array) -> jax.Array:
+    """See `make_order`; compiled once for all runs on as many examples."""
+    if jnp.ndim(seed):
+        return jax.vmap(partial(_order, length, shuffle, subset), (0, None))(seed, epoch)
+    visited = subset[keys.epoch_order(seed, epoch, len(subset))] if shuffle else subset
+    return jnp.pad(visited, (0, length - len(subset)))
 
 
 def padded_split(split: Batch, batch_size: int) -> Batch:

@@ -25,7 +25,7 @@ class Source:
     def __init__(self, arrays: Any, batches: Callable[[], Iterable[Any]] | None, batch_size: int) -> None:
         self.arrays, self._batches, self.batch_size = arrays, batches, batch_size
         self.subset, self.validation = np.arange(0), None
-        self.on_device = True
+        self._pads_last_batch = False
         first = jax.tree.map(lambda leaf: leaf[:1], arrays)
         self._length: int | None = None
         if batches is not None:
@@ -69,37 +69,49 @@ class Source:
             )
         return source
 
-    @property
-    def is_resident(self) -> bool:
-        """Whether all examples lie on the devices."""
-        return self.arrays is not None and self.on_device
+    @classmethod
+    def padded(cls, inputs: np.ndarray, labels: np.ndarray, weights: np.ndarray, batch_size: int) -> "Source":
+        """Examples with weights, and zeros of weight 0 up to a power of two of whole batches.
 
-    def check_labels(self, shape: tuple[int, ...]) -> None:
-        """Raise UsageError if the labels do not fit logits of `shape` [N, C]."""
-        if len(shape) != 2:
-            raise UsageError(f"the model gives logits of shape {list(shape)}, expected [N, C] for the cross-entropy")
+        The last batch of an epoch is filled with them, and trainings on about as many examples call the same program.
+        """
+        batches = 1 << (len(inputs) // batch_size).bit_length()
+        extra = batches * batch_size - len(inputs) - 1
+        # An order ends in zeros, so example 0 is a padding one.
+        arrays = jax.tree.map(
+            lambda leaf: np.pad(leaf, [(1, extra)] + [(0, 0)] * (leaf.ndim - 1)), (inputs, (labels, weights))
+        )
+        source = cls(arrays, None, batch_size)
+        source.subset, source._pads_last_batch = 1 + np.arange(len(inputs)), True
+        return source
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raise UsageError if the labels do not fit so many logits."""
         for arrays in (self.arrays, self.validation):
             labels = arrays[1] if arrays is not None else np.zeros(0)
-            if len(labels) and not 0 <= labels.min() <= labels.max() < shape[1]:
+            if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
                 raise UsageError(
-                    f"labels reach from {labels.min()} to {labels.max()}, expected 0 .. {shape[1] - 1}: the model "
-                    f"gives {shape[1]} logits"
+                    f"labels reach from {labels.min()} to {labels.max()}, expected 0 .. {num_classes - 1}: the model "
+                    f"gives {num_classes} logits"
                 )
 
     def checksum(self) -> str | None:
         """Of the arrays; None for an iterable."""
         return None if self.arrays is None else checksum((self.arrays, self.subset, self.validation))
 
-    def set_up(self, config: LoopConfig, programs: Programs, drop_remainder: bool) -> Setup:
+    def set_up(self, config: LoopConfig, programs: Programs, drop_remainder: bool, on_device: bool) -> Setup:
         """What the loop works with."""
         stage = make_stage(
             "train", self.subset, None if self.validation is None else "validation", self.batch_size, drop_remainder
         )
+        if self._pads_last_batch:
+            steps = -(-len(self.subset) // self.batch_size)
+            stage = dataclasses.replace(stage, steps_per_epoch=steps, whole_steps=steps, tail_size=0)
         examples: Examples
         if self._batches is not None:
             stage = dataclasses.replace(stage, steps_per_epoch=self._length, whole_steps=self._length or 2**30)
             examples = BatchedExamples(programs, self._batches, self.batch_size)
-        elif self.on_device:
+        elif on_device:
             examples = ResidentExamples(programs, self.arrays)
         else:
             examples = BatchedExamples(programs, self.arrays, self.batch_size)

@@ -59,6 +59,7 @@ class LoopConfig:
       advice: what to do then.
       keeps_first_of_ties: whether of epochs that are equally good the first is kept, as by the published scripts.
       least_score: less than any epoch's.
+      shows_progress: whether a bar on standard error shows it.
     """
 
     seed: int
@@ -75,6 +76,7 @@ class LoopConfig:
     advice: str = ""
     keeps_first_of_ties: bool = False
     least_score: float = -1.0
+    shows_progress: bool = True
 
     def score(self, evaluation: dict[str, list[float]]) -> list[float] | None:
         """What the epoch is selected by, the larger the better; None where it is not."""
