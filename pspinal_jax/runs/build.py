@@ -86,12 +86,12 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
         together = held_out and recipe.data.keep_copies_together
         copies = copies_of_a_class(data.train.digests, data.train.labels) if together else None
         train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed, copies)
-    for name, off in (("patience", 0), ("retrain", False)):
-        if getattr(recipe, name) and not len(validation):
-            raise UsageError(
-                f"{name} is {getattr(recipe, name)}, expected {off} where nothing is held out to look at; "
-                f"hold some out with data.{'num_validation' if data.in_memory else 'validation_fraction'}"
-            )
+    if (recipe.patience or recipe.retrain) and not len(validation):
+        given = f"patience is {recipe.patience}, expected 0" if recipe.patience else "retrain is True, expected False"
+        raise UsageError(
+            f"{given} where nothing is held out to look at; hold some out with "
+            f"data.{'num_validation' if data.in_memory else 'validation_fraction'}"
+        )
     if recipe.batch_size > len(train):
         raise UsageError(
             f"batch_size is {recipe.batch_size}, but only {len(train)} examples are left to train on; "
@@ -122,16 +122,19 @@ def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0, mesh: Mesh | 
     pool = data.train if data.validation is None else data.train.join(data.validation)
     weights = class_weights(recipe, pool.labels[train], data.num_classes)
     programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype, mesh, weights)
-    splits: dict[str, EvaluatedSplit] = {"test": place_split(recipe, programs, data.test, workers)}
-    if len(validation):
-        splits["validation"] = place_split(recipe, programs, pool.take(validation), workers)
+    size, side, crops = programs.eval_batch_size, recipe.data.train_side, recipe.data.crops
     examples: Examples
     if pool.inputs is None:
-        examples = StreamedExamples(
-            programs, pool, recipe.data.train_side, recipe.batch_size, workers, moves=recipe.data.crops
-        )
+        examples = StreamedExamples(programs, pool, side, recipe.batch_size, workers, moves=crops)
     else:
         examples = ResidentExamples(programs, (pool.inputs, pool.labels))
+
+    def place(split: Split) -> EvaluatedSplit:
+        if split.inputs is None:
+            return StreamedSplit(programs, split, recipe.data.side, size, workers)
+        return ResidentSplit.place(programs, (split.inputs, split.labels), size)
+
+    splits = {"test": place(data.test)} | ({"validation": place(pool.take(validation))} if len(validation) else {})
     return RunSetup(
         recipe=recipe,
         model=model,
@@ -143,13 +146,6 @@ def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0, mesh: Mesh | 
         labels=pool.labels,
         validation_labels=pool.labels[validation],
     )
-
-
-def place_split(recipe: Recipe, programs: Programs, split: Split, workers: int = 0) -> EvaluatedSplit:
-    """`split`, ready to be evaluated in the recipe's evaluation batches."""
-    if split.inputs is None:
-        return StreamedSplit(programs, split, recipe.data.side, programs.eval_batch_size, workers)
-    return ResidentSplit.place(programs, (split.inputs, split.labels), programs.eval_batch_size)
 
 
 def build_run_programs(
@@ -165,7 +161,11 @@ def build_run_programs(
     `weights` are those of `class_weights`; only training needs them.
     """
     mesh = mesh or run_mesh(recipe)
-    optimizer = recipe.optimizer
+    optimizer, config = recipe.optimizer, recipe.model
+    layout: Layout = "tree"
+    if config.head == "progressive" and not shards_parameters(mesh):
+        rows, dropout = recipe.batch_size // num_batch_shards(mesh), config.layer_dropout_rate > 0.0
+        layout = training_layout(config.implementation, config.num_layers, rows, dropout)
     direction = make_optimizer(
         optimizer.name,
         optimizer.momentum,
@@ -190,9 +190,9 @@ def build_run_programs(
         batch_size=recipe.batch_size,
         eval_batch_size=recipe.eval_batch_size,
         vectorized=runs_vectorized(recipe),
-        head_layouts={} if shards_parameters(mesh) else head_layouts(_head_layout(recipe, num_batch_shards(mesh))),
+        head_layouts={} if shards_parameters(mesh) else head_layouts(layout),
         mesh=mesh,
-        compiler_options=convolution_options(mesh.devices.flat[0].platform) if recipe.model.backbone != "none" else {},
+        compiler_options=convolution_options(mesh.devices.flat[0].platform) if config.backbone != "none" else {},
         batch_norm_per_device=recipe.batch_norm == "per_device",
     )
     return build_programs(model, step, EvalStep(model.apply), execution)
@@ -219,15 +219,6 @@ def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
     counts = np.bincount(labels, minlength=num_classes)
     present = np.count_nonzero(counts)
     return tuple((len(labels) / (present * np.maximum(counts, 1))).tolist())
-
-
-def _head_layout(recipe: Recipe, shards: int) -> Layout:
-    model = recipe.model
-    if model.head != "progressive":
-        return "tree"
-    return training_layout(
-        model.implementation, model.num_layers, recipe.batch_size // shards, model.layer_dropout_rate > 0.0
-    )
 
 
 def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] | None:

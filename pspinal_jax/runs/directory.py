@@ -32,7 +32,6 @@ from pspinal_jax.recipes.typed import typed
 
 _SECONDS_TO_APPEAR = 20
 _LOCK = ".lock"
-_LATER = {"jax"}  # parts of the identity that older runs do not record
 _MAX_VALUES = 2**28  # of one example: an input of a larger shape would fill the memory
 _MAX_METRICS_BYTES = 2**28
 _ADVICE = "train in another workdir"
@@ -184,8 +183,8 @@ class RunDirectory:
 
     def _check_same(self, config: dict[str, Any]) -> None:
         held, identity = self.config(), config["identity"]
-        later = {key: identity[key] for key in _LATER & identity.keys()}
-        before, now = (flatten_dict(each, sep=".") for each in (later | held["identity"], identity))
+        # Runs of earlier versions do not record JAX's settings.
+        before, now = (flatten_dict({"jax": identity["jax"]} | each, sep=".") for each in (held["identity"], identity))
         # A setting that came later than the run is at its default.
         before = {name: value for name, value in default_settings().items() if name in now} | before
         changed = differences(before, now, lambda key, was, is_now: f"{key} was {was!r} and is now {is_now!r}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -16,10 +15,10 @@ from pspinal_jax.data.images import ImageSplit
 from pspinal_jax.data.stream import stream
 from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError
-from pspinal_jax.files import MOST_JSON_BYTES, check_target, expanded, read_bytes, write_csv
+from pspinal_jax.files import check_target, expanded, write_csv
 from pspinal_jax.progress import progress_bar, warn
 from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
-from pspinal_jax.runs.directory import RunDirectory, changed_classes, data_config, write_json, writing
+from pspinal_jax.runs.directory import RunDirectory, changed_classes, data_config, read_checked, write_json, writing
 from pspinal_jax.runs.metrics import plot_confusion, plot_mistakes
 from pspinal_jax.runs.predict import Predictor, load_predictor
 from pspinal_jax.runs.scores import Scored, percent, score_report, worst_first
@@ -329,15 +328,11 @@ def _write_predictions(path: Path, evaluated: Evaluated) -> None:
 
 def _list_others(run: Path) -> None:
     """Name the evaluations of other data in evaluation.json, if it exists; damaged files are passed over."""
-
-    def read(path: Path) -> dict[str, Any]:
-        return dict(json.loads(read_bytes(path, MOST_JSON_BYTES)))
-
-    damaged = (OSError, ValueError, LookupError, TypeError, RecursionError, RunError)
     others = {}
     for path in sorted(run.glob("evaluation-*.json")):
-        with contextlib.suppress(*damaged):
-            others[path.name] = read(path)["data"]
-    with contextlib.suppress(*damaged):
+        with contextlib.suppress(RunError, LookupError):
+            others[path.name] = read_checked(path, dict[str, Any])["data"]
+    with contextlib.suppress(RunError):
         if others:
-            write_json(run / "evaluation.json", read(run / "evaluation.json") | {"other_data": others})
+            report = read_checked(run / "evaluation.json", dict[str, Any])
+            write_json(run / "evaluation.json", report | {"other_data": others})

@@ -313,12 +313,11 @@ def _opened(image: Any) -> Path | Image.Image:
     if np.ma.is_masked(image):
         raise UsageError("an image is an array of which pixels are masked, expected all of them; fill them in")
     array = np.asarray(image)
-    grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
-    if array.dtype != np.uint8 or not array.size or not (grey or (array.ndim == 3 and array.shape[2] == 3)):
+    if array.dtype != np.uint8 or not array.size or array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,)):
         raise UsageError(
             f"an image is an array {array.dtype} {list(array.shape)}, expected uint8 [H, W], [H, W, 1] or [H, W, 3]"
         )
-    return Image.fromarray(array.reshape(array.shape[:2]) if grey else array)
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
 def _read(image: Path | Image.Image, predictor: Predictor) -> np.ndarray | str:

@@ -209,15 +209,12 @@ class _Run:
         return [] if self.report is None else worst_first(self.report["classes"])
 
     @property
-    def confusions(self) -> list[tuple[str, list[tuple[int, float]]]]:
-        """A class's name, and how often and which share of it was taken for each; none where a picture shows more."""
+    def confusions(self) -> list[tuple[str, list[int]]]:
+        """The rows of the confusion matrix by their classes' names; none where a picture shows them."""
         if self.evaluated is None or len(self.evaluated.class_names) > MAX_NUMBERED_CLASSES:
             return []
         names = self.evaluated.class_names
-        counts = self.evaluated.scored.confusion(len(names)).toarray()
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        cells = [list(zip(*row, strict=True)) for row in zip(counts.tolist(), shares.tolist(), strict=True)]
-        return list(zip(names, cells, strict=True))
+        return list(zip(names, self.evaluated.scored.confusion(len(names)).toarray().tolist(), strict=True))
 
     @property
     def mistakes(self) -> list[tuple[Mistake, str, bool]]:
@@ -227,12 +224,6 @@ class _Run:
     @property
     def settings(self) -> dict[str, Any]:
         return flatten_dict(self.config["identity"] | {"num_seeds": self.config["num_seeds"]}, sep=".")
-
-    @property
-    def made_with(self) -> dict[str, Any]:
-        device = self.config["device"]
-        where = {"data": self.config["data_source"], "device": f"{device['count']} x {device['kind']}"}
-        return where | self.config["versions"]
 
     def score(self, key: str) -> tuple[str, str]:
         """A score and its interval, which not all have."""
@@ -247,22 +238,6 @@ class _Run:
     def seeds(self) -> str:
         several = self.result is not None and self.result["test_accuracy"]["std"] is not None
         return _of_seeds(self.result["test_accuracy"]) if self.result is not None and several else "-"
-
-    @property
-    def tiles(self) -> list[tuple[str, str]]:
-        tiles = []
-        for key, label in _SCORES.items():
-            value, interval = self.score(key)
-            lacking = without_examples(self.classes) if key == "balanced_accuracy" else ""
-            if value != "-":
-                tiles.append((value, f"{label}{lacking}" + (f", {interval}" if interval else "")))
-        if self.seeds != "-":
-            tiles.append((self.seeds.split(" (")[0], "mean and standard deviation of the seeds"))
-        if self.result is not None:
-            tiles.append((f"{self.result['parameters']:,}", "parameters"))
-            compiling = f"training, and {self.result['compile_seconds']:.1f} s compiling"
-            tiles.append((f"{self.result['seconds']:.1f} s", compiling))
-        return tiles
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path, show_progress: bool = False) -> list[str]:
@@ -289,11 +264,12 @@ def write_report(runs: Sequence[str | Path], output: str | Path, show_progress: 
         # On one line, and without anything that a reader could take for more; Markup is the template's own.
         finalize=lambda value: value if isinstance(value, Markup) else printable(value),
     )
-    environment.filters["percent"] = percent
+    environment.filters |= {"percent": percent, "without_examples": without_examples}
     page = environment.get_template("report.html").render(
         title=read[0].name if len(read) == 1 else f"{len(read)} runs",
         version=versions()["pspinal_jax"],
         runs=read,
+        labels=_SCORES,
         max_rows=MAX_ROWS,
         **_side_by_side(read),
     )
@@ -336,12 +312,7 @@ def _with_picture(mistake: Mistake) -> tuple[Mistake, str, bool]:
 
 
 def _side_by_side(runs: list[_Run]) -> dict[str, Any]:
-    """What the template compares: scores, the settings that differ, and recall by class where all have the same."""
-    scores = [(label, [run.score(key) for run in runs]) for key, label in _SCORES.items()]
-    scores.append(("mean and std of the seeds", [(run.seeds, "") for run in runs]))
-    for key in ("parameters", "train_examples", "epochs", "seconds"):
-        values = ["-" if run.result is None else f"{run.result[key]:,}" for run in runs]
-        scores.append((key.replace("_", " "), [(value, "") for value in values]))
+    """What the template compares: the settings that differ, and recall by class where all have the same."""
     settings = [run.settings for run in runs]
     rows = [(name, [each.get(name, "-") for each in settings]) for name in sorted(set().union(*settings))]
     recalls = [run.report["class_accuracy"] for run in runs if run.report is not None]
@@ -349,8 +320,6 @@ def _side_by_side(runs: list[_Run]) -> dict[str, Any]:
     if len(recalls) == len(runs) and len({tuple(each) for each in recalls}) == 1:
         order = sorted(recalls[0], key=lambda name: min(1 if each[name] is None else each[name] for each in recalls))
     return {
-        "names": [run.name for run in runs],
-        "scores": [(label, values) for label, values in scores if any(value != "-" for value, _ in values)],
         "differing": [(name, values) for name, values in rows if len({str(value) for value in values}) > 1],
         "recalls": [(name, [each[name] for each in recalls]) for name in order[:MAX_ROWS]],
     }

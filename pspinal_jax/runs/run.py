@@ -1,10 +1,9 @@
 """The Python API of runs: train a recipe, or open a run, and use it; the commands call the same functions."""
 
 import dataclasses
-import difflib
 import functools
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +151,7 @@ def load_run(path: str | Path, seed_index: int | None = None) -> Run:
       seed_index: which of its seeds, from 0; by default the best on validation.
 
     Raises:
-      RunError: if it is no run directory, or its config.json is damaged.
+      RunError: if it is not a run directory, or its config.json is damaged.
     """
     return Run(path, seed_index)
 
@@ -182,11 +181,6 @@ def train(recipe: Recipe | str | Path, **changes: Any) -> Run:
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     given = {name.replace("__", ".").replace("-", "_"): value for name, value in changes.items()}
     for_options = {name: given.pop(name) for name in RunOptions.__dataclass_fields__ if name in given}
-    known = [*_names(Recipe), *RunOptions.__dataclass_fields__]
-    for name in given:
-        if name not in known or name.split(".")[0] == "card":
-            close = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(f"train has no setting {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
     options = _replaced(RunOptions(), for_options)
     changed = resolve(loaded, lambda recipe: _replaced(recipe, given), options)
     train_recipe(changed, options)
@@ -205,23 +199,22 @@ def resolve(recipe: Recipe, change: Callable[[Recipe], Recipe], options: RunOpti
     return asked
 
 
-def _names(config_class: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields, configs inside included."""
-    for name, hint in typing.get_type_hints(config_class).items():
-        yield prefix + name
-        if dataclasses.is_dataclass(hint):
-            yield from _names(typing.cast(type, hint), f"{prefix}{name}.")
-
-
 def _replaced(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
     """The dataclass `config` with `changes` by dotted name, all at once, as some only fit together."""
     hints = typing.get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
-        if isinstance(value, dict):  # it would put every field that it lacks back to its default
-            expected = getattr(hints.get(name), "__name__", "no dict")
+        field, _, inner = name.partition(".")
+        if field not in hints or field == "card":
+            raise UsageError(f"train has no setting {prefix + name!r}")
+        if inner:
+            nested.setdefault(field, {})[inner] = value
+        elif isinstance(value, dict):  # it would put every field that it lacks back to its default
+            expected = getattr(hints[field], "__name__", hints[field])
             raise UsageError(f"{prefix}{name} is {value!r}, expected {expected}")
-    values = {name: typed(prefix + name, value, hints[name]) for name, value in changes.items() if "." not in name}
-    for name in {name.split(".")[0] for name in changes if "." in name}:
-        inner = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{name}.")}
-        values[name] = _replaced(values.get(name, getattr(config, name)), inner, f"{prefix}{name}.")
+        else:
+            values[field] = typed(prefix + name, value, hints[field])
+    for field, given in nested.items():
+        values[field] = _replaced(values.get(field, getattr(config, field)), given, f"{prefix}{field}.")
     return dataclasses.replace(config, **values)
