@@ -121,7 +121,7 @@ class CheckpointStore:
             ) from error
 
     def restore(self, abstract: Callable[[dict[str, Any]], Trees]) -> tuple[Trees, dict[str, Any]] | None:
-        """The newest whole checkpoint, see `read_newest`; damaged newer ones are deleted. None if there are none."""
+        """The newest whole checkpoint, see `read_newest`; damaged newer ones are deleted. None if it is empty."""
         if self.empty:
             return None
         step, trees, progress = _newest(self._manager, abstract)
@@ -249,8 +249,8 @@ def _ignore_late_reads() -> None:
 
     Orbax raises the first array's error and closes its event loop. tensorstore then reports every other array to the
     closed loop, and Python prints a traceback for each, and for each read that is given up; asyncio does so for those
-    whose error nobody asked for, and warns of reads and writes that never began. All that anyone could act on is in the
-    first. Each filter drops one exact message of these libraries and nothing else.
+    whose error nobody asked for, and warns of reads and writes that never began. Only the first error is of use. Each
+    filter drops one exact message of these libraries and nothing else.
     """
     report = sys.unraisablehook
 

@@ -71,7 +71,7 @@ def loop_config(recipe: Recipe) -> LoopConfig:
 def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np.ndarray]:
     """Indices (train, validation) into the training data; validation is empty where nothing is held out.
 
-    A validation split of the data's own counts on from the end of its training split.
+    The examples of a validation split in the data are numbered after those of its training split.
 
     Raises:
       UsageError: if a batch, the validation part or the mesh's axis model does not fit the data.
@@ -79,8 +79,8 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
     check_classes(recipe, data.num_classes)
     wants_validation = recipe.protocol == "validation"
     if data.validation is not None or not data.in_memory:
-        own = len(data.validation) if data.validation is not None and wants_validation else 0
-        train, validation = np.arange(len(data.train)), len(data.train) + np.arange(own)
+        count = len(data.validation) if data.validation is not None and wants_validation else 0
+        train, validation = np.arange(len(data.train)), len(data.train) + np.arange(count)
     else:
         held_out = recipe.data.num_validation if wants_validation else 0
         together = held_out and recipe.data.keep_copies_together
@@ -118,7 +118,7 @@ def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0, mesh: Mesh | 
     """
     train, validation = split_examples(recipe, data)
     model = build_model(recipe, data.example_shape, data.num_classes)
-    # A validation split of the data's own follows the training examples; stages tell them apart by index.
+    # A validation split in the data follows the training examples; stages select by index.
     pool = data.train if data.validation is None else data.train.join(data.validation)
     weights = class_weights(recipe, pool.labels[train], data.num_classes)
     programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype, mesh, weights)
@@ -256,7 +256,7 @@ def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
     """The devices that a run of `recipe` trains on; a line on standard error where they are not what was asked for.
 
     Args:
-      recipe: gives the mesh, and the batches that shall divide over it.
+      recipe: gives the mesh, and the batches to divide over it.
       resuming: for a run that has begun, perhaps elsewhere: it goes on with any number of devices.
 
     Raises:

@@ -397,7 +397,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what shall be at `path`, whole or not at all: it is moved there at the end of the `with`.
+    """A file to write in place of `path`, which it replaces at the end of the `with`.
 
     Raises:
       RunError: if it cannot be written; what was at `path` stays.

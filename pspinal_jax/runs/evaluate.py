@@ -304,7 +304,7 @@ def _write(folder: Path, evaluated: Evaluated) -> list[Path]:
     mistakes.unlink(missing_ok=True)  # those of an earlier evaluation, of another seed perhaps
     try:
         found = evaluated.mistakes()
-    except DataError as error:  # a picture that was there a moment ago
+    except DataError as error:  # a picture that has gone since
         warn(f"{mistakes} was not drawn: {error}")
         return paths
     if found:

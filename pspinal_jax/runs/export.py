@@ -182,7 +182,7 @@ def export_classifier(
 
 
 def write_export(path: Path, exported: export.Exported, variables: dict[str, Any], description: dict[str, Any]) -> None:
-    """Write an export to the directory `path`, whole or not at all; one that is there is replaced.
+    """Write an export to the directory `path`, whole or not at all, in place of an older one.
 
     Args:
       path: the directory; its parents are made.

@@ -140,7 +140,7 @@ def cached_features(
     directory: RunDirectory,
     workers: int,
 ) -> Dataset[ArraySplit]:
-    """The features of `data` in the run's directory, computed unless they are there already.
+    """The features of `data` in the run's directory, computed unless it holds them.
 
     Args:
       recipe: has a frozen backbone.

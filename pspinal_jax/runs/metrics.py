@@ -136,8 +136,8 @@ def check_installed() -> None:
 def summary(values: list[float]) -> dict[str, Any]:
     """mean, std (of the sample; null for one value) and each."""
     with np.errstate(invalid="ignore"):  # of a loss that is infinite
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": spread, "each": list(values)}
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "each": list(values)}
 
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -171,7 +171,7 @@ def plot_confusion(matrix: Any, class_names: list[str], path: Path, title: str) 
         axis.set_title(drawable(title))
         if len(class_names) <= MAX_NUMBERED_CLASSES:
             labels = [drawable(name) for name in class_names]
-            # Names that cannot be told apart any more have their number before them.
+            # Names that are cut to the same text get numbers.
             labels = labels if len({*labels}) == len(labels) else [f"{i}: {label}" for i, label in enumerate(labels)]
             axis.set_xticks(range(len(labels)), labels, rotation=90)
             axis.set_yticks(range(len(labels)), labels)

@@ -79,7 +79,7 @@ def load_predictor(source: str | Path, seed_index: int | None = None) -> Predict
       seed_index: which of the run's seeds; by default the best on validation. An export has but one.
 
     Raises:
-      UsageError: if there is no such seed.
+      UsageError: if the run has no such seed.
       RunError: if the run or the export cannot be read.
     """
     source = expanded(source)

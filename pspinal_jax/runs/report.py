@@ -261,7 +261,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path, show_progress: 
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
-        # On one line, and without anything that a reader could take for more; Markup is the template's own.
+        # On one line and without control characters; Markup comes from the template itself.
         finalize=lambda value: value if isinstance(value, Markup) else printable(value),
     )
     environment.filters |= {"percent": percent, "without_examples": without_examples}

@@ -159,7 +159,7 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
     Raises:
       RunError: if `run` is not a run directory, its newest checkpoint is damaged or missing, or the parameters are not
         those that result.json is about, or not finite.
-      UsageError: if there is no such seed.
+      UsageError: if the run has no such seed.
     """
     directory = RunDirectory(run)
     config, result = directory.config(), directory.result()

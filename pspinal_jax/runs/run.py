@@ -81,7 +81,7 @@ class Run:
         """The selected parameters and running statistics, {'params': .., 'batch_stats': ..}, float32.
 
         Raises:
-          PSpinalError: if they cannot be read, or there is no such seed.
+          PSpinalError: if they cannot be read, or the run has no such seed.
         """
         return load_variables(self.path, self.seed_index)[0]
 
@@ -158,7 +158,7 @@ def load_run(path: str | Path, seed_index: int | None = None) -> Run:
 
 @absl_quietened()
 def train(recipe: Recipe | str | Path, **changes: Any) -> Run:
-    """Train `recipe`, or what is left of it, in its run directory; of a finished run, what is there.
+    """Train `recipe`, or what is left of it, in its run directory; a finished run is opened.
 
     ``train("digits", epochs=5, model__layer_width=64, workdir="runs/mine")`` is the command
     ``pspinal-jax train digits --epochs 5 --model.layer-width 64 --workdir runs/mine``.

@@ -80,38 +80,38 @@ class Scored:
 def scores_by_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Of each class name, support, precision, recall and f1; None where there is nothing to divide by."""
     # Three counts; scikit-learn, which gives the same numbers, takes 140 MB to import.
-    support, named, hits = (
+    support, named, correct = (
         np.bincount(of, minlength=len(class_names)) for of in (labels, predictions, labels[labels == predictions])
     )
     return [
         {
             "name": name,
             "support": int(support[index]),
-            "precision": _share(hits[index], named[index]),
-            "recall": _share(hits[index], support[index]),
-            "f1": _share(2 * hits[index], support[index] + named[index]),
+            "precision": _ratio(correct[index], named[index]),
+            "recall": _ratio(correct[index], support[index]),
+            "f1": _ratio(2 * correct[index], support[index] + named[index]),
         }
         for index, name in enumerate(class_names)
     ]
 
 
-def _share(part: int, whole: int) -> float | None:
+def _ratio(part: int, whole: int) -> float | None:
     return float(part / whole) if whole else None
 
 
 def averages(classes: list[dict[str, Any]]) -> dict[str, float]:
     """balanced_accuracy and macro_f1 of `scores_by_class`, over the classes with examples."""
-    there = [each for each in classes if each["support"]]
+    present = [each for each in classes if each["support"]]
     return {
-        "balanced_accuracy": float(np.mean([each["recall"] for each in there])),
-        "macro_f1": float(np.mean([each["f1"] for each in there])),
+        "balanced_accuracy": float(np.mean([each["recall"] for each in present])),
+        "macro_f1": float(np.mean([each["f1"] for each in present])),
     }
 
 
 def worst_first(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`classes` that have examples, by recall, then F1, then by how many examples are got wrong; then those without."""
-    there = [each for each in classes if each["support"]]
-    order = sorted(there, key=lambda each: (each["recall"], each["f1"], -each["support"]))
+    present = [each for each in classes if each["support"]]
+    order = sorted(present, key=lambda each: (each["recall"], each["f1"], -each["support"]))
     return order + [each for each in classes if not each["support"]]
 
 
@@ -150,17 +150,17 @@ def score_report(scored: Scored, class_names: Sequence[str]) -> dict[str, Any]:
     return report
 
 
-def calibration_error(confidence: np.ndarray, hits: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
     """The expected calibration error: mean gap of accuracy and confidence in bins (k/B, (k+1)/B], by their examples.
 
     Args:
       confidence: [N], probability of the predicted class.
-      hits: bool [N], whether it is the true one.
+      correct: bool [N], whether that is the true class.
       bins: B.
     """
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(place, weights=hits - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(hits))
+    gaps = np.bincount(place, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(correct))
 
 
 def _pairs(confusion: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -183,7 +183,7 @@ def bootstrap(confusion: Any) -> tuple[np.ndarray, np.ndarray]:
     from scipy.sparse import csr_array
 
     true, predicted, counts = _pairs(confusion)
-    rng, total, correct = np.random.default_rng(0), counts.sum(), true == predicted
+    rng, total, diagonal = np.random.default_rng(0), counts.sum(), true == predicted
 
     def sums(groups: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """[R, C]: the sums of the counts [R, M] by group [M]."""
@@ -197,10 +197,10 @@ def bootstrap(confusion: Any) -> tuple[np.ndarray, np.ndarray]:
     for first in range(0, RESAMPLES, step):
         drawn = rng.multinomial(total, counts / total, min(step, RESAMPLES - first))
         support, named = sums(true, drawn), sums(predicted, drawn)
-        hits = sums(true[correct], drawn[:, correct])
-        there = support > 0
-        recall = np.where(there, hits / np.maximum(support, 1), 0).sum(1) / there.sum(1)
-        f1 = np.where(there, 2 * hits / np.maximum(support + named, 1), 0).sum(1) / there.sum(1)
+        correct = sums(true[diagonal], drawn[:, diagonal])
+        present = support > 0
+        recall = np.where(present, correct / np.maximum(support, 1), 0).sum(1) / present.sum(1)
+        f1 = np.where(present, 2 * correct / np.maximum(support + named, 1), 0).sum(1) / present.sum(1)
         found.append((recall, f1))
     balanced, macro = zip(*found, strict=True)
     return np.concatenate(balanced), np.concatenate(macro)
@@ -221,7 +221,7 @@ def intervals(confusion: Any) -> dict[str, Any]:
     recall, f1 = bootstrap(confusion)
     macro = _macro_f1_interval(confusion, f1)
     how = (
-        "macro F1 by Wilson's score interval of as many examples as have its spread in these draws"
+        "macro F1 by Wilson's score interval of as many examples as have its standard deviation in these draws"
         if macro is not None
         else "none for macro F1, as most classes have too few examples"
     )
@@ -247,17 +247,17 @@ def _macro_f1_interval(confusion: Any, drawn: np.ndarray) -> list[float] | None:
     from scipy.stats import norm
 
     true, predicted, counts = _pairs(confusion)
-    support, named, hits = (
+    support, named, correct = (
         np.bincount(of, counts * weight, confusion.shape[0])
         for of, weight in ((true, 1), (predicted, 1), (true, true == predicted))
     )
-    there, total = support > 0, int(counts.sum())
-    members = float(1 / np.mean(1 / support[there]))
-    f1 = float(np.mean(2 * hits[there] / (support + named)[there]))
-    bias, spread = float(drawn.mean()) - f1, float(drawn.std(ddof=1))
-    if members < _MIN_MEMBERS or abs(bias) > 2 * spread:  # a bias that large is known too badly to be taken off
+    present, total = support > 0, int(counts.sum())
+    members = float(1 / np.mean(1 / support[present]))
+    f1 = float(np.mean(2 * correct[present] / (support + named)[present]))
+    bias, std = float(drawn.mean()) - f1, float(drawn.std(ddof=1))
+    if members < _MIN_MEMBERS or abs(bias) > 2 * std:  # a bias that large is known too badly to be taken off
         return None
-    variance = spread**2 * (1 + 1 / members) + bias**2
+    variance = std**2 * (1 + 1 / members) + bias**2
     size = min(f1 * (1 - f1) / variance, float(total)) if variance else float(total)
     share = float(np.clip(f1 - bias, 0, 1))
     z = float(norm.ppf(0.5 + LEVEL / 2))

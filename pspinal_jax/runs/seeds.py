@@ -74,7 +74,7 @@ def can_use_processes(recipe: Recipe, options: RunOptions) -> bool:
 
 
 def wants_processes(recipe: Recipe, setup: RunSetup, options: RunOptions) -> bool:
-    """Whether processes shall train the seeds of a new run."""
+    """Whether to train the seeds of a new run in processes."""
     seen = recipe.num_seeds * recipe.epochs * sum(len(stage.subset) for stage in setup.stages)
     long = recipe.seed_mode == "auto" and cores() > 1 and seen >= _MIN_EXAMPLES
     return (recipe.seed_mode == "processes" or long) and can_use_processes(recipe, options)

@@ -156,7 +156,7 @@ def _warn(recipe: Recipe, options: RunOptions, directory: RunDirectory) -> None:
 
 
 def train_part() -> None:
-    """The process of some seeds of a run, see seeds.py: trains them as a run of their own.
+    """Train some seeds of a run as a run of their own, in a process that seeds.py starts.
 
     The command's arguments are the directory, seeds/FIRST-LAST of the whole run's, and the seconds between checkpoints.
     """

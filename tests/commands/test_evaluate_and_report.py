@@ -225,7 +225,7 @@ def test_the_report_holds_all_and_loads_nothing(place, tmp_path, capsys):
 def test_the_reports_confusions_are_a_table_of_names_or_of_many_classes_a_picture(place, tmp_path, monkeypatch):
     from pspinal_jax.runs.report import write_report
 
-    monkeypatch.setattr("pspinal_jax.runs.report.MOST_NUMBERED_CLASSES", 2)
+    monkeypatch.setattr("pspinal_jax.runs.report.MAX_NUMBERED_CLASSES", 2)
     write_report([place / "run"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert 'class="matrix"' not in page and 'alt="Confusion matrix"' in page
