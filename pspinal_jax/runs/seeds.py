@@ -128,9 +128,15 @@ def _processes(parts: Sequence[RunDirectory], checkpoint_seconds: float) -> Iter
             command = [sys.executable, "-P", "-c", _WORKER, str(part.path.absolute()), str(checkpoint_seconds)]
             with open(f"{part.path}.log", "wb") as log:  # its last line is the reason for a failure
                 # The worker ends where its standard input does. Ctrl-C reaches this process alone.
-                started.append(
-                    subprocess.Popen(command, stdin=-1, stdout=log, stderr=log, env=environment, start_new_session=True)
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
                 )
+            started.append(process)
         yield started
     finally:
         for process in started:

@@ -150,7 +150,7 @@ def test_a_run_without_checkpoints_gets_one_line(capsys, trained, tmp_path):
     (tmp_path / "run" / "config.json").write_text((trained / "config.json").read_text())
     assert_refused(run(capsys, "evaluate", tmp_path / "run"), 1, "no checkpoint yet")
     (tmp_path / "run" / "config.json").write_text("{")
-    assert_refused(run(capsys, "evaluate", tmp_path / "run"), 1, "config.json cannot be read")
+    assert_refused(run(capsys, "evaluate", tmp_path / "run"), 1, "config.json is damaged")
 
 
 def test_seed_index_out_of_range_gets_one_line(capsys, trained):

@@ -96,7 +96,7 @@ def test_a_folder_of_pictures_becomes_predictions_and_other_classes_are_refused(
 
     other = drawn_pictures.write_folder(tmp_path / "other", 3, side=40, shapes=("circle", "square", "triangle"))
     assert main(["evaluate", str(workdir), "--data.path", str(other)]) == 2
-    refusal = "has the new class triangle and lacks the class cross; "
+    refusal = "has the new classes triangle and lacks the classes cross; "
     assert refusal in capsys.readouterr().err
 
 
