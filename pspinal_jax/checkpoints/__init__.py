@@ -157,7 +157,7 @@ def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) ->
       RunError: if there is no checkpoint, or the newest is damaged.
     """
     if not directory.is_dir():
-        raise RunError(f"{directory} does not exist: the run has no checkpoint yet")
+        raise RunError(f"{directory} holds no checkpoint")
     _check_files(directory)
     options = ocp.CheckpointManagerOptions(read_only=True)
     with plain_path(directory) as path, ocp.CheckpointManager(path, options=options) as manager:

@@ -141,7 +141,7 @@ def test_saves_wait_for_their_interval_and_take_a_twentieth_of_the_time(tmp_path
 
 
 def test_no_checkpoint_is_said(tmp_path):
-    with pytest.raises(RunError, match="does not exist: the run has no checkpoint yet"):
+    with pytest.raises(RunError, match="holds no checkpoint"):
         read_newest(tmp_path / "checkpoints", abstract)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(RunError, match="holds no checkpoint"):

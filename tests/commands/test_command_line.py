@@ -148,7 +148,7 @@ def test_an_unwritable_work_directory_gets_one_line(capsys, tmp_path, npz_path):
 def test_a_run_without_checkpoints_gets_one_line(capsys, trained, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text((trained / "config.json").read_text())
-    assert_refused(run(capsys, "evaluate", tmp_path / "run"), 1, "no checkpoint yet")
+    assert_refused(run(capsys, "evaluate", tmp_path / "run"), 1, "holds no checkpoint")
     (tmp_path / "run" / "config.json").write_text("{")
     assert_refused(run(capsys, "evaluate", tmp_path / "run"), 1, "config.json is damaged")
 

@@ -149,7 +149,7 @@ def swap_result(run):
         (swap_result, "does not hold the parameters of result.json"),
         (drop_best, "is damaged"),
         (damage, "is damaged"),
-        (drop_all, "checkpoints does not exist"),
+        (drop_all, "checkpoints holds no checkpoint"),
     ],
 )
 def test_no_other_parameters_stand_in_for_the_selected_ones(place, spoil, message, capfd):
