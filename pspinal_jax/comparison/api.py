@@ -137,7 +137,7 @@ def compare_data(
         text += f"{'; ' if text else ''}of the splits that are drawn, {drawn:,} test examples are also in train"
     if text:
         warn(f"{data.source}: {text}")
-    with log.opened(comparer.identity(), len(comparer.splits[0].test_labels)):
+    with log.opened(comparer.identity(), len(comparer.splits[0].test)):
         comparer.run()
         result = make_result(comparer, command)
         if log.workdir is not None:

@@ -65,7 +65,7 @@ def interval_95(values: np.ndarray) -> tuple[float, float]:
 def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
     """The contents of compare.json; all but 'execution' is the same however often the work was interrupted."""
     config, methods, data = comparer.config, comparer.methods, comparer.data
-    num_test = len(comparer.splits[0].test_labels)
+    num_test = len(comparer.splits[0].test)
     rows: dict[str, Any] = {}
     hits: list[Any] = []
     for method in methods:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,80 +33,29 @@ PENALTIES = tuple(float(10.0**exponent) for exponent in np.arange(-2, 7.5, 0.5))
 """Of the sum of squares over all training examples."""
 
 
-@dataclasses.dataclass(frozen=True)
-class SplitExamples:
-    """The examples of one split into training pool and test; the pool comes first.
+class Split(NamedTuple):
+    """Rows of one split.
 
     Attributes:
-      inputs: float32 or uint8 [P + T, D].
-      labels: int32 [P + T].
-      num_pool: P, of which a part is validated on.
-      own_validation: how many at the end of the pool are a validation split of the data's own; 0 for none.
-      copies: integers [P + T], equal for rows that splits keep together; None to draw each by itself.
+      pool: int [P], sorted; a part of these is validated on.
+      test: int [T], sorted.
     """
 
-    inputs: np.ndarray
-    labels: np.ndarray
-    num_pool: int
-    own_validation: int
-    copies: np.ndarray | None
-
-    @property
-    def test_labels(self) -> np.ndarray:
-        """int32 [T]."""
-        return self.labels[self.num_pool :]
-
-    @property
-    def test_rows(self) -> np.ndarray:
-        """Rows of the test examples [T]."""
-        return np.arange(self.num_pool, len(self.labels))
-
-    def copies_apart(self) -> int:
-        """How many test examples have a copy in the pool, of those that splits keep together where they can."""
-        copies = np.arange(len(self.labels)) if self.copies is None else self.copies
-        return int(np.isin(copies[self.num_pool :], copies[: self.num_pool]).sum())
-
-    def rows(self, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (train, validation) of the pool; where the data brings no validation split, `seed` cuts it by class.
-
-        Copies go to one side, see `draw_together`; every seed has equally many rows.
-        """
-        if self.own_validation:
-            return np.split(np.arange(self.num_pool), [self.num_pool - self.own_validation])  # type: ignore[return-value]
-        copies = None if self.copies is None else self.copies[: self.num_pool]
-        return split_by_class(self.labels[: self.num_pool], validation_fraction, seed, copies)
-
-    def examples(self, with_test: bool) -> Examples:
-        """What a training gets: no label of the test, and without `with_test` zeros in place of its inputs."""
-        in_pool = np.arange(len(self.labels)) < self.num_pool
-        inputs = self.inputs if with_test else np.where(in_pool[:, None], self.inputs, self.inputs.dtype.type(0))
-        return Examples(inputs, np.where(in_pool, self.labels, 0).astype(np.int32))
+    pool: np.ndarray
+    test: np.ndarray
 
 
-def flattened(data: Dataset[ArraySplit]) -> Dataset[ArraySplit]:
-    """`data` with images as rows [N, D]."""
-    splits = {name: ArraySplit(s.inputs.reshape(len(s), -1), s.labels) for name, s in data.splits.items()}
-    return dataclasses.replace(data, splits=splits, example_shape=splits["train"].inputs.shape[1:])
+def make_split(labels: np.ndarray, num_pool: int, number: int, seed: int, copies: np.ndarray | None) -> Split:
+    """Split `number` of examples with `labels`.
 
-
-def make_split(
-    data: Dataset[ArraySplit], number: int, num_splits: int, seed: int, copies: np.ndarray | None = None
-) -> SplitExamples:
-    """Split `number` of the flattened `data`.
-
-    Split 0 is the data's own. The others join everything and draw, by class, as many test examples as the data's own
-    test split has; where there are several, a validation split of the data's own is part of the pool. `copies`:
-    integers, of train, validation and test one after the other, equal for rows to keep together where that can be.
+    Split 0 is the data's own, whose pool comes first. The others draw, by class, as many test examples from all as that
+    has. `copies`: integers, equal for rows to keep together where that can be.
     """
-    train, validation, test = data.train, data.validation, data.test
-    pool = train if validation is None else train.join(validation)
-    whole = pool.join(test)
-    own = len(validation) if validation is not None and num_splits == 1 else 0
-    if number:
-        drawn = draw_like(whole.labels, test.labels, [seed, number], copies)
-        order = np.concatenate([np.setdiff1d(np.arange(len(whole)), drawn), drawn])
-        whole, copies = whole.take(order), None if copies is None else copies[order]
-    return SplitExamples(whole.inputs, whole.labels, len(pool), own, copies)
+    rows = np.arange(len(labels))
+    if number == 0:
+        return Split(rows[:num_pool], rows[num_pool:])
+    test = draw_like(labels, labels[num_pool:], [seed, number], copies)
+    return Split(np.setdiff1d(rows, test), test)
 
 
 def draw_like(labels: np.ndarray, test: np.ndarray, seed: list[int], copies: np.ndarray | None) -> np.ndarray:
@@ -181,6 +130,10 @@ class Comparer:
     Attributes:
       sizes: parameters of each head, by name.
       methods: heads and baselines, in the order of the table.
+      inputs: float32 or uint8 [N, D], of train, validation and test, one after the other.
+      labels: integers [N].
+      splits: rows of each split.
+      own_validation: how many at the end of the pool are a validation split of the data's own; 0 for none.
       rows: (split, seed) -> rows (train, validation); trials have those of seed 0.
       copies: see `pspinal_jax.data.dataset.Contents.find_copies`, of the data's own split and the first seed; and
         how many test examples of the splits that are drawn are in their pools too.
@@ -189,25 +142,34 @@ class Comparer:
     """
 
     def __init__(self, data: Dataset[ArraySplit], config: CompareConfig, log: TrialLog, shown: bool) -> None:
-        self.data, self.config, self.log, self._shown = flattened(data), config, log, shown
+        self.config, self.log, self._shown = config, log, shown
+        flat = {name: ArraySplit(s.inputs.reshape(len(s), -1), s.labels) for name, s in data.splits.items()}
+        self.data = dataclasses.replace(data, splits=flat, example_shape=flat["train"].inputs.shape[1:])
         contents = self.data.contents()
-        copies = copies_of_a_class(contents.digests, contents.labels) if log.keep_copies_together else None
-        self.splits = [make_split(self.data, i, config.splits, config.seed, copies) for i in range(config.splits)]
+        joined = [flat[name] for name in ("train", "validation", "test") if name in flat]
+        self.inputs, self.labels = np.concatenate([split.inputs for split in joined]), contents.labels
+        self._copies = copies_of_a_class(contents.digests, self.labels) if log.keep_copies_together else None
+        # Where there are several splits, a validation split of the data's own is part of the pool.
+        self.own_validation = len(joined[1]) if len(joined) == 3 and config.splits == 1 else 0
+        num_pool = len(self.labels) - len(joined[-1])
+        self.splits = [
+            make_split(self.labels, num_pool, number, config.seed, self._copies) for number in range(config.splits)
+        ]
         self.rows = {
-            (split, seed): self.splits[split].rows(config.validation_fraction, config.seed + seed)
+            (split, seed): self._cut(self.splits[split].pool, config.seed + seed)
             for split in range(config.splits)
             for seed in range(config.num_seeds)
         }
         train, validation = self.rows[0, 0]
-        self.copies = contents.find_copies(train, validation, self.splits[0].test_rows)
-        self.copies[0]["test_in_train_of_drawn_splits"] = sum(split.copies_apart() for split in self.splits[1:])
+        self.copies = contents.find_copies(train, validation, self.splits[0].test)
+        self.copies[0]["test_in_train_of_drawn_splits"] = sum(map(self._copies_apart, self.splits[1:]))
         if not len(validation):
             raise UsageError(f"{data.source}: no example is left to validate on; choose a larger validation_fraction")
         if config.batch_size > len(train):
             raise UsageError(f"batch_size is {config.batch_size}, but only {len(train)} examples are left to train on")
         steps = len(train) // config.batch_size
         epochs = config.epochs or max(20, math.ceil(MIN_STEPS / steps))
-        evaluated = len(validation) + len(self.splits[0].test_labels)
+        evaluated = len(validation) + len(self.splits[0].test)
         self.schedule = Schedule(epochs, steps, config.batch_size, min(500, evaluated))
         sizes = (self.data.example_shape[0], data.num_classes, config.layer_width, config.num_layers, config.match)
         built = {name: build_head(name, *sizes) for name in config.heads}
@@ -219,6 +181,30 @@ class Comparer:
         self.choices: dict[tuple[int, str], int] = {}
         self.seconds = {"floors": 0.0, "trials": 0.0, "seeds": 0.0}
 
+    def _cut(self, pool: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (train, validation) of a pool; where the data brings no validation split, `seed` cuts it by class.
+
+        Copies go to one side, see `draw_together`; every seed has equally many rows.
+        """
+        if self.own_validation:
+            return pool[: -self.own_validation], pool[-self.own_validation :]
+        copies = None if self._copies is None else self._copies[pool]
+        train, validation = split_by_class(self.labels[pool], self.config.validation_fraction, seed, copies)
+        return pool[train], pool[validation]
+
+    def _copies_apart(self, split: Split) -> int:
+        """How many test examples have a copy in the pool, of those that splits keep together where they can."""
+        return 0 if self._copies is None else int(np.isin(self._copies[split.test], self._copies[split.pool]).sum())
+
+    def _examples(self, split: Split, with_test: bool) -> Examples:
+        """What a training gets: no label of the test, and without `with_test` zeros in place of its inputs."""
+        inputs, labels = self.inputs, self.labels.astype(np.int32)
+        labels[split.test] = 0
+        if not with_test:
+            inputs = inputs.copy()
+            inputs[split.test] = 0
+        return Examples(inputs, labels)
+
     def identity(self) -> dict[str, Any]:
         """What decides every record; kept in config.json."""
         deciding = ("seed", "match", "layer_width", "num_layers", "batch_size", "validation_fraction", "standardize")
@@ -229,7 +215,7 @@ class Comparer:
             "epochs": self.schedule.epochs,
             # Earlier versions had no such setting, and recorded nothing.
             **({"keep_copies_together": True} if self.log.keep_copies_together else {}),
-            "own_validation": self.splits[0].own_validation,
+            "own_validation": self.own_validation,
             "jax_enable_x64": jax.config.values["jax_enable_x64"],
             "jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"],
         }
@@ -265,7 +251,7 @@ class Comparer:
 
     def _train(self, kind: str, split: int, count: int) -> None:
         """The first `count` trials, or seeds of the best trial, of every head."""
-        start, examples, with_test = time.perf_counter(), self.splits[split], kind == "seed"
+        start, with_test = time.perf_counter(), kind == "seed"
         tasks, parts, trials = list[Task](), dict[tuple[int, Scaling], Part](), dict[Key, Trial]()
         for head in sorted(self.sizes, key=lambda head: -self.sizes[head]):  # the longest begin first
             for number in range(count):
@@ -275,15 +261,14 @@ class Comparer:
                 if self._is_done(key, [trial.as_json()]):
                     self._bar.update(1)
                     continue
-                rows = self.rows[split, number if with_test else 0]
-                place = number if with_test else 0, trial.standardize
-                if place not in parts:
-                    parts[place] = make_part(examples, rows, with_test, self.schedule.eval_batch_size, place[1])
+                cut = number if with_test else 0, trial.standardize
+                if cut not in parts:
+                    parts[cut] = self._part(split, *cut, with_test)
                 seed = training_seed(self.config.seed, kind, number)
-                tasks.append(Task(key, head, trial.hparams, seed, parts[place]))
+                tasks.append(Task(key, head, trial.hparams, seed, parts[cut]))
         if not tasks:
             return
-        for task, outcome, seconds in self.trainer.run(tasks, examples.examples(with_test)):
+        for task, outcome, seconds in self.trainer.run(tasks, self._examples(self.splits[split], with_test)):
             key = task.key
             validation = self.rows[split, key.number if with_test else 0][1]
             right = self._right(split, validation, np.asarray(outcome.predictions), with_test)
@@ -293,6 +278,14 @@ class Comparer:
             self.log.add(key, record)
             self._advance(key)
         self.seconds[f"{kind}s"] += time.perf_counter() - start
+
+    def _part(self, split: int, seed: int, scaling: Scaling, with_test: bool) -> Part:
+        """What a training works on, and which rows are predicted: validation, then the test."""
+        train, validation = self.rows[split, seed]
+        evaluated = np.concatenate([validation, self.splits[split].test])
+        count = len(evaluated) if with_test else len(validation)
+        padded = np.pad(evaluated, (0, -len(evaluated) % self.schedule.eval_batch_size)).astype(np.int32)
+        return Part(train.astype(np.int32), padded, np.int32(count), *standardisation(self.inputs[train], scaling))
 
     def _is_done(self, key: Key, settings: Sequence[dict[str, Any]]) -> bool:
         """Whether the log has its record, of one of `settings`."""
@@ -307,11 +300,10 @@ class Comparer:
 
     def _right(self, split: int, validation: np.ndarray, predictions: np.ndarray, with_test: bool) -> dict[str, Any]:
         """Accuracies, from predictions of the validation rows and then the test rows."""
-        examples = self.splits[split]
-        held_out = predictions[: len(validation)] == examples.labels[validation]
+        held_out = predictions[: len(validation)] == self.labels[validation]
         right: dict[str, Any] = {"validation_accuracy": float(held_out.mean())}
         if with_test:
-            test = examples.test_labels
+            test = self.labels[self.splits[split].test]
             hits = predictions[len(validation) : len(validation) + len(test)] == test
             right |= {"test_accuracy": float(hits.mean()), "test_hits": packed(hits)}
         return right
@@ -333,26 +325,15 @@ class Comparer:
 
     def _try_baseline(self, key: Key, settings: list[dict[str, Any]]) -> dict[str, Any]:
         """The record of the one of `settings`, standardised alike, that does best on validation."""
-        start, examples, with_test = time.perf_counter(), self.splits[key.split], key.kind == "seed"
+        start, with_test = time.perf_counter(), key.kind == "seed"
         train, validation = self.rows[key.split, key.number]
-        shift, scale = standardisation(examples.inputs[train], settings[0]["standardize"])
-        evaluated = np.concatenate([validation, examples.test_rows]) if with_test else validation
-        fitted, inputs = ((examples.inputs[rows].astype(np.float32) - shift) * scale for rows in (train, evaluated))
-        predictions = predict_baseline(settings, (fitted, examples.labels[train]), inputs, self.data.num_classes)
+        shift, scale = standardisation(self.inputs[train], settings[0]["standardize"])
+        evaluated = np.concatenate([validation, self.splits[key.split].test]) if with_test else validation
+        fitted, inputs = ((self.inputs[rows].astype(np.float32) - shift) * scale for rows in (train, evaluated))
+        predictions = predict_baseline(settings, (fitted, self.labels[train]), inputs, self.data.num_classes)
         rights = [self._right(key.split, validation, each, with_test) for each in predictions]
         best = int(np.argmax([right["validation_accuracy"] for right in rights]))
         return {"setting": settings[best], **rights[best], "seconds": round(time.perf_counter() - start, 3)}
-
-
-def make_part(
-    split: SplitExamples, rows: tuple[np.ndarray, np.ndarray], with_test: bool, eval_batch_size: int, scaling: Scaling
-) -> Part:
-    """What a training of `split` works on: `rows` (train, validation), and which are predicted, test rows last."""
-    train, validation = rows
-    evaluated = np.concatenate([validation, split.test_rows])
-    count = len(evaluated) if with_test else len(validation)
-    padded = np.pad(evaluated, (0, -len(evaluated) % eval_batch_size)).astype(np.int32)
-    return Part(train.astype(np.int32), padded, np.int32(count), *standardisation(split.inputs[train], scaling))
 
 
 def rank(record: dict[str, Any]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from comparison_support import SMALL, lasting, make_features, run, small_data
 import pspinal_jax
 from pspinal_jax.comparison.api import Comparison
 from pspinal_jax.comparison.report import write_report
-from pspinal_jax.comparison.search import Comparer, draw_like, flattened, make_split, rank
+from pspinal_jax.comparison.search import Comparer, draw_like, rank
 from pspinal_jax.comparison.settings import CompareConfig
 from pspinal_jax.comparison.train import Trainer
 from pspinal_jax.comparison.trial_log import TrialLog, packed, parse_record, unpacked
@@ -60,8 +60,8 @@ def test_trials_get_no_test_example_and_nobody_its_label(monkeypatch):
     assert not seen["trial"].labels[120:].any() and not seen["seed"].labels[120:].any()
     np.testing.assert_array_equal(seen["trial"].inputs[:120], seen["seed"].inputs[:120])
     # All trials are cut as the first seed is, and every seed in its own way.
-    split = make_split(flattened(small_data()), 0, 1, 0)
-    cuts = [split.rows(0.2, seed)[0].tolist() for seed in range(2)]
+    comparer = Comparer(small_data(), CompareConfig(**SMALL), TrialLog(None), shown=False)
+    cuts = [comparer.rows[0, seed][0].tolist() for seed in range(2)]
     assert rows == {("trial", 0): cuts[0], ("trial", 1): cuts[0], ("trial", 2): cuts[0]} | {
         ("seed", number): cut for number, cut in enumerate(cuts)
     }
@@ -215,35 +215,29 @@ def test_what_it_says(finished):
 
 
 def test_seeds_have_validation_parts_of_their_own_and_splits_tests_of_their_own():
-    data = flattened(small_data())
-    split = make_split(data, 0, 3, 0)
-    parts = [split.rows(0.2, seed) for seed in range(2)]
-    assert parts[0][1].tolist() != parts[1][1].tolist()
-    for train, validation in parts:
-        assert np.bincount(split.labels[validation]).tolist() == [8, 8, 8]
-        assert sorted([*train, *validation]) == list(range(120))
-    tests = []
-    for number in range(3):
-        each = make_split(data, number, 3, 0)
-        assert np.bincount(each.test_labels).tolist() == [20, 20, 20] and each.num_pool == 120
-        rows = each.inputs.round(6).tolist()
-        assert sorted(rows) == sorted(split.inputs.round(6).tolist())
-        tests.append(sorted(rows[120:]))
-    assert tests[0] != tests[1] != tests[2] != tests[0]
-    np.testing.assert_array_equal(split.inputs[120:], data.test.inputs)
+    comparer = Comparer(small_data(), CompareConfig(**SMALL, splits=3, seed=5), TrialLog(None), shown=False)
+    labels = comparer.labels
+    assert comparer.rows[0, 0][1].tolist() != comparer.rows[0, 1][1].tolist()
+    for (number, _), (train, validation) in comparer.rows.items():
+        assert np.bincount(labels[validation]).tolist() == [8, 8, 8]
+        assert sorted([*train, *validation]) == comparer.splits[number].pool.tolist()
+    for pool, test in comparer.splits:
+        assert np.bincount(labels[test]).tolist() == [20, 20, 20]
+        assert sorted([*pool, *test]) == list(range(180))
+    tests = [split.test.tolist() for split in comparer.splits]
+    assert tests[0] == list(range(120, 180)) and tests[0] != tests[1] != tests[2] != tests[0]
     # Of each class as many as the data's own test has, by a generator of the class's own.
-    labels = np.concatenate([data.train.labels, data.test.labels])
     drawn = [np.random.default_rng([5, 1, c]).permutation(np.flatnonzero(labels == c))[:20] for c in range(3)]
-    inputs = np.concatenate([data.train.inputs, data.test.inputs])
-    np.testing.assert_array_equal(make_split(data, 1, 3, 5).inputs[120:], inputs[np.sort(np.concatenate(drawn))])
+    assert tests[1] == sorted(np.concatenate(drawn).tolist())
 
 
 def test_a_validation_split_of_the_datas_own_is_used():
     data = small_data(validation=make_features(num_train=30, seed=3)["train"])
     comparer = Comparer(data, CompareConfig(heads=("dense",), batch_size=16), TrialLog(None), shown=False)
-    train, validation = comparer.splits[0].rows(0.2, 4)
-    assert train.tolist() == list(range(120)) and validation.tolist() == list(range(120, 150))
-    np.testing.assert_array_equal(comparer.splits[0].inputs[120:150], data.validation.inputs)
+    for seed in range(5):
+        train, validation = comparer.rows[0, seed]
+        assert train.tolist() == list(range(120)) and validation.tolist() == list(range(120, 150))
+    np.testing.assert_array_equal(comparer.inputs[120:150], data.validation.inputs)
 
 
 def test_several_splits_are_tuned_each_by_itself():
@@ -319,8 +313,7 @@ def test_copies_lie_on_one_side_of_every_cut(tmp_path):
     doubled = small_data(train=(np.tile(inputs, (2, 1)), np.tile(labels, 2)), test=(test, test_labels))
     comparer = Comparer(doubled, CompareConfig(**SMALL, splits=3), TrialLog(None), False)
     for (number, _), (train, validation) in comparer.rows.items():
-        split = comparer.splits[number]
-        parts = [split.inputs[rows] for rows in (train, validation, np.arange(split.num_pool, len(split.labels)))]
+        parts = [comparer.inputs[rows] for rows in (train, validation, comparer.splits[number].test)]
         held = [set(map(bytes, part)) for part in parts]
         assert len(set.union(*held)) == sum(map(len, held))
     assert comparer.copies[0]["test_in_train_of_drawn_splits"] == 0
@@ -329,7 +322,7 @@ def test_copies_lie_on_one_side_of_every_cut(tmp_path):
     odd = small_data(train=pairs, test=(doubled.train.inputs[:15], doubled.train.labels[:15]))
     drawn = Comparer(odd, CompareConfig(**SMALL, splits=3), TrialLog(None), False)
     labels = np.arange(240) % 3
-    assert len(draw_like(labels, labels[:15], [0, 1], drawn.splits[0].copies)) == 15
+    assert len(draw_like(labels, labels[:15], [0, 1], drawn._copies)) == 15
     counts = drawn.copies[0]
     assert (counts["test_in_train"], counts["test_in_train_of_drawn_splits"]) == (15, 6)
     older = TrialLog(None)
