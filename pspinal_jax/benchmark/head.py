@@ -1,5 +1,6 @@
-"""`benchmark head`: forward and backward pass of the head alone, in training mode, beside PyTorch's."""
+"""`benchmark head` and `benchmark depth`: the head alone, forward and backward, in training mode."""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,13 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pspinal_jax.benchmark.measurement import Case, Entry, Settings, checked, has_torch, in_precisions, timed
-from pspinal_jax.benchmark.timing import Precision, Work, layer_dtype, set_precision
+from pspinal_jax.benchmark.timing import (
+    Case,
+    Entry,
+    Precision,
+    Settings,
+    Work,
+    calls,
+    checked,
+    has_torch,
+    in_precisions,
+    layer_dtype,
+    set_precision,
+    table,
+    timed,
+    torch_device,
+)
 from pspinal_jax.errors import RunError
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.heads.layouts import NATIVE_LAYOUT, Computed, Layout, convert_params
 
 IMPLEMENTATIONS: tuple[Computed, ...] = ("fused", "unrolled", "scan")
+AT_DEPTH: dict[str, tuple[Computed, Layout, int]] = {
+    "unrolled": ("unrolled", "tree", 256),
+    "fused, fused parameters": ("fused", "fused", 64),
+    "scan, documented tree": ("scan", "tree", 1024),
+    "scan, packed parameters": ("scan", "packed", 1024),
+}
+"""Implementation, layout and most layers: the fused layout is made in L^2 pieces, and 'auto' leaves it at 64."""
 _DROPOUT_RATE = 0.2
 _TOLERANCE = 1e-9
 
@@ -114,51 +136,36 @@ class HeadGradient:
         """The same passes, each a jitted call from Python."""
         gradient = jax.jit(self.gradient(implementation, _DROPOUT_RATE))
         params = jax.jit(lambda tree: convert_params(tree, NATIVE_LAYOUT[implementation]))(self.params)
-        key, features = jax.random.key(0), jnp.asarray(self.features)
-
-        def work(count: int) -> None:
-            result = None
-            for _ in range(count):
-                result = gradient(params, features, key)
-            jax.block_until_ready(result)
-
-        return work
+        return calls(gradient, params, jnp.asarray(self.features), jax.random.key(0))
 
     def op_by_op(self) -> Work:
         """The same passes without compilation: every operation a call of its own."""
         gradient = self.gradient("unrolled", _DROPOUT_RATE)
-        key, features = jax.random.key(0), jnp.asarray(self.features)
+        arguments = (self.params, jnp.asarray(self.features), jax.random.key(0))
 
         def work(count: int) -> None:
             with jax.disable_jit():
-                for _ in range(count):
-                    jax.block_until_ready(gradient(self.params, features, key))
+                calls(gradient, *arguments)(count)
 
         return work
 
 
-def cases(settings: Settings, shapes: Sequence[Shape] = ()) -> list[Case]:
+def head(settings: Settings) -> list[Case]:
     """The head at several sizes, beside PyTorch's."""
-    shapes = shapes or SHAPES
-
-    def check() -> None:
-        for shape in [min(shapes, key=lambda shape: shape.flops)] if settings.quick else shapes:
-            check_equal(HeadGradient(shape))
 
     def case(shape: Shape, precision: Precision) -> list[Entry]:
-        head = HeadGradient(shape, jnp.dtype(layer_dtype(precision)))
-        work = alternatives(head, settings.quick)
-        if has_torch():
-            work |= torch_alternatives(head)
+        gradient = HeadGradient(shape, jnp.dtype(layer_dtype(precision)))
+        work = alternatives(gradient, settings.quick) | (torch_alternatives(gradient) if has_torch() else {})
         title, rows = f"{shape}, {precision}", shape.batch_size
         return [timed(title, work, shape.flops, precision, settings, examples=rows)]
 
     cases = [
         (f"{shape}, {name}", run)
-        for shape in shapes
+        for shape in SHAPES
         for name, run in in_precisions(settings.precisions, partial(case, shape))
     ]
-    return checked(check, cases) if has_torch() else cases
+    smallest = min(SHAPES, key=lambda shape: shape.flops)
+    return checked(lambda: check_equal(HeadGradient(smallest)), cases) if has_torch() else cases
 
 
 def alternatives(head: HeadGradient, quick: bool = False) -> dict[str, Work]:
@@ -181,7 +188,7 @@ def torch_alternatives(head: HeadGradient) -> dict[str, Work]:
     """
     import torch
 
-    from pspinal_jax.benchmark.torch_reference import MODES, load_head, repeated, torch_device
+    from pspinal_jax.benchmark.torch_reference import MODES, load_head, repeated
 
     device, dtype = torch_device(), torch.bfloat16 if head.dtype == jnp.bfloat16 else torch.float32
     weights = torch.from_numpy(head.weights).to(device)
@@ -232,3 +239,36 @@ def check_equal(head: HeadGradient) -> None:
                     raise RunError(
                         f"benchmark: {implementation}'s gradient of {name} differs from PyTorch's by {difference:.1e}"
                     )
+
+
+def depth(settings: Settings, depths: Sequence[int] = ()) -> list[Case]:
+    """Compile time and run time of the head's gradient, by number of layers."""
+    rounds = 1 if settings.quick else settings.rounds
+    return [(f"{layers} layers", partial(_depth, layers, rounds)) for layers in depths or settings.depths]
+
+
+def _depth(layers: int, rounds: int) -> list[Entry]:
+    """Seconds to compile (tracing and lowering included, no cache) and milliseconds a call, medians."""
+    head = HeadGradient(Shape(256, 16, layers, 10, 64))
+    measured: dict[str, list[tuple[float, float]]] = {
+        name: [] for name, (*_, deepest) in AT_DEPTH.items() if layers <= deepest
+    }
+    jax.config.update("jax_enable_compilation_cache", False)  # of this process, which measures nothing else
+    for _ in range(rounds):
+        for name, values in measured.items():
+            implementation, layout, _ = AT_DEPTH[name]
+            params = jax.jit(lambda tree, layout=layout: convert_params(tree, layout))(head.params)
+            arguments = (params, head.features, jax.random.key(0))
+            jax.clear_caches()
+            start = time.perf_counter()
+            compiled = jax.jit(head.gradient(implementation, _DROPOUT_RATE)).lower(*arguments).compile()
+            compile_seconds = time.perf_counter() - start
+            jax.block_until_ready(compiled(*arguments))
+            start = time.perf_counter()
+            jax.block_until_ready([compiled(*arguments) for _ in range(20)])
+            values.append((compile_seconds, 1e3 * (time.perf_counter() - start) / 20))
+    medians = {name: np.median(values, 0).tolist() for name, values in measured.items()}
+    units = ("s to compile", "ms a call")
+    bars = {unit: {f"{name}, L {layers}": [each[i]] for name, each in medians.items()} for i, unit in enumerate(units)}
+    title = "gradient of the head, D 256, W 16, C 10, batch 64, float32"
+    return [table(title, ["", "layers", *units], [[name, layers, *each] for name, each in medians.items()], bars)]

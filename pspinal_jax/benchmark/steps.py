@@ -1,6 +1,6 @@
 """Training steps of a recipe: inside the compiled epoch and as `train` takes them, beside PyTorch's; whole epochs too.
 
-Images of 28x28 lie on the device, all 60,000 of them; of photographs a batch does.
+All 60,000 images of 28x28 lie on the device, and of photographs a batch.
 """
 
 import dataclasses
@@ -12,19 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspinal_jax.benchmark.measurement import (
+from pspinal_jax.augment import augment
+from pspinal_jax.benchmark.timing import (
     Case,
     Entry,
+    Precision,
     Settings,
+    Work,
+    calls,
     checked,
+    count_flops,
     has_torch,
     in_precisions,
-    peak_memory,
+    layer_dtype,
+    set_precision,
     table,
+    time_interleaved,
     timed,
+    torch_device,
 )
-from pspinal_jax.benchmark.roofline import count_flops
-from pspinal_jax.benchmark.timing import Precision, Work, layer_dtype, set_precision, time_interleaved
 from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import RunError
 from pspinal_jax.models import build_model, normalisation, with_default_preprocessing
@@ -179,7 +185,7 @@ def torch_steps(recipe: Recipe, data: Data, variables: dict[str, Any], modes: li
     """PyTorch's step in each of `modes`, from our initial variables."""
     import torch
 
-    from pspinal_jax.benchmark.torch_reference import recipe_step, repeated, torch_device
+    from pspinal_jax.benchmark.torch_reference import recipe_step, repeated
 
     size, last = recipe.batch_size, max(1, len(data.labels) - recipe.batch_size)
     order = torch.randperm(len(data.labels), device=torch_device())
@@ -212,7 +218,7 @@ def check_equal(recipe: Recipe, data: Data, mode: str) -> None:
     """
     import torch
 
-    from pspinal_jax.benchmark.torch_reference import recipe_step, torch_device
+    from pspinal_jax.benchmark.torch_reference import recipe_step
 
     set_precision("float32")
     count, largest = (3, 1e-5) if _takes_batches(recipe) else (5, 1e-3 if recipe.optimizer.name == "sgd" else 1e-4)
@@ -286,14 +292,7 @@ def feature_passes(recipe: Recipe, data: Data) -> tuple[dict[str, Work], int]:
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
     features = partial(model.apply, train=False, method="features")
     call = jit_with(convolution_options(jax.default_backend()), features)
-
-    def ours(count: int) -> None:
-        result = None
-        for _ in range(count):
-            result = call(variables, images)
-        jax.block_until_ready(result)
-
-    work: dict[str, Work] = {"jitted features": ours}
+    work: dict[str, Work] = {"jitted features": calls(call, variables, images)}
     if has_torch():
         from pspinal_jax.benchmark.torch_reference import EAGER, backbone_features
 
@@ -315,11 +314,7 @@ def vgg5(settings: Settings) -> list[Case]:
         augmented = dataclasses.replace(load_recipe("kmnist-paper"), dtype=dtype)
         work = {f"{EPOCH}, augmented": epoch_of(augmented), f"{EPOCH}, not augmented": epoch_of(plain)}
         title, flops = f"{steps} steps of kmnist-paper in one program, {precision}", steps * step_flops(plain, data)
-        entry = timed(title, work, flops, precision, settings, examples=64 * steps, rounds=3, warm=False)
-        rates = {name: values["examples_per_second"] for name, values in entry["alternatives"].items()}
-        rows = [[name, len(data.labels) / rate, round(rate)] for name, rate in rates.items()]
-        title = f"An epoch of VGG-5, {len(data.labels)} images, {precision}"
-        return [entry, table(title, ["", "s an epoch", "images/s"], rows)]
+        return [timed(title, work, flops, precision, settings, examples=64 * steps, rounds=3, warm=False)]
 
     epochs = [(f"epoch, {name}", run) for name, run in in_precisions(settings.precisions, case)]
     return epochs + step(settings, "kmnist-paper")
@@ -338,8 +333,8 @@ def seeds(settings: Settings) -> list[Case]:
         median = float(np.median(timing.seconds))
         rate = count * recipe.batch_size / median
         base.setdefault(precision, rate)
-        row = [count, 1e3 * median, round(rate), rate / base[precision], timing.first_call, peak_memory()]
-        columns = ["seeds", "ms a step of all", "examples/s", "times one seed's rate", "first call s", "peak MB"]
+        row = [count, 1e3 * median, round(rate), rate / base[precision], timing.first_call]
+        columns = ["seeds", "ms a step of all", "examples/s", "times one seed's rate", "first call s"]
         title = f"Seeds as one program, mnist-paper, batch 64, {precision}"
         return [table(title, columns, [row], {"examples/s": {f"{count} seeds": [rate]}})]
 
@@ -392,7 +387,7 @@ def torch_epochs(recipe: Recipe, data: Data, modes: list[str]) -> dict[str, Work
     import torch
     from torch.nn import functional
 
-    from pspinal_jax.benchmark.torch_reference import EAGER, ImageExamples, recipe_step, torch_device
+    from pspinal_jax.benchmark.torch_reference import EAGER, ImageExamples, recipe_step
 
     variables, size, device = EpochStep(recipe, data).variables, recipe.batch_size, torch_device()
     work: dict[str, Work] = {}
@@ -423,3 +418,26 @@ def torch_epochs(recipe: Recipe, data: Data, modes: list[str]) -> dict[str, Work
         float(loss.detach())
 
     return work | {PUBLISHED: published}
+
+
+def augmentation(settings: Settings) -> list[Case]:
+    """Perspective and rotation of 28x28 images inside a compiled loop, by batch size."""
+
+    def case(batch: int) -> list[Entry]:
+        images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, 28, 28, 1), np.uint8))
+
+        @jax.jit
+        def loop(images: jax.Array, count: jax.Array) -> jax.Array:
+            def body(index: jax.Array, state: jax.Array) -> jax.Array:
+                return augment(jax.random.fold_in(jax.random.key(0), index), state)
+
+            return jax.lax.fori_loop(0, count, body, images)
+
+        work = {"loop": lambda count: jax.block_until_ready(loop(images, np.int32(count)))}
+        timing = time_interleaved(work, rounds=settings.rounds, seconds_per_round=settings.seconds_per_round)["loop"]
+        rates = batch / timing.seconds
+        row = [batch, 1e3 * float(np.median(timing.seconds)), round(float(np.median(rates)))]
+        bars = {"images/s": {f"batch {batch}": rates.tolist()}}
+        return [table("Perspective and rotation of 28x28 images", ["batch", "ms", "images/s"], [row], bars)]
+
+    return [(f"batch {batch}", partial(case, batch)) for batch in (64, 1024)]

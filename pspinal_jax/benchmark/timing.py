@@ -1,7 +1,7 @@
 """Timing alternatives fairly: warm, blocked, interleaved (A B C A B C ..), and in the same arithmetic.
 
 An accelerator multiplies float32 in several ways, and JAX and PyTorch choose differently by default. A comparison is of
-the same arithmetic only if both are told:
+the same arithmetic only if both are set to it:
 
 - float32: full float32 products;
 - tf32: float32 arrays whose products round their operands to TF32 (10 bits of fraction), on GPUs that have it;
@@ -9,15 +9,120 @@ the same arithmetic only if both are told:
 """
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 Work = Callable[[int], Any]
 """Does so many repetitions of the work, and returns when they are done."""
+Entry = dict[str, Any]
+"""A table of the outcome: title, columns, rows, bars to plot, and the numbers behind them."""
+Case = tuple[str, Callable[[], list[Entry]]]
+"""A name, and what measures it."""
+Precision = Literal["float32", "tf32", "bfloat16"]
+_IN_JAX = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "tensorfloat32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+      precisions: each compared in turn.
+      rounds: how often each alternative is timed.
+      seconds_per_round: about how long each timing takes.
+      quick: leaves out what `benchmark all` has no time for: some alternatives, torch.compile where it takes minutes,
+        checks of large networks, and warm-up of work that takes seconds.
+      seeds: numbers of seeds trained as one program.
+      depths: numbers of layers.
+      image_batch: images a step of the image recipes.
+      image_side: their side in pixels.
+      vgg5_steps: steps of VGG-5 in one timing, a whole epoch on an accelerator.
+      peaks: operations a second of products by precision, where they have been measured.
+    """
+
+    precisions: Sequence[Precision]
+    rounds: int = 7
+    seconds_per_round: float = 0.2
+    quick: bool = True
+    seeds: Sequence[int] = (1, 2, 4, 8)
+    depths: Sequence[int] = (4, 16, 64)
+    image_batch: int = 8
+    image_side: int = 224
+    vgg5_steps: int = 2
+    peaks: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def machine_settings(precisions: Sequence[Precision] = (), tiny: bool = False, **changes: Any) -> Settings:
+    """The settings for this machine; `tiny` ones walk every case in seconds and measure nothing worth knowing."""
+    cpu = jax.default_backend() == "cpu"
+    settings = Settings(precisions or (("float32", "bfloat16") if cpu else ("float32", "tf32", "bfloat16")))
+    if tiny:
+        sizes: dict[str, Any] = {"seeds": (1, 2), "depths": (2, 4), "image_batch": 2, "image_side": 32}
+        changes = {"rounds": 1, "seconds_per_round": 0.01, "vgg5_steps": 1} | sizes | changes
+    elif not cpu:
+        sizes = {"seeds": (1, 4, 16, 64, 256, 512), "image_batch": 64, "vgg5_steps": 937}
+        changes = {"rounds": 9, "seconds_per_round": 0.1} | sizes | changes
+    return dataclasses.replace(settings, **changes)
+
+
+def has_torch() -> bool:
+    """Whether PyTorch is installed."""
+    return find_spec("torch") is not None
+
+
+def torch_device() -> str:
+    """The device of PyTorch's side: a GPU where JAX runs on one."""
+    import torch
+
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def set_precision(precision: Precision) -> None:
+    """Set the products of this process, JAX's and (where it is installed) PyTorch's."""
+    jax.config.update("jax_default_matmul_precision", _IN_JAX[precision])
+    if has_torch():
+        import torch
+
+        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "float32"
+        torch.backends.cudnn.benchmark = True  # as XLA, which tries a convolution's algorithms too
+
+
+def layer_dtype(precision: Precision) -> Literal["float32", "bfloat16"]:
+    """The dtype that layers compute in."""
+    return "bfloat16" if precision == "bfloat16" else "float32"
+
+
+def in_precisions(precisions: Sequence[Precision], case: Callable[[Precision], list[Entry]]) -> list[Case]:
+    """`case` in each of the precisions, to which both libraries are set before."""
+
+    def under(precision: Precision) -> Callable[[], list[Entry]]:
+        def run() -> list[Entry]:
+            set_precision(precision)
+            return case(precision)
+
+        return run
+
+    return [(precision, under(precision)) for precision in precisions]
+
+
+def checked(check: Callable[[], None], cases: list[Case]) -> list[Case]:
+    """`cases`, the first of which begins with `check`: a check alone would use up the time and measure nothing."""
+    (name, first), *others = cases
+
+    def run() -> list[Entry]:
+        check()
+        return first()
+
+    return [(name, run), *others]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,34 +137,33 @@ class Timing:
     seconds: np.ndarray
     first_call: float
 
-    def summary(self) -> dict[str, Any]:
-        """median, its 95 % confidence interval, quartiles, number of rounds and first_call, in seconds."""
-        low, high = median_interval(self.seconds)
-        return {
-            "median": float(np.median(self.seconds)),
-            "interval_95": [low, high],
-            "quartiles": np.quantile(self.seconds, [0.25, 0.75]).tolist(),
-            "rounds": len(self.seconds),
-            "first_call": self.first_call,
-        }
+
+def calls(function: Callable[..., Any], *args: Any) -> Work:
+    """Calls of ``function(*args)`` from Python, waited for at the end."""
+
+    def work(count: int) -> None:
+        result = None
+        for _ in range(count):
+            result = function(*args)
+        jax.block_until_ready(result)
+
+    return work
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % confidence interval of the median, by bootstrap with a fixed seed."""
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(values, (2000, len(values))), axis=1)
+    """95 % confidence interval of the median, by bootstrap with a fixed seed (scipy's takes no single round)."""
+    medians = np.median(np.random.default_rng(0).choice(values, (2000, len(values))), axis=1)
     low, high = np.quantile(medians, [0.025, 0.975])
     return float(low), float(high)
 
 
-def ratio(peer: Timing, ours: Timing) -> dict[str, Any]:
-    """How many times faster `ours` is than `peer`: median over rounds of the ratio, and its 95 % interval.
+def ratio(other: Timing, ours: Timing) -> dict[str, Any]:
+    """How many times faster `ours` is than `other`: median over rounds of the ratio, and its 95 % interval.
 
     Both were timed in every round, so a slow spell of the machine hits both sides of a ratio.
     """
-    ratios = peer.seconds / ours.seconds
-    low, high = median_interval(ratios)
-    return {"median": float(np.median(ratios)), "interval_95": [low, high]}
+    ratios = other.seconds / ours.seconds
+    return {"median": float(np.median(ratios)), "interval_95": median_interval(ratios)}
 
 
 def time_interleaved(
@@ -67,7 +171,7 @@ def time_interleaved(
     *,
     rounds: int = 15,
     seconds_per_round: float = 0.3,
-    most_repetitions: int = 1_000_000,
+    max_repetitions: int = 1_000_000,
     warm: bool = True,
 ) -> dict[str, Timing]:
     """Time every alternative once per round, in turn, each after a pause and a tenth of its work untimed.
@@ -76,20 +180,20 @@ def time_interleaved(
       work: the alternatives by name. Each must block until its work is done.
       rounds: how often each is timed.
       seconds_per_round: repetitions per timing are chosen so that it takes about so long.
-      most_repetitions: upper bound on them.
+      max_repetitions: upper bound on them.
       warm: False times single repetitions, right after the first call: for work of many seconds.
 
     Returns:
       A `Timing` for each.
     """
-    # On CPU a peer's threads spin for a while after its work, and are let to sleep.
+    # On CPU another library's threads spin for a while after its work, and are given time to sleep.
     pause = 0.2 if jax.default_backend() == "cpu" else 0.01
     first_call, repetitions = {}, {}
     for name, do in work.items():
         start = time.perf_counter()
         do(1)
         first_call[name] = time.perf_counter() - start
-        repetitions[name] = _calibrate(do, seconds_per_round, most_repetitions) if warm else 1
+        repetitions[name] = _calibrate(do, seconds_per_round, max_repetitions) if warm else 1
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, do in work.items():
@@ -113,27 +217,166 @@ def _calibrate(do: Work, seconds: float, most: int) -> int:
         count = min(most, count * 4)
 
 
-Precision = Literal["float32", "tf32", "bfloat16"]
-_IN_JAX = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "tensorfloat32"}
+def timed(
+    title: str,
+    work: Mapping[str, Work],
+    flops: int,
+    precision: Precision,
+    settings: Settings,
+    *,
+    examples: int,
+    rounds: int | None = None,
+    warm: bool = True,
+) -> Entry:
+    """Alternatives timed in turn; the first is ours, which ratios are taken against.
+
+    Args:
+      title: what one repetition is.
+      work: the alternatives by name.
+      flops: floating-point operations of one repetition's products.
+      precision: the arithmetic, which has been set.
+      settings: how much is measured.
+      examples: what one repetition handles.
+      rounds: other than the settings'.
+      warm: see `time_interleaved`.
+    """
+    timings = time_interleaved(
+        work, rounds=rounds or settings.rounds, seconds_per_round=settings.seconds_per_round, warm=warm
+    )
+    ours = next(iter(timings.values()))
+    rows, alternatives, bars = [], dict[str, Any](), dict[str, list[float]]()
+    for name, timing in timings.items():
+        median, interval = float(np.median(timing.seconds)), median_interval(timing.seconds)
+        times, faster = None, "(ours)"
+        if timing is not ours:
+            times = ratio(timing, ours)
+            faster = "{:.2f} x ({:.2f} .. {:.2f})".format(times["median"], *times["interval_95"])
+        share = flops / median / settings.peaks[precision] if precision in settings.peaks else None
+        alternatives[name] = {"median": median, "interval_95": interval, "rounds": len(timing.seconds)}
+        alternatives[name] |= {"first_call": timing.first_call, "examples_per_second": examples / median}
+        alternatives[name] |= {"share_of_peak": share, "times_faster": times}
+        bars[name] = [1e3 * value for value in (interval[0], median, interval[1])]
+        rows.append(
+            [
+                name,
+                1e3 * median,
+                f"{bars[name][0]:.3f} .. {bars[name][2]:.3f}",
+                None if share is None else f"{100 * share:.0f} %",
+                timing.first_call,
+                round(examples / median),
+                faster,
+            ]
+        )
+    columns = ["alternative", "median ms", "95 % interval", "of peak", "first call s", "examples/s", "faster by"]
+    numbers = {"precision": precision, "flops": flops, "alternatives": alternatives}
+    return table(title, columns, rows, {"ms (median, 95 % interval)": bars}, numbers)
 
 
-def usual_precisions() -> Sequence[Precision]:
-    """Those that this machine tells apart: a CPU has no TF32."""
-    return ("float32", "bfloat16") if jax.default_backend() == "cpu" else ("float32", "tf32", "bfloat16")
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    bars: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    numbers: Mapping[str, Any] | None = None,
+) -> Entry:
+    """A table; tables of one title are shown as one.
+
+    Args:
+      title: its heading.
+      columns: their headings.
+      rows: the cells.
+      bars: what is plotted: by unit and label, one or several values.
+      numbers: what else results.json holds of it.
+    """
+    return {"title": title, "columns": columns, "rows": rows, "bars": bars or {}, **(numbers or {})}
 
 
-def set_precision(precision: Precision) -> None:
-    """Set the products of this process, JAX's and (where it is installed) PyTorch's."""
-    jax.config.update("jax_default_matmul_precision", _IN_JAX[precision])
-    try:
-        import torch
-    except ImportError:
-        return
-    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "float32"
-    torch.backends.cudnn.benchmark = True  # as XLA, which tries a convolution's algorithms too
+def machine(settings: Settings) -> list[Case]:
+    """The rates of products and of copies that the machine reaches at best, in JAX and in PyTorch."""
+
+    def case(precision: Precision) -> list[Entry]:
+        dtype = layer_dtype(precision)
+        ours, copied = peak_rates(jnp.dtype(dtype))
+        settings.peaks[precision] = ours
+        row = [precision, ours / 1e12, _torch_product_rate(dtype), round(copied / 1e9)]
+        columns = ["", "JAX, TFLOP/s", "PyTorch, TFLOP/s", "copies, GB/s"]
+        rates = {"precision": precision, "flops_per_second": ours, "bytes_per_second": copied}
+        return [table("Peak rates", columns, [row], numbers=rates)]
+
+    return in_precisions(settings.precisions, case)
 
 
-def layer_dtype(precision: Precision) -> Literal["float32", "bfloat16"]:
-    """The dtype that layers compute in."""
-    return "bfloat16" if precision == "bfloat16" else "float32"
+def peak_rates(dtype: Any = jnp.float32) -> tuple[float, float]:
+    """Operations a second of a large square matrix product, and bytes a second of a large copy (read and written)."""
+    big = jax.default_backend() != "cpu"
+    size = 8192 if big else 2048
+    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), dtype) / size
+    vector = jnp.zeros((1 << 28) if big else (1 << 25), jnp.float32)
+
+    @jax.jit
+    def products(count: jax.Array, matrix: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, count, lambda _, value: value @ matrix, matrix)
+
+    @jax.jit
+    def copies(count: jax.Array, vector: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, count, lambda _, value: value + 1, vector)
+
+    work: dict[str, Work] = {
+        "products": lambda count: jax.block_until_ready(products(np.int32(count), matrix)),
+        "copies": lambda count: jax.block_until_ready(copies(np.int32(count), vector)),
+    }
+    product, copy = (float(np.median(timing.seconds)) for timing in time_interleaved(work, rounds=5).values())
+    return 2 * size**3 / product, 2 * vector.nbytes / copy
+
+
+def _torch_product_rate(dtype: str) -> float | None:
+    """TFLOP/s of PyTorch's product of the same matrices, None where torch is not installed."""
+    if not has_torch():
+        return None
+    import torch
+
+    size = 2048 if torch_device() == "cpu" else 8192
+    matrix = torch.randn(size, size, device=torch_device()).to(getattr(torch, dtype)) / size
+
+    def products(count: int) -> None:
+        value = matrix
+        for _ in range(count):
+            value = value @ matrix
+        float(value[0, 0])  # waits for the device
+
+    timing = time_interleaved({"products": products}, rounds=5)["products"]
+    return 2 * size**3 / float(np.median(timing.seconds)) / 1e12
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Two for every multiplication and addition of a product or convolution in ``function(*args)``.
+
+    What a loop repeats is counted once.
+
+    Args:
+      function: a function of arrays.
+      args: arrays, or shapes as `jax.ShapeDtypeStruct`.
+    """
+    return sum(map(_flops, _equations(jax.make_jaxpr(function)(*args).jaxpr)))
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+def _flops(equation: Any) -> int:
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    elif equation.primitive.name == "conv_general_dilated":
+        kernel, axes = equation.invars[1].aval, equation.params["dimension_numbers"].rhs_spec
+        terms = math.prod(kernel.shape) // kernel.shape[axes[0]]
+    else:
+        return 0
+    return 2 * terms * math.prod(equation.outvars[0].aval.shape)

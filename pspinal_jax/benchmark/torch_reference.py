@@ -1,8 +1,13 @@
-"""The PyTorch side of the benchmarks: head, VGG-5, ResNets, EfficientNet-Lite and the training step. Imports torch.
+"""The PyTorch side of the benchmarks: heads, VGG-5, ResNets, EfficientNet-Lite and training. Imports torch.
 
-The ResNets have torchvision's names for their tensors.
+The ResNets have torchvision's names for their tensors. Run as a program,
+``python -m pspinal_jax.benchmark.torch_reference MNIST.npz EPOCHS START``, it trains the MNIST row as published.
 """
 
+import itertools
+import json
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +18,9 @@ from torch import nn
 from torch.nn import functional
 
 from pspinal_jax.backbones import efficientnet
-from pspinal_jax.benchmark.timing import Work
+from pspinal_jax.benchmark.timing import Work, torch_device
+from pspinal_jax.comparison.settings import HeadName, Hparams
+from pspinal_jax.comparison.train import Schedule
 from pspinal_jax.layers.depthwise import same_padding
 from pspinal_jax.models import normalisation
 from pspinal_jax.recipes.schema import Recipe
@@ -200,13 +207,6 @@ def computing_in(dtype: str, model: nn.Module) -> Callable[[torch.Tensor], torch
     return forward
 
 
-def torch_device() -> str:
-    """The device that the comparison runs on: a GPU where JAX runs on one."""
-    import jax  # not needed by who runs PyTorch alone
-
-    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
-
-
 class ImageExamples(torch.utils.data.Dataset):
     """Images uint8 [N, H, W] one by one as PIL images made into tensors, as the published scripts' loaders do it."""
 
@@ -277,21 +277,12 @@ class TorchResNet(nn.Module):
         self.num_features = fan_in
         self.fc = nn.Identity() if fc is None else fc(fan_in)
 
-    def trace(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What `forward` gives, and what leaves the stem and every block, in NHWC by our names."""
-        seen = {}
-        x = torch.relu(self.bn1(self.conv1(images)))
-        seen["stem"] = x
-        x = nn.functional.max_pool2d(x, 3, 2, padding=1)
-        for stage in range(1, 5):
-            for number, block in enumerate(getattr(self, f"layer{stage}"), start=1):
-                x = block(x)
-                seen[f"stage_{stage}/block_{number}"] = x
-        return self.fc(x.mean((2, 3))), {name: value.permute(0, 2, 3, 1) for name, value in seen.items()}
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The logits or features."""
-        return self.trace(images)[0]
+        maps = functional.max_pool2d(torch.relu(self.bn1(self.conv1(images))), 3, 2, padding=1)
+        for stage in range(1, 5):
+            maps = getattr(self, f"layer{stage}")(maps)
+        return self.fc(maps.mean((2, 3)))
 
 
 def torch_resnet(variant: str, state_dict: dict[str, np.ndarray]) -> TorchResNet:
@@ -316,27 +307,19 @@ class TorchVGG5(nn.Module):
         for widths in STAGES:
             layers = nn.ModuleList()
             for width in widths:
-                layers.append(
-                    nn.ModuleDict({"conv": nn.Conv2d(fan_in, width, 3, padding=1), "norm": nn.BatchNorm2d(width)})
-                )
+                conv, norm = nn.Conv2d(fan_in, width, 3, padding=1), nn.BatchNorm2d(width)
+                layers.append(nn.ModuleDict({"conv": conv, "norm": norm}))
                 fan_in = width
             self.stages.append(layers)
 
-    def trace(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The features, and what leaves every ReLU and every pool, in NHWC."""
-        seen = {}
-        maps = images
-        for s, layers in enumerate(self.stages, start=1):
-            for i, layer in enumerate(layers, start=1):
-                maps = torch.relu(layer["norm"](layer["conv"](maps)))
-                seen[f"stage_{s}/conv_{i}"] = maps.permute(0, 2, 3, 1)
-            maps = nn.functional.max_pool2d(maps, 2, 2)
-            seen[f"stage_{s}"] = maps.permute(0, 2, 3, 1)
-        return maps.flatten(1), seen
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The features."""
-        return self.trace(images)[0]
+        maps = images
+        for layers in self.stages:
+            for layer in layers:
+                maps = torch.relu(layer["norm"](layer["conv"](maps)))
+            maps = functional.max_pool2d(maps, 2, 2)
+        return maps.flatten(1)
 
     def load(self, params: dict[str, Any]) -> None:
         """Take over the parameters of our `VGG5`."""
@@ -411,3 +394,92 @@ class ConvNormRelu6(nn.Module):
             maps = functional.pad(maps, (left, right, top, bottom))
         maps = self.norm(self.conv(maps))
         return functional.relu6(maps) if self.relu else maps
+
+
+def train_published(arrays: dict[str, np.ndarray], epochs: int, start: float) -> None:
+    """Train the MNIST row as published; after each epoch print its number, the test accuracy in per cent and the time.
+
+    SGD 1e-3 with momentum 0.5, batch 64, dropout 0.2, batch norm, no augmentation.
+
+    Args:
+      arrays: train_images uint8 [N, 28, 28], train_labels [N], test_images, test_labels.
+      epochs: number of epochs; the script has 50.
+      start: a time of `time.time`, from which seconds are counted.
+    """
+    torch.manual_seed(0)
+    train, test = (
+        ImageExamples(arrays[f"{name}_images"], arrays[f"{name}_labels"], 0.1307, 0.3081) for name in ("train", "test")
+    )
+    train_loader = torch.utils.data.DataLoader(train, 64, shuffle=True)
+    test_loader = torch.utils.data.DataLoader(test, 1000)
+    model = TorchClassifier(None, TorchProgressiveHead(784, 10, 128, batch_norm=True))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.5)
+    for epoch in range(1, epochs + 1):
+        model.train()
+        for images, labels in train_loader:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            correct = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in test_loader)
+        line = {"epoch": epoch, "test": 100 * correct / len(test), "seconds": time.time() - start}
+        print(json.dumps(line), flush=True)
+
+
+class TorchSpinalHead(nn.Module):
+    """SpinalNet's head in PyTorch, with four hidden layers."""
+
+    def __init__(self, num_features: int, num_classes: int, layer_width: int, rate: float) -> None:
+        super().__init__()
+        self.half = num_features // 2
+        widths = [self.half] + [self.half + layer_width] * 3
+        self.layers = nn.ModuleList(nn.Linear(width, layer_width) for width in widths)
+        self.output = nn.Linear(4 * layer_width, num_classes)
+        self.dropout = nn.Dropout(rate)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C] of features [N, D]."""
+        halves, outputs = features.split(self.half, 1), list[torch.Tensor]()
+        for index, layer in enumerate(self.layers):
+            inputs = torch.cat([halves[index % 2], *outputs[-1:]], 1)
+            outputs.append(torch.relu(layer(self.dropout(inputs))))
+        return self.output(self.dropout(torch.cat(outputs, 1)))
+
+
+def torch_head(name: HeadName, num_features: int, num_classes: int, layer_width: int, rate: float) -> nn.Module:
+    """The PyTorch module of a head with four hidden layers of `layer_width`, or one (mlp), or none (dense)."""
+    if name == "progressive":
+        return TorchProgressiveHead(num_features, num_classes, layer_width, 4, rate)
+    if name == "spinal":
+        return TorchSpinalHead(num_features, num_classes, layer_width, rate)
+    widths = [num_features, num_classes] if name == "dense" else [num_features, layer_width, num_classes]
+    layers: list[nn.Module] = []
+    for fan_in, width in itertools.pairwise(widths):
+        layers += [nn.ReLU()] * bool(layers) + [nn.Dropout(rate), nn.Linear(fan_in, width)]
+    return nn.Sequential(*layers)
+
+
+def train_head(
+    model: nn.Module, schedule: Schedule, hparams: Hparams, seed: int, inputs: np.ndarray, labels: np.ndarray
+) -> None:
+    """The training of `pspinal_jax.comparison.train.train_head` in eager PyTorch, one thread a core."""
+    torch.manual_seed(seed)
+    features, targets = torch.from_numpy(inputs), torch.from_numpy(labels).long()
+    kernels, biases = ([p for p in model.parameters() if (p.ndim == 2) == two] for two in (True, False))
+    groups = [{"params": kernels, "weight_decay": hparams.weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate)
+    for rates in schedule.rates():
+        order = torch.randperm(len(features))
+        for rate, rows in zip(rates.tolist(), order.split(schedule.batch_size), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = hparams.learning_rate * rate
+            optimizer.zero_grad(set_to_none=True)
+            logits = model(features[rows])
+            functional.cross_entropy(logits, targets[rows], label_smoothing=hparams.label_smoothing).backward()
+            optimizer.step()
+
+
+if __name__ == "__main__":
+    path, epochs, start = sys.argv[1:]
+    train_published(dict(np.load(path)), int(epochs), float(start))

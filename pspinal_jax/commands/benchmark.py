@@ -1,4 +1,4 @@
-"""`pspinal-jax benchmark WHAT`: measure something beside its peers."""
+"""`pspinal-jax benchmark WHAT`: measure something beside other ways to do it."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pspinal_jax.benchmark.registry import BENCHMARKS
+from pspinal_jax.benchmark import BENCHMARKS
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import check_target, expanded
 
@@ -165,16 +165,16 @@ def _all(args: Sequence[str]) -> int:
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes: a rehearsal, its figures mean nothing")
     parser.add_argument("--overwrite", action="store_true", help="write over the results in --workdir")
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
             parsed = parser.parse_args(args)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(said.getvalue().strip().splitlines()[-1].split("error: ")[-1]) from None
-    from pspinal_jax.benchmark.suite import run_suite
+        raise UsageError(errors.getvalue().strip().splitlines()[-1].split("error: ")[-1]) from None
+    from pspinal_jax.benchmark.run import run_all
 
     command = f"pspinal-jax benchmark all {shlex.join(args)}".strip()
-    failed = run_suite(
+    failed = run_all(
         parsed.workdir, parsed.minutes, command, parsed.sections, parsed.precisions, parsed.tiny, parsed.overwrite
     )
     return 1 if failed else 0

@@ -88,7 +88,11 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
     }
     differences = {f"to_{goal}": pairs[f"to_{goal}"] for goal in dict.fromkeys((best, "dense")) if goal in methods}
     train, validation = comparer.rows[0, 0]
-    trainer = comparer.trainer
+    trainer, counts, seconds = comparer.trainer, {"trial": config.trials, "seed": config.num_seeds}, dict[str, float]()
+    for method in methods:  # of all its trainings, whichever process did them
+        used = [key for key in comparer.log.records if key.method == method and key.number < counts[key.kind]]
+        each = [comparer.log.records[key]["seconds"] for key in used if key.split < config.splits]
+        seconds[method] = round(sum(each), 2)
     return {
         "command": command,
         "data": {
@@ -108,7 +112,7 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
         "all_differences": pairs,
         "in_words": summarize(rows, differences, best),
         "execution": {
-            "seconds": {method: _seconds(comparer, method) for method in methods},
+            "seconds": seconds,
             "wall_seconds_of_the_last_start": comparer.seconds,
             "compilations": trainer.compilations,
             "mode": trainer.mode,
@@ -141,20 +145,6 @@ def _method(comparer: Comparer, method: str, seeds: list[dict[str, Any]]) -> dic
         "test_accuracy": {"mean": float(np.mean(tests)), "std": std, "each": tests},
         "finite": all(record.get("finite", True) for record in seeds),
     }
-
-
-def _seconds(comparer: Comparer, method: str) -> float:
-    """Of all its trainings together, whichever process did them."""
-    config = comparer.config
-    counts = {"trial": config.trials, "seed": config.num_seeds}
-    return round(
-        sum(
-            record["seconds"]
-            for key, record in comparer.log.records.items()
-            if key.method == method and key.split < config.splits and key.number < counts[key.kind]
-        ),
-        2,
-    )
 
 
 def summarize(rows: Mapping[str, Any], differences: Mapping[str, Any], best: str) -> str:

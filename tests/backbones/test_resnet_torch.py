@@ -7,7 +7,7 @@ from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 
 torch = pytest.importorskip("torch")
-from torch_resnet import TorchResNet, arrays_of, randomised  # noqa: E402
+from torch_resnet import TorchResNet, arrays_of, randomised, traced  # noqa: E402
 
 from pspinal_jax.backbones import ResNet, num_features  # noqa: E402
 from pspinal_jax.layers.pooling import max_pool_3x3  # noqa: E402
@@ -60,7 +60,7 @@ def test_every_block_agrees_with_torch(variant, size, train):
     variables = resnet_variables(arrays_of(model), variant)
     images = images_of(4, *size)
     with torch.no_grad():
-        expected, trace = model.trace(in_torch(images))
+        expected, trace = traced(model, in_torch(images))
     features, blocks, state = blocks_of(variant, variables, images, train)
     assert blocks.keys() == trace.keys()
     for name, value in trace.items():

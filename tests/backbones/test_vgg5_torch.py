@@ -7,7 +7,7 @@ from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 
 torch = pytest.importorskip("torch")
-from torch_vgg5 import gradients_of, randomised, variables_of  # noqa: E402
+from torch_vgg5 import gradients_of, randomised, traced, variables_of  # noqa: E402
 
 from pspinal_jax.backbones import VGG5  # noqa: E402
 from pspinal_jax.layers.pooling import max_pool_2x2  # noqa: E402
@@ -51,7 +51,7 @@ def test_every_layer_agrees_with_torch(images, train):
     model = randomised(0).train(train)
     variables = variables_of(model)
     with torch.no_grad():
-        expected, trace = model.trace(torch.from_numpy(images).permute(0, 3, 1, 2))
+        expected, trace = traced(model, torch.from_numpy(images).permute(0, 3, 1, 2))
     features, layers, state = layers_of(variables, images, train)
     for name, value in trace.items():
         assert_close(layers[name], value, name, 2e-5)

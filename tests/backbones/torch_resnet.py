@@ -25,3 +25,21 @@ def randomised(model, seed=0):
 def arrays_of(model):
     """The state dict as NumPy arrays of its own (torch updates its buffers in place)."""
     return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+
+
+def traced(model, images):
+    """Features, and the outputs of the stem and of every block, in NHWC by our names."""
+    seen = {}
+
+    def keep(name, maps):
+        seen[name] = maps.permute(0, 2, 3, 1)
+
+    hooks = [model.bn1.register_forward_hook(lambda module, inputs, output: keep("stem", torch.relu(output)))]
+    for stage in range(1, 5):
+        for number, block in enumerate(getattr(model, f"layer{stage}"), start=1):
+            name = f"stage_{stage}/block_{number}"
+            hooks.append(block.register_forward_hook(lambda module, inputs, output, name=name: keep(name, output)))
+    features = model(images)
+    for hook in hooks:
+        hook.remove()
+    return features, seen

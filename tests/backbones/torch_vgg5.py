@@ -21,6 +21,18 @@ def randomised(seed: int) -> TorchVGG5:
     return model
 
 
+def traced(model: TorchVGG5, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The features, and the outputs of every ReLU and every pool, in NHWC."""
+    seen, maps = {}, images
+    for s, layers in enumerate(model.stages, start=1):
+        for i, layer in enumerate(layers, start=1):
+            maps = torch.relu(layer["norm"](layer["conv"](maps)))
+            seen[f"stage_{s}/conv_{i}"] = maps.permute(0, 2, 3, 1)
+        maps = nn.functional.max_pool2d(maps, 2, 2)
+        seen[f"stage_{s}"] = maps.permute(0, 2, 3, 1)
+    return maps.flatten(1), seen
+
+
 def variables_of(model: TorchVGG5) -> dict:
     """{'params', 'batch_stats'} of our VGG5, from the torch module's state."""
     params, stats = {}, {}

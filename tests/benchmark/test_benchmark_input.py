@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.benchmark import input as benchmark
+from pspinal_jax.benchmark import whole as benchmark
 from pspinal_jax.errors import RunError
 
 
@@ -17,7 +17,6 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark, "NUM_FILES", 4)
     monkeypatch.setattr(benchmark, "BATCH_SIZE", 2)
     monkeypatch.setattr(benchmark, "SIZE", (120, 130))  # smaller, and JPEG would be decoded at a half
-    monkeypatch.setattr(benchmark.write_images, "__defaults__", (4,))
 
 
 def test_photographs_are_drawn_the_same_every_time():
@@ -34,10 +33,10 @@ def test_without_torch_or_workers_to_spare_it_reports_the_rest(small, without_to
     monkeypatch.setattr(benchmark, "stream", lambda *given, workers=0: start(*given))
     assert main(["benchmark", "input", "--workdir", str(tmp_path), "--pictures", "20", "--rounds", "2"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["alternatives"]) == ["stream, 2 workers", "stream, threads"]
-    for values in results["alternatives"].values():
+    (table,) = results["entries"]
+    assert list(table["alternatives"]) == ["stream, 2 workers", "stream, threads"]
+    for values in table["alternatives"].values():
         assert len(values["images_per_second"]) == 2 and min(values["images_per_second"]) > 0
-    assert results["median"].keys() == results["alternatives"].keys() and "stream, threads" in results["times_faster"]
     assert "grain" in results["versions"] and (tmp_path / "results.png").stat().st_size > 3000
     assert "left out: PyTorch: torch is not installed" in capsys.readouterr().out
     assert main(["benchmark", "input", "--workdir", str(tmp_path), "--pictures", "17"]) == 2
@@ -51,18 +50,18 @@ def test_a_different_batch_is_noticed():
 
         return start
 
-    benchmark.check_equal({"a": batches(1), "b": batches(1)})
+    benchmark.check_same_batches({"a": batches(1), "b": batches(1)})
     with pytest.raises(RunError, match="b and a give different batches"):
-        benchmark.check_equal({"a": batches(1), "b": batches(2)})
+        benchmark.check_same_batches({"a": batches(1), "b": batches(2)})
 
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_torch_gives_the_same_batches_and_is_timed(small, tmp_path):
     pytest.importorskip("torch")
-    photos = benchmark.write_images(tmp_path)
     order = np.arange(20) % 4
-    passes = benchmark.alternatives(photos, order, 1) | benchmark.torch_alternatives(photos, order, 0)
-    del passes["stream, 1 workers"]
-    benchmark.check_equal(passes)
-    assert all(min(values["images_per_second"]) > 0 for values in benchmark.measure(passes, 1).values())
+    passes = benchmark.image_passes(benchmark.write_images(tmp_path, 4), order, 0)
+    del passes["stream, 0 workers"]
+    benchmark.check_same_batches(passes)
+    assert list(passes) == ["stream, threads", "torch DataLoader, 0 workers"]
+    assert all(min(values["images_per_second"]) > 0 for values in benchmark.measure_passes(passes, 1).values())

@@ -9,13 +9,20 @@ import pytest
 
 from pspinal_jax import weights
 from pspinal_jax.__main__ import main
-from pspinal_jax.benchmark import head, run, steps
-from pspinal_jax.benchmark.compile import measure_published
-from pspinal_jax.benchmark.measurement import Settings, checked, table, timed
-from pspinal_jax.benchmark.registry import BENCHMARKS
-from pspinal_jax.benchmark.report import format_record, plot_entries, results_of
-from pspinal_jax.benchmark.roofline import count_flops
-from pspinal_jax.benchmark.timing import Timing, median_interval, ratio, time_interleaved
+from pspinal_jax.benchmark import BENCHMARKS, head, run, steps
+from pspinal_jax.benchmark.report import format_record, plot_entries
+from pspinal_jax.benchmark.timing import (
+    Settings,
+    Timing,
+    checked,
+    count_flops,
+    median_interval,
+    ratio,
+    table,
+    time_interleaved,
+    timed,
+)
+from pspinal_jax.benchmark.whole import train_published
 from pspinal_jax.errors import RunError, UsageError
 
 SMALL = head.Shape(6, 4, 3, 2, 5)
@@ -24,14 +31,14 @@ SMALL = head.Shape(6, 4, 3, 2, 5)
 def test_alternatives_take_turns_and_are_timed_apart():
     calls = []
     work = {name: lambda count, name=name: calls.append((name, count)) for name in "ab"}
-    timings = time_interleaved(work, rounds=3, seconds_per_round=0.0, most_repetitions=1)
+    timings = time_interleaved(work, rounds=3, seconds_per_round=0.0, max_repetitions=1)
     assert [name for name, _ in calls[-12:]] == list("aabb" * 3)
     assert all(len(timing.seconds) == 3 for timing in timings.values())
 
 
 def test_ratios_are_taken_within_a_round():
     ours, peer = Timing(np.array([1.0, 10.0, 2.0]), 0.0), Timing(np.array([2.0, 20.0, 4.0]), 0.0)
-    assert ratio(peer, ours) == {"median": 2.0, "interval_95": [2.0, 2.0]}
+    assert ratio(peer, ours) == {"median": 2.0, "interval_95": (2.0, 2.0)}
     low, high = median_interval(np.arange(100.0))
     assert 30 < low < 49.5 < high < 70
 
@@ -59,51 +66,40 @@ def test_flops_count_three_products_a_kernel():
     assert SMALL.flops == 3 * 2 * batch * entries
 
 
-PEAK = {"kind": "peak", "precision": "float32", "flops_per_second": 4e6, "bytes_per_second": 1e9}
-PEAK |= {"torch_flops_per_second": None}
-
-
 @pytest.fixture
 def timings(monkeypatch):
     """An entry of 'ours' and a 'peer' that takes three times as long."""
     seconds = {"ours": Timing(np.array([1e-3, 1e-3]), 1.0), "peer": Timing(np.array([3e-3, 3e-3]), 2.0)}
-    monkeypatch.setattr("pspinal_jax.benchmark.measurement.time_interleaved", lambda *given, **how: seconds)
-    return lambda title: timed(title, {}, 1000, "float32", Settings(("float32",)), examples=64)
+    monkeypatch.setattr("pspinal_jax.benchmark.timing.time_interleaved", lambda *given, **how: seconds)
+    settings = Settings(("float32",), peaks={"float32": 4e6})
+    return lambda title: timed(title, {}, 1000, "float32", settings, examples=64)
 
 
 def test_results_hold_ratios_shares_of_the_peak_and_rates(timings, tmp_path):
-    cases = [("machine", lambda: [dict(PEAK)]), ("a", lambda: [timings("a")]), ("b", lambda: [timings("b")])]
-    record = run.measure("step", cases, lambda record: None)
-    results = json.loads(json.dumps(results_of(record, "command")))
-    assert results["command"] == "command" and results["status"] == "done"
-    assert results["roofline"] == {"flops_per_second": 4e6, "bytes_per_second": 1e9}
-    assert results["geometric_mean_times_faster"] == {"peer": pytest.approx(3.0)}
-    assert [entry["title"] for entry in results["measurements"]] == ["a", "b"]
-    ours = results["measurements"][0]["alternatives"]["ours"]
+    cases = [("a", lambda: [timings("a")]), ("b", lambda: [timings("b")])]
+    record = json.loads(json.dumps(run.measure("step", cases, lambda record: None)))
+    assert record["status"] == "done" and [entry["title"] for entry in record["entries"]] == ["a", "b"]
+    ours, peer = record["entries"][0]["alternatives"].values()
     assert ours["median"] == 1e-3 and ours["share_of_peak"] == pytest.approx(0.25)
     assert ours["examples_per_second"] == pytest.approx(64_000)
-    printed = format_record(record, results["geometric_mean_times_faster"])
+    assert ours["times_faster"] is None and peer["times_faster"]["median"] == pytest.approx(3.0)
+    printed = format_record(record)
     assert "3.00 x" in printed and "25 %" in printed and "64,000" in printed
     assert plot_entries(tmp_path / "results.png", record["entries"], "a CPU")
     assert (tmp_path / "results.png").stat().st_size > 5000
 
 
-def test_results_of_several_tables_are_merged():
-    def case(number):
-        bars = {"s": {f"L {number}": [1.0, 2.0]}}
-        return [table("t", ["", "x"], [[number, 1.5]], bars, {"title": "t", "by": {"a": {str(number): number}}})]
-
-    record = run.measure("depth", [(str(number), lambda number=number: case(number)) for number in (1, 2)], lambda r: 0)
-    results = results_of(record, "command")
-    assert results["title"] == "t" and results["by"] == {"a": {"1": 1, "2": 2}}
-    assert format_record(record, {}).count("| --- |") == 1
+def test_tables_of_one_title_are_one():
+    cases = [(str(number), lambda number=number: [table("t", ["", "x"], [[number, 1.5]])]) for number in (1, 2)]
+    record = run.measure("depth", cases, lambda record: None)
+    assert format_record(record).count("| --- |") == 1
 
 
 def failing(error):
     def work():
         raise error
 
-    return [("first", work), ("second", lambda: [dict(PEAK)])]
+    return [("first", work), ("second", lambda: [table("t", [""], [[1]])])]
 
 
 def test_a_case_that_fails_costs_the_others_nothing_in_a_suite():
@@ -148,26 +144,23 @@ def test_every_benchmark_makes_its_cases_without_torch(name, monkeypatch, withou
 
 def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(without_torch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(head, "SHAPES", (SMALL,))
-    monkeypatch.setattr("pspinal_jax.benchmark.roofline.measure_roofline", lambda dtype: dict(FAKE_CEILINGS))
+    monkeypatch.setattr("pspinal_jax.benchmark.timing.peak_rates", lambda dtype: (1e11, 1e10))
     flags = ["--rounds", "1", "--seconds-per-round", "0.001", "--workdir", str(tmp_path)]
     assert main(["benchmark", "head", *flags]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert "torch" not in results["versions"] and results["roofline"] == FAKE_CEILINGS
+    peak, measured = results["entries"]
+    assert peak["flops_per_second"] == 1e11 and results["command"].startswith("pspinal-jax benchmark head --rounds 1")
+    assert all(values["share_of_peak"] > 0 for values in measured["alternatives"].values())
     assert "torch is not installed" in results["left_out"][0]
-    said = capsys.readouterr()
-    assert "left out: PyTorch" in said.out
-    assert said.err.startswith("left out: PyTorch")
-
-
-FAKE_CEILINGS = {"flops_per_second": 1e11, "bytes_per_second": 1e10}
+    streams = capsys.readouterr()
+    assert "left out: PyTorch" in streams.out and streams.err.startswith("left out: PyTorch")
 
 
 def test_depth_reports_compile_and_run_time(tmp_path, capsys):
     assert main(["benchmark", "depth", "--rounds", "1", "--depths", "1", "2", "--workdir", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    for by_depth in results["alternatives"].values():
-        assert set(by_depth) == {"1", "2"}
-        assert all(value > 0 for values in by_depth.values() for value in values.values())
+    assert [[row[1] for row in entry["rows"]] for entry in results["entries"]] == [[1] * 4, [2] * 4]
+    assert all(value > 0 for entry in results["entries"] for row in entry["rows"] for value in row[2:])
     assert (tmp_path / "results.png").exists()
     assert "scan, packed parameters" in capsys.readouterr().out
 
@@ -179,8 +172,9 @@ def test_compile_times_a_run_without_and_with_its_cache(tmp_path, capsys):
         == 0
     )
     results = json.loads((tmp_path / "results.json").read_text())
-    assert "train digits --epochs=1" in results["title"]
-    assert results["seconds"]["cold"][0] > results["seconds"]["warm"][0] > 0
+    (entry,) = results["entries"]
+    assert "train digits --epochs=1" in entry["title"]
+    assert entry["seconds"]["cold"][0] > entry["seconds"]["warm"][0] > 0
     assert (tmp_path / "results.png").exists()
     assert "| warm |" in capsys.readouterr().out
 
@@ -201,7 +195,7 @@ def test_the_published_settings_are_trained_in_pytorch(tmp_path):
         f"{split}_{kind}": a for split in ("train", "test") for kind, a in (("images", images), ("labels", labels))
     }
     np.savez(tmp_path / "data.npz", **arrays)
-    first, second = measure_published(tmp_path / "data.npz", 2)
+    first, second = train_published(tmp_path / "data.npz", 2)
     assert (first["epoch"], second["epoch"]) == (1, 2)
     assert 0 < first["seconds"] < second["seconds"]
     assert 20 < first["test"] < second["test"]

@@ -15,22 +15,16 @@ import numpy as np
 import pytest
 
 from pspinal_jax.__main__ import main
+from pspinal_jax.benchmark import SECTIONS
 from pspinal_jax.benchmark.head import SHAPES, HeadGradient
-from pspinal_jax.benchmark.registry import SECTIONS
 from pspinal_jax.benchmark.report import write_suite_report
-from pspinal_jax.benchmark.suite import busy_share, describe_machine
+from pspinal_jax.benchmark.timing import table
 
-TIMED = {"median": 0.002, "interval_95": [0.001, 0.003], "quartiles": [0.001, 0.003], "rounds": 3, "first_call": 1.5}
-TIMED |= {"examples_per_second": 32_000.0}
-MEASUREMENT = {
-    "kind": "timings",
-    "precision": "tf32",
-    "title": "a step, tf32",
-    "ours": "ours",
-    "flops": 10,
-    "alternatives": {"ours": TIMED | {"share_of_peak": 0.5}, "theirs": TIMED | {"share_of_peak": None}},
-    "times_faster": {"theirs": {"median": 4.0, "interval_95": [3.0, 5.0]}},
-}
+ROWS = [
+    ["ours", 2.0, "1 .. 3", "50 %", 1.5, 32_000, "(ours)"],
+    ["theirs", 8.0, "", None, 1.5, 8_000, "4.00 x (3.00 .. 5.00)"],
+]
+MEASUREMENT = table("a step, tf32", list("abcdefg"), ROWS, {"ms": {"ours": [1.0, 2.0, 3.0], "theirs": [8.0]}})
 RECORD = {
     "section": "step",
     "status": "done",
@@ -38,14 +32,13 @@ RECORD = {
     "versions": {"jax": "1.2"},
     "left_out": ["float32: no time left"],
     "seconds": 12.0,
-    "busy_before": 0.0,
     "entries": [MEASUREMENT],
 }
 
 
 def write_report(tmp_path, **changes):
     (tmp_path / "step.json").write_text(json.dumps(RECORD | changes))
-    write_suite_report(tmp_path, describe_machine("the command", 8))
+    write_suite_report(tmp_path, {"command": "the command", "date": "today"})
     return (tmp_path / "report.md").read_text()
 
 
@@ -60,15 +53,7 @@ def test_the_report_names_machine_figures_and_what_was_left_out(tmp_path):
         "left out: float32: no time left",
     ):
         assert said in report
-    assert "Warning" not in report
     assert (tmp_path / "step.png").stat().st_size > 1000
-
-
-def test_a_busy_machine_is_said(tmp_path):
-    assert "Warning: others used the cores** just before these sections (step 50 %" in write_report(
-        tmp_path, busy_before=0.5
-    )
-    assert 0 <= busy_share(0.05) <= 1
 
 
 def test_a_section_that_failed_is_in_the_report(tmp_path):
@@ -91,7 +76,7 @@ class Hanging:
 
 
 def test_where_no_time_is_left_a_section_is_not_begun(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pspinal_jax.benchmark.suite._GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("pspinal_jax.benchmark.run._GRACE_SECONDS", 0.0)
     words = ["benchmark", "all", "--workdir", str(tmp_path), "--minutes", "0.2", "--sections", "depth", "epoch"]
     assert main(words) == 0
     for name in ("depth", "epoch"):
@@ -102,8 +87,8 @@ def test_where_no_time_is_left_a_section_is_not_begun(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize(("grace", "status"), [(20.0, 0), (900.0, 1)])
 def test_a_section_that_is_stopped_failed_unless_all_time_was_over(tmp_path, monkeypatch, grace, status):
-    monkeypatch.setattr("pspinal_jax.benchmark.suite._GRACE_SECONDS", grace)
-    monkeypatch.setattr("pspinal_jax.benchmark.suite._CONTEXT.Process", Hanging)
+    monkeypatch.setattr("pspinal_jax.benchmark.run._GRACE_SECONDS", grace)
+    monkeypatch.setattr("pspinal_jax.benchmark.run._CONTEXT.Process", Hanging)
     words = ["benchmark", "all", "--workdir", str(tmp_path), "--minutes", "0.01", "--sections", "depth"]
     assert main(words) == status
     said = json.loads((tmp_path / "depth.json").read_text())["status"]

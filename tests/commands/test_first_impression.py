@@ -36,7 +36,7 @@ def stop(*args):
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(parse, "quiet_absl", stop)
-    monkeypatch.setattr("pspinal_jax.benchmark.suite.run_suite", stop)
+    monkeypatch.setattr("pspinal_jax.benchmark.run.run_all", stop)
     monkeypatch.setenv("COLUMNS", NARROW)
     monkeypatch.chdir(tmp_path)
 

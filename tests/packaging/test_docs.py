@@ -9,7 +9,7 @@ import pytest
 
 import pspinal_jax
 from pspinal_jax.__main__ import main
-from pspinal_jax.benchmark import suite
+from pspinal_jax.benchmark import run as benchmark_run
 from pspinal_jax.commands import parse
 
 REPOSITORY = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def test_every_command_line_is_understood(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text((REPOSITORY / "configs" / "digits.py").read_text())
     monkeypatch.setattr(parse, "quiet_absl", stop)
-    monkeypatch.setattr(suite, "run_suite", stop)
+    monkeypatch.setattr(benchmark_run, "run_all", stop)
     if words == ["prepare"]:
         return  # the command by its name
     try:
