@@ -194,8 +194,7 @@ def cost(folder, data):
     from pspinal_jax.data import load_data
     from pspinal_jax.recipes import AugmentConfig, load_recipe
     from pspinal_jax.runs.build import set_up
-    from pspinal_jax.training.programs import make_order
-    from pspinal_jax.training.seed_states import SeedStates
+    from pspinal_jax.training.programs import SeedStates, make_order
 
     plain = load_recipe("features")
     plain = dataclasses.replace(plain, data=dataclasses.replace(plain.data, path=folder / f"{data}.npz"))

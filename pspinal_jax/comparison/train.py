@@ -32,11 +32,9 @@ from pspinal_jax.heads.baselines import matching_width
 from pspinal_jax.heads.layouts import training_layout
 from pspinal_jax.models import Classifier, abstract_variables, count_parameters
 from pspinal_jax.training import keys, optimizers
-from pspinal_jax.training.chunk import EpochPlan, run_chunk
-from pspinal_jax.training.layouts import convert_state, head_layouts
 from pspinal_jax.training.sharding import make_mesh, replicated_on
-from pspinal_jax.training.state import Totals, init_state
-from pspinal_jax.training.step import TrainStep, target_losses
+from pspinal_jax.training.state import Totals, convert_state, head_layouts, init_state
+from pspinal_jax.training.step import EpochPlan, TrainStep, run_chunk, target_losses
 
 
 def build_head(

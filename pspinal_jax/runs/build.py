@@ -26,12 +26,12 @@ from pspinal_jax.training.examples import (
     StreamedExamples,
     StreamedSplit,
 )
-from pspinal_jax.training.layouts import head_layouts
 from pspinal_jax.training.loop import Setup
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
 from pspinal_jax.training.programs import Execution, Programs, build_programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
 from pspinal_jax.training.stages import LoopConfig, make_stages, selected_by
+from pspinal_jax.training.state import head_layouts
 from pspinal_jax.training.step import EvalStep, TrainStep, target_losses
 
 

@@ -14,7 +14,7 @@ from pspinal_jax.files import json_text
 from pspinal_jax.pictures import drawable, drawn
 from pspinal_jax.progress import warn
 from pspinal_jax.runs.directory import RunDirectory, whole_file, write_json, writing
-from pspinal_jax.training.history import History
+from pspinal_jax.training.fitted import History
 from pspinal_jax.training.loop import REPORT
 
 MAX_NUMBERED_CLASSES = 30  # of a confusion matrix; more show colours only

@@ -25,7 +25,7 @@ from pspinal_jax.runs.predict import Images, Prediction, Predictor, load_predict
 from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train as train_recipe
 from pspinal_jax.runs.train import work_directory
-from pspinal_jax.training.history import History
+from pspinal_jax.training.fitted import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -29,7 +29,7 @@ from pspinal_jax.recipes.schema import Recipe, RunOptions
 from pspinal_jax.runs.build import RunSetup
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter
-from pspinal_jax.training.seed_states import SeedStates
+from pspinal_jax.training.programs import SeedStates
 from pspinal_jax.training.signals import Stopped, StopRequest
 from pspinal_jax.training.stages import TrainingProgress
 

@@ -14,12 +14,10 @@ from jax.sharding import Mesh
 
 from pspinal_jax.data.dataset import Split
 from pspinal_jax.data.stream import stream
-from pspinal_jax.training.chunk import Batch
-from pspinal_jax.training.programs import Programs, padded_split
-from pspinal_jax.training.seed_states import Chunk, SeedStates
+from pspinal_jax.training.programs import Chunk, Programs, SeedStates, padded_split
 from pspinal_jax.training.sharding import process_local_rows, shard_process_local
 from pspinal_jax.training.stages import TrainingStage
-from pspinal_jax.training.step import count_rows
+from pspinal_jax.training.step import Batch, count_rows
 
 Evaluate = Callable[[Batch, int], dict[str, np.ndarray]]
 """(padded batch or split, how many are real) -> sums of loss and metrics [K] and predictions [K, M], of K seeds."""

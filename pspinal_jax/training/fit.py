@@ -22,16 +22,14 @@ from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text
 from pspinal_jax.heads.layouts import Layout, training_layout
-from pspinal_jax.training.fitted import Fit
-from pspinal_jax.training.history import History
-from pspinal_jax.training.layouts import Layouts, commutes, head_layouts
+from pspinal_jax.training.fitted import Fit, History
 from pspinal_jax.training.loop import REPORT, Callback, LoopConfig, Store, Trainer
 from pspinal_jax.training.models import Model, as_model
 from pspinal_jax.training.programs import Execution, Programs, build_programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
 from pspinal_jax.training.signals import Stopped, StopRequest
 from pspinal_jax.training.sources import Source
-from pspinal_jax.training.state import trainable
+from pspinal_jax.training.state import Layouts, commutes, head_layouts, trainable
 from pspinal_jax.training.step import CLASSIFICATION, EvalStep, Loss, Metrics, TrainStep, cross_entropy
 
 _RESERVED = ("loss", "count", "bad_step", "skipped", "predictions", "correct")
@@ -144,18 +142,16 @@ def fit(
       RunError: if the loss or a gradient is not finite, or the workdir cannot be written or read.
     """
     source = Source.of(data, validation, batch_size, seed)
+    what: dict[str, Any] = {
+        "optimizer": optimizer,
+        "loss": loss,
+        "metrics": metrics,
+        "augment": augment,
+        "mesh": mesh,
+    } | options
+    from_host = source.arrays is None
     compiled = compile_training(
-        model,
-        source.example,
-        source.batch_size,
-        optimizer=optimizer,
-        loss=loss,
-        metrics=metrics,
-        augment=augment,
-        mesh=mesh,
-        num_seeds=num_seeds,
-        from_host=source.arrays is None,
-        **options,
+        model, source.example, source.batch_size, num_seeds=num_seeds, from_host=from_host, **what
     )
     return train_compiled(compiled, source, epochs, seed, num_seeds, callbacks, workdir)
 
@@ -223,9 +219,6 @@ def compile_training(
       from_host: whether batches come from an iterable.
       **options: the fields of `FitOptions`.
     """
-    known = [field.name for field in dataclasses.fields(FitOptions)]
-    if unknown := set(options) - set(known):
-        raise TypeError(f"fit() has no argument {min(unknown)!r}; further ones are {', '.join(known)}")
     chosen, goal, adapted = FitOptions(**options), _goal(loss, metrics), as_model(model)
     _check_at_least(1, num_seeds=num_seeds, micro_batches=chosen.micro_batches)
     if batch_size % chosen.micro_batches:

@@ -1,4 +1,4 @@
-"""What `fit` gives back: the trained model and its history."""
+"""What `fit` gives back: the trained model, and its history as a table and a figure."""
 
 from functools import partial
 from pathlib import Path
@@ -10,17 +10,103 @@ import numpy as np
 from pspinal_jax.distributed import is_primary, whole
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
-from pspinal_jax.training.arrays import count_examples, to_numpy
 from pspinal_jax.training.examples import ResidentSplit
-from pspinal_jax.training.history import History
 from pspinal_jax.training.models import Model
-from pspinal_jax.training.programs import Programs, padded_split
-from pspinal_jax.training.seed_states import SeedStates
-from pspinal_jax.training.sources import to_batch
+from pspinal_jax.training.programs import Programs, SeedStates, padded_split
+from pspinal_jax.training.sources import count_examples, to_batch, to_numpy
 from pspinal_jax.training.step import count_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+from html import escape
+
+_SPLITS = ("train", "validation", "test")
+_MAX_POINTS = 1000
+"""Of a curve: more of them lie within a line's width and make the drawing large."""
+
+
+class History(list[dict[str, Any]]):
+    """A dict for each epoch: stage, epoch, step, train_loss, validation_loss, .., seconds; lists by seed for K seeds.
+
+    In a notebook it shows itself as a table.
+    """
+
+    def to_pandas(self) -> Any:
+        """As a pandas.DataFrame with a row for each epoch."""
+        from pandas import DataFrame
+
+        return DataFrame(list(self))
+
+    def plot(self) -> "Figure":
+        """Loss and metrics by epoch as a matplotlib Figure; of K seeds their mean and range."""
+        from matplotlib.figure import Figure
+
+        names = self._metrics()
+        figure = Figure(figsize=(5 * max(1, len(names)), 4), layout="constrained")
+        self.draw(figure, names)
+        return figure
+
+    def draw(self, figure: "Figure", names: list[str]) -> None:
+        """Draw the metrics `names` into `figure`, one beside the other."""
+        epochs = self._epochs()
+        shown = np.unique(np.linspace(0, max(0, len(self) - 1), _MAX_POINTS).round().astype(int))[: len(self)]
+        for axis, name in zip(np.ravel(figure.subplots(1, max(1, len(names)))), names, strict=False):
+            percent = name.endswith("accuracy")
+            for split in _SPLITS:
+                here = [index for index in shown if f"{split}_{name}" in self[index]]
+                if not here:
+                    continue
+                values = np.array([np.atleast_1d(self[index][f"{split}_{name}"]) for index in here], float)
+                values *= 100 if percent else 1
+                axis.plot(epochs[here], values.mean(1), marker=".", label=split)
+                if values.shape[1] > 1:
+                    axis.fill_between(epochs[here], values.min(1), values.max(1), alpha=0.2)
+            axis.set_xlabel("epoch")
+            axis.set_ylabel(f"{name} (%)" if percent else name)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend()
+
+    def summary(self) -> str:
+        """The last epoch on one line."""
+        if not self:
+            return "no epochs"
+        means = ", ".join(f"{name} {_shown(value)}" for name, value in self[-1].items() if _is_mean(name))
+        return f"{len(self)} epochs: {means}"
+
+    def _repr_html_(self) -> str:
+        names = [name for name in dict.fromkeys(name for line in self for name in line) if _is_mean(name)]
+        names = [*(["stage"] if len({line["stage"] for line in self}) > 1 else []), "epoch", *names]
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{escape(_shown(line.get(name)))}</td>' for name in names)}</tr>" for line in self
+        )
+        head = "".join(f"<th>{escape(name)}</th>" for name in names)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def _metrics(self) -> list[str]:
+        found = {name.split("_", 1)[1]: None for line in self for name in line if _is_mean(name)}
+        return list(found)
+
+    def _epochs(self) -> np.ndarray:
+        """The epoch of each line, counted on from stage to stage."""
+        numbers, before = [], 0
+        for stage in dict.fromkeys(line["stage"] for line in self):
+            here = [line["epoch"] for line in self if line["stage"] == stage]
+            numbers += [before + epoch for epoch in here]
+            before += max(here)
+        return np.array(numbers)
+
+
+def _is_mean(name: str) -> bool:
+    return name.startswith(tuple(f"{split}_" for split in _SPLITS))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        values = np.array(value, float)
+        return f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 class Fit:

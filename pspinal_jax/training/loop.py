@@ -1,7 +1,13 @@
 """The training loop: stages, epochs, chunks, evaluation, selection, checkpoints.
 
-A loss, gradient or running statistic that is not finite stops it, and what is needed to see that step again is written
-down.
+Batches come from `Setup.examples`: its `chunks` gives an epoch's steps, some seconds of them at a time, as numbers of
+examples that lie on the devices or as batches that the host brings, the next one while the last one computes.
+
+After each chunk the loop looks at signals and at the clock. After SIGINT or SIGTERM it saves a checkpoint and raises
+`Stopped`; the next start goes on there, bit for bit.
+
+A loss, gradient or running statistic that is not finite raises RunError before anything is saved, and what is needed to
+see that step again is written down; with `on_nonfinite="skip"` the step itself leaves the state as it was.
 """
 
 import contextlib
@@ -20,12 +26,20 @@ from pspinal_jax.errors import RunError
 from pspinal_jax.progress import StepProgress
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.training.examples import EvaluatedSplit, Examples
-from pspinal_jax.training.history import balanced_accuracy, epoch_line, metric_name, per_seed, training_means
-from pspinal_jax.training.programs import Programs, make_order
-from pspinal_jax.training.seed_states import SeedStates
+from pspinal_jax.training.programs import Programs, SeedStates, make_order
 from pspinal_jax.training.sharding import shardings
 from pspinal_jax.training.signals import Stopped, StopRequest
-from pspinal_jax.training.stages import LoopConfig, TrainingProgress, TrainingStage, improves
+from pspinal_jax.training.stages import (
+    LoopConfig,
+    TrainingProgress,
+    TrainingStage,
+    balanced_accuracy,
+    epoch_line,
+    improves,
+    metric_name,
+    per_seed,
+    training_means,
+)
 
 Callback = Callable[[int, Any, dict[str, Any]], object]
 """(finished epochs of the stage, the state of all seeds, metrics by name) -> whether to end the training there."""

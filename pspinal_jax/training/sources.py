@@ -1,6 +1,7 @@
-"""Where the batches of `fit` come from: arrays, on the devices or on the host, or an iterable of batches."""
+"""Where the batches of `fit` come from: arrays of any library, on the devices or on the host, or an iterable."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from typing import Any
@@ -9,12 +10,10 @@ import jax
 import numpy as np
 
 from pspinal_jax.data.dataset import hold_out
-from pspinal_jax.errors import UsageError
-from pspinal_jax.training.arrays import checksum, count_examples, to_numpy
+from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.training.examples import ChunkSteps, EvaluatedSplit, Examples, ResidentExamples, ResidentSplit
 from pspinal_jax.training.loop import Setup
-from pspinal_jax.training.programs import Programs
-from pspinal_jax.training.seed_states import Chunk, SeedStates
+from pspinal_jax.training.programs import Chunk, Programs, SeedStates
 from pspinal_jax.training.stages import LoopConfig, TrainingStage, make_stage
 from pspinal_jax.training.step import count_rows
 
@@ -188,3 +187,56 @@ class BatchedExamples:
         if all(batch is batches[0] for batch in batches):
             return [self._programs.shard_batch(batches[0])] * len(batches)
         return [self._programs.shard_batch(batch) for batch in batches]
+
+
+def to_numpy(tree: Any, name: str) -> Any:
+    """`tree` with a NumPy array of a type that JAX computes with for each of its leaves.
+
+    Args:
+      tree: an array or a frame (NumPy, JAX, PyTorch, pandas, polars), a list of numbers, or a tuple or dict of such.
+      name: what it is called in errors.
+
+    Raises:
+      DataError: if a leaf does not hold numbers.
+    """
+    return jax.tree.map(lambda leaf: _array(leaf, name), tree, is_leaf=_is_array)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, list) or hasattr(value, "to_numpy") or hasattr(value, "detach")
+
+
+def _array(leaf: Any, name: str) -> np.ndarray:
+    if hasattr(leaf, "detach"):
+        leaf = leaf.detach().cpu().numpy()
+    elif hasattr(leaf, "to_numpy"):
+        leaf = leaf.to_numpy()
+    if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+        raise DataError(f"{name} holds {int(leaf.mask.sum())} masked values; fill them in or leave their examples out")
+    array = np.asarray(leaf)
+    if array.dtype.kind not in "biufc" and array.dtype != jax.numpy.bfloat16:
+        raise DataError(f"{name} is of type {array.dtype}, expected numbers; turn text into numbers first")
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+
+
+def count_examples(tree: Any, name: str) -> int:
+    """The length of the first axis of all arrays in `tree`.
+
+    Raises:
+      DataError: if there is none, or they differ.
+    """
+    leaves = jax.tree.leaves(tree)
+    lengths = {len(leaf) if leaf.ndim else -1 for leaf in leaves}
+    if len(lengths) != 1 or -1 in lengths:
+        shapes = ", ".join(str(leaf.shape) for leaf in leaves) or "none"
+        raise DataError(f"{name} has arrays of shapes {shapes}, expected one first axis, of examples, for all")
+    return lengths.pop()
+
+
+def checksum(tree: Any) -> str:
+    """A checksum of all arrays in `tree`, with their shapes and dtypes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from pspinal_jax import pictures
 from pspinal_jax.runs import metrics
-from pspinal_jax.training import history
+from pspinal_jax.training import stages
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_an_epochs_line_has_means_over_its_examples_and_rounded_times(seeds):
     progress = SimpleNamespace(epoch=3, seconds=2.123456)
     totals = {"count": [8, 4], "loss": [4.0, 6.0], "correct": [6, 1]}
     totals = {name: values[:seeds] for name, values in totals.items()}
-    found = history.epoch_line(
+    found = stages.epoch_line(
         stage,
         progress,
         totals,
@@ -54,14 +54,14 @@ def test_an_epoch_of_which_every_step_was_left_out_divides_by_nothing():
     stage = SimpleNamespace(name="train", steps_per_epoch=7, evaluates=None)
     totals = {"count": [0], "loss": [0.0], "correct": [0]}
     progress = SimpleNamespace(epoch=1, seconds=1.0)
-    found = history.epoch_line(stage, progress, totals, {}, learning_rates=[0.1], compile_seconds=0.0)
+    found = stages.epoch_line(stage, progress, totals, {}, learning_rates=[0.1], compile_seconds=0.0)
     assert (found["train_loss"], found["train_accuracy"]) == (0.0, 0.0)
 
 
 def test_scores_of_seeds():
     predictions = np.array([[0, 0, 1, 2], [1, 1, 1, 1]])
     labels = np.array([0, 0, 1, 1])  # and none of class 2
-    assert history.balanced_accuracy(predictions, labels) == [0.75, 0.5]
+    assert stages.balanced_accuracy(predictions, labels) == [0.75, 0.5]
     assert metrics.summary([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(np.sqrt(2)), "each": [1.0, 3.0]}
     assert metrics.summary([1.0]) == {"mean": 1.0, "std": None, "each": [1.0]}
 

@@ -27,7 +27,7 @@ from pspinal_jax.runs.predict import _read, load_predictor
 from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
-from pspinal_jax.training.seed_states import SeedStates
+from pspinal_jax.training.programs import SeedStates
 from pspinal_jax.weights import read_variables, resnet_state_dict, save_variables
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")

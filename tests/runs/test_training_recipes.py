@@ -18,8 +18,8 @@ from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
 from pspinal_jax.training.examples import ResidentExamples
-from pspinal_jax.training.history import balanced_accuracy
-from pspinal_jax.training.seed_states import SeedStates
+from pspinal_jax.training.programs import SeedStates
+from pspinal_jax.training.stages import balanced_accuracy
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,9 @@ from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.layers import norm
 from pspinal_jax.models import Classifier
 from pspinal_jax.training import keys
-from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.state import Totals
-from pspinal_jax.training.step import cross_entropy
+from pspinal_jax.training.step import EpochPlan, cross_entropy
 
 BATCH, STEPS, RATE, DEVICES = 16, 5, 0.1, 4
 

@@ -316,7 +316,7 @@ def test_fit_stops_where_the_loss_is_not_finite(tmp_path):
         (UsageError, "select is 'loss'", {"select": "loss"}),
         (UsageError, "micro_batches is 3", {"micro_batches": 3}),
         (UsageError, "frozen names 'nobody'", {"frozen": ("nobody",)}),
-        (TypeError, "no argument 'epoch'", {"epoch": 3}),
+        (TypeError, "unexpected keyword argument 'epoch'", {"epoch": 3}),
     ],
 )
 def test_fit_refuses_in_one_line(error, text, change):

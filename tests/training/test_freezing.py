@@ -10,12 +10,10 @@ from steps_support import make_programs
 
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models import Classifier
-from pspinal_jax.training.chunk import EpochPlan
-from pspinal_jax.training.layouts import head_layouts
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.programs import make_order
-from pspinal_jax.training.state import Totals, TrainState
-from pspinal_jax.training.step import TrainStep
+from pspinal_jax.training.state import Totals, TrainState, head_layouts
+from pspinal_jax.training.step import EpochPlan, TrainStep
 
 RNG = np.random.default_rng(0)
 INPUTS = RNG.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)

@@ -9,9 +9,8 @@ import pytest
 from pspinal_jax.models import build_model
 from pspinal_jax.recipes import DataConfig, ModelConfig, Recipe
 from pspinal_jax.recipes.schema import Card
-from pspinal_jax.training.layouts import as_trees, commutes, convert_state, head_layouts
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.state import TrainState
+from pspinal_jax.training.state import TrainState, as_trees, commutes, convert_state, head_layouts
 
 
 def state_of(optimizer, head="progressive"):

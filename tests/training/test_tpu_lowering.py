@@ -9,7 +9,7 @@ from pspinal_jax.environment import CONVOLUTIONS_SWITCH
 from pspinal_jax.models import build_model, with_default_preprocessing
 from pspinal_jax.recipes import list_recipes, load_recipe
 from pspinal_jax.runs.build import build_run_programs
-from pspinal_jax.training.chunk import EpochPlan
+from pspinal_jax.training.step import EpochPlan
 
 NUM_EXAMPLES, NUM_CLASSES = 1000, 10
 FAST = ("mnist",)

@@ -14,11 +14,10 @@ from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models import Classifier
 from pspinal_jax.runs.build import balanced_weights
 from pspinal_jax.training import keys
-from pspinal_jax.training.chunk import EpochPlan
-from pspinal_jax.training.layouts import head_layouts
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
 from pspinal_jax.training.programs import make_order
-from pspinal_jax.training.step import target_losses
+from pspinal_jax.training.state import head_layouts
+from pspinal_jax.training.step import EpochPlan, target_losses
 
 RNG = np.random.default_rng(0)
 INPUTS = RNG.normal(size=(48, 6)).astype(np.float32)

@@ -19,10 +19,10 @@ from pspinal_jax.backbones import resnet, vgg5
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models import Classifier
 from pspinal_jax.training import sharding
-from pspinal_jax.training.chunk import EpochPlan
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.sharding import AXES
 from pspinal_jax.training.state import Totals
+from pspinal_jax.training.step import EpochPlan
 
 BATCH, EXAMPLES, STEPS = 16, 48, 20
 SHAPES = {"fc": (10,), "vgg5": (28, 28, 1), "resnet": (32, 32, 3)}
