@@ -1,13 +1,11 @@
 """The command line's entry: finds the command, and turns errors into one line and an exit status."""
 
-import codecs
 import contextlib
 import difflib
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -91,11 +89,11 @@ def _usage() -> str:
 
 @contextlib.contextmanager
 def _standard_streams() -> Iterator[None]:
-    """In a `with`, no stream of the process can end a command in the middle: neither what it is nor what it takes.
+    """In a `with`, no standard stream can end a command in the middle.
 
-    What standard error does not take is dropped; what standard output does not take is an OSError. Letters that the
-    terminal lacks are written as escapes. Where the process was started without them, they lead nowhere: the next
-    file that is opened, a checkpoint say, would otherwise get what native code prints.
+    Text that standard error cannot write is dropped, and standard output then raises OSError. Letters that the terminal
+    lacks are written as escapes. Streams that the process was started without lead nowhere: otherwise the next file to
+    be opened, a checkpoint for example, would get the output of native code.
     """
     for number in range(3):
         try:
@@ -105,7 +103,7 @@ def _standard_streams() -> Iterator[None]:
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="pspinal_jax")
+        sys.stdout.reconfigure(errors="backslashreplace")
     error_stream, sys.stderr = sys.stderr, Unfailing(sys.stderr)
     try:
         yield
@@ -116,7 +114,7 @@ def _standard_streams() -> Iterator[None]:
 
 
 def _leave(stream: Any) -> None:
-    """Flush `stream`; what it does not take leads nowhere, as Python would end with status 120."""
+    """Flush `stream`; a stream that fails is sent nowhere, as Python would end with status 120."""
     try:
         if stream is not None:
             stream.flush()
@@ -125,35 +123,16 @@ def _leave(stream: Any) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
-    """For `codecs.register_error`: what stands for letters that an encoding lacks."""
-    assert isinstance(error, UnicodeEncodeError)
-    if error.object[error.start] == "±":
-        return "+-", error.start + 1
-    error.end = error.start + 1
-    return codecs.backslashreplace_errors(error)
-
-
-codecs.register_error("pspinal_jax", _spell)
-
-
 def command_line() -> NoReturn:
-    """The process's whole life: `main`, then the end within `SECONDS_TO_END`, whatever still holds on to something."""
+    """Run `main` and exit within `SECONDS_TO_END`: threads of libraries may wait at the end for what never comes."""
     status = main()
-    threading.Thread(target=_end, args=(status,), daemon=True).start()
+    timer = threading.Timer(SECONDS_TO_END, os._exit, [status])
+    timer.daemon = True
+    timer.start()
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(2 * SECONDS_TO_END)  # for a thread of another language that does not let Python go on
     sys.exit(status)
-
-
-def _end(status: int) -> None:
-    """Leave with `status` after a while: threads of libraries may wait at the end for what never comes."""
-    time.sleep(SECONDS_TO_END)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

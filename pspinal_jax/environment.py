@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -145,14 +146,11 @@ def device() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's model name, as far as the system tells, with the number of its cores given to us."""
+    """The processor's model name, as far as the system tells it, with the number of its cores."""
     name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        name = models[0] if models else name
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = found[1].strip() if found else name
     return f"{name}, {os.cpu_count()} cores"
 
 
@@ -176,14 +174,14 @@ def enable_compilation_cache() -> Path | None:
     folder = Path(configured) if configured else base if os.environ.get(CACHE_SWITCH) else base / "xla"
     try:
         str(folder).encode()
-    except UnicodeEncodeError:  # XLA takes UTF-8 alone, and fails on other bytes
-        jax.config.update("jax_compilation_cache_dir", None)
-        return None
-    if configured:
-        return folder
-    try:
+        if configured:
+            return folder
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written is no reason not to train
+    except (
+        UnicodeEncodeError,
+        OSError,
+    ):  # XLA takes UTF-8 alone; a home that cannot be written must not end a training
+        jax.config.update("jax_compilation_cache_dir", None)
         return None
     _drop_cut_off_entry(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -201,10 +199,11 @@ def _drop_cut_off_entry(folder: Path) -> None:
     """
     with contextlib.suppress(OSError):  # other processes write and delete there too
         newest = max(folder.glob("*-cache"), key=lambda path: path.stat().st_mtime_ns, default=None)
-        content = b"" if newest is None else newest.read_bytes()
-        if newest is None or (content and not content.startswith(b"\x78")):
+        if newest is None:
             return
+        content = newest.read_bytes()
         try:
-            zlib.decompress(content)
+            if not content or content.startswith(b"\x78"):
+                zlib.decompress(content)
         except zlib.error:
             newest.unlink()

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, held by one process at a time, under any name; and where caches lie."""
+"""Atomic writes, file locks and cache paths."""
 
 import contextlib
 import csv
@@ -21,11 +21,11 @@ from pspinal_jax.progress import say
 CACHE_SWITCH = "PSPINAL_JAX_CACHE"
 """Environment variable: a folder for all caches, or 'off'."""
 
-MOST_JSON_BYTES = 2**26
-"""That a JSON file of ours may have."""
+MAX_JSON_BYTES = 2**26
+"""Size limit of the JSON files that are read back."""
 
-_LONGEST_NAME = 200
-"""Bytes of a file's name that the name of its part has."""
+_MAX_NAME_BYTES = 200
+"""Bytes of a file's name that its temporary file's name keeps."""
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
       OSError: if it cannot be written; what was at `path` stays.
     """
-    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])  # a name may be as long as a file system takes
+    name = os.fsdecode(os.fsencode(path.name)[:_MAX_NAME_BYTES])  # a name may be as long as a file system takes
     part = path.with_name(f"{name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield part
@@ -97,15 +97,15 @@ def _cell(value: object) -> object:
 
 
 def check_target(path: Path, name: str, *inside: str) -> None:
-    """Return if the file `path` can be written, as far as that can be known before; nothing is left behind.
+    """Check that the file `path` can be written, as far as that can be known before; nothing is left behind.
 
     Args:
-      path: the file, in a folder that is there.
-      name: what to call it in a message.
-      *inside: the files that shall be written in the folder `path`, which may have to be made, in place of `path`.
+      path: the file, in an existing folder.
+      name: the path's name in a message.
+      *inside: files to be written in the folder `path`, which may have to be made, in place of `path`.
 
     Raises:
-      UsageError: if something else than a file is there, or no folder to write it in.
+      UsageError: if something else than a file is in its place, or its folder does not exist.
       RunError: if it cannot be written.
     """
     files = [path.absolute() / file for file in inside] or [path.absolute()]
@@ -113,15 +113,10 @@ def check_target(path: Path, name: str, *inside: str) -> None:
     while inside and not os.path.lexists(folder):
         folder = folder.parent
     if not inside and not folder.is_dir():
-        raise UsageError(f"{name} is {path}, but {path.parent} is no folder")
-    try:
-        for file in files:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                require_file(file)
-    except OSError as error:
-        raise UsageError(
-            f"{name} is {path}, but nothing can be written to {error.filename}: {error.strerror}"
-        ) from error
+        raise UsageError(f"{name} is {path}, but {path.parent} is not a folder")
+    for file in files:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UsageError(f"{name} is {path}, but {file} is not a file")
     try:
         with tempfile.TemporaryDirectory(suffix=".part", dir=folder) as probe:
             for file in files:
@@ -132,27 +127,26 @@ def check_target(path: Path, name: str, *inside: str) -> None:
         raise RunError(f"{name} {path} cannot be written: {error.strerror or error}; choose another") from error
 
 
-def require_file(path: Path, most_bytes: int | None = None) -> None:
-    """Return if `path` is a regular file, or a link to one: to open a pipe may wait for ever, and a device may not end.
+def require_file(path: Path, max_bytes: int | None = None) -> None:
+    """Check that `path` is a regular file, or a link to one: opening a pipe may never return, and a device may not end.
 
     Raises:
-      OSError: if it is something else, has more than `most_bytes`, or is not there.
+      OSError: if it is something else, has more than `max_bytes`, or does not exist.
     """
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
-        kind = "a named pipe" if stat.S_ISFIFO(status.st_mode) else "a socket or a device"
-        raise OSError(errno.EINVAL, f"it is {kind}, expected a file", str(path))
-    if most_bytes is not None and status.st_size > most_bytes:
-        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, expected at most {most_bytes}", str(path))
+        raise OSError(errno.EINVAL, "it is a named pipe, a socket or a device, expected a file", str(path))
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, expected at most {max_bytes}", str(path))
 
 
-def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """What the file `path` holds; raises as `require_file`, before it is opened."""
-    require_file(path, most_bytes)
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The content of the file `path`; raises as `require_file`, before it is opened."""
+    require_file(path, max_bytes)
     with path.open("rb") as file:
-        return file.read(most_bytes)  # it may grow meanwhile
+        return file.read(max_bytes)  # it may grow meanwhile
 
 
 @contextlib.contextmanager
@@ -161,7 +155,7 @@ def locked(folder: Path, waiting_for: str) -> Iterator[bool]:
 
     Args:
       folder: what to hold.
-      waiting_for: said on standard error when another process holds it.
+      waiting_for: printed on standard error when another process holds it.
 
     Yields:
       Whether the lock is held: not every file system has locks.
@@ -169,23 +163,14 @@ def locked(folder: Path, waiting_for: str) -> Iterator[bool]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        yield _lock(handle, waiting_for)
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, waiting_for: str) -> bool:
-    try:
-        import fcntl
-
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = _lock(handle)
         except BlockingIOError:
             say(f"waiting for another process that is {waiting_for}")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        return False
-    return True
+            lock = _lock(handle, wait=True)
+        yield lock
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -200,21 +185,29 @@ def held(path: Path) -> Iterator[str | None]:
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks no file that is open for reading alone
     try:
-        other = None
         try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            other = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-        except (ImportError, OSError):
-            pass
-        if other is None:
+            _lock(handle)
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            other = None
+        except BlockingIOError:
+            other = os.read(handle, 200).decode(errors="replace").strip() or "another process"
         yield other
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, wait: bool = False) -> bool:
+    """Lock a file, and return whether the file system has locks; BlockingIOError where another process has it."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise BlockingIOError(errno.EAGAIN, "another process has the lock") from error
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 _PLAIN_PATH = re.compile(r"[\w ./,+=@%~-]*")
@@ -224,8 +217,8 @@ _PLAIN_PATH = re.compile(r"[\w ./,+=@%~-]*")
 def plain_path(path: Path) -> Iterator[Path]:
     """`path`, whose folder exists, under a name that Orbax and TensorStore take within the `with`.
 
-    They read `*`, `?` and `[` in any part of a path as patterns, and take no bytes that are not UTF-8. Linux names the
-    folder by a number; elsewhere the path stays as it is.
+    They read `*`, `?` and `[` in any part of a path as patterns, and reject bytes that are not UTF-8. On Linux a
+    folder has a number for a name too; elsewhere the path stays as it is.
     """
     path = path.absolute()
     if _PLAIN_PATH.fullmatch(str(path)) or not Path("/proc/self/fd").is_dir():
@@ -245,7 +238,7 @@ def expanded(path: str | Path) -> Path:
       UsageError: if there is no home, or no file can have that name.
     """
     if "\0" in str(path):
-        raise UsageError(f"{str(path)!r} holds a NUL character, which no file's name can")
+        raise UsageError(f"{str(path)!r} holds a NUL character, which no file name can have")
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -253,14 +246,14 @@ def expanded(path: str | Path) -> Path:
 
 
 def shipped(folder: str) -> Path:
-    """What the package ships as `folder`: inside an installed package, beside it in a checkout."""
+    """The folder that ships with the package: inside an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parent
     inside = package / folder
     return inside if inside.is_dir() else package.parent / folder
 
 
 def cache_folder() -> Path | None:
-    """The folder of this package's caches, which need not exist; None where there is to be none.
+    """The folder of this package's caches, which need not exist; None where caching is off.
 
     $PSPINAL_JAX_CACHE, or else $XDG_CACHE_HOME/pspinal_jax, or else ~/.cache/pspinal_jax; none with
     PSPINAL_JAX_CACHE=off, or for a user without a home.

@@ -13,7 +13,7 @@ import numpy as np
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import (
-    MOST_JSON_BYTES,
+    MAX_JSON_BYTES,
     check_target,
     differences,
     held,
@@ -131,7 +131,7 @@ class TrialLog:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a work directory; RunError if it holds something else."""
     try:
-        found = json.loads(read_bytes(path, MOST_JSON_BYTES))
+        found = json.loads(read_bytes(path, MAX_JSON_BYTES))
         return dict(found.items())
     except (ValueError, RecursionError, AttributeError) as error:
         raise RunError(f"{path} is damaged: {error}; choose another --workdir") from error

@@ -22,7 +22,7 @@ from pspinal_jax.data.dataset import ArraySplit, Dataset, check_labels, digest_b
 from pspinal_jax.data.images import Encoded, ImageSplit
 from pspinal_jax.data.tables import Classes, make_dataset
 from pspinal_jax.errors import DataError
-from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, expanded, read_bytes, require_file
+from pspinal_jax.files import MAX_JSON_BYTES, atomic_file, expanded, read_bytes, require_file
 
 FEATURE_CLASSES = frozenset(
     f"tensorflow_datasets.core.features.{name}"
@@ -80,7 +80,7 @@ def find_prepared(data_dir: Path, name: str) -> Path | None:
 
 def _is_array_record(directory: Path) -> bool:
     try:
-        info = json.loads(read_bytes(directory / "dataset_info.json", MOST_JSON_BYTES))
+        info = json.loads(read_bytes(directory / "dataset_info.json", MAX_JSON_BYTES))
     except (OSError, ValueError):
         return False
     return isinstance(info, dict) and info.get("fileFormat") == "array_record"
@@ -174,7 +174,7 @@ def _check_trust(directory: Path) -> None:
     try:
         for path in sorted(directory.iterdir()):
             if not path.is_dir():
-                require_file(path, MOST_JSON_BYTES if path.suffix == ".json" else None)
+                require_file(path, MAX_JSON_BYTES if path.suffix == ".json" else None)
         path = directory / "features.json"
         if path.exists():
             json.loads(path.read_bytes(), object_hook=check)

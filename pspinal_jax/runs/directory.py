@@ -25,7 +25,7 @@ from pspinal_jax.checkpoints.checksum import file_checksum, json_checksum
 from pspinal_jax.data.dataset import first_names
 from pspinal_jax.distributed import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError, printable
-from pspinal_jax.files import MOST_JSON_BYTES, atomic_file, differences, json_text, read_bytes
+from pspinal_jax.files import MAX_JSON_BYTES, atomic_file, differences, json_text, read_bytes
 from pspinal_jax.recipes.rules import BEFORE, default_settings
 from pspinal_jax.recipes.schema import OWN, DataConfig, Recipe
 from pspinal_jax.recipes.typed import typed
@@ -134,7 +134,7 @@ def read_checked(
       RunError: if it cannot be read or is damaged.
     """
     try:
-        value = json.loads(read_bytes(path, MOST_JSON_BYTES).decode())
+        value = json.loads(read_bytes(path, MAX_JSON_BYTES).decode())
         typed("it", value, schema)
         checksum = value.pop("checksum", None)
         if checksum not in (None, json_checksum(value if covers is None else value[covers])):

@@ -23,7 +23,7 @@ import numpy as np
 
 from pspinal_jax.distributed import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
-from pspinal_jax.progress import StepProgress
+from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.training.examples import EvaluatedSplit, Examples
 from pspinal_jax.training.programs import Programs, SeedStates, make_order
@@ -213,7 +213,8 @@ class Trainer:
         self._plan_epoch(order)
         self._warm_up()
         total = None if stage.steps_per_epoch is None else epochs * stage.steps_per_epoch
-        with StepProgress(total, progress.steps_in(stage), stage.name, is_primary() and config.shows_progress) as bar:
+        shown, initial = is_primary() and config.shows_progress, progress.steps_in(stage)
+        with progress_bar(total, stage.name, "step", shown, initial=initial, unit_scale=False) as bar:
             while True:
                 self._run_epoch(bar)
                 self._finish_epoch(epochs, bar)
@@ -243,7 +244,7 @@ class Trainer:
         self.stop_if_asked()
         self._compile_seconds = time.perf_counter() - start
 
-    def _run_epoch(self, bar: StepProgress) -> None:
+    def _run_epoch(self, bar: Any) -> None:
         stage, progress = self.stage, self.progress
         if progress.step == 0:
             self.seed_states.set_totals(None)
@@ -259,7 +260,8 @@ class Trainer:
                 progress.step += steps
                 progress.serial += steps
                 self._check_finite()
-                bar.advance(steps, **self._shown())
+                bar.set_postfix(self._shown(), refresh=False)
+                bar.update(steps)
                 if stage.steps_per_epoch is None or progress.step < stage.steps_per_epoch:
                     if self._callbacks:
                         self._call_back(self._running())
@@ -299,7 +301,7 @@ class Trainer:
             shown[str(self.stage.evaluates)] = f"{np.mean(self.progress.last_accuracy):.4f}"
         return shown
 
-    def _finish_epoch(self, epochs: int, bar: StepProgress) -> None:
+    def _finish_epoch(self, epochs: int, bar: Any) -> None:
         """Evaluate, select, and write the epoch's line."""
         stage, progress = self.stage, self.progress
         totals = self.seed_states.totals()
@@ -322,7 +324,8 @@ class Trainer:
         if self.setup.examples.waited:
             line["input_seconds"] = round(self.setup.examples.waited, 4)
         self._log.append(line)
-        bar.advance(0, **self._shown())
+        bar.set_postfix(self._shown(), refresh=False)
+        bar.update(0)
         self._call_back(line)
         progress.total_seconds += progress.seconds + time.perf_counter() - start
         progress.lines += 1

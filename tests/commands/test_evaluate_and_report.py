@@ -161,7 +161,7 @@ def test_predict_fails_only_where_nothing_could_be_read(place, tmp_path, capsys,
     assert "standard input lists no image" in said(capsys, "predict", place / "run", "-", status=2).err
     good = place / "pictures" / "dark" / "01.png"
     refused = said(capsys, "predict", place / "run", good, "--csv", tmp_path / "no" / "out.csv", status=2).err
-    assert "is no folder" in refused
+    assert "is not a folder" in refused
 
 
 def test_many_images_are_one_program_and_the_same_whatever_the_batch(place, monkeypatch):
@@ -239,7 +239,8 @@ def test_runs_stand_side_by_side_and_one_without_its_data_is_shown_all_the_same(
     page = (tmp_path / "two.html").read_text()
     assert "Side by side" in page and page.count("<section>") == 3 and "Learning curves" in page
     assert "report takes at least one run directory" in said(capsys, "report", status=2).err
-    assert "is no folder" in said(capsys, "report", place / "run", "--output", tmp_path / "a" / "b.html", status=2).err
+    refused = said(capsys, "report", place / "run", "--output", tmp_path / "a" / "b.html", status=2).err
+    assert "is not a folder" in refused
 
 
 MARKUP = "</table></title><form action=https://example.org><input name=password></form>"

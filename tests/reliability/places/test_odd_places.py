@@ -73,7 +73,7 @@ def test_two_seeds_on_a_terminal_that_knows_ascii_only(npz_path, tmp_path, monke
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
     assert main(command(npz_path, tmp_path / "run-é", seeds=2)) == 0
     text = printed.getvalue().decode("ascii")
-    assert " +- " in text and "(std of 2 seeds)" in text and r"run-\xe9" in text
+    assert r" \xb1 " in text and "(std of 2 seeds)" in text and r"run-\xe9" in text
 
 
 def run_python(code, redirections=""):

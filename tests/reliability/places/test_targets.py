@@ -39,10 +39,10 @@ def test_a_file_that_can_be_written_passes(place, name):
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
-        ("folder", UsageError, "--csv is .*folder, but nothing can be written to .*folder: Is a directory"),
-        ("pipe", UsageError, "it is a named pipe, expected a file"),
-        ("file/new", UsageError, "file is no folder"),
-        ("nowhere/new", UsageError, "nowhere is no folder"),
+        ("folder", UsageError, "--csv is .*folder, but .*folder is not a file"),
+        ("pipe", UsageError, "pipe is not a file"),
+        ("file/new", UsageError, "file is not a folder"),
+        ("nowhere/new", UsageError, "nowhere is not a folder"),
         ("x" * 256, PSpinalError, "File name too long"),
         ("/proc/new", RunError, "--csv /proc/new cannot be written"),
     ],
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(place, name):
 
 def test_a_folder_in_the_place_of_a_result_is_noticed(place):
     (place / "folder" / "result.json").mkdir()
-    with pytest.raises(UsageError, match=r"result\.json: Is a directory"):
+    with pytest.raises(UsageError, match=r"result\.json is not a file"):
         check_target(place / "folder", "work directory", "result.json")
 
 
