@@ -144,7 +144,7 @@ CHANGES = [
     ("grey", {}, ("retrain", True), EFFECT),
     ("grey", PAPER, ("retrain", True), "False with protocol=paper"),
     ("grey", {"data.num_validation": 0}, ("retrain", True), "expected False where nothing is held out"),
-    ("folder", {"data.validation_fraction": 0.0}, ("retrain", True), "with --data.validation-fraction"),
+    ("folder", {"data.validation_fraction": 0.0}, ("retrain", True), "with data.validation_fraction"),
     ("grey", {}, ("mesh", MeshConfig(model=64)), "mesh.model is 64|the number of devices"),
 ]
 
