@@ -166,7 +166,7 @@ OPENING = re.compile(r"digits: .* examples: | {2}(class|\d) |input 8 x 8|[\d,]+ 
 
 
 def is_said(line: str) -> bool:
-    """Whether a line of standard error is none of the progress bar's, nor of the run's opening."""
+    """Whether a line of standard error is none of the progress bar's, nor of the run's summary."""
     return bool(line.strip()) and "step/s" not in line and not OPENING.match(line)
 
 

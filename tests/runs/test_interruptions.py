@@ -49,7 +49,7 @@ def undisturbed(npz_path, tmp_path_factory):
 
 @pytest.fixture
 def run(npz_path, tmp_path, capsys):
-    """Runs the command; gives the exit status and what it said on standard error, opening and progress left out."""
+    """Runs the command; gives the exit status and what it said on standard error, summary and progress left out."""
 
     def run_command():
         capsys.readouterr()

@@ -44,7 +44,7 @@ def test_a_run_does_not_need_standard_error(npz_path, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("stream", [None, Failing(FULL)], ids=["closed", "full"])
-def test_nor_does_the_python_door(npz_path, tmp_path, monkeypatch, stream):
+def test_nor_does_the_python_api(npz_path, tmp_path, monkeypatch, stream):
     small = {"epochs": 1, "batch_size": 16, "eval_batch_size": 16, "model__layer_width": 6, "data__num_classes": 3}
     monkeypatch.setattr(sys, "stderr", stream)
     run = pspinal_jax.train("digits", data__path=npz_path, data__num_validation=24, workdir=tmp_path / "run", **small)

@@ -1,4 +1,4 @@
-"""The Python door: the same runs, answers and refusals as the command line's."""
+"""The Python API: the same runs, answers and refusals as the command line's."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ SETTINGS = {"data.num_classes": 3, "epochs": 1, "batch-size": 16, "eval_batch_si
 
 @pytest.fixture(scope="module")
 def run(npz_path, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("door") / "run"
+    workdir = tmp_path_factory.mktemp("api") / "run"
     return pspinal_jax.train("digits", data__path=str(npz_path), workdir=str(workdir), **SETTINGS)
 
 
@@ -191,7 +191,7 @@ def test_a_users_own_process_sees_nothing_of_orbax_and_keeps_its_log(run):
     assert done.stderr.strip() == "WARNING:absl:my own" and done.stdout.strip() == "[]"
 
 
-def test_the_door_costs_nothing_until_it_is_used():
+def test_the_api_costs_nothing_until_it_is_used():
     code = (
         "import sys, pspinal_jax; assert {'train', 'load_run', 'Run'} <= set(dir(pspinal_jax))\n"
         "print(sorted({'jax', 'numpy', 'PIL', 'orbax', 'tyro', 'matplotlib'} & set(sys.modules)))"
