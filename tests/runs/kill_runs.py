@@ -161,13 +161,13 @@ def kill_one(runs: Runs, name: str, aim: dict) -> dict | None:
     }
 
 
-OPENING = re.compile(r"digits: .* examples: | {2}(class|\d) |input 8 x 8|[\d,]+ parameters, |cpu \(")
-"""Every line with which a run tells what it is about to do."""
+SUMMARY = re.compile(r"digits: .* examples: | {2}(class|\d) |input 8 x 8|[\d,]+ parameters, |cpu \(")
+"""The lines that a run prints before it starts."""
 
 
 def is_said(line: str) -> bool:
     """Whether a line of standard error is none of the progress bar's, nor of the run's summary."""
-    return bool(line.strip()) and "step/s" not in line and not OPENING.match(line)
+    return bool(line.strip()) and "step/s" not in line and not SUMMARY.match(line)
 
 
 def plan(rng: random.Random, means: dict[str, float], start_up: float, training: float):
