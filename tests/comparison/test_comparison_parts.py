@@ -1,6 +1,8 @@
 """What a comparison is made of: trials drawn, one program for all, floors, intervals."""
 
 import dataclasses
+import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from comparison_support import make_features
 
-from pspinal_jax.comparison.report import bootstrap_means, interval_95
+from pspinal_jax.comparison.report import bootstrap_means, interval_95, summarize
 from pspinal_jax.comparison.search import (
     METRICS,
     NEIGHBOURS,
@@ -17,7 +19,7 @@ from pspinal_jax.comparison.search import (
     standardisation,
     vote,
 )
-from pspinal_jax.comparison.settings import CompareConfig, Hparams, draw_trial, training_seed
+from pspinal_jax.comparison.settings import CompareConfig, Hparams, _steps, draw_trial, training_seed
 from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head, train_head
 from pspinal_jax.layers.dropout import dropout_scale
 from pspinal_jax.training.step import cross_entropy
@@ -159,6 +161,48 @@ def test_a_training_that_blows_up_says_so():
     wild = tasks[0]._replace(hparams=tasks[0].hparams._replace(learning_rate=1e30))
     ((_, outcome, _),) = Trainer({"mlp": head}, SCHEDULE, 1, "loop").run([wild], examples)
     assert not outcome.finite
+
+
+def test_a_training_that_goes_well_says_so_with_the_loss_of_its_last_epoch():
+    head, _ = build_head("mlp", 6, 3, 8, 3, "published")
+    (task,), examples = make_tasks("mlp", 1)
+    losses = []
+    for epochs in (1, 2, 6):
+        schedule = dataclasses.replace(SCHEDULE, epochs=epochs)
+        ((_, outcome, _),) = Trainer({"mlp": head}, schedule, 1, "loop", workers=1).run([task], examples)
+        assert outcome.finite and np.isfinite(outcome.loss)
+        losses.append(float(outcome.loss))
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_workers_are_the_cores_or_as_many_as_asked():
+    cores = len(os.sched_getaffinity(0))
+    assert (
+        Trainer({}, SCHEDULE, 1).workers == cores and Trainer({}, SCHEDULE, 1, workers=cores + 3).workers == cores + 3
+    )
+
+
+def test_trials_step_along_each_range_by_a_power_of_one_number():
+    """Roberts's sequence: in each of d directions a power of 1 / g, where g ** (d + 1) = g + 1."""
+    steps = _steps()
+    np.testing.assert_allclose(steps[0] ** -(len(steps) + 1), 1 / steps[0] + 1)
+    np.testing.assert_allclose(steps, steps[0] ** np.arange(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "sentence"),
+    [
+        (0.02, [0.01, 0.03], r"Better than dense beyond the noise: mlp \(\+2.00, \+1.00 .. \+3.00\)\."),
+        (-0.02, [-0.03, -0.01], r"Worse than dense .*: mlp \(-2.00, -3.00 .. -1.00\)\. No head is better than dense"),
+        (0.01, [-0.01, 0.03], r"^No head is better than dense beyond the noise\. Best"),
+    ],
+)
+def test_the_summary_says_what_is_better_than_dense(mean, interval, sentence):
+    beyond = interval[0] > 0 or interval[1] < 0
+    against = {"mean": mean, "interval_95": interval, "beyond_the_noise": beyond}
+    rows = {name: {"test_accuracy": {"mean": 0.9}} for name in ("mlp", "dense")}
+    text = summarize(rows, {"to_dense": {"mlp": against}, "to_mlp": {"dense": against}}, "mlp")
+    assert re.search(sentence, text), text
 
 
 def test_heads_can_have_the_same_number_of_parameters():

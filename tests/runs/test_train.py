@@ -7,6 +7,7 @@ import shutil
 import chex
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from small_runs import Killed, metrics, options, small_recipe
 
@@ -276,6 +277,10 @@ def test_retraining_uses_all_training_data_for_the_selected_epochs(finished, rec
     assert lines[:4] == metrics(finished[0])
     assert [line["stage"] for line in lines[4:]] == ["retrain"] * selected[0]
     assert not any("validation_accuracy" in line for line in lines[4:])
+    with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as checkpoints:
+        items = {name: ocp.args.StandardRestore() for name in ("params", "best")}
+        last = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.Composite(**items))
+    chex.assert_trees_all_equal(last["best"]["params"], last["params"])  # kept is the selected epoch, the last one here
 
 
 def test_the_papers_protocol_reports_last_and_best_on_test(recipe, tmp_path):

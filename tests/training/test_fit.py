@@ -311,6 +311,8 @@ def test_fit_stops_where_the_loss_is_not_finite(tmp_path):
         (UsageError, "batch_size is 91", {"batch_size": 91}),
         (UsageError, "epochs is 0", {"epochs": 0}),
         (UsageError, "validation is 0.999, which leaves none", {"validation": 0.999}),
+        (UsageError, r"validation is of type str, expected \(x, y\) or a fraction", {"validation": "half"}),
+        (UsageError, r"validation is of type float, expected \(x, y\)$", {"data": lambda: [(X, Y)], "validation": 0.2}),
         (UsageError, "loss is 'mse'", {"loss": "mse"}),
         (UsageError, "metrics has 'count'", {"metrics": {"count": squared}}),
         (UsageError, "select is 'loss'", {"select": "loss"}),
