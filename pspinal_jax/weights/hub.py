@@ -3,7 +3,6 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 from pspinal_jax.errors import DataError
 from pspinal_jax.network import problem_reaching, reason
@@ -22,9 +21,6 @@ def fetch(source: str) -> Path:
     Raises:
       DataError: if there is no such file, or no network, or the package huggingface_hub is missing.
     """
-    repository = source.removeprefix(PREFIX)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise DataError(f"weights: {source} is no name on the hub, expected hf:OWNER/NAME")
     try:
         import huggingface_hub
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -33,21 +29,19 @@ def fetch(source: str) -> Path:
             f"weights: {source} needs the package huggingface_hub (in the checkout: pip install '.[hub]'), or give "
             "a file FILE.safetensors"
         ) from error
+    repository, constants = source.removeprefix(PREFIX), huggingface_hub.constants
     try:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+            raise HFValidationError
         return Path(huggingface_hub.hf_hub_download(repository, _FILE, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return _download(source, repository, huggingface_hub)
     except HFValidationError as error:
-        raise DataError(f"weights: {source} is no name on the hub, expected hf:OWNER/NAME") from error
-
-
-def _download(source: str, repository: str, huggingface_hub: Any) -> Path:
+        raise DataError(f"weights: {source} is not a name on the hub, expected hf:OWNER/NAME") from error
+    except LocalEntryNotFoundError:
+        pass
     # The hub's own client tries for 23 s before it gives up.
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise _unavailable(source, "HF_HUB_OFFLINE is set")
-    problem = problem_reaching(huggingface_hub.constants.ENDPOINT, _SECONDS_TO_ANSWER)
-    if problem is not None:
-        raise _unavailable(source, reason(problem))
+    problem = None if constants.HF_HUB_OFFLINE else problem_reaching(constants.ENDPOINT, _SECONDS_TO_ANSWER)
+    if constants.HF_HUB_OFFLINE or problem is not None:
+        raise _unavailable(source, "HF_HUB_OFFLINE is set" if problem is None else reason(problem))
     try:
         path = Path(huggingface_hub.hf_hub_download(repository, _FILE))
     except Exception as error:  # of the hub, or of whichever HTTP library this version of its client is built on
@@ -59,11 +53,9 @@ def _download(source: str, repository: str, huggingface_hub: Any) -> Path:
 def _check_digest(source: str, path: Path) -> None:
     """The cache names a large file's content after the SHA-256 that the hub announced."""
     content = path.resolve()
-    if not re.fullmatch("[0-9a-f]{64}", content.name):
-        return
     with content.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != content.name:
+    if re.fullmatch("[0-9a-f]{64}", content.name) and digest != content.name:
         content.unlink()
         path.unlink(missing_ok=True)
         raise DataError(f"weights: {source} has SHA-256 {digest}, expected {content.name}; try again")

@@ -8,8 +8,7 @@ from torch_bytes import FORMATS, NUMBERS, as_zip, entries, tensor
 
 from pspinal_jax.errors import DataError
 from pspinal_jax.weights import read_state_dict
-from pspinal_jax.weights.torch_file import read_torch_file
-from pspinal_jax.weights.torch_pickle import StoredTensor
+from pspinal_jax.weights.torch_file import StoredTensor, read_torch_file
 
 
 @FORMATS

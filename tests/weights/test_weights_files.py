@@ -67,7 +67,7 @@ def test_files_that_are_not_there_or_not_known(tmp_path):
     assert "there is no file" in refusal(tmp_path / "x.safetensors")
     assert "there is no file" in refusal(tmp_path / "x.pt")
     (tmp_path / "x.onnx").touch()
-    assert "x.onnx is none of FILE.safetensors, FILE.pt, FILE.pth and hf:OWNER/NAME" in refusal(tmp_path / "x.onnx")
+    assert "x.onnx is not one of FILE.safetensors, FILE.pt, FILE.pth and hf:OWNER/NAME" in refusal(tmp_path / "x.onnx")
 
 
 def test_damaged_safetensors(tmp_path):
@@ -76,7 +76,7 @@ def test_damaged_safetensors(tmp_path):
     content = path.read_bytes()
     for damaged in (b"", content[:40], content[:-1], b"\xff" * 50, b"\x80\x04N."):
         path.write_bytes(damaged)
-        assert "no readable safetensors file" in refusal(path)
+        assert "not a readable safetensors file" in refusal(path)
 
 
 def test_precisions_without_a_numpy_type_are_named(tmp_path):

@@ -82,7 +82,7 @@ def test_offline_mode_is_told(monkeypatch):
 
 @pytest.mark.parametrize("name", ["hf:", "hf:net", "hf:a/b/c", "hf:../etc/passwd", "hf:a b/c", "hf:a--b/c"])
 def test_names_are_checked(name):
-    assert "is no name on the hub, expected hf:OWNER/NAME" in refusal(name)
+    assert "is not a name on the hub, expected hf:OWNER/NAME" in refusal(name)
 
 
 @pytest.fixture

@@ -1,0 +1,231 @@
+"""State dicts of PyTorch: read from a file or the hub, and mapped to linen's variables and back, strictly both ways."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pspinal_jax.errors import DataError, printable
+from pspinal_jax.files import expanded
+from pspinal_jax.weights.hub import PREFIX, fetch
+from pspinal_jax.weights.torch_file import StoredTensor, read_torch_file
+
+StateDict = Mapping[str, np.ndarray]
+
+_PYTORCH = (".pt", ".pth", ".bin")
+_BITS = (8, 16, 32, 64)
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+_DTYPES |= {f"I{bits}": f"int{bits}" for bits in _BITS} | {f"U{bits}": f"uint{bits}" for bits in _BITS}
+"""What is taken: safetensors' names of dtypes, and PyTorch's."""
+_MAX_SHARED = 16
+"""Times the file's size: how large all tensors together may be that share numbers."""
+_TENSORS = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
+"""Of a kernel: OIHW to HWIO, [out, in] to [in, out]. Everything else is a vector."""
+_MAX_NAMES, _MAX_NAME = 10, 80
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def read_state_dict(source: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a PyTorch model by their names, as NumPy arrays; PyTorch itself is not needed.
+
+    Example::
+
+        >>> from pspinal_jax.weights import read_state_dict, resnet_variables
+        >>> state_dict = read_state_dict('hf:timm/wide_resnet101_2.tv_in1k')  # doctest: +SKIP
+        >>> variables = resnet_variables(state_dict, 'wide_resnet101_2')  # doctest: +SKIP
+
+    Args:
+      source: a .safetensors file; a .pt or .pth file that holds a state dict; or hf:OWNER/NAME, model.safetensors of
+        that repository on the Hugging Face hub, from its cache where it lies there.
+
+    Returns:
+      Names to arrays in torch's order of axes; floating-point ones are float32, whatever precision they were stored in.
+
+    Raises:
+      DataError: if the source cannot be had or read, is damaged as far as checksums tell, or holds anything but dense
+        tensors of real numbers in 8-bit integers to float64 (docs/photographs.md has the table).
+    """
+    path = fetch(str(source)) if str(source).startswith(PREFIX) else expanded(source)
+    if path.suffix not in (".safetensors", *_PYTORCH):
+        raise DataError(f"weights: {source} is not one of FILE.safetensors, FILE.pt, FILE.pth and hf:OWNER/NAME")
+    if not path.is_file():
+        raise DataError(f"weights: there is no file {path}")
+    arrays = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path)
+    if not arrays:
+        raise DataError(f"weights: {path} holds no tensors; save model.state_dict() alone")
+    return arrays
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                _check_kind(path, name, _DTYPES.get(kind := file.get_slice(name).get_dtype(), kind))
+                # bfloat16 too: jax registers ml_dtypes' types with NumPy.
+                arrays[name] = _single(path, name, file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"weights: {path} is not a readable safetensors file ({error}); fetch or save it again"
+        ) from error
+    return arrays
+
+
+def _read_pytorch(path: Path) -> dict[str, np.ndarray]:
+    held, size = read_torch_file(path), path.stat().st_size
+    tensors: Mapping[Any, Any] = held if isinstance(held, Mapping) else {f"a {type(held).__name__}": None}
+    wrong = [name for name, each in tensors.items() if not isinstance(name, str) or not isinstance(each, StoredTensor)]
+    if wrong:
+        raise DataError(
+            f"weights: {path} is not a state dict, names to tensors: it holds {listed(wrong)}; save "
+            "model.state_dict() alone"
+        )
+    arrays, total = {}, 0
+    for name, tensor in tensors.items():
+        _check_kind(path, name, tensor.kind)
+        total += tensor.nbytes
+        if tensor.nbytes > size or total > _MAX_SHARED * size:  # one number expanded to any size, say
+            raise DataError(
+                f"weights: {path} holds {listed([name])} of {tensor.nbytes} bytes and {total} with those before it, "
+                "more than the file has; save clones of the tensors"
+            )
+        try:
+            arrays[name] = _single(path, name, tensor.array())
+        except ValueError as error:
+            raise DataError(f"weights: {path} holds {listed([name])}, but {error}; save it again") from error
+    return arrays
+
+
+def _check_kind(path: Path, name: str, kind: str) -> None:
+    if kind not in _DTYPES.values():
+        raise DataError(
+            f"weights: {path} holds {listed([name])} as {kind}, expected a dense tensor of one of "
+            f"{', '.join(_DTYPES.values())}; save it as float32"
+        )
+
+
+def _single(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    """`array` in float32 if it is floating-point, bfloat16 (NumPy's kind V) included, else as it is."""
+    if array.dtype.kind not in "fV":
+        return array.copy()  # it may be a view of the file
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32)
+    if array.dtype == np.float64 and np.isinf(single).sum() > np.isinf(array).sum():
+        raise DataError(f"weights: {path} holds {listed([name])} with numbers beyond float32's range")
+    return single
+
+
+def unwrapped(state_dict: StateDict) -> StateDict:
+    """`state_dict` without what DataParallel (module.) and torch.compile (_orig_mod.) set before every name."""
+    for prefix in _WRAPPERS * 2:  # either may wrap the other
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name.removeprefix(prefix): array for name, array in state_dict.items()}
+    return state_dict
+
+
+class Layer(NamedTuple):
+    """A layer of ours, and the torch modules that hold its tensors.
+
+    Attributes:
+      path: our names, below the collection.
+      weights: name of the convolution or linear module: its weight, and bias if it has one.
+      norm: name of the batch-norm module; empty where there is none.
+    """
+
+    path: tuple[str, ...]
+    weights: str
+    norm: str = ""
+
+
+class Entry(NamedTuple):
+    """One tensor: its torch name, the path of ours with the collection, and the shape and axes of ours."""
+
+    name: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+def entries_of(layers: Iterable[Layer], variables: Mapping[str, Any]) -> list[Entry]:
+    """One entry for each leaf of `variables`, a model's tree of arrays or shapes, all of whose layers are given."""
+    by_path = {layer.path: layer for layer in layers}
+    entries = []
+    for path, leaf in flatten_dict(variables).items():
+        in_norm = path[-2] == "norm"
+        layer = by_path[path[1:-2] if in_norm else path[1:-1]]
+        module = layer.norm if in_norm else layer.weights
+        axes = _AXES[len(leaf.shape)] if path[-1] == "kernel" else (0,)
+        entries.append(Entry(f"{module}.{_TENSORS[path[-1]]}", path, tuple(leaf.shape), axes))
+    return entries
+
+
+def to_variables(state_dict: StateDict, entries: list[Entry], model: str) -> dict[str, Any]:
+    """The tree of `entries` filled from `state_dict`.
+
+    torch's counters num_batches_tracked are left out knowingly: nothing computes with them.
+
+    Args:
+      state_dict: names to arrays.
+      entries: one for every tensor.
+      model: what it is to fit, for the message.
+
+    Raises:
+      DataError: unless every tensor is used, every entry filled and every shape right; all that is wrong is listed.
+    """
+    norms = {entry.name.removesuffix(".running_mean") for entry in entries if entry.path[-1] == "mean"}
+    counters = {f"{name}.num_batches_tracked" for name in norms}
+    given = {name: array for name, array in state_dict.items() if name not in counters}
+    shapes = {entry.name: tuple(entry.shape[axis] for axis in np.argsort(entry.axes)) for entry in entries}
+    _check(shapes, given, f"the state dict does not fit {model}")
+    # A copy in any case: the array may be a file mapped into memory.
+    return unflatten_dict(
+        {entry.path: np.array(_floating(given[entry.name]).transpose(entry.axes), order="C") for entry in entries}
+    )
+
+
+def to_state_dict(variables: Mapping[str, Any], entries: list[Entry], model: str) -> dict[str, np.ndarray]:
+    """The tensors of `variables`, which must be the tree of `entries`, by their torch names.
+
+    torch's load_state_dict sets num_batches_tracked by itself.
+
+    Raises:
+      DataError: unless every leaf has an entry, every entry a leaf, and every shape is right.
+    """
+    given = {"/".join(path): leaf for path, leaf in flatten_dict(dict(variables)).items()}
+    _check({"/".join(entry.path): entry.shape for entry in entries}, given, f"the variables do not fit {model}")
+    arrays = {entry: _floating(np.asarray(given["/".join(entry.path)])) for entry in entries}
+    return {entry.name: np.array(array.transpose(np.argsort(entry.axes)), order="C") for entry, array in arrays.items()}
+
+
+def _check(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Any], what: str) -> None:
+    misfits = []
+    for name, shape in expected.items():
+        if name in given and tuple(given[name].shape) != shape:
+            misfits.append(f"{name} {list(given[name].shape)} for {list(shape)}")
+        elif name in given and not jnp.issubdtype(given[name].dtype, jnp.floating):
+            misfits.append(f"{name} of {given[name].dtype} for floating-point")
+    kinds = {
+        "missing": [name for name in expected if name not in given],
+        "extra": [name for name in given if name not in expected],
+        "of another shape": misfits,
+    }
+    wrong = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
+    if wrong:
+        raise DataError(f"{what}: {'; '.join(wrong)}")
+
+
+def listed(names: list[Any]) -> str:
+    """The first of `names`, which come from a file, as a message can hold them, and how many more there are."""
+    first = ", ".join(printable(name)[:_MAX_NAME] for name in names[:_MAX_NAMES])
+    return first if len(names) <= _MAX_NAMES else f"{first} and {len(names) - _MAX_NAMES} more"
+
+
+def _floating(array: np.ndarray) -> np.ndarray:
+    """`array` in a dtype that NumPy and torch share: float32 for the half precisions."""
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
