@@ -2,10 +2,10 @@
 
 python results/mutants.py [--number 150] [--seed 0] [--workers 2]    # goes on where it was stopped
 
-First every mapped test runs, and which lines it runs is written down (Python 3.12 and newer). Then each mutant is tried
-in a copy of the tree, on the tests that run its line, then on the others of the same files, the fastest first, until
-one fails or `--seconds` of tests have passed. A line of results/mutants.jsonl each; a table and the survivors at the
-end. Lines that no mapped test runs count as survived. How a plot looks, what an error says and the table of published
+First every test of `make test` runs, and which lines it runs is written down (Python 3.12 and newer). Then each mutant
+is tried in a copy of the tree, on the tests that run its line, then on the others of the same files, the fastest first,
+until one fails or `--seconds` of tests have passed. A line of results/mutants.jsonl each; a table and the survivors at
+the end. Lines that no test runs count as survived. How a plot looks, what an error says and the table of published
 files are not changed.
 """
 
@@ -32,21 +32,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "pspinal_jax"
 CACHE = REPOSITORY / ".cache" / "mutants"
 ROOMS = {
-    "heads": (["heads"], ["heads"]),
-    "layers": (["layers"], ["heads", "backbones", "training/test_compiler_options.py"]),
-    "training": (["training"], ["training", "runs/test_nonfinite.py", "runs/test_train.py"]),
-    "comparison": (["comparison"], ["comparison"]),
-    "metrics": (
-        ["runs/metrics.py", "runs/classification_report.py"],
-        [
-            *("runs/test_classification_report.py", "runs/test_metrics.py", "runs/test_tensorboard.py"),
-            "commands/test_evaluate_and_report.py",
-        ],
-    ),
-    "checkpoints": (["checkpoints"], ["checkpoints", "runs/test_interruptions.py"]),
-    "data": (["data"], ["data", "reliability/images", "reliability/arrays"]),
+    "heads": ["heads"],
+    "layers": ["layers"],
+    "training": ["training"],
+    "comparison": ["comparison"],
+    "metrics": ["runs/metrics.py", "runs/scores.py"],
+    "checkpoints": ["checkpoints"],
+    "data": ["data"],
 }
-"""What is changed, below the package, and which tests run, below tests/."""
+"""What is changed, below the package."""
+TESTS = ("runs", "heads", "training", "reliability", "comparison", "data", "commands", "backbones", "interop")
+TESTS += ("checkpoints", "weights", "recipes", "augment", "compatibility", "results", "distributed")
+"""Which tests run, below tests/."""
 
 SWAPPED: dict[type, type] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
@@ -119,7 +116,7 @@ def walk(node: ast.AST, lines: tuple[int, int], inside: bool) -> Iterator[tuple[
 def mutants(room: str) -> list[dict[str, Any]]:
     """All mutants of a room, each with its file, its place, and the text that stands there instead."""
     found, seen = [], collections.Counter[str]()
-    places = [REPOSITORY / PACKAGE / name for name in ROOMS[room][0]]
+    places = [REPOSITORY / PACKAGE / name for name in ROOMS[room]]
     files = {file for place in places for file in ([place] if place.is_file() else place.rglob("*.py"))}
     for path in sorted(file for file in files if file.name != "catalogue.py"):
         text = path.read_text()
@@ -206,10 +203,9 @@ def traced(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     if not kept.exists():
         part = kept.with_suffix(".part")
         part.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(2):  # the second time with what the first has compiled
-            status, said = run_tests(folder, ["-p", "mutants", f"tests/{name}"], 7200, MUTANTS_TRACE=str(part))
-            if status not in (0, 1):
-                raise SystemExit(f"tests/{name} cannot be traced:\n{said[-4000:]}")
+        status, said = run_tests(folder, ["-p", "mutants", f"tests/{name}"], 7200, MUTANTS_TRACE=str(part))
+        if status not in (0, 1):
+            raise SystemExit(f"tests/{name} cannot be traced:\n{said[-4000:]}")
         failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
         print("".join(f"left out, for it fails without a mutant: {line}\n" for line in failed), end="", flush=True)
         part.rename(kept)
@@ -217,20 +213,18 @@ def traced(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def tests_of(mutant: dict[str, Any], tests: dict[str, dict[str, Any]], most: float) -> list[str]:
-    """Those of its room that run its line, then the others of their files; by file and the fastest first."""
-    mapped = tuple(f"tests/{name}" for name in ROOMS[mutant["room"]][1])
-    here = {name: test for name, test in tests.items() if name.startswith(mapped)}
+    """Those that run its line, then the others of their files; by file and the fastest first."""
     wanted = set(range(mutant["lines"][0], mutant["lines"][1] + 1))
-    direct = {name for name, test in here.items() if wanted & set(test["lines"].get(mutant["file"], ()))}
+    direct = {name for name, test in tests.items() if wanted & set(test["lines"].get(mutant["file"], ()))}
     if not direct and not mutant["inside"]:  # of a module, run when it is imported
-        direct = {name for name, test in here.items() if mutant["file"] in test["lines"]}
+        direct = {name for name, test in tests.items() if mutant["file"] in test["lines"]}
     files = {name.split("::")[0] for name in direct}
-    cost = {file: min(here[name]["seconds"] for name in direct if name.startswith(f"{file}::")) for file in files}
-    related = [name for name in here if name.split("::")[0] in files]
-    order = sorted(related, key=lambda name: (name not in direct, here[name]["seconds"]))
+    cost = {file: min(tests[name]["seconds"] for name in direct if name.startswith(f"{file}::")) for file in files}
+    related = [name for name in tests if name.split("::")[0] in files]
+    order = sorted(related, key=lambda name: (name not in direct, tests[name]["seconds"]))
     chosen, spent = [], 0.0
     for name in order:
-        spent += here[name]["seconds"]
+        spent += tests[name]["seconds"]
         if chosen and spent > most:
             break
         chosen.append(name)
@@ -297,7 +291,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folders = [copy_tree(Path(temporary) / str(number)) for number in range(arguments.workers)]
         with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
-            paths = iter(sorted({name for room in arguments.rooms for name in ROOMS[room][1]}))
+            paths = iter(TESTS)
             tests: dict[str, dict[str, Any]] = {}
             list(pool.map(lambda folder: [tests.update(traced(folder, name)) for name in paths], folders))
             waiting = iter([mutant for mutant in chosen if mutant["id"] not in known])

@@ -10,7 +10,9 @@ from images_support import picture
 from pspinal_jax.data import folder as folders
 from pspinal_jax.data.decode import decode
 from pspinal_jax.data.folder import read_folder
+from pspinal_jax.data.load import load_data
 from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.recipes import DataConfig
 
 
 @pytest.fixture(autouse=True)
@@ -281,3 +283,13 @@ def test_the_fingerprint_is_that_of_the_contents(tmp_path):
     assert read(root, split_seed=3).fingerprint() != first
     (root / "a" / "0.png").rename(root / "b" / "9.png")
     assert read(root).fingerprint() != first
+
+
+def test_load_data_takes_a_folder_with_as_many_classes_as_named(tmp_path):
+    folder = write(tmp_path / "pictures", {"cats": range(4), "dogs": range(4, 8)})
+    data = load_data(DataConfig(name="own", path=folder, image_size=8, num_classes=2, test_fraction=0.25))
+    assert data.num_classes == 2
+    with pytest.raises(DataError, match=r"pictures has 2 classes, but data.num_classes is 3"):
+        load_data(DataConfig(name="own", path=folder, image_size=8, num_classes=3, test_fraction=0.25))
+    with pytest.raises(DataError, match=r"4.png is not a folder"):
+        load_data(DataConfig(name="own", path=folder / "dogs" / "4.png", image_size=8))

@@ -9,7 +9,7 @@ import pspinal_jax
 from pspinal_jax.data.dataset import cut_test
 from pspinal_jax.data.load import read_file
 from pspinal_jax.data.npz import read_npz
-from pspinal_jax.data.tables import make_dataset
+from pspinal_jax.data.tables import make_dataset, read_rows
 from pspinal_jax.errors import DataError, UsageError
 
 LABELS = np.arange(30) % 3
@@ -280,3 +280,9 @@ def test_compare_takes_text_and_refuses_masks():
         with pytest.raises(DataError, match="masked"):
             inputs = FEATURES if splits else np.ma.masked_array(FEATURES, FEATURES > 2)
             pspinal_jax.compare(inputs, LABELS, progress=False, **small, **splits)
+
+
+def test_rows_to_predict_from_are_as_wide_as_those_trained_on():
+    np.testing.assert_array_equal(read_rows(FEATURES, (), 4), FEATURES.astype(np.float32))
+    with pytest.raises(DataError, match=r"features has shape \[30, 4\], but the run was trained on 5 features"):
+        read_rows(FEATURES, (), 5)
