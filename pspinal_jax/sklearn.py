@@ -65,7 +65,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         layer_width: int = 128,
         num_layers: int = 4,
         dropout_rate: float = 0.2,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
         label_smoothing: float = 0.0,
         epochs: int = 50,

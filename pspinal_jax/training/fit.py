@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from pspinal_jax.training.models import Model, as_model
 from pspinal_jax.training.programs import Execution, Programs, build_programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
 from pspinal_jax.training.signals import Stopped, StopRequest
-from pspinal_jax.training.sources import Source
+from pspinal_jax.training.sources import Source, check_at_least
 from pspinal_jax.training.state import Layouts, commutes, head_layouts, trainable
 from pspinal_jax.training.step import CLASSIFICATION, EvalStep, Loss, Metrics, TrainStep, cross_entropy
 
@@ -220,7 +219,7 @@ def compile_training(
       **options: the fields of `FitOptions`.
     """
     chosen, goal, adapted = FitOptions(**options), _goal(loss, metrics), as_model(model)
-    _check_at_least(1, num_seeds=num_seeds, micro_batches=chosen.micro_batches)
+    check_at_least(1, num_seeds=num_seeds, micro_batches=chosen.micro_batches)
     if batch_size % chosen.micro_batches:
         raise UsageError(f"micro_batches is {chosen.micro_batches}, expected a divisor of batch_size, {batch_size}")
     for name, value, allowed in (
@@ -284,8 +283,8 @@ def train_compiled(
 ) -> Fit:
     """Train on `source`; the other arguments are those of `fit` and `LoopConfig`."""
     options, goal, programs = compiled.options, compiled.goal, compiled.programs
-    _check_at_least(1, epochs=epochs)
-    _check_at_least(0, patience=options.patience)
+    check_at_least(1, epochs=epochs)
+    check_at_least(0, patience=options.patience)
     if options.select is not None and (options.select not in goal.names or source.validation is None):
         names = ", ".join(goal.names)
         raise UsageError(f"select is {options.select!r}, expected one of {names}, and examples as validation")
@@ -328,7 +327,8 @@ def train_compiled(
 def _goal(loss: Any, metrics: Metrics | None) -> _Goal:
     classifies = isinstance(loss, str) and loss == "cross_entropy"
     if not classifies and not callable(loss):
-        raise UsageError(f"loss is {loss!r:.40}, expected 'cross_entropy' or a function of (logits, labels)")
+        shown = repr(loss) if isinstance(loss, str) else f"of type {type(loss).__name__}"
+        raise UsageError(f"loss is {shown}, expected 'cross_entropy' or a function of (logits, labels)")
     if metrics is None:
         metrics = {"accuracy": CLASSIFICATION["correct"]} if classifies else {}
     for name, function in metrics.items():
@@ -338,12 +338,6 @@ def _goal(loss: Any, metrics: Metrics | None) -> _Goal:
                 f"names other than {', '.join(_RESERVED)}"
             )
     return _Goal(cross_entropy if classifies else loss, dict(metrics), classifies)
-
-
-def _check_at_least(least: int, **given: Any) -> None:
-    for name, value in given.items():
-        if not isinstance(value, Integral) or value < least:
-            raise UsageError(f"{name} is {value!r:.40}, expected an integer of at least {least}")
 
 
 def _check_labels(labels: Any, logits: jax.ShapeDtypeStruct) -> None:

@@ -160,11 +160,14 @@ class Trainer:
         return SeedStates(self.setup.programs, [config.seed + index for index in range(config.num_seeds)])
 
     def _restore(self) -> None:
-        def wanted(progress: dict[str, Any]) -> dict[str, Any]:
+        def abstract(progress: dict[str, Any]) -> dict[str, Any]:
+            """Shapes and shardings on this run's mesh: each device reads its part of whatever was written."""
             typed("position", progress, TrainingProgress)
-            return abstract_trees(jax.eval_shape(self.seed_states.trees), self.config.num_seeds, self.setup.programs)
+            shapes = jax.eval_shape(self.seed_states.trees)
+            places = shardings(self.setup.programs.mesh, shapes, stacked=self.config.num_seeds > 1)
+            return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
 
-        found = self._store.restore(wanted)
+        found = self._store.restore(abstract)
         if found is None:
             self.seed_states.start_from(self._start())
             self._log.rewind([])
@@ -231,7 +234,9 @@ class Trainer:
         rates = config.learning_rates(epoch, steps) if config.learning_rates else np.ones(steps, np.float32)
         scale = np.asarray(self.progress.rate_scale or [1.0] * config.num_seeds, np.float32)
         self._last_rates = (scale * rates[-1]).tolist() if config.learning_rates else None
-        padded = padded_rates(rates, longest_epoch(self.setup.stages))
+        # A power of two, so that stages and runs alike call the same program.
+        longest = max(stage.steps_per_epoch or 1 for stage in self.setup.stages)
+        padded = np.pad(rates, (0, (1 << (longest - 1).bit_length()) - steps))
         self.seed_states.plan_epoch(order, self.progress.epochs_before + epoch, scale[:, None] * padded)
 
     def _warm_up(self) -> None:
@@ -273,15 +278,37 @@ class Trainer:
                 start = time.perf_counter()
 
     def _check_finite(self) -> None:
-        if self.config.stop_on_nonfinite:
-            try:
-                check_finite(
-                    self.config, self.seed_states, self.seed_states.totals(), self.stage, self.progress, self._log
-                )
-            except RunError:
-                self._store.finish()
-                barrier()  # the first process to fail ends the others, and process 0 may still be writing
-                raise
+        """Raise RunError, naming the step, if one of the epoch so far was not finite; called before anything is saved.
+
+        What the log keeps of it tells the seed, the epoch, the step, its learning rate and its examples. Training on
+        from the last checkpoint comes by that step again.
+        """
+        bad_steps = self.seed_states.totals()["bad_step"] if self.config.stop_on_nonfinite else []
+        for index, bad in enumerate(bad_steps):
+            if bad < 0:
+                continue
+            progress = self.progress
+            step = bad - (progress.steps_taken(self.stage) - progress.step)
+            report = {
+                "seed": self.seed_states.seeds[index],
+                "stage": self.stage.name,
+                "epoch": progress.epoch + 1,
+                "step_of_epoch": step + 1,
+                "step_of_stage": bad + 1,
+                "learning_rate": self.seed_states.learning_rate(index, step),
+                "examples": self.seed_states.examples(index, step, self.config.batch_size).tolist(),
+            }
+            path = self._log.report(report)
+            kept = (
+                f"the last checkpoint before it is kept, and {path} tells which examples it saw: look for numbers in "
+                "them that are out of all range, "
+            )
+            self._store.finish()
+            barrier()  # the first process to fail ends the others, and process 0 may still be writing
+            raise RunError(
+                f"the loss, a running statistic or a gradient of seed {report['seed']} is not finite at step "
+                f"{step + 1} of epoch {report['epoch']}; {kept if path else ''}{self.config.advice}"
+            )
 
     def _chunk_steps(self, remaining: int) -> int:
         rate = self._steps_per_second
@@ -384,57 +411,3 @@ class Trainer:
             self._save()
             self._store.finish()
             raise Stopped(signal.Signals(self._received).name)
-
-
-def check_finite(
-    config: LoopConfig,
-    seed_states: SeedStates,
-    totals: dict[str, list[Any]],
-    stage: TrainingStage,
-    progress: TrainingProgress,
-    log: Log,
-) -> None:
-    """Raise RunError, naming the step, if one of the epoch so far was not finite; called before anything is saved.
-
-    What the log keeps of it tells the seed, the epoch, the step, its learning rate and its examples. Training on from
-    the last checkpoint comes by that step again.
-    """
-    for index, bad in enumerate(totals["bad_step"]):
-        if bad < 0:
-            continue
-        step = bad - (progress.steps_taken(stage) - progress.step)
-        report = {
-            "seed": seed_states.seeds[index],
-            "stage": stage.name,
-            "epoch": progress.epoch + 1,
-            "step_of_epoch": step + 1,
-            "step_of_stage": bad + 1,
-            "learning_rate": seed_states.learning_rate(index, step),
-            "examples": seed_states.examples(index, step, config.batch_size).tolist(),
-        }
-        path = log.report(report)
-        look = "look for numbers in them that are out of all range, "
-        kept = f"the last checkpoint before it is kept, and {path} tells which examples it saw: {look}" if path else ""
-        raise RunError(
-            f"the loss, a running statistic or a gradient of seed {report['seed']} is not finite at step {step + 1} of "
-            f"epoch {report['epoch']}; {kept}{config.advice}"
-        )
-
-
-def abstract_trees(trees: Any, num_seeds: int, programs: Programs) -> Any:
-    """Shapes and dtypes of a checkpoint's `trees`, with their shardings on this run's mesh, for restoring them.
-
-    With them it does not matter on which mesh they were saved: each device reads its part of whatever was written.
-    """
-    places = shardings(programs.mesh, trees, stacked=num_seeds > 1)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), trees, places)
-
-
-def longest_epoch(stages: list[TrainingStage]) -> int:
-    """Steps of the longest epoch of all stages."""
-    return max(stage.steps_per_epoch or 1 for stage in stages)
-
-
-def padded_rates(rates: np.ndarray, length: int) -> np.ndarray:
-    """`rates` followed by zeros up to a power of two from `length` on: stages and runs alike call the same program."""
-    return np.pad(rates, (0, (1 << (length - 1).bit_length()) - len(rates)))

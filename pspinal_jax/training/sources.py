@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -40,8 +41,7 @@ class Source:
     @classmethod
     def of(cls, data: Any, validation: Any, batch_size: int, seed: int) -> "Source":
         """The source that `data` and `validation` make; raises as `fit`."""
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size!r}, expected an integer of at least 1")
+        check_at_least(1, batch_size=batch_size)
         if isinstance(data, tuple):
             arrays = to_batch(data)
             source = cls(arrays, None, batch_size)
@@ -119,6 +119,14 @@ class Source:
             splits["validation"] = ResidentSplit.place(programs, self.validation, programs.eval_batch_size)
         nothing = np.zeros(0, np.int32)
         return Setup(config, programs, examples, splits, [stage], nothing, nothing)
+
+
+def check_at_least(least: int, **given: Any) -> None:
+    """Raise UsageError unless the values are integers of at least `least`."""
+    for name, value in given.items():
+        if not isinstance(value, Integral) or value < least:
+            shown = value if isinstance(value, int | float | str) else f"of type {type(value).__name__}"
+            raise UsageError(f"{name} is {shown}, expected an integer of at least {least}")
 
 
 def to_batch(data: Any) -> Any:
