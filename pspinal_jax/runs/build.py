@@ -21,10 +21,10 @@ from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.training.examples import (
     EvaluatedSplit,
     Examples,
-    ResidentExamples,
-    ResidentSplit,
-    StreamedExamples,
-    StreamedSplit,
+    InMemoryExamples,
+    InMemorySplit,
+    StreamingExamples,
+    StreamingSplit,
 )
 from pspinal_jax.training.loop import Setup
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
@@ -125,14 +125,14 @@ def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0, mesh: Mesh | 
     size, side, crops = programs.eval_batch_size, recipe.data.train_side, recipe.data.crops
     examples: Examples
     if pool.inputs is None:
-        examples = StreamedExamples(programs, pool, side, recipe.batch_size, workers, moves=crops)
+        examples = StreamingExamples(programs, pool, side, recipe.batch_size, workers, moves=crops)
     else:
-        examples = ResidentExamples(programs, (pool.inputs, pool.labels))
+        examples = InMemoryExamples(programs, (pool.inputs, pool.labels))
 
     def place(split: Split) -> EvaluatedSplit:
         if split.inputs is None:
-            return StreamedSplit(programs, split, recipe.data.side, size, workers)
-        return ResidentSplit.place(programs, (split.inputs, split.labels), size)
+            return StreamingSplit(programs, split, recipe.data.side, size, workers)
+        return InMemorySplit.place(programs, (split.inputs, split.labels), size)
 
     splits = {"test": place(data.test)} | ({"validation": place(pool.take(validation))} if len(validation) else {})
     return RunSetup(

@@ -68,7 +68,7 @@ class EvaluatedSplit(Protocol):
         """Compile the evaluation, by evaluating nothing."""
 
 
-class ResidentExamples:
+class InMemoryExamples:
     """Examples that lie on the devices whole: a chunk of steps is one call."""
 
     first_chunk = 8
@@ -92,7 +92,7 @@ class ResidentExamples:
             yield Chunk(start, count, self._data, stage.tail_size if start >= stage.whole_steps else 0)
 
 
-class StreamedExamples:
+class StreamingExamples:
     """Images that are decoded while the devices work on the batch before."""
 
     first_chunk = 1
@@ -161,7 +161,7 @@ def _cut(stage: TrainingStage, first: int, steps: ChunkSteps) -> Iterator[tuple[
 
 
 @dataclasses.dataclass(frozen=True)
-class ResidentSplit:
+class InMemorySplit:
     """A split on the devices: arrays padded to whole batches, and the labels of the examples that are real."""
 
     arrays: Batch
@@ -169,7 +169,7 @@ class ResidentSplit:
     count: int
 
     @classmethod
-    def place(cls, programs: Programs, arrays: Batch, batch_size: int) -> "ResidentSplit":
+    def place(cls, programs: Programs, arrays: Batch, batch_size: int) -> "InMemorySplit":
         """The examples and labels `arrays` on the devices, padded to whole batches."""
         return cls(programs.replicate(padded_split(arrays, batch_size)), arrays[1], count_rows(arrays))
 
@@ -185,7 +185,7 @@ class ResidentSplit:
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamedSplit:
+class StreamingSplit:
     """Images that are decoded as they are evaluated, batch by batch; the last batch is padded and masked."""
 
     programs: Programs

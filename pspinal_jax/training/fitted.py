@@ -10,7 +10,7 @@ import numpy as np
 from pspinal_jax.distributed import is_primary, whole
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
-from pspinal_jax.training.examples import ResidentSplit
+from pspinal_jax.training.examples import InMemorySplit
 from pspinal_jax.training.models import Model
 from pspinal_jax.training.programs import Programs, SeedStates, padded_split
 from pspinal_jax.training.sources import count_examples, to_batch, to_numpy
@@ -161,7 +161,7 @@ class Fit:
         """
         arrays = to_batch((x, y))
         self._check(arrays, self._example, "(x, y)")
-        split = ResidentSplit.place(self._programs, arrays, self._programs.eval_batch_size)
+        split = InMemorySplit.place(self._programs, arrays, self._programs.eval_batch_size)
         sums = split.evaluate(partial(self._seed_states.evaluate, best=self._best))
         means = {name: (sums[name] / count_rows(arrays)).tolist() for name in self._names}
         return {name: values[0] if len(values) == 1 else values for name, values in means.items()}

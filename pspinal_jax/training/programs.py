@@ -392,7 +392,7 @@ class SeedStates:
     def run(self, chunk: Chunk) -> int:
         """Take the steps of `chunk` for every seed; returns how many when they are done."""
         if chunk.data is not None:
-            self._run_resident(chunk)
+            self._run_in_memory(chunk)
             taken = chunk.steps
         else:
             taken = 0
@@ -407,7 +407,7 @@ class SeedStates:
         jax.block_until_ready([group.totals for group in self._groups])
         return taken
 
-    def _run_resident(self, chunk: Chunk) -> None:
+    def _run_in_memory(self, chunk: Chunk) -> None:
         program = self._programs.tail(chunk.tail_size) if chunk.tail_size else self._programs.chunk
         for group in self._groups:
             group.state, group.totals = program(

@@ -12,7 +12,7 @@ import numpy as np
 
 from pspinal_jax.data.dataset import hold_out
 from pspinal_jax.errors import DataError, UsageError
-from pspinal_jax.training.examples import ChunkSteps, EvaluatedSplit, Examples, ResidentExamples, ResidentSplit
+from pspinal_jax.training.examples import ChunkSteps, EvaluatedSplit, Examples, InMemoryExamples, InMemorySplit
 from pspinal_jax.training.loop import Setup
 from pspinal_jax.training.programs import Chunk, Programs, SeedStates
 from pspinal_jax.training.stages import LoopConfig, TrainingStage, make_stage
@@ -111,12 +111,12 @@ class Source:
             stage = dataclasses.replace(stage, steps_per_epoch=self._length, whole_steps=self._length or 2**30)
             examples = BatchedExamples(programs, self._batches, self.batch_size)
         elif on_device:
-            examples = ResidentExamples(programs, self.arrays)
+            examples = InMemoryExamples(programs, self.arrays)
         else:
             examples = BatchedExamples(programs, self.arrays, self.batch_size)
         splits: dict[str, EvaluatedSplit] = {}
         if self.validation is not None:
-            splits["validation"] = ResidentSplit.place(programs, self.validation, programs.eval_batch_size)
+            splits["validation"] = InMemorySplit.place(programs, self.validation, programs.eval_batch_size)
         nothing = np.zeros(0, np.int32)
         return Setup(config, programs, examples, splits, [stage], nothing, nothing)
 

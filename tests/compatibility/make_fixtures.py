@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from pspinal_jax.data.digits import read_digits
-from pspinal_jax.runs.examples import ResidentExamples
+from pspinal_jax.runs.examples import InMemoryExamples
 from test_older_files import DROPOUT_KEY, FIXTURES, INIT_KEY, machine, timeless
 
 from pspinal_jax import fuse_params, heads, pack_batch_stats, pack_params
@@ -61,7 +61,7 @@ def write_data():
 
 def stop_after(chunks):
     """SIGTERM in the next run's chunk of that number; chunks are of three steps and fewer."""
-    trainer.CHUNK_SECONDS, ResidentExamples.first_chunk = 0.0, 3
+    trainer.CHUNK_SECONDS, InMemoryExamples.first_chunk = 0.0, 3
     whole, calls = trainer.Trainer._chunk_steps, [0]
 
     def counted(self, remaining):

@@ -24,7 +24,7 @@ from pspinal_jax.data import load  # noqa: E402
 from pspinal_jax.data.tfds import find_prepared  # noqa: E402
 from pspinal_jax.distributed import index  # noqa: E402
 from pspinal_jax.runs import train  # noqa: E402
-from pspinal_jax.training.examples import ResidentExamples  # noqa: E402
+from pspinal_jax.training.examples import InMemoryExamples  # noqa: E402
 from pspinal_jax.training.loop import Trainer  # noqa: E402
 
 seen = {"decoded": 0, "prepared": [], "from": None}
@@ -62,7 +62,7 @@ def stop_early(process, name):
 def stop_at(process, step, name):
     if step == "model":
         return stop_early(process, name)
-    chunk_steps, ResidentExamples.first_chunk = Trainer._chunk_steps, 1
+    chunk_steps, InMemoryExamples.first_chunk = Trainer._chunk_steps, 1
 
     def stopping(self, remaining):
         steps, left = chunk_steps(self, remaining), int(step) - self.progress.serial

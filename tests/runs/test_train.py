@@ -18,7 +18,7 @@ from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.result import best_seed_index, load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
-from pspinal_jax.training.examples import ResidentExamples
+from pspinal_jax.training.examples import InMemoryExamples
 from pspinal_jax.training.stages import improves
 from pspinal_jax.weights import read_variables
 
@@ -157,7 +157,7 @@ def test_test_labels_do_not_influence_training_or_selection(finished, recipe, ar
 def test_a_resumed_run_equals_one_that_never_stopped(finished, recipe, tmp_path, monkeypatch, chunks):
     """Dies after some chunks of two steps, in the middle of an epoch or at its end, and goes on."""
     monkeypatch.setattr(trainer_module, "CHUNK_SECONDS", 0.0)
-    monkeypatch.setattr(ResidentExamples, "first_chunk", 2)
+    monkeypatch.setattr(InMemoryExamples, "first_chunk", 2)
     whole, calls = trainer_module.Trainer._chunk_steps, [0]
 
     def counted(self, remaining):
@@ -177,7 +177,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(finished, recipe, tmp_path,
 def test_a_stop_request_saves_and_the_run_goes_on(finished, recipe, tmp_path, monkeypatch):
     import signal
 
-    monkeypatch.setattr(ResidentExamples, "first_chunk", 1)
+    monkeypatch.setattr(InMemoryExamples, "first_chunk", 1)
     original = trainer_module.Trainer._chunk_steps
 
     def send(self, remaining):

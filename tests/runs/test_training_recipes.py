@@ -17,7 +17,7 @@ from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
-from pspinal_jax.training.examples import ResidentExamples
+from pspinal_jax.training.examples import InMemoryExamples
 from pspinal_jax.training.programs import SeedStates
 from pspinal_jax.training.stages import balanced_accuracy
 
@@ -55,7 +55,7 @@ def kill_after(monkeypatch, chunks):
     """Dies after so many chunks of two steps, each of them saved."""
     monkeypatch.setattr(CheckpointStore, "due", lambda self, seconds: True)
     monkeypatch.setattr(trainer_module, "CHUNK_SECONDS", 0.0)
-    monkeypatch.setattr(ResidentExamples, "first_chunk", 2)
+    monkeypatch.setattr(InMemoryExamples, "first_chunk", 2)
     whole, calls = trainer_module.Trainer._chunk_steps, [0]
 
     def counted(self, remaining):

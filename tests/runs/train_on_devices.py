@@ -11,7 +11,7 @@ import jax
 from pspinal_jax.recipes import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, load_recipe
 from pspinal_jax.recipes.schema import RunOptions
 from pspinal_jax.runs.train import train
-from pspinal_jax.training.examples import ResidentExamples
+from pspinal_jax.training.examples import InMemoryExamples
 from pspinal_jax.training.loop import Stopped, Trainer
 
 
@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--num-seeds", type=int, default=1)
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", arguments.devices)
-    ResidentExamples.first_chunk = 1
+    InMemoryExamples.first_chunk = 1
     restore, chunk_steps, shards = Trainer._restore, Trainer._chunk_steps, {}
 
     def looked_at(self):
