@@ -22,7 +22,6 @@ from pspinal_jax.sklearn import HeadClassifier
 
 CLASSIFIERS = {
     "HeadClassifier()": lambda seed: HeadClassifier(random_state=seed),
-    "HeadClassifier('dense')": lambda seed: HeadClassifier("dense", random_state=seed),
     "LogisticRegression()": lambda seed: LogisticRegression(),
     "MLPClassifier()": lambda seed: MLPClassifier(random_state=seed),
 }
