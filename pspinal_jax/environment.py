@@ -1,4 +1,4 @@
-"""What a result was measured on and with, and JAX's persistent compilation cache.
+"""Versions and devices that a result was measured with, and JAX's persistent compilation cache.
 
 The cache is on by default: a program is compiled once per machine, not once per start.
 """
@@ -122,14 +122,14 @@ def versions() -> dict[str, str]:
 
 
 def check_platform() -> None:
-    """Raise UsageError where JAX is told to compute on a platform that this machine does not have."""
+    """Raise UsageError if JAX is configured for a platform that this machine does not have."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        told = str(error).split(" (set JAX_PLATFORMS")[0] or "it has no such devices"
+        reason = str(error).split(" (set JAX_PLATFORMS")[0] or "it has no such devices"
         raise UsageError(
-            f"JAX cannot compute on the platform {jax.config.values['jax_platforms']!r}: {' '.join(told.split())}; set "
-            "JAX_PLATFORMS=cpu, or unset it and let JAX choose"
+            f"JAX cannot compute on the platform {jax.config.values['jax_platforms']!r}: {' '.join(reason.split())}; "
+            "set JAX_PLATFORMS=cpu, or unset it and let JAX choose"
         ) from error
 
 
@@ -155,7 +155,7 @@ def processor() -> str:
 
 
 def enable_compilation_cache() -> Path | None:
-    """Turn the cache on, in the user's cache folder, unless the user said otherwise.
+    """Turn the cache on, in the user's cache folder by default.
 
     The folder is $PSPINAL_JAX_CACHE, or else $XDG_CACHE_HOME/pspinal_jax/xla, or else ~/.cache/pspinal_jax/xla.
     PSPINAL_JAX_CACHE=off turns it off. A cache that JAX is already configured with (JAX_COMPILATION_CACHE_DIR) is kept.
@@ -185,7 +185,7 @@ def enable_compilation_cache() -> Path | None:
         return None
     _drop_cut_off_entry(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # JAX's own thresholds skip programs that compile in under a second, which here are most of them.
+    # JAX's own thresholds skip programs that compile in under a second, and most of ours do.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
@@ -197,7 +197,7 @@ def _drop_cut_off_entry(folder: Path) -> None:
     JAX would warn of it at every start and never write it anew. Only zlib's format is looked into, which JAX uses on
     Python below 3.14 without the package zstandard.
     """
-    with contextlib.suppress(OSError):  # other processes write and delete there too
+    with contextlib.suppress(OSError):  # other processes write to and delete from the folder too
         newest = max(folder.glob("*-cache"), key=lambda path: path.stat().st_mtime_ns, default=None)
         if newest is None:
             return

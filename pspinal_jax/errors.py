@@ -4,14 +4,14 @@ _JOINERS = "\u200c\u200d"  # a part of words in some scripts
 
 
 def printable(text: object) -> str:
-    """`text` on one line for a terminal: what is no printable character, escape sequences above all, as its escape."""
+    """`text` on one line for a terminal, with escapes for characters that are not printable."""
     return "".join(
         char if char.isprintable() or char in _JOINERS else char.encode("unicode_escape").decode() for char in str(text)
     )
 
 
 class PSpinalError(Exception):
-    """Something the user has to know: the thing, its value, what was expected, what to do."""
+    """An error that the user can act on: the thing, its value, what was expected, what to do."""
 
     exit_status = 1
 
@@ -23,7 +23,7 @@ class UsageError(PSpinalError):
 
 
 class DataError(PSpinalError):
-    """A data set is missing, unreadable or not what it says it is."""
+    """A data set is missing, unreadable or inconsistent."""
 
 
 class RunError(PSpinalError):

@@ -30,7 +30,7 @@ _MAX_NAME_BYTES = 200
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Where to write what shall be at `path`: it is moved there at the end of the `with`, or removed on an error.
+    """A temporary path to write to, which is moved to `path` at the end of the `with`, or removed on an error.
 
     Raises:
       OSError: if it cannot be written; what was at `path` stays.

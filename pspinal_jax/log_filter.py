@@ -1,4 +1,4 @@
-"""TFDS and Orbax tell at every start, through absl's log, what a user of this package can do nothing about."""
+"""Filters absl's log: TFDS and Orbax write to it at every start, and users cannot act on any of that."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ def absl_quietened() -> Iterator[None]:
 
 
 def _absl_logger() -> logging.Logger:
-    import absl.logging  # noqa: F401  # makes the logger, of its own class, which tells where a message comes from
+    import absl.logging  # noqa: F401  # makes the logger, whose class finds where a message comes from
 
     return logging.getLogger("absl")
 

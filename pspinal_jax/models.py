@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pspinal_jax.backbones import efficientnet
 from pspinal_jax.backbones.preprocessing import default_preprocessing
-from pspinal_jax.backbones.resnet import LEAST_SIDE, ResNet, ResNetName, num_features
+from pspinal_jax.backbones.resnet import MIN_SIDE, ResNet, ResNetName, num_features
 from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, NUM_FEATURES, VGG5
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
@@ -121,9 +121,9 @@ def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) ->
         if input_shape != IMAGE_SHAPE:
             raise UsageError(f"the backbone vgg5 takes images of shape {IMAGE_SHAPE}, the data set has {input_shape}")
         return VGG5(dtype=dtype)
-    if len(input_shape) != 3 or input_shape[2] != 3 or min(input_shape[:2]) < LEAST_SIDE:
+    if len(input_shape) != 3 or input_shape[2] != 3 or min(input_shape[:2]) < MIN_SIDE:
         raise UsageError(
-            f"the backbone {name} takes colour images [H, W, 3] of {LEAST_SIDE} pixels and more, the data set has "
+            f"the backbone {name} takes colour images [H, W, 3] of {MIN_SIDE} pixels and more, the data set has "
             f"{input_shape}"
         )
     if name in efficientnet.SCALES:

@@ -7,7 +7,7 @@ import urllib.request
 
 
 def problem_reaching(url: str, seconds: float) -> Exception | None:
-    """None if a server answers a HEAD request for `url` within `seconds`, whatever it answers; else what went wrong."""
+    """None if a server answers a HEAD request for `url` within `seconds`, in any way; otherwise the error."""
     answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -15,7 +15,7 @@ def problem_reaching(url: str, seconds: float) -> Exception | None:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
                 answer.put(None)
         except urllib.error.HTTPError as error:
-            error.close()  # the server is there, and may only dislike HEAD
+            error.close()  # the server answers, and may only reject HEAD
             answer.put(None)
         except Exception as error:
             answer.put(error)
@@ -29,7 +29,7 @@ def problem_reaching(url: str, seconds: float) -> Exception | None:
 
 
 def reason(problem: Exception) -> str:
-    """What to tell of a network error."""
+    """The reason of a network error, for a message."""
     # An HTTPError is a URLError too, and says more than its reason: the status.
     if isinstance(problem, urllib.error.URLError) and not isinstance(problem, urllib.error.HTTPError):
         return str(problem.reason)

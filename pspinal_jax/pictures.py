@@ -1,4 +1,4 @@
-"""Pictures that cost nothing when they fail: one that cannot be drawn is a warning; what is written on them is text."""
+"""Plots whose failure is a warning, and plain text on them."""
 
 import contextlib
 import warnings

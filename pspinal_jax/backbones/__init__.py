@@ -1,4 +1,4 @@
-"""The backbones: from images [N, H, W, C] to features [N, D]. Nothing here imports more than jax, flax and numpy."""
+"""The backbones: from images [N, H, W, C] to features [N, D]. Only jax, flax and numpy are imported."""
 
 from pspinal_jax.backbones.efficientnet import EfficientNetLite, EfficientNetName
 from pspinal_jax.backbones.resnet import ResNet, ResNetName, num_features

@@ -16,16 +16,16 @@ from pspinal_jax.layers.linear import NormVariables, check_choice
 
 EfficientNetName = Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
 EPSILON = 1e-3
-"""Batch norm's, as in TensorFlow's EfficientNets."""
+"""Epsilon of batch norm, as in TensorFlow's EfficientNets."""
 CAP = 6
-"""Of ReLU6."""
+"""Upper bound of ReLU6."""
 NUM_FEATURES = 1280
-LEAST_SIDE = 32
-"""The sides are halved five times, the last to 1."""
+MIN_SIDE = 32
+"""Smallest side in pixels: five halvings leave 1."""
 
 
 class Scale(NamedTuple):
-    """What tells one EfficientNet-Lite from another: factors of widths and of repeats, and the side of its images."""
+    """One EfficientNet-Lite: factors of widths and of repeats, and the side of its images."""
 
     width: float
     depth: float
@@ -191,9 +191,9 @@ class EfficientNetLite(nn.Module):
         """
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(f"images must be a floating-point array, got {images.dtype}; normalise them first")
-        if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < LEAST_SIDE:
+        if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < MIN_SIDE:
             raise ValueError(
-                f"{self.variant} takes images of shape [N, H, W, 3] with H and W at least {LEAST_SIDE}, "
+                f"{self.variant} takes images of shape [N, H, W, 3] with H and W at least {MIN_SIDE}, "
                 f"got {images.shape}"
             )
         dtype, param_dtype = self.dtype or jnp.promote_types(images.dtype, self.param_dtype), self.param_dtype

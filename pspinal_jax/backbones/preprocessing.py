@@ -1,4 +1,4 @@
-"""What each backbone wants its images to be: their size, and what is subtracted from and divides them."""
+"""Image size, mean and std that each backbone expects."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from pspinal_jax.backbones.resnet import VARIANTS
 
 
 class Preprocessing(NamedTuple):
-    """As the backbone's published weights were trained.
+    """Preprocessing that the backbone's published weights were trained with.
 
     Attributes:
       mean: subtracted from images scaled to 0 .. 1; a number, or one a channel.
-      std: what they are divided by after that.
+      std: divides them after that.
       image_size: side in pixels of its square images; None where it has none of its own.
     """
 
@@ -21,7 +21,7 @@ class Preprocessing(NamedTuple):
 
 
 _IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224)
-"""torchvision's, of its ImageNet models."""
+"""Preprocessing of torchvision's ImageNet models."""
 
 
 def default_preprocessing(backbone: str) -> Preprocessing:

@@ -102,7 +102,7 @@ VARIANTS: dict[str, Variant] = {
 """K. He et al., arXiv 1512.03385, table 1; S. Zagoruyko and N. Komodakis, arXiv 1605.07146; names as torchvision's."""
 
 STAGE_CHANNELS = (64, 128, 256, 512)
-LEAST_SIDE = 32
+MIN_SIDE = 32
 """Every stage halves the sides, the last of five to 1."""
 
 
@@ -195,7 +195,7 @@ class ResNetStage(nn.Module):
     @nn.compact
     def __call__(self, maps: jax.Array, train: bool) -> jax.Array:
         """[N, H, W, I] -> [N, ceil(H / s), ceil(W / s), O], s being 1 for stage 1 and 2 for the others."""
-        # `train` is argument 2, after the module itself; it chooses the program and is no array.
+        # `train` is argument 2, after the module itself; it chooses the program and is not an array.
         block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
         channels = STAGE_CHANNELS[self.index - 1]
         for number in range(1, VARIANTS[self.variant].depths[self.index - 1] + 1):
@@ -217,9 +217,9 @@ def _check_images(images: jax.Array, variant: str, learns: bool) -> None:
     if not hasattr(images, "dtype") or not jnp.issubdtype(images.dtype, jnp.floating):
         kind = getattr(images, "dtype", type(images).__name__)
         raise TypeError(f"images must be a floating-point array, got {kind}; normalise them first")
-    if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < LEAST_SIDE:
+    if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < MIN_SIDE:
         raise ValueError(
-            f"{variant} takes images of shape [N, H, W, 3] with H and W at least {LEAST_SIDE}, got {images.shape}"
+            f"{variant} takes images of shape [N, H, W, 3] with H and W at least {MIN_SIDE}, got {images.shape}"
         )
     count, height, width, _ = images.shape
     positions = -(-height // 32) * -(-width // 32)

@@ -92,7 +92,7 @@ def _source_and_images(parsed: PredictArguments) -> tuple[Path, list[Path]]:
 
     Raises:
       UsageError: if there are no images, or --artifact stands beside a run directory.
-      RunError: if --artifact is no export.
+      RunError: if --artifact is not an export.
     """
     if parsed.artifact is None:
         if not parsed.images:

@@ -37,7 +37,7 @@ EXTRAS = {
     "jax-resnet": ("jax-resnet", "an example with jax-resnet's ResNet"),
     "equimo": ("equimo", "an example with Equimo's ViT"),
 }
-"""Extra -> the package that shows that it is there, and what it is for; those for developers are left out."""
+"""Extra -> the package that shows that it is installed, and its purpose; extras for developers are left out."""
 
 
 @dataclasses.dataclass(frozen=True)

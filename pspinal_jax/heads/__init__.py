@@ -1,4 +1,4 @@
-"""The heads: from features [..., D] to logits [..., C]. Nothing here imports more than jax and flax."""
+"""The heads: from features [..., D] to logits [..., C]. Only jax and flax are imported."""
 
 from pspinal_jax.heads.baselines import DenseHead, MLPHead, SpinalHead
 from pspinal_jax.heads.fused import fuse_params, unfuse_params

@@ -159,7 +159,7 @@ class ProgressiveSpinalHead(nn.Module):
 
     @property
     def config(self) -> HeadConfig:
-        """What this head computes, as `apply_unrolled` and its peers take it."""
+        """The head's configuration, as `apply_unrolled`, `apply_fused` and `apply_scan` take it."""
         return HeadConfig(
             num_classes=self.num_classes,
             layer_width=self.layer_width,

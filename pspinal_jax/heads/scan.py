@@ -218,7 +218,7 @@ def apply_scan(
 def _shared_inputs(
     config: HeadConfig, cast: Tree, features: jax.Array, of_features: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """(prefix, offsets, kernels) of the scan where all later layers read the same u: its products are all there."""
+    """(prefix, offsets, kernels) of the scan where all later layers read the same u: these are all its products."""
     later = _by_layer(config, of_features)
     offsets = joined([product(features, cast["first_kernel"])[None], later], axis=0) + cast["hidden_bias"][:, None]
     return features[:, :0], offsets, cast["hidden_kernel"]

@@ -1,4 +1,4 @@
-"""What the neighbours share with the linen head: its keyword options, and its variables, taken only if they fit."""
+"""Shared by the other libraries' heads: the keyword options, and a linen head's variables, checked to fit."""
 
 from typing import Any, Literal, TypedDict
 
@@ -63,14 +63,14 @@ def fitting_variables(variables: Any, params: Tree, batch_stats: Tree) -> tuple[
 
 
 def _fit(collection: str, given: Tree, expected: Tree) -> Tree:
-    found, wanted = (
+    found, needed = (
         {name: list(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()} for tree in (given, expected)
     )
-    if wrong := differences(found, wanted, _difference):
+    if wrong := differences(found, needed, _difference):
         raise ValueError(f"{collection} do not fit this head: {'; '.join(wrong)}")
     return jax.tree.map(lambda new, old: jax.numpy.asarray(new, old.dtype), given, expected)
 
 
-def _difference(name: str, found: list[int] | None, wanted: list[int] | None) -> str:
-    told = "missing" if found is None else found
-    return f"{name} is {told}, expected {'nothing of that name' if wanted is None else wanted}"
+def _difference(name: str, found: list[int] | None, expected: list[int] | None) -> str:
+    shape = "missing" if found is None else found
+    return f"{name} is {shape}, expected {'nothing of that name' if expected is None else expected}"

@@ -1,1 +1,1 @@
-"""What heads and backbones are made of. Nothing here imports more than jax and flax."""
+"""Layers of heads and backbones; only jax and flax are imported."""

@@ -100,7 +100,7 @@ class LinearVariables(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Tree, dict[str, nn.Variable]]:
-        """See `declare_linear`."""
+        """Declare the variables and return them: parameters, and running statistics of batch norm."""
         return declare_linear(self, self.fan_in, self.linear)
 
 

@@ -78,9 +78,9 @@ def update_running(
 
 
 def check_mutable(module: nn.Module) -> None:
-    """Raise ValueError where a training pass of `module` would drop the running statistics in silence.
+    """Raise ValueError where a training pass of `module` would silently drop the running statistics.
 
-    flax.linen.BatchNorm raises there too.
+    flax.linen.BatchNorm raises in this case too.
     """
     if not module.is_mutable_collection("batch_stats"):
         raise ValueError(
@@ -128,7 +128,7 @@ def norm_relu(
 
 
 def batch_norm(inputs: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = EPSILON) -> _Results:
-    """As `norm_relu`, without the ReLU."""
+    """Batch norm without a ReLU; otherwise `norm_relu`."""
     return _normalized(epsilon, None, inputs, scale, bias)
 
 

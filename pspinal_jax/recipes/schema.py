@@ -240,7 +240,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Mixing of examples, and strengths; everything here is off, or without effect, by default."""
+    """Mixing of examples, and strengths; by default all of it is off, or has no effect."""
 
     mixup: Annotated[float, Range(0, 100)] = 0.0
     """Alpha of mixup: every training batch is blended with itself in another order, by a share drawn from Beta(alpha,
@@ -354,7 +354,7 @@ class Recipe:
     def _combinations(self) -> Iterator[tuple[str, bool, str]]:
         """(field, whether it goes with the others, what is expected of it)."""
         data, model, optimizer, mesh = self.data, self.model, self.optimizer, self.mesh
-        size = 8 if data.image_size == OWN else data.image_size  # the backbone's own is filled in, and checked, later
+        size = 8 if data.image_size == OWN else data.image_size  # the backbone's default is filled in later
         images, paper, balanced = size is not None, self.protocol == "paper", self.sampler == "balanced"
         yield "data.image_size", size is None or 8 <= size <= 4096, "8 .. 4096, or own"
         yield "data.augment", images or not data.crops, "one that does not crop, without data.image_size"

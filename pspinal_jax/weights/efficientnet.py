@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from pspinal_jax.backbones.efficientnet import LEAST_SIDE, SCALES, EfficientNetLite, EfficientNetName, block_configs
+from pspinal_jax.backbones.efficientnet import MIN_SIDE, SCALES, EfficientNetLite, EfficientNetName, block_configs
 from pspinal_jax.errors import DataError
 from pspinal_jax.layers.linear import check_choice
 from pspinal_jax.models import abstract_variables
@@ -140,7 +140,7 @@ def _timm_layers(variant: str) -> list[Layer]:
 
 @functools.cache
 def _entries(variant: str, names: Names) -> list[Entry]:
-    shapes = abstract_variables(EfficientNetLite(cast(EfficientNetName, variant)), (LEAST_SIDE, LEAST_SIDE, 3))
+    shapes = abstract_variables(EfficientNetLite(cast(EfficientNetName, variant)), (MIN_SIDE, MIN_SIDE, 3))
     return entries_of(_package_layers(variant) if names == "package" else _timm_layers(variant), shapes)
 
 

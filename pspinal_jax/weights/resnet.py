@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import numpy as np
 
-from pspinal_jax.backbones.resnet import LEAST_SIDE, VARIANTS, ResNet, ResNetName, block_convs, num_features
+from pspinal_jax.backbones.resnet import MIN_SIDE, VARIANTS, ResNet, ResNetName, block_convs, num_features
 from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, STAGES, VGG5
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.heads.equation import layer_name, read_layers
@@ -76,7 +76,7 @@ def resnet_layers(variant: str, path: tuple[str, ...] = ()) -> list[Layer]:
 
 @functools.cache
 def _entries(variant: str) -> list[Entry]:
-    shapes = abstract_variables(ResNet(cast(ResNetName, variant)), (LEAST_SIDE, LEAST_SIDE, 3))
+    shapes = abstract_variables(ResNet(cast(ResNetName, variant)), (MIN_SIDE, MIN_SIDE, 3))
     return entries_of(resnet_layers(variant), shapes)
 
 
@@ -203,6 +203,6 @@ def _layout_entries(layout: Layout, sizes: _Sizes) -> list[Entry]:
     if layout.backbone == "vgg5":
         backbone, layers, shape = VGG5(), layers + _vgg5_layers(), IMAGE_SHAPE
     elif layout.backbone != "none":
-        backbone, shape = ResNet(cast(ResNetName, layout.backbone)), (LEAST_SIDE, LEAST_SIDE, 3)
+        backbone, shape = ResNet(cast(ResNetName, layout.backbone)), (MIN_SIDE, MIN_SIDE, 3)
         layers = layers + resnet_layers(layout.backbone, _BACKBONE)
     return entries_of(layers, abstract_variables(Classifier(head, backbone), shape))
