@@ -240,7 +240,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Mixing of examples, and strengths; by default all of it is off, or has no effect."""
+    """Mixing of examples, and strengths; everything here is off, or without effect, by default."""
 
     mixup: Annotated[float, Range(0, 100)] = 0.0
     """Alpha of mixup: every training batch is blended with itself in another order, by a share drawn from Beta(alpha,
