@@ -162,6 +162,7 @@ def build_run_programs(
     """
     mesh = mesh or run_mesh(recipe)
     optimizer, config = recipe.optimizer, recipe.model
+    mixup, cutmix = recipe.augment.mixup, recipe.augment.cutmix
     layout: Layout = "tree"
     if config.head == "progressive" and not shards_parameters(mesh):
         rows, dropout = recipe.batch_size // num_batch_shards(mesh), config.layer_dropout_rate > 0.0
@@ -179,7 +180,7 @@ def build_run_programs(
         direction,
         partial(target_losses, label_smoothing=recipe.label_smoothing, class_weights=weights),
         augment=augmentation(recipe),
-        mix=mixing(recipe),
+        mix=partial(mix, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None,
         ema_decay=recipe.ema_decay,
         frozen=("backbone",) if recipe.freeze == "backbone" else (),
         micro_batches=recipe.micro_batches,
@@ -243,13 +244,6 @@ def _move_and_color(moved: Any, colored: Any, key: jax.Array, images: jax.Array)
     images = images if moved is None else moved(key, images)
     result: jax.Array = colored(jax.random.fold_in(key, 1), images)
     return result
-
-
-def mixing(recipe: Recipe) -> Callable[..., Any] | None:
-    """Mixup and cutmix, (key, inputs, labels) -> (inputs, targets), as `recipe` asks for them; None for none."""
-    if not recipe.augment.mixup and not recipe.augment.cutmix:
-        return None
-    return partial(mix, mixup=recipe.augment.mixup, cutmix=recipe.augment.cutmix)
 
 
 def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
