@@ -42,7 +42,7 @@ def test_evaluate_finds_the_runs_classes_in_tables_that_lack_some(run, tmp_path)
     other = run.evaluate(tmp_path / "less.parquet")
     assert other["classes"][0]["support"] == 0 and other["trained_on_it"] is False
     frame[["b", "a", "c", "d", "species"]].to_csv(tmp_path / "order.csv", index=False)
-    with pytest.raises(UsageError, match=r"feature 0 of .* is 'b', but the run was trained on 'a' there"):
+    with pytest.raises(UsageError, match=r"feature 0 of .* is 'b', but the run was trained on 'a'"):
         run.evaluate(tmp_path / "order.csv")
     frame.assign(species="emu").to_csv(tmp_path / "emu.csv", index=False)
     with pytest.raises(DataError, match="labels hold emu, expected one of the classes cat, cow, dog"):
@@ -78,7 +78,7 @@ def test_features_to_predict_from_that_do_not_fit_are_refused(run, rows, message
 
 
 def test_pictures_are_no_features(run):
-    with pytest.raises(UsageError, match=r"cat\.png is no table .* was trained on features, not on images"):
+    with pytest.raises(UsageError, match=r"cat\.png is not a table .* was trained on features, not on images"):
         run.predict(["cat.png"])
 
 
