@@ -10,9 +10,14 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pspinal_jax.augment.perspective import perspective_coefficients, warp_perspective
-from pspinal_jax.augment.pipeline import Augmentation, apply_warp, draw_warp
-from pspinal_jax.augment.rotation import rotate
+from pspinal_jax.augment import (
+    Augmentation,
+    apply_warp,
+    draw_warp,
+    perspective_coefficients,
+    rotate,
+    warp_perspective,
+)
 from pspinal_jax.errors import PSpinalError
 from pspinal_jax.files import check_target
 

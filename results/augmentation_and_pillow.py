@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from pspinal_jax.augment.perspective import image_corners, perspective_coefficients, warp_perspective
 from pspinal_jax.augment.pipeline import Warp, augment, draw_warp
-from pspinal_jax.augment.rotation import rotate
+from pspinal_jax.augment.warp import image_corners, perspective_coefficients, rotate, warp_perspective
 
 _PER_PROCESS = 2048
 _STEPS = 64

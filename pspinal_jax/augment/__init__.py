@@ -8,13 +8,27 @@ are rotated, cropped and flipped: `rotate_crop_flip`. Beside the paper's augment
 """
 
 from pspinal_jax.augment.color import adjust_color, color_jitter, draw_color
-from pspinal_jax.augment.crop import CropAugmentation, View, apply_view, draw_view, rotate_crop_flip
-from pspinal_jax.augment.draws import draw_angles, draw_perspective
+from pspinal_jax.augment.crop import (
+    Boxes,
+    CropAugmentation,
+    ResizedCrop,
+    View,
+    apply_boxes,
+    apply_view,
+    draw_boxes,
+    draw_view,
+    resized_crop_flip,
+    rotate_crop_flip,
+)
 from pspinal_jax.augment.mixing import Mixed, mix
-from pspinal_jax.augment.perspective import perspective_coefficients, warp_perspective
 from pspinal_jax.augment.pipeline import Augmentation, Warp, apply_warp, augment, draw_warp
-from pspinal_jax.augment.resized_crop import Boxes, ResizedCrop, apply_boxes, draw_boxes, resized_crop_flip
-from pspinal_jax.augment.rotation import rotate
+from pspinal_jax.augment.warp import (
+    draw_angles,
+    draw_perspective,
+    perspective_coefficients,
+    rotate,
+    warp_perspective,
+)
 
 __all__ = [
     "Augmentation",

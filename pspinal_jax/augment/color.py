@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pspinal_jax.augment.sampling import check_images
+from pspinal_jax.augment.warp import check_fraction, check_images, check_shape
 
 _LUMA = (0.299, 0.587, 0.114)
 """Of red, green and blue (ITU-R BT.601), as Pillow's and torchvision's grey."""
@@ -18,8 +18,7 @@ def draw_color(key: jax.Array, count: int, strength: float) -> jax.Array:
     Raises:
       ValueError: if `strength` is not between 0 and 1.
     """
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"strength must be between 0 and 1, got {strength!r}")
+    check_fraction("strength", strength)
     return jax.random.uniform(key, (count, 3), jnp.float32, 1 - strength, 1 + strength)
 
 
@@ -44,8 +43,7 @@ def adjust_color(images: jax.Array, factors: jax.Array) -> jax.Array:
     check_images(images)
     if images.shape[3] not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels, got {images.shape}")
-    if factors.shape != (len(images), 3):
-        raise ValueError(f"factors must have shape [{len(images)}, 3], one row per image, got {factors.shape}")
+    check_shape("factors", factors, len(images), 3)
     brightness, contrast, saturation = (factors[:, index, None, None, None] for index in range(3))
 
     def grey(values: jax.Array) -> jax.Array:

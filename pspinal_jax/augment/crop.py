@@ -1,14 +1,29 @@
-"""The augmentation of the colour recipes: rotation, random crop and flip of a whole batch in one reading."""
+"""Random crops with flips, a whole batch in one reading: after a rotation, or of random area and aspect.
+
+Crops of random area and aspect: Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 6: an area
+evenly distributed between a least part and the whole of the image, with an aspect between 3/4 and 4/3.
+"""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pspinal_jax.augment.draws import draw_angles
-from pspinal_jax.augment.rotation import check_angles, rotation_sources_at
-from pspinal_jax.augment.sampling import check_images, per_image, sample_nearest
+from pspinal_jax.augment.warp import (
+    check_fraction,
+    check_images,
+    check_shape,
+    draw_angles,
+    per_image,
+    rotation_sources_at,
+    sample_bilinear,
+    sample_nearest,
+)
+
+_MAX_TRIES = 10
+"""As torchvision: a box that does not fit is drawn again, so often; after that it is cut to the image."""
 
 
 class CropAugmentation(NamedTuple):
@@ -56,8 +71,7 @@ def draw_view(
     """
     if not 1 <= size <= min(height, width):
         raise ValueError(f"size must be between 1 and the images' {height} x {width}, got {size}")
-    if not 0.0 <= settings.flip_probability <= 1.0:
-        raise ValueError(f"flip_probability must be between 0 and 1, got {settings.flip_probability!r}")
+    check_fraction("flip_probability", settings.flip_probability)
     angle_key, corner_key, flip_key = jax.random.split(key, 3)
     spare = jnp.array([height - size + 1, width - size + 1], jnp.int32)
     return View(
@@ -85,12 +99,9 @@ def apply_view(images: jax.Array, view: View, size: int) -> jax.Array:
     """
     check_images(images)
     count, height, width, _ = images.shape
-    check_angles(view.angles, count)
-    if view.corners.shape != (count, 2) or view.flips.shape != (count,):
-        raise ValueError(
-            f"corners must have shape [{count}, 2] and flips [{count}], one per image, got {view.corners.shape} and "
-            f"{view.flips.shape}"
-        )
+    check_shape("angles", view.angles, count)
+    check_shape("corners", view.corners, count, 2)
+    check_shape("flips", view.flips, count)
     along = jnp.arange(size, dtype=jnp.int32)
     across = jnp.where(view.flips[:, None], size - 1 - along, along)
     x = per_image(view.corners[:, 1]) + across[:, None, :]
@@ -130,3 +141,112 @@ def rotate_crop_flip(
     check_images(images)
     count, height, width, _ = images.shape
     return apply_view(images, draw_view(key, count, height, width, size, settings), size)
+
+
+class ResizedCrop(NamedTuple):
+    """How to crop.
+
+    Attributes:
+      min_area: smallest area of a crop, as a part of the image's; the largest is 1.
+      aspect: largest ratio of the sides; its logarithm is uniform in ± this one's.
+      flip_probability: of left and right being swapped, per image.
+    """
+
+    min_area: float = 0.25
+    aspect: float = 4 / 3
+    flip_probability: float = 0.5
+
+
+USUAL = ResizedCrop()
+
+
+class Boxes(NamedTuple):
+    """What happens to each image of a batch, in parts of its height and width.
+
+    Attributes:
+      corners: float32 [N, 2], (row, column) where the crop begins, 0 .. 1.
+      sides: float32 [N, 2], (height, width) of the crop, above 0; within the image.
+      flips: bool [N], whether left and right of the crop are swapped.
+    """
+
+    corners: jax.Array
+    sides: jax.Array
+    flips: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("count", "settings"))
+def draw_boxes(key: jax.Array, count: int, settings: ResizedCrop = USUAL) -> Boxes:
+    """The `Boxes` of `count` square images, a function of `key` and the rest.
+
+    Raises:
+      ValueError: on a setting outside its range.
+    """
+    if not 0.0 < settings.min_area <= 1.0:
+        raise ValueError(f"min_area must be above 0 and at most 1, got {settings.min_area!r}")
+    if not settings.aspect >= 1.0:
+        raise ValueError(f"aspect must be at least 1, got {settings.aspect!r}")
+    check_fraction("flip_probability", settings.flip_probability)
+    box_key, corner_key, flip_key = jax.random.split(key, 3)
+    numbers = jax.random.uniform(box_key, (count * _MAX_TRIES * 2,)).reshape(count, _MAX_TRIES, 2)
+    area = settings.min_area + (1 - settings.min_area) * numbers[..., 0]
+    ratio = jnp.exp((2 * numbers[..., 1] - 1) * math.log(settings.aspect))
+    tried = jnp.sqrt(jnp.stack([area / ratio, area * ratio], -1))
+    first = jnp.argmax(tried.max(-1) <= 1.0, axis=1)  # the first that fits; the first of all where none does
+    sides = jnp.minimum(jnp.take_along_axis(tried, first[:, None, None], axis=1)[:, 0], 1.0)
+    return Boxes(
+        corners=jax.random.uniform(corner_key, (count, 2)) * (1 - sides),
+        sides=sides,
+        flips=jax.random.uniform(flip_key, (count,)) < settings.flip_probability,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def apply_boxes(images: jax.Array, boxes: Boxes, size: int) -> jax.Array:
+    """The boxes of `images`, each resized to `size` (bilinear, without antialiasing) and flipped.
+
+    Args:
+      images: uint8 [N, H, W, C].
+      boxes: see `Boxes`.
+      size: side S in pixels.
+
+    Returns:
+      uint8 [N, S, S, C].
+
+    Raises:
+      TypeError: if `images` is not uint8.
+      ValueError: if an array has another shape.
+    """
+    check_images(images)
+    count, height, width, _ = images.shape
+    check_shape("corners", boxes.corners, count, 2)
+    check_shape("sides", boxes.sides, count, 2)
+    check_shape("flips", boxes.flips, count)
+    along = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
+    across = jnp.where(boxes.flips[:, None], 1 - along, along)
+    y = per_image(boxes.corners[:, 0]) + along[None, :, None] * per_image(boxes.sides[:, 0])
+    x = per_image(boxes.corners[:, 1]) + across[:, None, :] * per_image(boxes.sides[:, 1])
+    return sample_bilinear(images, *jnp.broadcast_arrays(x * width, y * height))
+
+
+@functools.partial(jax.jit, static_argnames=("size", "settings"))
+def resized_crop_flip(key: jax.Array, images: jax.Array, size: int, settings: ResizedCrop = USUAL) -> jax.Array:
+    """Images cropped to a random area and aspect, resized to `size`, flipped.
+
+    As torchvision's RandomResizedCrop and RandomHorizontalFlip, but from images that are squares of one size already,
+    and without antialiasing: a crop larger than `size` is read at every few pixels.
+
+    Args:
+      key: a JAX random key.
+      images: uint8 [N, H, W, C].
+      size: side S of the result in pixels; static under jit.
+      settings: how strongly; static under jit.
+
+    Returns:
+      uint8 [N, S, S, C], a function of the arguments.
+
+    Raises:
+      TypeError: if `images` is not uint8.
+      ValueError: if it has another shape, or on a setting outside its range.
+    """
+    check_images(images)
+    return apply_boxes(images, draw_boxes(key, len(images), settings), size)

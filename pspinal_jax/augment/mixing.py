@@ -1,11 +1,11 @@
 """Mixup and cutmix: training examples of a batch mixed with each other, and their labels with them.
 
 mixup: Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412, section 2:
-x = s x_i + (1 - s) x_j, the loss s l(x, y_i) + (1 - s) l(x, y_j), s from Beta(alpha, alpha). One s a batch, and j runs
-over a permutation of the batch, as in the authors' program.
+x = lam x_i + (1 - lam) x_j, the loss lam l(x, y_i) + (1 - lam) l(x, y_j), lam from Beta(alpha, alpha). One lam a
+batch, and j runs over a permutation of the batch, as in the authors' program.
 cutmix: Yun, Han, Oh, Chun, Choe, Yoo, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
-Features", arXiv:1905.04899, section 3.1: a box of sides W sqrt(1 - s) and H sqrt(1 - s) about a uniform centre, cut at
-the edges, comes from x_j; s is then the part of the area that is left of x_i.
+Features", arXiv:1905.04899, section 3.1: a box of sides W sqrt(1 - lam) and H sqrt(1 - lam) about a uniform centre,
+cut at the edges, comes from x_j; lam is then the part of the area that is left of x_i.
 """
 
 from typing import NamedTuple
@@ -23,17 +23,17 @@ class Mixed(NamedTuple):
     Attributes:
       labels: integers [B], of the examples themselves.
       others: integers [B], of what each was mixed with.
-      share: float32 [B], 0 .. 1, how much of each is its own.
+      lam: float32 [B], 0 .. 1, the weight of `labels`; the others have 1 - lam.
     """
 
     labels: jax.Array
     others: jax.Array
-    share: jax.Array
+    lam: jax.Array
 
     @property
     def main(self) -> jax.Array:
-        """Integers [B], the label that has the larger share."""
-        return jnp.where(self.share >= 0.5, self.labels, self.others)
+        """Integers [B], the label that has the larger weight."""
+        return jnp.where(self.lam >= 0.5, self.labels, self.others)
 
 
 def mix(
@@ -63,34 +63,32 @@ def mix(
     order = jax.random.permutation(order_key, len(labels))
     others = inputs[order]
     if not cutmix:
-        mixed, share = blend(mixup_key, inputs, others, mixup)
+        mixed, lam = blend(mixup_key, inputs, others, mixup)
     elif not mixup:
-        mixed, share = cut(cutmix_key, inputs, others, cutmix)
+        mixed, lam = cut(cutmix_key, inputs, others, cutmix)
     else:
         chosen = jax.random.uniform(choice_key) < _CHANCE_OF_CUTMIX
-        (blended, blended_share), (pasted, pasted_share) = (
-            blend(mixup_key, inputs, others, mixup),
-            cut(cutmix_key, inputs, others, cutmix),
-        )
-        mixed, share = jnp.where(chosen, pasted, blended), jnp.where(chosen, pasted_share, blended_share)
-    return mixed, Mixed(labels, labels[order], jnp.broadcast_to(share, labels.shape))
+        blended, blended_lam = blend(mixup_key, inputs, others, mixup)
+        pasted, pasted_lam = cut(cutmix_key, inputs, others, cutmix)
+        mixed, lam = jnp.where(chosen, pasted, blended), jnp.where(chosen, pasted_lam, blended_lam)
+    return mixed, Mixed(labels, labels[order], jnp.broadcast_to(lam, labels.shape))
 
 
 def blend(key: jax.Array, inputs: jax.Array, others: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
-    """Mixup: (share * inputs + (1 - share) * others, share), float32 scalar from Beta(alpha, alpha)."""
-    share = jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
+    """Mixup: (lam * inputs + (1 - lam) * others, lam), float32 scalar from Beta(alpha, alpha)."""
+    lam = jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
     dtype = jnp.promote_types(inputs.dtype, jnp.float32)
-    blended = share * inputs.astype(dtype) + (1 - share) * others.astype(dtype)
+    blended = lam * inputs.astype(dtype) + (1 - lam) * others.astype(dtype)
     if jnp.issubdtype(inputs.dtype, jnp.integer):
         blended = jnp.rint(blended)
-    return blended.astype(inputs.dtype), share
+    return blended.astype(inputs.dtype), lam
 
 
 def cut(key: jax.Array, images: jax.Array, others: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
-    """Cutmix: `images` [B, H, W, C] with one box of `others`, and the share of the area that is their own."""
-    share_key, row_key, column_key = jax.random.split(key, 3)
+    """Cutmix: `images` [B, H, W, C] with one box of `others`, and the part of the area that is left of them."""
+    lam_key, row_key, column_key = jax.random.split(key, 3)
     height, width = images.shape[1:3]
-    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32))
+    side = jnp.sqrt(1 - jax.random.beta(lam_key, alpha, alpha, dtype=jnp.float32))
 
     def within(key: jax.Array, length: int) -> jax.Array:
         """Which rows, or columns, the box covers, bool [length]."""
@@ -101,5 +99,5 @@ def cut(key: jax.Array, images: jax.Array, others: jax.Array, alpha: float) -> t
 
     rows, columns = within(row_key, height), within(column_key, width)
     box = rows[:, None] & columns[None, :]
-    share = 1 - jnp.sum(rows) * jnp.sum(columns) / (height * width)
-    return jnp.where(box[None, :, :, None], others, images), share.astype(jnp.float32)
+    lam = 1 - jnp.sum(rows) * jnp.sum(columns) / (height * width)
+    return jnp.where(box[None, :, :, None], others, images), lam.astype(jnp.float32)

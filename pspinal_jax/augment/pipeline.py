@@ -5,10 +5,17 @@ from typing import NamedTuple
 
 import jax
 
-from pspinal_jax.augment.draws import draw_angles, draw_perspective
-from pspinal_jax.augment.perspective import perspective_coefficients, perspective_positions
-from pspinal_jax.augment.rotation import check_angles, rotation_sources
-from pspinal_jax.augment.sampling import check_images, sample_bilinear, within
+from pspinal_jax.augment.warp import (
+    check_images,
+    check_shape,
+    draw_angles,
+    draw_perspective,
+    perspective_coefficients,
+    perspective_positions,
+    rotation_sources,
+    sample_bilinear,
+    within,
+)
 
 
 class Augmentation(NamedTuple):
@@ -70,9 +77,8 @@ def apply_warp(images: jax.Array, warp: Warp) -> jax.Array:
     """
     check_images(images)
     count, height, width, _ = images.shape
-    check_angles(warp.angles, count)
-    if warp.corners.shape != (count, 4, 2):
-        raise ValueError(f"corners must have shape [{count}, 4, 2], one set per image, got {warp.corners.shape}")
+    check_shape("angles", warp.angles, count)
+    check_shape("corners", warp.corners, count, 4, 2)
     rows, columns = rotation_sources(warp.angles, height, width)
     coefficients = perspective_coefficients(warp.corners, height, width)
     x, y = perspective_positions(coefficients, columns, rows)

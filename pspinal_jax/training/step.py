@@ -90,7 +90,7 @@ def target_losses(
         own, other = (
             target_losses(logits, labels, label_smoothing, class_weights) for labels in (targets.labels, targets.others)
         )
-        return targets.share * own + (1 - targets.share) * other
+        return targets.lam * own + (1 - targets.lam) * other
     losses = cross_entropy(logits, targets, label_smoothing)
     return losses if class_weights is None else losses * jnp.asarray(class_weights, losses.dtype)[targets]
 

@@ -71,5 +71,5 @@ def test_wrong_arguments_are_refused(resized):
     with pytest.raises(TypeError, match="must be a uint8 array, got float32"):
         rotate_crop_flip(jax.random.key(0), images.astype(np.float32), 20)
     view = View(jnp.zeros(2), jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, bool))
-    with pytest.raises(ValueError, match=r"corners must have shape \[2, 2\] and flips \[2\]"):
+    with pytest.raises(ValueError, match=r"corners must have shape \[2, 2\], one per image"):
         apply_view(images, view, 10)

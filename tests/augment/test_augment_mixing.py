@@ -17,7 +17,7 @@ LABELS = np.array([0, 1, 2, 3, 4, 5], np.int32)  # so that labels tell who was m
 @pytest.mark.parametrize("inputs", [IMAGES, FEATURES], ids=["images", "features"])
 def test_mixup_is_a_convex_combination(inputs):
     mixed, targets = mix(jax.random.key(3), inputs, LABELS, mixup=1.0)
-    share, others = np.asarray(targets.share), np.asarray(targets.others)
+    share, others = np.asarray(targets.lam), np.asarray(targets.others)
     assert np.ptp(share) == 0 and 0 < share[0] < 1 and sorted(others) == LABELS.tolist()
     expected = share[0] * inputs.astype(np.float64) + (1 - share[0]) * inputs[others]
     expected = np.rint(expected) if inputs.dtype == np.uint8 else expected
@@ -38,7 +38,7 @@ def test_cutmix_pastes_one_box_and_counts_its_area():
         for edge in (rows, columns):
             assert np.flatnonzero(np.diff(edge.astype(int))).size <= 2  # without a gap
         np.testing.assert_array_equal(pasted, box & different)
-        np.testing.assert_allclose(targets.share, 1 - box.mean(), rtol=1e-6)
+        np.testing.assert_allclose(targets.lam, 1 - box.mean(), rtol=1e-6)
         seen.add(int(box.sum()))
     assert len(seen) >= 8 and max(seen) <= 80
 
@@ -76,7 +76,7 @@ def test_with_both_each_batch_takes_one_with_even_chances(monkeypatch):
     draws = np.asarray(jax.vmap(lambda key: jax.vmap(jax.random.uniform)(jax.random.split(key, 4)))(keys))
     pasted = draws[:, 3] < 0.5
     assert 160 < pasted.sum() < 240
-    np.testing.assert_array_equal(targets.share, np.where(pasted, 0.75, 0.25)[:, None] + np.zeros(6))
+    np.testing.assert_array_equal(targets.lam, np.where(pasted, 0.75, 0.25)[:, None] + np.zeros(6))
     np.testing.assert_array_equal(mixed[:, 0, 0, 0, 0], np.where(pasted, draws[:, 2], draws[:, 1]))
 
 

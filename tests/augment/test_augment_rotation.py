@@ -4,7 +4,7 @@ import pillow_reference
 import pytest
 
 from pspinal_jax.augment import draw_angles, rotate
-from pspinal_jax.augment.sampling import MAX_SIDE
+from pspinal_jax.augment.warp import MAX_SIDE
 
 
 def drawn(count, degrees=10.0, seed=0):

@@ -182,7 +182,7 @@ def test_a_step_with_all_of_it_is_the_plain_one_written_out(micro_batches):
         key = keys.step_key(SEED, step)
         shifted = shift(keys.augment_key(key), INPUTS[rows])
         inputs, targets = mix(keys.mix_key(key), shifted, LABELS[rows], mixup=0.5)
-        share = np.asarray(targets.share)[:, None]
+        share = np.asarray(targets.lam)[:, None]
         weighted = [share * np.eye(3)[LABELS[rows]], (1 - share) * np.eye(3)[np.asarray(targets.others)]]
         soft = sum(
             (0.9 * each + each.sum(1, keepdims=True) * 0.1 / 3) * (each @ WEIGHTS / each.sum(1))[:, None]
