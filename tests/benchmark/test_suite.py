@@ -105,7 +105,7 @@ def test_a_section_that_is_stopped_failed_unless_all_time_was_over(tmp_path, mon
         ([], "holds a report already"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(tmp_path, capsys, flags, line):
+def test_benchmark_all_refuses_in_one_line(tmp_path, capsys, flags, line):
     (tmp_path / "report.md").write_text("earlier results")
     assert main(["benchmark", "all", "--workdir", str(tmp_path), *flags]) == 2
     said = capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_the_head_is_lowered_for_accelerators(platform, dtype):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_of_all_sections_fails_nowhere(tmp_path):
+def test_benchmark_all_tiny_fails_nowhere(tmp_path):
     flags = ["--tiny", "--minutes", "15", "--precisions", "tf32", "--workdir", str(tmp_path / "all")]
     done = subprocess.run(
         [sys.executable, "-m", "pspinal_jax", "benchmark", "all", *flags], capture_output=True, text=True, check=False
@@ -155,7 +155,7 @@ def writers(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_what_was_measured_stays_when_it_is_killed(tmp_path, number):
+def test_benchmark_all_keeps_what_was_measured_when_killed(tmp_path, number):
     flags = ["--tiny", "--minutes", "5", "--sections", "augmentation", "step", "--workdir", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "pspinal_jax", "benchmark", "all", *flags], env=os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -172,7 +172,7 @@ def test_what_was_measured_stays_when_it_is_killed(tmp_path, number):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not tell who has a file open")
-def test_a_section_ends_with_the_suite(tmp_path):
+def test_benchmark_section_ends_with_its_parent(tmp_path):
     flags = ["--minutes", "5", "--sections", "epoch", "--workdir", str(tmp_path)]  # a minute, were it left alone
     process = subprocess.Popen([sys.executable, "-m", "pspinal_jax", "benchmark", "all", *flags])
     end = time.monotonic() + 60

@@ -25,7 +25,7 @@ def features_path(tmp_path):
     return path
 
 
-def test_a_table_and_files(features_path, tmp_path, capsys, monkeypatch):
+def test_compare_writes_a_table_and_files(features_path, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["compare", str(features_path), *SMALL]) == 0
     said = capsys.readouterr().out
@@ -41,7 +41,7 @@ def test_a_table_and_files(features_path, tmp_path, capsys, monkeypatch):
     }  # fmt: skip
 
 
-def test_pixels_are_taken_flattened(npz_path, tmp_path):
+def test_compare_flattens_pixels(npz_path, tmp_path):
     assert main(["compare", str(npz_path), *SMALL, "--workdir", str(tmp_path / "pixels")]) == 0
     result = json.loads((tmp_path / "pixels" / "compare.json").read_text())
     assert result["data"]["features"] == 16
@@ -53,7 +53,7 @@ def test_pixels_are_taken_flattened(npz_path, tmp_path):
     [
         ([], 2, "error: compare takes data: an .npz file"),
         (["nothing"], 1, "error: nothing does not exist; compare takes an .npz file, a table, a folder"),
-        (["nothing.npz"], 1, "error: data file nothing.npz does not exist"),
+        (["nothing.npz"], 1, "error: nothing.npz cannot be read as an .npz file"),
         (["DATA", "--heads", "deep"], 2, "invalid choice"),
         (["DATA", "--heads", "mlp", "mlp"], 2, "error: heads are mlp mlp, expected some of"),
         (["DATA", "--batch-size", "1000"], 2, "error: --batch-size is 1000, but only 96 examples"),
@@ -64,7 +64,7 @@ def test_pixels_are_taken_flattened(npz_path, tmp_path):
         (["FOLDER"], 1, "error: "),
     ],
 )
-def test_what_is_wrong_is_one_line(words, status, line, features_path, tmp_path, capsys, monkeypatch):
+def test_compare_refuses_in_one_line(words, status, line, features_path, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     places = {"DATA": str(features_path), "FOLDER": str(tmp_path / "empty")}
@@ -75,7 +75,7 @@ def test_what_is_wrong_is_one_line(words, status, line, features_path, tmp_path,
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
+def test_compare_killed_at_random_moments_ends_the_same(tmp_path):
     write_data(tmp_path)
     finish(start(tmp_path, "alone"))
     records = kill_again_and_again(tmp_path, 4, seed=1)
@@ -84,7 +84,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
 
 
 @pytest.mark.slow
-def test_four_devices_choose_as_one(tmp_path):
+def test_compare_on_four_devices_chooses_as_on_one(tmp_path):
     write_data(tmp_path)
     finish(start(tmp_path, "one"))
     finish(start(tmp_path, "four", devices=4))
@@ -103,7 +103,7 @@ def test_four_devices_choose_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_of_images_is_compared_by_features_that_are_kept(tmp_path, capsys):
+def test_compare_keeps_the_features_of_a_folder(tmp_path, capsys):
     rng, folder = np.random.default_rng(0), tmp_path / "pictures"
     for index, name in enumerate(("dark", "light", "mixed")):
         (folder / name).mkdir(parents=True)

@@ -68,7 +68,7 @@ def test_trials_get_no_test_example_and_nobody_its_label(monkeypatch):
     assert cuts[0] != cuts[1]
 
 
-def test_what_is_finished_is_not_done_again_and_a_cut_line_is(finished, tmp_path):
+def test_trial_log_keeps_whole_lines_and_a_cut_one_is_done_again(finished, tmp_path):
     workdir, result = finished
     lines = (workdir / "trials.jsonl").read_text().splitlines()
     for kept in (0, 1, 7, len(lines) - 1, len(lines)):
@@ -100,7 +100,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("summed", [True, False], ids=["with a checksum", "as before checksums"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_line_of_trials_is_noticed(finished, damage, summed):
+def test_trial_log_notices_a_damaged_line(finished, damage, summed):
     kind, name, value = DAMAGES[damage]
     lines = [json.loads(line) for line in (finished[0] / "trials.jsonl").read_text().splitlines()]
     line = next(line for line in lines if line["kind"] == kind and line["method"] == "dense")
@@ -114,17 +114,17 @@ def test_a_damaged_line_of_trials_is_noticed(finished, damage, summed):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, '{"kind": "trial"}'])
-def test_a_line_that_is_none_is_noticed(text):
+def test_trial_log_notices_what_is_not_a_record(text):
     assert parse_record(text, 60) is None
 
 
-def test_a_line_that_says_something_else_does_not_match_its_checksum(finished):
+def test_trial_log_checks_the_checksum_of_a_record(finished):
     line = json.loads((finished[0] / "trials.jsonl").read_text().splitlines()[0])
     line["seconds"] += 1.0
     assert parse_record(json.dumps(line), 60) is None
 
 
-def test_what_is_damaged_is_computed_again_and_older_lines_count(finished, tmp_path, capsys):
+def test_trial_log_computes_damaged_lines_again_and_keeps_older_ones(finished, tmp_path, capsys):
     workdir, result = finished
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     (tmp_path / "compare.json.7-7.part").write_text("what a kill has left")
@@ -174,7 +174,7 @@ def test_more_trials_heads_and_seeds_go_on_with_what_is_there(finished, tmp_path
     assert lasting(extended) == lasting(run(**more))
 
 
-def test_another_comparison_in_the_folder_is_refused(finished, tmp_path):
+def test_compare_refuses_the_folder_of_another_comparison(finished, tmp_path):
     workdir, _ = finished
     for changes, named in (({"seed": 1}, "seed was 0 and is now 1"), ({"layer_width": 5}, "layer_width was 4")):
         with pytest.raises(UsageError, match=named):
@@ -189,7 +189,7 @@ def test_another_comparison_in_the_folder_is_refused(finished, tmp_path):
         run(tmp_path)
 
 
-def test_what_it_says(finished):
+def test_compare_result_matches_its_records(finished):
     workdir, result = finished
     assert list(result["methods"]) == ["progressive", "dense", "knn", "ridge"]
     assert result["methods"]["dense"]["parameters"] == 6 * 3 + 3
@@ -260,13 +260,13 @@ def test_several_splits_are_tuned_each_by_itself():
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_settings_that_do_not_fit_are_one_line(settings, line):
+def test_compare_config_refuses_in_one_line(settings, line):
     with pytest.raises(UsageError, match=line) as caught:
         run(**settings)
     assert "\n" not in str(caught.value)
 
 
-def test_the_python_door_takes_arrays():
+def test_compare_takes_arrays():
     (inputs, labels), (test_inputs, test_labels) = make_features().values()
     small = {**SMALL, "heads": "dense", "trials": 2, "progress": False}
     comparison = pspinal_jax.compare(
