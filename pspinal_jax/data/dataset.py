@@ -48,7 +48,7 @@ def digest_bytes(data: bytes) -> int:
 def copies_of_a_class(digests: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Integers [N], equal for rows of equal digest whose label is the same wherever that digest occurs.
 
-    Rows that have several labels, as in tables of few distinct values, are no copies that a cut could keep together:
+    Rows that have several labels, as in tables of few distinct values, are not copies that a cut could keep together:
     with one class on either side of it, a model would be asked for the opposite of what it was taught.
     """
     _, groups = np.unique(digests, return_inverse=True)
@@ -109,7 +109,7 @@ class Contents:
     Attributes:
       digests: uint64 [N].
       labels: integers [N].
-      name: index -> what to call that example.
+      name: index -> the name of that example.
     """
 
     digests: np.ndarray
@@ -161,7 +161,7 @@ class Split(Protocol):
         """uint64 [N], see `pspinal_jax.data.dataset`."""
 
     def name(self, index: int) -> str:
-        """What to call example number `index` in a message."""
+        """The name of example number `index` in a message."""
 
     def __len__(self) -> int: ...
 
@@ -275,7 +275,7 @@ class Dataset(Generic[S]):
 
     @property
     def train(self) -> S:
-        """What is trained on."""
+        """The training split."""
         return self.splits["train"]
 
     @property

@@ -244,7 +244,7 @@ def check(encoded: Encoded, indices: Sequence[int], title: str, show_progress: b
 
 
 def _check(encoded: Encoded, index: int) -> Check:
-    from pspinal_jax.data.decode import decode  # loads Pillow, which `prepare --help` can do without
+    from pspinal_jax.data.images.decode import decode  # loads Pillow, which `prepare --help` can do without
 
     try:
         data = encoded[index]

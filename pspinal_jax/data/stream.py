@@ -16,7 +16,7 @@ import numpy as np
 from pspinal_jax.data.dataset import Split
 from pspinal_jax.errors import DataError, RunError, UsageError
 
-_MOST_THREADS = 8
+_MAX_THREADS = 8
 _BATCHES_AHEAD = 2
 """How many finished batches may wait, per worker process."""
 _RAN_THE_SCRIPT = 87
@@ -113,7 +113,7 @@ class _Running:
         freeing = getattr(_import_grain().multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
         if freeing is not None:
             # The last batches' shared memory hangs on cycles of objects in grain, and is freed in a thread of its own.
-            # A process that ended before that would be told of a leak.
+            # A process that ended before that would get a warning of a leak.
             gc.collect()
             freeing.apply(int)
 
@@ -123,7 +123,7 @@ def _pipeline(split: Split, size: tuple[int, int], batch_size: int, workers: int
     # Batched before the workers, to whom grain deals out elements.
     batches = grain.MapDataset.range(len(split)).map(partial(split.read, size=size)).batch(batch_size)
     if workers == 0:
-        threads = min(_MOST_THREADS, os.cpu_count() or 1)
+        threads = min(_MAX_THREADS, os.cpu_count() or 1)
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD)
@@ -150,5 +150,5 @@ def _import_grain() -> Any:
     except ImportError as error:
         raise DataError(f"grain is not installed ({error}); images are read with it: install grain") from error
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's worker processes are told its flags, and nobody else parses them
+        flags.FLAGS.mark_as_parsed()  # grain passes its flags to worker processes, and nobody else parses them
     return grain

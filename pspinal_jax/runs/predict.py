@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from pspinal_jax.data.decode import decode
 from pspinal_jax.data.images import MAX_BYTES, list_images
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.data.tables import read_rows
 from pspinal_jax.distributed import put
 from pspinal_jax.environment import convolution_options, enable_compilation_cache, jit_with
@@ -53,7 +53,7 @@ class Predictor:
       log_probabilities: inputs [B, ...] on the host to float64 [B, C], nats; RunError where they are not finite. It
         compiles for each B.
       transposed: it takes images with rows and columns swapped.
-      fit: how an image of another aspect becomes one of the input's, see `pspinal_jax.data.decode.decode`.
+      fit: how an image of another aspect becomes one of the input's, see `pspinal_jax.data.images.decode.decode`.
       recipe: what the run was trained by, its data included; None for an export.
       metadata: config.json of the run, export.json of the export.
     """

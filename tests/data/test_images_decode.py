@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspinal_jax.data.decode import decode
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.errors import DataError
 
 HEIGHT, WIDTH = 16, 24

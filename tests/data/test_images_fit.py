@@ -7,8 +7,8 @@ import pytest
 from images_support import InMemory
 from PIL import Image
 
-from pspinal_jax.data.decode import decode
 from pspinal_jax.data.images import ImageSplit
+from pspinal_jax.data.images.decode import decode
 
 COARSE = np.random.default_rng(0).integers(0, 256, (4, 12, 3)).astype(np.uint8)
 WIDE = Image.fromarray(COARSE).resize((120, 40), Image.Resampling.BICUBIC)

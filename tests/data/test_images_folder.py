@@ -8,8 +8,8 @@ import pytest
 from images_support import picture
 
 from pspinal_jax.data import folder as folders
-from pspinal_jax.data.decode import decode
 from pspinal_jax.data.folder import read_folder
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.data.load import load_data
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.recipes import DataConfig

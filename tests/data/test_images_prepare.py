@@ -21,7 +21,7 @@ from raw_images import (
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.data.catalogue import CATALOGUE
-from pspinal_jax.data.decode import decode
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.data.tfds import read_image_records
 from pspinal_jax.errors import DataError, UsageError

@@ -14,7 +14,7 @@ from raw_images import birds_members, write_files
 from pspinal_jax.data import tfds
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.dataset import digest_bytes
-from pspinal_jax.data.decode import decode
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.data.stream import stream
 from pspinal_jax.data.tfds import read_image_records

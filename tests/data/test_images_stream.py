@@ -183,7 +183,8 @@ def test_without_grain_it_says_so(monkeypatch):
 def test_importing_it_loads_neither_jax_nor_grain():
     code = (
         "import sys\nimport pspinal_jax.data.images\n"
-        "from pspinal_jax.data import decode, stream\n"
+        "from pspinal_jax.data import stream\n"
+        "from pspinal_jax.data.images import decode\n"
         "print(sorted({'jax', 'flax', 'grain', 'tensorflow_datasets', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -19,8 +19,8 @@ jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
 
 from pspinal_jax.__main__ import main  # noqa: E402
 from pspinal_jax.backbones import resnet  # noqa: E402
-from pspinal_jax.data import decode as decoding  # noqa: E402
 from pspinal_jax.data import load  # noqa: E402
+from pspinal_jax.data.images import decode as decoding  # noqa: E402
 from pspinal_jax.data.tfds import find_prepared  # noqa: E402
 from pspinal_jax.distributed import index  # noqa: E402
 from pspinal_jax.runs import train  # noqa: E402

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.data.decode import decode
 from pspinal_jax.data.folder import read_folder
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.errors import DataError, PSpinalError, RunError, UsageError
 from pspinal_jax.models import build_model

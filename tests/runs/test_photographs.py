@@ -18,7 +18,7 @@ from small_runs import Killed
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.backbones import ResNet
-from pspinal_jax.data.decode import decode
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.errors import RunError
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import RunOptions

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pspinal_jax.__main__ import main
-from pspinal_jax.data.decode import decode
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.errors import DataError
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from pspinal_jax.data.decode import decode
 from pspinal_jax.data.folder import check_files, read_folder
+from pspinal_jax.data.images.decode import decode
 from pspinal_jax.errors import DataError
 
 RAMP = np.tile(np.linspace(0, 255, 32).round().astype(np.uint8), (32, 1))

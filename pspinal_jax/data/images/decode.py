@@ -130,7 +130,7 @@ def _pad(image: Image.Image, width: int, height: int) -> np.ndarray:
 
 
 def _copy(image: Image.Image) -> Image.Image:
-    """A copy that still knows what its file said of the grey levels."""
+    """A copy that keeps its file's tags of the grey levels."""
     copied = image.copy()
     if hasattr(image, "tag_v2"):
         copied.tag_v2 = image.tag_v2  # type: ignore[attr-defined]

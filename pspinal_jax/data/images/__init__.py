@@ -58,7 +58,7 @@ class ImageSplit:
     Attributes:
       encoded: the images, N of them, of any sizes.
       labels: see `Split`.
-      resize_mode: how `read` resizes an image of another aspect, see `pspinal_jax.data.decode.decode`.
+      resize_mode: how `read` resizes an image of another aspect, see `pspinal_jax.data.images.decode.decode`.
       centering: float32 [N], where each crop lies, see there too; None for the middle.
     """
 
@@ -89,7 +89,7 @@ class ImageSplit:
         Raises:
           DataError: if it cannot be read or decoded; the message names it.
         """
-        from pspinal_jax.data.decode import decode  # loads Pillow, which `prepare --help` can do without
+        from pspinal_jax.data.images.decode import decode  # loads Pillow, which `prepare --help` can do without
 
         try:
             centering = 0.5 if self.centering is None else float(self.centering[index])
