@@ -97,7 +97,7 @@ def make_tasks(head, count):
     return tasks, Examples(inputs.astype(np.float32), labels.astype(np.int32))
 
 
-@pytest.mark.parametrize("name", ["progressive", "mlp"])
+@pytest.mark.parametrize("name", ["progressive", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_a_trial_alone_is_what_it_is_among_sixteen(name):
     """Up to the tolerance that `--seed-mode vmap` has in tests/runs/test_train.py."""
     tasks, examples = make_tasks(name, 16)

@@ -103,7 +103,8 @@ def stop_when(condition, number, process):
     process.wait(90)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_seeds_in_processes_that_are_stopped_go_on_to_the_same_end(recipe, finished, tmp_path, number):
     path = tmp_path / "run"
     path.with_name("recipe").write_bytes(pickle.dumps(recipe))

@@ -130,7 +130,9 @@ class NnxHeadNet(nnx.Module):
         return self.heads[0](nnx.relu(self.blocks[0](x)))
 
 
-@pytest.mark.parametrize("make", [Net, lambda: NnxHeadNet(nnx.Rngs(0))], ids=["linen", "nnx"])
+@pytest.mark.parametrize(
+    "make", [Net, pytest.param(lambda: NnxHeadNet(nnx.Rngs(0)), marks=pytest.mark.slow)], ids=["linen", "nnx"]
+)
 def test_fit_trains_heads_in_their_own_layout(make, monkeypatch, tmp_path):
     """In batches of 32 and more they are fused inside the compiled epoch, and nowhere else."""
     seen = []
