@@ -176,10 +176,19 @@ def _download(data_set: DataSet, folder: Path, show_progress: bool) -> None:
     pooch.get_logger().setLevel("WARNING")
     for item in _missing(data_set, folder):
         with progress_bar(item.num_bytes, f"download {item.file}", "B", show_progress) as bar:
-            plain = {"Accept-Encoding": "identity"}  # or a .gz could be unpacked on the way
-            downloader = pooch.HTTPDownloader(bar, _CHUNK, timeout=_SECONDS_WITHOUT_DATA, headers=plain)
+
+            def fetch(url: str, path: str, _: Any, bar: Any = bar) -> None:  # pooch's own leaves the connection open
+                plain = {"Accept-Encoding": "identity"}  # or a .gz could be unpacked on the way
+                with (
+                    requests.get(url, stream=True, timeout=_SECONDS_WITHOUT_DATA, headers=plain) as response,
+                    open(path, "wb") as file,
+                ):
+                    response.raise_for_status()
+                    for chunk in response.iter_content(_CHUNK):
+                        bar.update(file.write(chunk))
+
             try:
-                pooch.retrieve(item.url, f"sha256:{item.sha256}", item.file, folder, downloader=downloader)
+                pooch.retrieve(item.url, f"sha256:{item.sha256}", item.file, folder, downloader=fetch)
             except (requests.RequestException, ValueError) as error:
                 raise _unreachable(data_set, item, " ".join(str(error).split())) from error
 

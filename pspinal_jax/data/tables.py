@@ -52,7 +52,8 @@ def make_dataset(
       DataError: if a shape, dtype, length, label or value does not fit, or a cell or a label is missing.
     """
     inputs, labels, columns = {}, {}, {}
-    for name, (given, given_labels) in splits.items():
+    for name in sorted(splits, key=lambda name: name != "train"):
+        given, given_labels = splits[name]
         where = f"{source}: {name}"
         inputs[name], columns[name] = _inputs(where, given)
         labels[name] = _labels(where, given_labels)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -257,6 +256,8 @@ def write_report(runs: Sequence[str | Path], output: str | Path, show_progress: 
     output = expanded(output)
     check_target(output, "--output")
     read = [_read(expanded(run), show_progress) for run in runs]
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # a machine that only trains can lack it
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

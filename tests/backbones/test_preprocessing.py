@@ -86,7 +86,7 @@ def test_no_size_of_its_own_is_refused(tmp_path, capsys):
     with pytest.raises(UsageError, match=r"data\.image_size is own, but the backbone none has no default"):
         with_default_preprocessing(changed(load_recipe("folder"), "none"))
     flags = ["--model.backbone", "none", "--model.weights", "None", "--workdir", str(tmp_path / "run")]
-    assert main(["train", "folder", "--data.path", str(tmp_path), *flags]) == 2
+    assert main(["train", "folder", "--data.path", str(tmp_path / "pictures"), *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: --data.image-size is own") and "\n" not in error
     with pytest.raises(ValueError, match="call with_default_preprocessing first"):

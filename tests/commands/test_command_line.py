@@ -82,7 +82,7 @@ def test_recipes_are_listed_with_row_model_and_published_accuracy(capsys):
         (["train", "digits", "--epochs", "many"], 2, ["--epochs", "many"]),
         (["train", "digits", "--model.head", "big"], 2, ["invalid choice 'big'", "progressive"]),
         (["train", "digits", "--epochs", "0"], 2, ["epochs is 0", "at least 1"]),
-        (["train", "mnist", "--data.path", "none.npz"], 1, ["none.npz does not exist", "--data.path"]),
+        (["train", "mnist", "--data.path", "none.npz"], 1, ["none.npz cannot be read", "No such file"]),
         (["evaluate", "nowhere"], 1, ["nowhere is not a run directory"]),
         (["evaluate"], 2, ["Missing from pspinal-jax evaluate", "Run directory"]),
         (["recipes", "all"], 2, ["takes no arguments"]),
@@ -109,7 +109,7 @@ def test_bad_data_gets_one_line(capsys, tmp_path, arrays):
         "lacks test_labels": {"test_labels": None},
         "96 examples but 95 labels": {"train_labels": np.zeros(95, int)},
         "labels go from 10 to 10, expected 0 .. 9": {"train_labels": np.full(96, 10)},
-        "NaN or infinity in 96 rows": {"train_images": features, "test_images": features[:50]},
+        "lacks 480 of 480 values (NaN, infinity": {"train_images": features, "test_images": features[:50]},
     }
     for message, changes in bad.items():
         path = save(tmp_path / "bad.npz", arrays, **changes)

@@ -67,5 +67,5 @@ def test_a_set_that_is_not_prepared_is_named(tmp_path):
 
 
 def test_a_directory_without_a_data_set_is_named(tmp_path):
-    with pytest.raises(DataError, match="no data set that TFDS can read"):
+    with pytest.raises(DataError, match="is not a data set that TFDS can read"):
         load_data(DataConfig("mnist", path=tmp_path))

@@ -89,8 +89,9 @@ def assert_refused(data_set, tmp_path, message):
 
 
 def test_a_wrong_checksum_is_refused(tmp_path, server):
-    message = assert_refused(mnist_at(server.server_port), tmp_path, "does not match the known hash: expected 440fcabf")
-    assert f"127.0.0.1:{server.server_port}/{MNIST_NAMES[0]}" in message and "--raw DIR" in message
+    message = assert_refused(mnist_at(server.server_port), tmp_path, "known hash: expected sha256:440fcabf")
+    missing = f"{MNIST_NAMES[0]} is missing and cannot be fetched from 127.0.0.1:{server.server_port}"
+    assert missing in message and "--raw DIR" in message
 
 
 def test_a_file_that_is_gone_is_named(tmp_path, server):

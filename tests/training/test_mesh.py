@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_refused_before_the_run():
         dataclasses.replace(recipe, mesh=MeshConfig(fsdp=0))
     with pytest.raises(UsageError, match=r"mesh.data is 0, expected at least 1, or -1"):
         dataclasses.replace(recipe, mesh=MeshConfig(data=0))
-    with pytest.raises(UsageError, match=r"mesh.fsdp is 2, expected 1 with --batch-norm per_device"):
+    with pytest.raises(UsageError, match=r"mesh.fsdp is 2, expected 1 with batch_norm=per_device"):
         dataclasses.replace(recipe, mesh=MeshConfig(fsdp=2), batch_norm="per_device")
     devices = jax.device_count()
     with pytest.raises(UsageError, match=r"batch_size is \d+, expected at least .* needs 2 examples on each device"):
