@@ -43,6 +43,7 @@ def test_ratios_are_taken_within_a_round():
     assert 30 < low < 49.5 < high < 70
 
 
+@pytest.mark.slow
 def test_every_alternative_computes_the_gradient(monkeypatch):
     case = head.HeadGradient(SMALL)
     assert set(head.alternatives(case)) == {

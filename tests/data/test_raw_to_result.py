@@ -15,9 +15,8 @@ from pspinal_jax.recipes import DataConfig
 SMALL = ["--epochs", "1", "--batch-size", "16", "--eval-batch-size", "32"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "mnist" else pytest.mark.slow) for name in NUM_CLASSES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUM_CLASSES)
 def test_raw_files_become_an_evaluated_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     raw = write_raw(tmp_path / "raw", name, examples(NUM_CLASSES[name], num_train=60, num_test=52))

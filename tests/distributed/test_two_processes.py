@@ -188,7 +188,7 @@ def test_processes_that_see_different_data_say_so(data, tmp_path):
         (f"{TWO} --coordinator-address :1234 --process-id 0", "--coordinator-address is ':1234', expected HOST:PORT"),
         (f"{TWO} --coordinator-address a:99999 --process-id 0", "expected HOST:PORT"),
         (f"{TWO} --coordinator-address a:1 --process-id 2", "--process-id is 2, expected 0 .. 1"),
-        ("--distributed --heartbeat-timeout 0", "--heartbeat-timeout is 0, expected 1 or more seconds"),
+        ("--distributed --heartbeat-timeout 0", "--heartbeat-timeout is 0, expected at least 1"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(data, tmp_path, capfd, flags, message):

@@ -46,7 +46,11 @@ BEFORE = {"export.md": export_page, "metrics.md": metrics_page}
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.name, marks=[pytest.mark.slow] if "pspinal_jax.train(" in page.read_text() else [])
+        pytest.param(
+            page,
+            id=page.name,
+            marks=[pytest.mark.slow] if re.search(r"pspinal_jax.(train|fit)\(", page.read_text()) else [],
+        )
         for page in PAGES
         if blocks(page, "python")
     ],
@@ -58,6 +62,7 @@ def test_the_blocks_of_a_page_run_in_order(page, npz_path, tmp_path, monkeypatch
     run(blocks(page, "python"), page, namespace | {"__name__": page.stem})
 
 
+@pytest.mark.slow
 def test_the_batch_norm_block_of_the_quickstart_runs_after_the_one_before_it():
     page = REPOSITORY / "docs" / "quickstart.md"
     program, batch_norm = blocks(page, "python")[:2]

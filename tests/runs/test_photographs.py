@@ -328,7 +328,8 @@ def test_what_does_not_fit_is_refused_in_one_line(pictures, tmp_path, monkeypatc
     assert not (tmp_path / "runs" / "folder" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("fit", [pytest.param("crop", marks=pytest.mark.slow), "pad"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fit", ["crop", "pad"])
 def test_predictions_see_images_as_training_and_evaluation_do(pictures, tmp_path, tiny_flags, fit):
     """A run and its export classify long pictures as the test split's reader shows them to `evaluate`."""
     run = tmp_path / "run"

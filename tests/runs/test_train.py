@@ -388,7 +388,7 @@ def test_features_train_like_images(recipe, arrays, tmp_path):
     assert read(tmp_path / "run" / "config.json")["input_shape"] == [16]
 
 
-@pytest.mark.parametrize("head", ["spinal", "mlp", "dense"])
+@pytest.mark.parametrize("head", [pytest.param("spinal", marks=pytest.mark.slow), "mlp", "dense"])
 def test_baseline_heads_train(recipe, tmp_path, head):
     model = dataclasses.replace(recipe.model, head=head)
     result = train(dataclasses.replace(recipe, model=model, epochs=1), options(tmp_path / "run"))

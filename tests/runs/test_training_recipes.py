@@ -72,7 +72,7 @@ def outcome(workdir):
     return metrics(workdir), {key: result[key] for key in result if "seconds" not in key and key != "checksum"}
 
 
-@pytest.mark.parametrize(("mode", "chunks"), [("vmap", 3), ("loop", 4)])
+@pytest.mark.parametrize(("mode", "chunks"), [pytest.param("vmap", 3, marks=pytest.mark.slow), ("loop", 4)])
 def test_a_resumed_run_equals_one_that_never_stopped(finished, tmp_path, monkeypatch, mode, chunks):
     recipe, workdir, _ = finished[mode]
     kill_after(monkeypatch, chunks)
@@ -111,7 +111,7 @@ def test_balanced_training_is_selected_by_balanced_accuracy(finished):
         chex.assert_trees_all_equal(load_variables(workdir)[0], best)
 
 
-@pytest.mark.parametrize("other", ["seed", "loop"])
+@pytest.mark.parametrize("other", [pytest.param("seed", marks=pytest.mark.slow), "loop"])
 def test_seeds_together_are_the_single_runs(finished, tmp_path, other):
     recipe, workdir, result = finished["vmap"]
     changes = {"seed": 1, "num_seeds": 1} if other == "seed" else {"seed_mode": "loop"}
@@ -163,7 +163,7 @@ def scripted(monkeypatch, accuracies):
     monkeypatch.setattr(SeedStates, "evaluate", evaluated)
 
 
-@pytest.mark.parametrize("retrain", [False, True])
+@pytest.mark.parametrize("retrain", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_patience_ends_the_run_and_no_seed_depends_on_the_other(recipe, tmp_path, monkeypatch, retrain):
     """Seed 0 gives up after epoch 3, its better epoch 5 comes too late; seed 1 after epoch 6."""
     accuracies = [[10, 5], [9, 6], [8, 7], [9, 8], [24, 7], [24, 6], [24, 24], [24, 24]]
@@ -175,6 +175,7 @@ def test_patience_ends_the_run_and_no_seed_depends_on_the_other(recipe, tmp_path
     assert [line["stage"] for line in metrics(tmp_path / "run")] == ["train"] * 6 + ["retrain"] * (4 if retrain else 0)
 
 
+@pytest.mark.slow
 def test_a_patient_run_that_is_killed_stops_where_it_would_have(recipe, tmp_path, monkeypatch, capsys):
     """Also after its last epoch, and in the second stage, whose first one was shorter than `epochs`."""
     accuracies = [[10, 9], [9, 8], [8, 7]]

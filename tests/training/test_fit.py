@@ -197,7 +197,7 @@ def test_fit_with_arrays_on_the_host_is_the_compiled_epoch(model):
         assert compiled.history[-1]["step"] == stepped.history[-1]["step"] == 2 * (5 if dropped else 6)
 
 
-@pytest.mark.parametrize("mode", ["loop", "vmap"])
+@pytest.mark.parametrize("mode", [pytest.param("loop", marks=pytest.mark.slow), "vmap"])
 def test_fit_seeds_are_the_single_trainings(mode):
     # SGD: Adam makes much of the rounding in the gradients of biases that batch norm cancels.
     arguments = {"validation": (X[:20], Y[:20]), "optimizer": optax.sgd(0.1)}

@@ -23,7 +23,8 @@ EXPECTED_TO_FAIL = {
 }
 
 
-@pytest.mark.parametrize("head", ["dense", pytest.param("progressive", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["dense", "progressive"])
 def test_check_estimator(head):
     classifier = HeadClassifier(head, layer_width=16, num_layers=2, epochs=20, learning_rate=0.02)
     results = check_estimator(classifier, expected_failed_checks=EXPECTED_TO_FAIL, on_skip=None)
