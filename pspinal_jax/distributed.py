@@ -196,9 +196,8 @@ def _end(error: BaseException) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     if is_primary():
-        time.sleep(
-            2
-        )  # it holds the coordination service, whose end aborts the others: they may be printing an error too
+        # It holds the coordination service, whose end aborts the others: they may be printing an error too.
+        time.sleep(2)
     os._exit(status)
 
 
