@@ -143,6 +143,7 @@ def test_every_benchmark_makes_its_cases_without_torch(name, monkeypatch, withou
         assert names and len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(without_torch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(head, "SHAPES", (SMALL,))
     monkeypatch.setattr("pspinal_jax.benchmark.timing.peak_rates", lambda dtype: (1e11, 1e10))
@@ -157,6 +158,7 @@ def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(without
     assert "left out: PyTorch" in streams.out and streams.err.startswith("left out: PyTorch")
 
 
+@pytest.mark.slow
 def test_depth_reports_compile_and_run_time(tmp_path, capsys):
     assert main(["benchmark", "depth", "--rounds", "1", "--depths", "1", "2", "--workdir", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -97,7 +97,8 @@ def make_tasks(head, count):
     return tasks, Examples(inputs.astype(np.float32), labels.astype(np.int32))
 
 
-@pytest.mark.parametrize("name", ["progressive", pytest.param("mlp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["progressive", "mlp"])
 def test_a_trial_alone_is_what_it_is_among_sixteen(name):
     """Up to the tolerance that `--seed-mode vmap` has in tests/runs/test_train.py."""
     tasks, examples = make_tasks(name, 16)
@@ -126,6 +127,7 @@ def test_a_trial_alone_is_what_it_is_among_sixteen(name):
         np.testing.assert_allclose(ours[7], theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_as_many_slots_go_together_as_memory_holds(monkeypatch):
     tasks, examples = make_tasks("dense", 5)
     head, _ = build_head("dense", 6, 3, 4, 2, "published")

@@ -161,7 +161,7 @@ MODEL_SEES = [
     pytest.param(
         "grey", {"data.mean": 0.4, "data.std": 0.2, "data.augment": "perspective_rotation"}, marks=pytest.mark.slow
     ),
-    pytest.param("grey", {"data.transposed": True, "model.head": "mlp", "dtype": "bfloat16"}),
+    pytest.param("grey", {"data.transposed": True, "model.head": "mlp", "dtype": "bfloat16"}, marks=pytest.mark.slow),
     pytest.param("folder", {}, marks=pytest.mark.slow),
     ("folder", {"data.mean": (0.4, 0.1, 0.2), "data.std": (0.2, 0.3, 0.4), "data.augment": "rotation_crop_flip"}),
 ]

@@ -98,6 +98,7 @@ def test_what_is_not_finite_is_no_number_in_the_json():
     assert "| 1 (1 .. 1) | not finite | no ratio | 1 (1 .. 1) |" in study.format_row("plain", 2, summary)
 
 
+@pytest.mark.slow
 def test_the_command_measures_trains_and_writes(npz_path, tmp_path, monkeypatch, capsys):
     two = {name: study.NETWORKS[name] for name in ("progressive", "plain, He")}
     monkeypatch.setattr(study, "NETWORKS", two)

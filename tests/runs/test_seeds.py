@@ -129,6 +129,7 @@ def test_ten_kills_at_any_moment_change_nothing(recipe, finished, tmp_path):
         assert_same(path, train(recipe, RunOptions(workdir=path)), finished)
 
 
+@pytest.mark.slow
 def test_the_reason_for_which_a_process_failed_is_the_runs_error(recipe, tmp_path):
     changed = dataclasses.replace(recipe, optimizer=OptimizerConfig("sgd", learning_rate=1e30))
     with pytest.raises(RunError, match=r"a gradient of seed \d is not finite at step \d+ of epoch 1"):

@@ -153,7 +153,9 @@ def test_test_labels_do_not_influence_training_or_selection(finished, recipe, ar
     assert other["test_accuracy"] != result["test_accuracy"]
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 6, 7])
+@pytest.mark.parametrize(
+    "chunks", [pytest.param(1, marks=pytest.mark.slow), 3, 6, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_equals_one_that_never_stopped(finished, recipe, tmp_path, monkeypatch, chunks):
     """Dies after some chunks of two steps, in the middle of an epoch or at its end, and goes on."""
     monkeypatch.setattr(trainer_module, "CHUNK_SECONDS", 0.0)
@@ -209,7 +211,10 @@ def damage(run, how):
     return int(newest.name)
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "emptied"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param("truncated", marks=pytest.mark.slow), "flipped", pytest.param("emptied", marks=pytest.mark.slow)],
+)
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, recipe, tmp_path, capsys, how):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
@@ -297,6 +302,7 @@ def test_the_papers_protocol_reports_last_and_best_on_test(recipe, tmp_path):
     assert evaluate(tmp_path / "run")["accuracy"] == accuracies[-1]
 
 
+@pytest.mark.slow
 def test_rounds_go_on_from_the_best_and_steering_follows_the_test_accuracy(recipe, tmp_path):
     """The published QMNIST chain, and the published scripts' way with the learning rate."""
     optimizer = dataclasses.replace(

@@ -123,6 +123,7 @@ def test_seeds_together_are_the_single_runs(finished, tmp_path, other):
         assert alone["selected_epoch"][index] == result["selected_epoch"][here]
 
 
+@pytest.mark.slow
 def test_a_run_of_before_there_were_these_settings_goes_on(finished, npz_path, tmp_path, monkeypatch):
     recipe = dataclasses.replace(load_recipe("digits"), data=finished["vmap"][0].data, epochs=2, batch_size=16)
     kill_after(monkeypatch, 3)
