@@ -122,14 +122,15 @@ def test_what_is_refused(tmp_path, row, tensor, writer):
 def test_files_that_are_no_state_dict(tmp_path, row, save):
     for held in FILES[row]:
         save(held, tmp_path / "x.pt")
-        assert "is not a state dict, names to tensors: it holds" in refusal(tmp_path / "x.pt")
+        expected = "is not a state dict, names to tensors: it holds" if held else "x.pt holds no tensors"
+        assert expected in refusal(tmp_path / "x.pt")
     save({f"{number}": number for number in range(1000)}, tmp_path / "x.pt")
     assert "and 990 more" in refusal(tmp_path / "x.pt")
 
 
 def test_a_safetensors_file_of_nothing(tmp_path):
     save_file({}, tmp_path / "x.safetensors")
-    assert "it holds nothing" in refusal(tmp_path / "x.safetensors")
+    assert "x.safetensors holds no tensors" in refusal(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("F32", 10**12), ("F32", 2**63), ("F32", -1), ("NEW", 1), (7, "x")])
@@ -150,7 +151,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path):
     for place in {*range(0, len(content), 7), *range(start, start + numbers.file_size)}:
         path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
         if start <= place < start + numbers.file_size:
-            assert "is damaged: x/data/0 is not what was saved" in refusal(path)
+            assert "x/data/0 is damaged" in refusal(path)
             continue
         try:
             read = read_state_dict(path)
