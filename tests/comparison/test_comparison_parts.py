@@ -146,6 +146,8 @@ def test_as_many_slots_go_together_as_memory_holds(monkeypatch):
 def test_all_trials_of_a_head_are_one_compilation():
     head, _ = build_head("spinal", 6, 3, 5, 2, "published")
     tasks, examples = make_tasks("spinal", 6)
+    # Another trainer's program first, and with it the small ones that every process compiles once.
+    assert len(list(Trainer({"spinal": head}, SCHEDULE, 1, "loop", workers=1).run(tasks[:1], examples))) == 1
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *args, **kwargs: compiled.append(event) if event.endswith("backend_compile_duration") else None
