@@ -210,7 +210,7 @@ def test_an_export_is_read_and_computes_as_before(selected, images, pictures, ca
     assert np.abs(now - selected["probabilities"]).max() <= 2 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["unfinished", "unfinished_paper"])
+@pytest.mark.parametrize("name", ["unfinished", pytest.param("unfinished_paper", marks=pytest.mark.slow)])
 def test_an_unfinished_run_ends_where_it_would_have_ended(name, unpacked, selected):
     run, wanted = unpacked(name), expected("runs", name)
     before = lines_of(run)

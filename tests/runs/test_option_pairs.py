@@ -127,7 +127,7 @@ def test_the_rows_hold_every_pair_that_is_taken():
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=() if len(row) > 24 else pytest.mark.slow) for row in ROWS], ids=len
+    "row", [pytest.param(row, marks=() if len(row) > 25 else pytest.mark.slow) for row in ROWS], ids=len
 )
 def test_options_together_end_well_or_in_one_line(row, tmp_path, monkeypatch):
     monkeypatch.setattr("pspinal_jax.runs.train.load_data", lambda *arguments: DATA)

@@ -250,7 +250,7 @@ def single_runs(recipe, tmp_path_factory):
     return recipe, runs, [train(dataclasses.replace(recipe, seed=seed), options(run)) for seed, run in enumerate(runs)]
 
 
-@pytest.mark.parametrize("mode", ["loop", "vmap"])
+@pytest.mark.parametrize("mode", [pytest.param("loop", marks=pytest.mark.slow), "vmap"])
 def test_seed_j_equals_the_single_run_with_that_seed(single_runs, tmp_path, mode):
     recipe, runs, singles = single_runs
     result = train(dataclasses.replace(recipe, num_seeds=2, seed_mode=mode), options(tmp_path / "both"))
@@ -394,7 +394,7 @@ def test_features_train_like_images(recipe, arrays, tmp_path):
     assert read(tmp_path / "run" / "config.json")["input_shape"] == [16]
 
 
-@pytest.mark.parametrize("head", [pytest.param("spinal", marks=pytest.mark.slow), "mlp", "dense"])
+@pytest.mark.parametrize("head", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("spinal", "mlp")), "dense"])
 def test_baseline_heads_train(recipe, tmp_path, head):
     model = dataclasses.replace(recipe.model, head=head)
     result = train(dataclasses.replace(recipe, model=model, epochs=1), options(tmp_path / "run"))

@@ -72,7 +72,8 @@ def outcome(workdir):
     return metrics(workdir), {key: result[key] for key in result if "seconds" not in key and key != "checksum"}
 
 
-@pytest.mark.parametrize(("mode", "chunks"), [pytest.param("vmap", 3, marks=pytest.mark.slow), ("loop", 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "chunks"), [("vmap", 3), ("loop", 4)])
 def test_a_resumed_run_equals_one_that_never_stopped(finished, tmp_path, monkeypatch, mode, chunks):
     recipe, workdir, _ = finished[mode]
     kill_after(monkeypatch, chunks)
@@ -111,7 +112,8 @@ def test_balanced_training_is_selected_by_balanced_accuracy(finished):
         chex.assert_trees_all_equal(load_variables(workdir)[0], best)
 
 
-@pytest.mark.parametrize("other", [pytest.param("seed", marks=pytest.mark.slow), "loop"])
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["seed", "loop"])
 def test_seeds_together_are_the_single_runs(finished, tmp_path, other):
     recipe, workdir, result = finished["vmap"]
     changes = {"seed": 1, "num_seeds": 1} if other == "seed" else {"seed_mode": "loop"}

@@ -188,7 +188,7 @@ def test_fit_takes_batches_of_any_iterable_in_their_order():
         fit((linear_init, linear), batches())
 
 
-@pytest.mark.parametrize("model", [Net(), (linear_init, linear)])
+@pytest.mark.parametrize("model", [pytest.param(Net(), marks=pytest.mark.slow), (linear_init, linear)])
 def test_fit_with_arrays_on_the_host_is_the_compiled_epoch(model):
     for dropped in (False, True):
         options = {"drop_remainder": dropped}
