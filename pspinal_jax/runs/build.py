@@ -30,7 +30,7 @@ from pspinal_jax.training.loop import Setup
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
 from pspinal_jax.training.programs import Execution, Programs, build_programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
-from pspinal_jax.training.stages import LoopConfig, make_stages, selected_by
+from pspinal_jax.training.stages import LoopConfig, TrainingStage, make_stage
 from pspinal_jax.training.state import head_layouts
 from pspinal_jax.training.step import EvalStep, TrainStep, target_losses
 
@@ -105,6 +105,30 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
                 "data.drop_remainder"
             )
     return train, validation
+
+
+def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[TrainingStage]:
+    """The stages of a run, from the indices of its training and validation examples."""
+
+    def stage(name: str, subset: np.ndarray, evaluates: str | None) -> TrainingStage:
+        return make_stage(name, subset, evaluates, recipe.batch_size, recipe.data.drop_remainder)
+
+    everything = np.sort(np.concatenate([train, validation]))
+    if recipe.protocol == "paper":
+        names = ["train"] if recipe.rounds == 1 else [f"round_{index + 1}" for index in range(recipe.rounds)]
+        return [stage(name, everything, "test") for name in names]
+    if not len(validation):
+        return [stage("train", everything, None)]
+    stages = [stage("train", train, "validation")]
+    if recipe.retrain:
+        stages.append(stage("retrain", everything, None))
+    return stages
+
+
+def selected_by(recipe: Recipe) -> str:
+    """What the epoch is selected by: where classes shall count alike in training, they do so here."""
+    balances = "balanced" in (recipe.class_weights, recipe.sampler)
+    return "balanced_accuracy" if balances and recipe.protocol == "validation" else "accuracy"
 
 
 def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0, mesh: Mesh | None = None) -> RunSetup:

@@ -16,14 +16,14 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models import abstract_variables, build_model, count_features, count_parameters
 from pspinal_jax.recipes.typed import typed
-from pspinal_jax.runs.build import RunSetup
+from pspinal_jax.runs.build import RunSetup, selected_by
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.features import BACKBONE, add_backbone, head_recipe
 from pspinal_jax.runs.metrics import summary
 from pspinal_jax.runs.scores import averages, scores_by_class
 from pspinal_jax.training.loop import Trainer
 from pspinal_jax.training.sharding import make_mesh, replicated_on
-from pspinal_jax.training.stages import TrainingProgress, selected_by
+from pspinal_jax.training.stages import TrainingProgress
 from pspinal_jax.weights.variables import first_not_finite
 
 

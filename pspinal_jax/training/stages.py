@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.recipes.schema import Recipe
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStage:
@@ -84,24 +82,6 @@ class LoopConfig:
         return [-value for value in values] if values is not None and self.selected_by == "loss" else values
 
 
-def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[TrainingStage]:
-    """The stages of a run, from the indices of its training and validation examples."""
-
-    def stage(name: str, subset: np.ndarray, evaluates: str | None) -> TrainingStage:
-        return make_stage(name, subset, evaluates, recipe.batch_size, recipe.data.drop_remainder)
-
-    everything = np.sort(np.concatenate([train, validation]))
-    if recipe.protocol == "paper":
-        names = ["train"] if recipe.rounds == 1 else [f"round_{index + 1}" for index in range(recipe.rounds)]
-        return [stage(name, everything, "test") for name in names]
-    if not len(validation):
-        return [stage("train", everything, None)]
-    stages = [stage("train", train, "validation")]
-    if recipe.retrain:
-        stages.append(stage("retrain", everything, None))
-    return stages
-
-
 def improves(accuracy: Any, loss: Any, best_accuracy: Any, best_loss: Any) -> np.ndarray:
     """Whether an epoch is selected before the best one so far, elementwise.
 
@@ -114,12 +94,6 @@ def improves(accuracy: Any, loss: Any, best_accuracy: Any, best_loss: Any) -> np
     )
     tied = np.asarray(accuracy) == np.asarray(best_accuracy)
     return np.asarray((np.asarray(accuracy) > np.asarray(best_accuracy)) | (tied & (loss <= best_loss)))
-
-
-def selected_by(recipe: Recipe) -> str:
-    """What the epoch is selected by: where classes shall count alike in training, they do so here."""
-    balances = "balanced" in (recipe.class_weights, recipe.sampler)
-    return "balanced_accuracy" if balances and recipe.protocol == "validation" else "accuracy"
 
 
 @dataclasses.dataclass
@@ -136,7 +110,7 @@ class TrainingProgress:
       total_seconds: seconds spent on all finished epochs and evaluations.
       totals: the epoch's sums so far: loss, correct, count.
       best_epoch: the epoch whose parameters are kept, 0 for none yet.
-      best_accuracy: its accuracy on what the stage evaluates, or balanced accuracy (see `selected_by`), 0 .. 1.
+      best_accuracy: its accuracy on what the stage evaluates, or balanced accuracy (see `LoopConfig`), 0 .. 1.
       best_loss: its loss there, None in a checkpoint from before it was kept.
       last_accuracy: that of the newest epoch.
       epochs_before: epochs of earlier rounds of the paper's chain: orders and random numbers go on counting.

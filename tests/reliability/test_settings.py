@@ -28,7 +28,7 @@ from pspinal_jax.recipes import (
 from pspinal_jax.recipes.rules import check_settings, check_settings_for
 from pspinal_jax.recipes.schema import RunOptions
 from pspinal_jax.runs import build
-from pspinal_jax.runs.build import build_run_programs, schedule_of, split_examples
+from pspinal_jax.runs.build import build_run_programs, make_stages, schedule_of, split_examples
 from pspinal_jax.runs.directory import load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run, read_export
@@ -37,7 +37,7 @@ from pspinal_jax.runs.predict import predict
 from pspinal_jax.runs.train import train
 from pspinal_jax.training.optimizers import learning_rates
 from pspinal_jax.training.programs import make_order
-from pspinal_jax.training.stages import TrainingProgress, make_stages
+from pspinal_jax.training.stages import TrainingProgress
 
 SIDE = 8
 

@@ -8,9 +8,8 @@ import pytest
 from pspinal_jax.data import load_data
 from pspinal_jax.models import build_model
 from pspinal_jax.recipes import DataConfig, ModelConfig, load_recipe
-from pspinal_jax.runs.build import split_examples
+from pspinal_jax.runs.build import make_stages, split_examples
 from pspinal_jax.runs.report import class_counts, describe_result, describe_start
-from pspinal_jax.training.stages import make_stages
 
 
 def summary(recipe, init_from=None):
