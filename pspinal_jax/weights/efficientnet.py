@@ -17,7 +17,6 @@ from pspinal_jax.weights.hub import PREFIX
 from pspinal_jax.weights.resnet import PRETRAINED, resnet_variables
 from pspinal_jax.weights.state_dict import (
     Entry,
-    Layer,
     StateDict,
     entries_of,
     read_state_dict,
@@ -39,6 +38,11 @@ SHA256 = {
 
 HUB = {variant: f"{PREFIX}timm/tf_{variant}.in1k" for variant in SCALES}
 """Where the hub has weights that TensorFlow trained, as `read_state_dict` takes it."""
+
+_ENDS = {
+    "package": {"stem": ("_conv_stem", "_bn0"), "top": ("_conv_head", "_bn1")},
+    "timm": {"stem": ("conv_stem", "bn1"), "top": ("conv_head", "bn2")},
+}
 
 CLASSIFIER = ("_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias")
 """The 1000-class layer, by either's name."""
@@ -70,11 +74,7 @@ def _packaged(variant: str) -> Path | None:
         return None
     file = f"models/{variant.replace('_', '-')}-{expected[:8]}.pth"
     path = Path(spec.submodule_search_locations[0], file)
-    try:
-        with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        found = error.strerror or str(error)
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none: it is missing"
     if found != expected:
         raise DataError(
             f"weights: {path} has SHA-256 {found}, expected {expected}; install {module.replace('_', '-')} 0.1.0 again"
@@ -113,35 +113,28 @@ def efficientnet_state_dict(variables: Mapping[str, Any], variant: str, names: N
     return to_state_dict(variables, _entries(variant, names), variant)
 
 
-def _package_layers(variant: str) -> list[Layer]:
-    layers = [Layer(("stem",), "_conv_stem", "_bn0"), Layer(("top",), "_conv_head", "_bn1")]
-    for index in range(len(block_configs(variant))):
-        for number, part in enumerate(("expand", "depthwise", "project")):
-            theirs = f"_blocks.{index}"
-            layers.append(Layer((f"block_{index + 1}", part), f"{theirs}._{part}_conv", f"{theirs}._bn{number}"))
-    return layers
-
-
-def _timm_layers(variant: str) -> list[Layer]:
-    """In timm blocks are numbered within stages, and each of a block's convolutions has the batch norm of its place."""
-    layers = [Layer(("stem",), "conv_stem", "bn1"), Layer(("top",), "conv_head", "bn2")]
-    stage, place, channels = -1, 0, 0
-    parts: tuple[tuple[str, str], ...]
-    for index, config in enumerate(block_configs(variant)):
-        stage, place = (stage, place + 1) if config.channels == channels else (stage + 1, 0)
-        channels, theirs = config.channels, f"blocks.{stage}.{place}"
-        parts = (("depthwise", "conv_dw"), ("project", "conv_pw"))
-        if config.expansion > 1:
-            parts = (("expand", "conv_pw"), ("depthwise", "conv_dw"), ("project", "conv_pwl"))
-        for number, (part, name) in enumerate(parts, start=1):
-            layers.append(Layer((f"block_{index + 1}", part), f"{theirs}.{name}", f"{theirs}.bn{number}"))
-    return layers
+def _module_of(variant: str, names: Names, layer: str, is_norm: bool) -> str:
+    """The module of a layer of ours, such as "block_3/expand", or of its batch norm."""
+    if layer in _ENDS[names]:
+        return _ENDS[names][layer][is_norm]
+    block, part = layer.removeprefix("block_").split("/")
+    index, configs = int(block) - 1, block_configs(variant)
+    if names == "package":
+        number = ("expand", "depthwise", "project").index(part)
+        return f"_blocks.{index}." + (f"_bn{number}" if is_norm else f"_{part}_conv")
+    # In timm blocks are numbered within stages, and each of a block's convolutions has the batch norm of its place.
+    channels = [config.channels for config in configs]
+    stage, place = len(set(channels[: index + 1])) - 1, channels[:index].count(channels[index])
+    convs = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl"}
+    if configs[index].expansion == 1:
+        convs = {"depthwise": "conv_dw", "project": "conv_pw"}
+    return f"blocks.{stage}.{place}." + (f"bn{list(convs).index(part) + 1}" if is_norm else convs[part])
 
 
 @functools.cache
 def _entries(variant: str, names: Names) -> list[Entry]:
     shapes = abstract_variables(EfficientNetLite(cast(EfficientNetName, variant)), (MIN_SIDE, MIN_SIDE, 3))
-    return entries_of(_package_layers(variant) if names == "package" else _timm_layers(variant), shapes)
+    return entries_of(shapes, functools.partial(_module_of, variant, names))
 
 
 def backbone_variables(name: str, source: str) -> dict[str, Any]:

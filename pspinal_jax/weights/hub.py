@@ -4,8 +4,8 @@ import hashlib
 import re
 from pathlib import Path
 
-from pspinal_jax.errors import DataError
-from pspinal_jax.network import problem_reaching, reason
+from pspinal_jax.errors import DataError, printable
+from pspinal_jax.network import problem_reaching
 
 PREFIX = "hf:"
 _FILE = "model.safetensors"
@@ -38,20 +38,18 @@ def fetch(source: str) -> Path:
         raise DataError(f"weights: {source} is not a name on the hub, expected hf:OWNER/NAME") from error
     except LocalEntryNotFoundError:
         pass
-    # The hub's own client tries for 23 s before it gives up.
-    problem = None if constants.HF_HUB_OFFLINE else problem_reaching(constants.ENDPOINT, _SECONDS_TO_ANSWER)
-    if constants.HF_HUB_OFFLINE or problem is not None:
-        raise _unavailable(source, "HF_HUB_OFFLINE is set" if problem is None else reason(problem))
     try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        if problem := problem_reaching(constants.ENDPOINT, _SECONDS_TO_ANSWER):  # the hub's own client tries for 23 s
+            raise problem
         path = Path(huggingface_hub.hf_hub_download(repository, _FILE))
     except Exception as error:  # of the hub, or of whichever HTTP library this version of its client is built on
-        raise _unavailable(source, (str(error).splitlines() or [type(error).__name__])[0]) from error
-    _check_digest(source, path)
-    return path
-
-
-def _check_digest(source: str, path: Path) -> None:
-    """The cache names a large file's content after the SHA-256 that the hub announced."""
+        raise DataError(
+            f"weights: {source} is not in the hub's cache and cannot be fetched ({printable(str(error) or type(error).__name__)}); fetch {_FILE} of "
+            "it elsewhere and give that file, or run again with a network"
+        ) from error
+    # The cache names a large file's content after the SHA-256 that the hub announced.
     content = path.resolve()
     with content.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -59,10 +57,4 @@ def _check_digest(source: str, path: Path) -> None:
         content.unlink()
         path.unlink(missing_ok=True)
         raise DataError(f"weights: {source} has SHA-256 {digest}, expected {content.name}; try again")
-
-
-def _unavailable(source: str, why: str) -> DataError:
-    return DataError(
-        f"weights: {source} is not in the hub's cache and cannot be fetched ({why}); fetch {_FILE} of it elsewhere and "
-        "give that file, or run again with a network"
-    )
+    return path

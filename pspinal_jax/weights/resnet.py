@@ -3,23 +3,21 @@
 import dataclasses
 import functools
 import re
+import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import numpy as np
 
-from pspinal_jax.backbones.resnet import MIN_SIDE, VARIANTS, ResNet, ResNetName, block_convs, num_features
-from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, STAGES, VGG5
+from pspinal_jax.backbones.resnet import MIN_SIDE, VARIANTS, ResNet, ResNetName
+from pspinal_jax.backbones.vgg5 import IMAGE_SHAPE, VGG5
 from pspinal_jax.heads import ProgressiveSpinalHead
-from pspinal_jax.heads.equation import layer_name, read_layers
-from pspinal_jax.layers.linear import check_choice
+from pspinal_jax.heads.equation import read_layers
+from pspinal_jax.layers.linear import Norm, check_choice
 from pspinal_jax.models import Classifier, abstract_variables
 from pspinal_jax.weights.hub import PREFIX
-from pspinal_jax.weights.state_dict import Entry, Layer, StateDict, entries_of, to_state_dict, to_variables, unwrapped
-
-_HEAD = ("head",)
-_BACKBONE = ("backbone",)
+from pspinal_jax.weights.state_dict import Entry, StateDict, entries_of, to_state_dict, to_variables, unwrapped
 
 PRETRAINED: dict[str, str] = {variant: f"{PREFIX}timm/{variant}.tv_in1k" for variant in VARIANTS}
 """Where the hub has torchvision's IMAGENET1K_V1 weights of each variant, as `read_state_dict` takes it."""
@@ -57,27 +55,20 @@ def resnet_state_dict(variables: Mapping[str, Any], variant: str) -> dict[str, n
     return to_state_dict(variables, _entries(variant), variant)
 
 
-def resnet_layers(variant: str, path: tuple[str, ...] = ()) -> list[Layer]:
-    """Our layers, lying under `path`, and torchvision's modules of each.
-
-    Raises:
-      ValueError: if there is no such variant.
-    """
-    num_features(variant)  # raises for an unknown one
-    layers = [Layer((*path, "stem"), "conv1", "bn1")]
-    for stage, depth in enumerate(VARIANTS[variant].depths, start=1):
-        for block in range(depth):
-            ours, theirs = (*path, f"stage_{stage}", f"block_{block + 1}"), f"layer{stage}.{block}"
-            for i in range(1, len(block_convs(VARIANTS[variant], 1, 1)) + 1):
-                layers.append(Layer((*ours, f"conv_{i}"), f"{theirs}.conv{i}", f"{theirs}.bn{i}"))
-            layers.append(Layer((*ours, "shortcut"), f"{theirs}.downsample.0", f"{theirs}.downsample.1"))
-    return layers
+def resnet_module(layer: str, is_norm: bool) -> str:
+    """The torchvision module of a layer of our `ResNet`, such as "stage_1/block_2/conv_1", or of its batch norm."""
+    if layer == "stem":
+        return "bn1" if is_norm else "conv1"
+    stage, block, part = (name.rpartition("_")[2] for name in layer.split("/"))
+    module = f"downsample.{int(is_norm)}" if part == "shortcut" else f"{'bn' if is_norm else 'conv'}{part}"
+    return f"layer{stage}.{int(block) - 1}.{module}"
 
 
 @functools.cache
 def _entries(variant: str) -> list[Entry]:
+    check_choice("variant", variant, tuple(VARIANTS))
     shapes = abstract_variables(ResNet(cast(ResNetName, variant)), (MIN_SIDE, MIN_SIDE, 3))
-    return entries_of(resnet_layers(variant), shapes)
+    return entries_of(shapes, resnet_module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,53 +147,41 @@ def _layout(name: str) -> Layout:
 
 
 def _sizes_in(state_dict: StateDict, layout: Layout) -> _Sizes:
-    """The head's sizes, from whichever of its tensors are there; 1 where none of them has it."""
-    matches = (re.match(re.escape(layout.head_prefix) + r"fc_spinal_layer(\d+)\.", name) for name in state_dict)
-    numbers = [int(match[1]) for match in matches if match]
-    count = min(max(numbers, default=4), max(len(state_dict), 4))
-    layers = _head_layers(layout, count)
-
-    def side(layer: Layer, axis: int) -> int | None:
-        weight, bias = (state_dict.get(f"{layer.weights}.{leaf}") for leaf in ("weight", "bias"))
-        if weight is not None and weight.ndim == 2:
-            return weight.shape[axis]
-        return bias.shape[0] if axis == 0 and bias is not None and bias.ndim == 1 else None
-
-    width = next((found for layer in layers[:-1] if (found := side(layer, 0))), 1)
-    inputs = ((side(layer, 1), index) for index, layer in enumerate(layers[:-1]))
-    features = next((found - index * width for found, index in inputs if found), 1)
-    return _Sizes(max(features, 1), width, count, side(layers[-1], 0) or 1)
-
-
-def _head_layers(layout: Layout, count: int) -> list[Layer]:
-    """Of hidden layers 1 .. count and the output."""
-    linear = int(layout.dropout_first)
-    layers = []
-    for index in range(1, count + 1):
-        theirs = f"{layout.head_prefix}fc_spinal_layer{index}"
-        layers.append(Layer((*_HEAD, layer_name(index)), f"{theirs}.{linear}", f"{theirs}.{linear + 1}"))
-    return [*layers, Layer((*_HEAD, "output"), f"{layout.head_prefix}fc_out.{linear}")]
-
-
-def _vgg5_layers() -> list[Layer]:
-    """Stage s is an nn.Sequential ls of convolution, batch norm and ReLU in turn."""
-    return [
-        Layer((*_BACKBONE, f"stage_{s}", f"conv_{i + 1}"), f"l{s}.{3 * i}", f"l{s}.{3 * i + 1}")
-        for s, channels in enumerate(STAGES, start=1)
-        for i in range(len(channels))
-    ]
+    """The head's sizes, as most of its tensors have them; 1 where none of them tells."""
+    pattern = rf"{re.escape(layout.head_prefix)}fc_(spinal_layer(\d+)|out)\.{int(layout.dropout_first)}\.weight"
+    shapes = {
+        int(match[2] or 0): array.shape
+        for name, array in state_dict.items()
+        if (match := re.fullmatch(pattern, name)) and array.ndim == 2
+    }
+    classes = shapes.pop(0, (1,))[0]
+    width = statistics.mode([shape[0] for shape in shapes.values()] or [1])
+    features = statistics.mode([shape[1] - (index - 1) * width for index, shape in shapes.items()] or [1])
+    layers = min(max(shapes, default=4), max(len(state_dict), 4))
+    return _Sizes(max(features, 1), max(width, 1), layers, max(classes, 1))
 
 
 def _layout_entries(layout: Layout, sizes: _Sizes) -> list[Entry]:
-    head = ProgressiveSpinalHead(
-        sizes.classes, sizes.width, sizes.layers, norm="batch" if layout.batch_norm else None, implementation="unrolled"
-    )
+    norm: Norm = "batch" if layout.batch_norm else None
+    head = ProgressiveSpinalHead(sizes.classes, sizes.width, sizes.layers, norm=norm, implementation="unrolled")
     backbone: nn.Module | None = None
-    layers = _head_layers(layout, sizes.layers)
     shape: tuple[int, ...] = (sizes.features,)
     if layout.backbone == "vgg5":
-        backbone, layers, shape = VGG5(), layers + _vgg5_layers(), IMAGE_SHAPE
+        backbone, shape = VGG5(), IMAGE_SHAPE
     elif layout.backbone != "none":
         backbone, shape = ResNet(cast(ResNetName, layout.backbone)), (MIN_SIDE, MIN_SIDE, 3)
-        layers = layers + resnet_layers(layout.backbone, _BACKBONE)
-    return entries_of(layers, abstract_variables(Classifier(head, backbone), shape))
+
+    def module_of(layer: str, is_norm: bool) -> str:
+        part, _, layer = layer.partition("/")
+        if part == "head":
+            name = "out" if layer == "output" else f"spinal_{layer.replace('_', '')}"
+            return f"{layout.head_prefix}fc_{name}.{layout.dropout_first + is_norm}"
+        return (_vgg5_module if layout.backbone == "vgg5" else resnet_module)(layer, is_norm)
+
+    return entries_of(abstract_variables(Classifier(head, backbone), shape), module_of)
+
+
+def _vgg5_module(layer: str, is_norm: bool) -> str:
+    """Stage s is an nn.Sequential ls of convolution, batch norm and ReLU in turn."""
+    stage, conv = (int(name.rpartition("_")[2]) for name in layer.split("/"))
+    return f"l{stage}.{3 * (conv - 1) + is_norm}"

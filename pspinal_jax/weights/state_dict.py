@@ -1,6 +1,7 @@
 """State dicts of PyTorch: read from a file or the hub, and mapped to linen's variables and back, strictly both ways."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +12,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pspinal_jax.errors import DataError, printable
 from pspinal_jax.files import expanded
 from pspinal_jax.weights.hub import PREFIX, fetch
-from pspinal_jax.weights.torch_file import StoredTensor, read_torch_file
+from pspinal_jax.weights.torch_file import DTYPES, INTEGERS, StoredTensor, read_torch_file
 
 StateDict = Mapping[str, np.ndarray]
 
 _PYTORCH = (".pt", ".pth", ".bin")
-_BITS = (8, 16, 32, 64)
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
-_DTYPES |= {f"I{bits}": f"int{bits}" for bits in _BITS} | {f"U{bits}": f"uint{bits}" for bits in _BITS}
-"""What is taken: safetensors' names of dtypes, and PyTorch's."""
 _MAX_SHARED = 16
 """Times the file's size: how large all tensors together may be that share numbers."""
 _TENSORS = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 """Of a kernel: OIHW to HWIO, [out, in] to [in, out]. Everything else is a vector."""
-_MAX_NAMES, _MAX_NAME = 10, 80
+_MAX_NAMES, _MAX_NAME, _MAX_REASON = 10, 80, 300
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -54,70 +51,44 @@ def read_state_dict(source: str | Path) -> dict[str, np.ndarray]:
         raise DataError(f"weights: {source} is not one of FILE.safetensors, FILE.pt, FILE.pth and hf:OWNER/NAME")
     if not path.is_file():
         raise DataError(f"weights: there is no file {path}")
-    arrays = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path)
-    if not arrays:
-        raise DataError(f"weights: {path} holds no tensors; save model.state_dict() alone")
-    return arrays
+    from safetensors.numpy import load_file
 
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open
-
-    arrays: dict[str, np.ndarray] = {}
     try:
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                _check_kind(path, name, _DTYPES.get(kind := file.get_slice(name).get_dtype(), kind))
-                # bfloat16 too: jax registers ml_dtypes' types with NumPy.
-                arrays[name] = _single(path, name, file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
+        arrays = load_file(path) if path.suffix == ".safetensors" else _read_pytorch(path)
+        if not arrays:
+            raise ValueError("it holds no tensors")
+        return {name: _single(name, array) for name, array in arrays.items()}
+    except Exception as error:  # a damaged file may raise anything
+        reason = printable(str(error) or type(error).__name__)[:_MAX_REASON]
         raise DataError(
-            f"weights: {path} is not a readable safetensors file ({error}); fetch or save it again"
+            f"weights: {path} is not a readable state dict ({reason}); save model.state_dict() alone"
         ) from error
-    return arrays
 
 
 def _read_pytorch(path: Path) -> dict[str, np.ndarray]:
-    held, size = read_torch_file(path), path.stat().st_size
-    tensors: Mapping[Any, Any] = held if isinstance(held, Mapping) else {f"a {type(held).__name__}": None}
+    """The tensors of the file by their names, views of what was read."""
+    held, limit, total = read_torch_file(path), _MAX_SHARED * path.stat().st_size, 0
+    tensors: Mapping[Any, Any] = held if isinstance(held, dict) else {f"a {type(held).__name__}": None}
     wrong = [name for name, each in tensors.items() if not isinstance(name, str) or not isinstance(each, StoredTensor)]
     if wrong:
-        raise DataError(
-            f"weights: {path} is not a state dict, names to tensors: it holds {listed(wrong)}; save "
-            "model.state_dict() alone"
-        )
-    arrays, total = {}, 0
+        raise ValueError(f"it holds {listed(wrong)}, expected names and tensors alone")
     for name, tensor in tensors.items():
-        _check_kind(path, name, tensor.kind)
-        total += tensor.nbytes
-        if tensor.nbytes > size or total > _MAX_SHARED * size:  # one number expanded to any size, say
-            raise DataError(
-                f"weights: {path} holds {listed([name])} of {tensor.nbytes} bytes and {total} with those before it, "
-                "more than the file has; save clones of the tensors"
-            )
-        try:
-            arrays[name] = _single(path, name, tensor.array())
-        except ValueError as error:
-            raise DataError(f"weights: {path} holds {listed([name])}, but {error}; save it again") from error
-    return arrays
+        total += math.prod(tensor.shape) * tensor.dtype.itemsize
+        if total > limit:  # one number expanded to any size, say
+            raise ValueError(f"it holds {listed([name])} of shape {tensor.shape}, more than the file has")
+    return {name: tensor.array() for name, tensor in tensors.items()}
 
 
-def _check_kind(path: Path, name: str, kind: str) -> None:
-    if kind not in _DTYPES.values():
-        raise DataError(
-            f"weights: {path} holds {listed([name])} as {kind}, expected a dense tensor of one of "
-            f"{', '.join(_DTYPES.values())}; save it as float32"
-        )
-
-
-def _single(path: Path, name: str, array: np.ndarray) -> np.ndarray:
-    """`array` in float32 if it is floating-point, bfloat16 (NumPy's kind V) included, else as it is."""
-    if array.dtype.kind not in "fV":
-        return array.copy()  # it may be a view of the file
+def _single(name: str, array: np.ndarray) -> np.ndarray:
+    """A copy of `array`, which may be a view of the file: in float32 if it is floating-point, else as it is."""
+    if array.dtype.name not in DTYPES:
+        raise ValueError(f"it holds {listed([name])} as {array.dtype}, expected one of {', '.join(DTYPES)}")
+    if array.dtype.name in ("bool", *INTEGERS):
+        return array.copy()
     with np.errstate(over="ignore"):
         single = array.astype(np.float32)
     if array.dtype == np.float64 and np.isinf(single).sum() > np.isinf(array).sum():
-        raise DataError(f"weights: {path} holds {listed([name])} with numbers beyond float32's range")
+        raise ValueError(f"it holds {listed([name])} with numbers beyond float32's range")
     return single
 
 
@@ -129,20 +100,6 @@ def unwrapped(state_dict: StateDict) -> StateDict:
     return state_dict
 
 
-class Layer(NamedTuple):
-    """A layer of ours, and the torch modules that hold its tensors.
-
-    Attributes:
-      path: our names, below the collection.
-      weights: name of the convolution or linear module: its weight, and bias if it has one.
-      norm: name of the batch-norm module; empty where there is none.
-    """
-
-    path: tuple[str, ...]
-    weights: str
-    norm: str = ""
-
-
 class Entry(NamedTuple):
     """One tensor: its torch name, the path of ours with the collection, and the shape and axes of ours."""
 
@@ -152,14 +109,17 @@ class Entry(NamedTuple):
     axes: tuple[int, ...]
 
 
-def entries_of(layers: Iterable[Layer], variables: Mapping[str, Any]) -> list[Entry]:
-    """One entry for each leaf of `variables`, a model's tree of arrays or shapes, all of whose layers are given."""
-    by_path = {layer.path: layer for layer in layers}
+def entries_of(variables: Mapping[str, Any], module_of: Callable[[str, bool], str]) -> list[Entry]:
+    """One entry for each leaf of `variables`, a model's tree of arrays or shapes.
+
+    Args:
+      variables: the tree.
+      module_of: gives the torch module of a layer of ours, such as "stage_1/block_2/conv_1", or of its batch norm.
+    """
     entries = []
     for path, leaf in flatten_dict(variables).items():
-        in_norm = path[-2] == "norm"
-        layer = by_path[path[1:-2] if in_norm else path[1:-1]]
-        module = layer.norm if in_norm else layer.weights
+        is_norm = path[-2] == "norm"
+        module = module_of("/".join(path[1 : -2 if is_norm else -1]), is_norm)
         axes = _AXES[len(leaf.shape)] if path[-1] == "kernel" else (0,)
         entries.append(Entry(f"{module}.{_TENSORS[path[-1]]}", path, tuple(leaf.shape), axes))
     return entries

@@ -87,7 +87,7 @@ def test_no_code_runs(tmp_path, refusal, extension, write, attack, place):
         told = refusal(write(entries(a=tensor(), w=instructions)))
     else:
         told = refusal(write(whole) if place == "the whole" else whole)
-    assert "is not read, because unpickling can run any code" in told
+    assert "is not a readable state dict" in told
     assert not canary.exists()
 
 
@@ -95,15 +95,15 @@ def test_no_code_runs(tmp_path, refusal, extension, write, attack, place):
 @pytest.mark.parametrize("attack", DEAD)
 def test_nothing_else_is_known(refusal, write, attack):
     told = refusal(write(entries(a=tensor(), w=DEAD[attack])))
-    assert "is not read" in told or "is not a readable PyTorch file" in told
+    assert "is not a readable state dict" in told
 
 
 @FORMATS
 def test_the_refusal_names_what_was_asked_for(refusal, write):
-    assert "beside tensors (os.system), and" in refusal(write(entries(w=LIVE["os.system"]("true"))))
-    assert "(the instruction STACK_GLOBAL)" in refusal(write(entries(w=LIVE["a dotted name"]("true"))))
+    assert "asks for os.system, and no code of a file is run" in refusal(write(entries(w=LIVE["os.system"]("true"))))
+    assert "an instruction that torch.save never writes" in refusal(write(entries(w=LIVE["a dotted name"]("true"))))
     long = b"c" + b"\x1b[31m" * 1000 + b"\nx\n"
-    assert r"(\x1b[31m" in refusal(write(entries(w=long)))
+    assert r"\x1b[31m" in refusal(write(entries(w=long)))
 
 
 @FORMATS
@@ -172,12 +172,11 @@ def test_archives_that_pytorch_never_writes(refusal):
     assert "same name" in refusal(archive(pickled, numbers, numbers))
     assert "2 members data.pkl" in refusal(archive(pickled, numbers, ("y/data.pkl", good)))
     assert "0 members data.pkl" in refusal(archive(numbers))
-    assert "has no member x/data/0" in refusal(archive(pickled))
+    assert "x/data/0" in refusal(archive(pickled))
     assert "another length" in refusal(archive(pickled, ("x/data/0", bytes(20))))
     assert "little-endian" in refusal(archive(pickled, numbers, ("x/byteorder", "big")))
-    assert "a TorchScript program" in refusal(archive(pickled, numbers, ("x/constants.pkl", good)))
-    content = bytearray(archive(pickled, numbers, ("x/more", bytes(999))))
-    start = content.rindex(b"PK\x01\x02")  # the last member becomes the first one, as large as the last
+    content = bytearray(archive(pickled, ("x/more", bytes(999)), numbers))
+    start = content.rindex(b"PK\x01\x02")  # the numbers become those of the first member, as many as before
     content[start + 42 : start + 46] = bytes(4)
     refusal(bytes(content))
 
@@ -189,4 +188,4 @@ def test_older_files_of_other_machines_and_protocols(refusal, replaced):
     assert "its protocol is not known" in refusal(content.replace(*replaced))
     assert "goes on after its last storage" in refusal(content + b"x")
     swapped = as_older(entries(a=tensor()), {"0": NUMBERS, "1": NUMBERS})
-    assert "its storages are not those of its tensors" in refusal(swapped)
+    assert "a storage that none of its tensors is a view of" in refusal(swapped)

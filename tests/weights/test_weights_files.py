@@ -76,15 +76,13 @@ def test_damaged_safetensors(tmp_path):
     content = path.read_bytes()
     for damaged in (b"", content[:40], content[:-1], b"\xff" * 50, b"\x80\x04N."):
         path.write_bytes(damaged)
-        assert "not a readable safetensors file" in refusal(path)
+        assert "is not a readable state dict" in refusal(path)
 
 
 def test_precisions_without_a_numpy_type_are_named(tmp_path):
     text = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0")
-    assert "holds w as F8_E4M3, expected a dense tensor of one of float64, float32" in refusal(
-        tmp_path / "x.safetensors"
-    )
+    assert "float8_e4m3fn" in refusal(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -119,4 +119,4 @@ def test_a_download_with_another_checksum_is_refused_and_not_kept(download, tmp_
 @pytest.mark.parametrize("error", [OSError("disk full\nand more"), RuntimeError("")])
 def test_a_failed_download_is_told_in_one_line(download, error):
     download["what"] = error
-    assert ("(disk full)" if str(error) else "(RuntimeError)") in refusal()
+    assert ("(disk full" if str(error) else "(RuntimeError)") in refusal()
