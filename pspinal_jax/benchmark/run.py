@@ -131,7 +131,7 @@ def measure(
 def _other_versions() -> dict[str, str]:
     """Versions of what is measured beside this package, where it is installed."""
     found = {}
-    for name in ("grain", "pillow", "torch"):
+    for name in ("pillow", "torch"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -206,9 +206,10 @@ def image_passes(images: ImageSplit, order: np.ndarray, workers: int) -> dict[st
         for pixels, labels in loader:
             yield pixels.numpy(), labels.numpy()
 
+    batches = np.split(order, range(BATCH_SIZE, len(order), BATCH_SIZE))
     passes: dict[str, Callable[[], Batches]] = {
-        f"stream, {workers} workers": lambda: stream(images, order, SIZE, BATCH_SIZE, workers=workers),
-        "stream, threads": lambda: stream(images, order, SIZE, BATCH_SIZE),
+        f"stream, {workers} workers": lambda: stream(images, batches, SIZE, workers=workers),
+        "stream, threads": lambda: stream(images, batches, SIZE),
     }
     return passes | ({f"torch DataLoader, {workers} workers": torch_batches} if has_torch() else {})
 

@@ -21,7 +21,7 @@ from pspinal_jax.errors import PSpinalError, UsageError, printable
 from pspinal_jax.files import CACHE_SWITCH, cache_folder, shipped
 
 REQUIRED = (
-    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "pillow", "grain"),
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "pillow"),
     *("array_record", "tensorflow-datasets", "safetensors", "matplotlib", "jinja2", "tyro"),
 )
 EXTRAS = {

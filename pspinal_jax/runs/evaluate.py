@@ -271,7 +271,8 @@ def _score(predictor: Predictor, split: Split, *, turned: bool, shown: bool) -> 
 def _batches(split: Split, shape: tuple[int, ...], size: int) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """(examples, labels) of `split` in order, `size` at a time and then what is left."""
     if split.inputs is None:
-        yield from stream(split, np.arange(len(split)), (shape[0], shape[1]), size)
+        batches = np.split(np.arange(len(split)), range(size, len(split), size))
+        yield from stream(split, batches, (shape[0], shape[1]))
         return
     for first in range(0, len(split), size):
         yield split.inputs[first : first + size], split.labels[first : first + size]

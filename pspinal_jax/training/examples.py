@@ -235,43 +235,27 @@ def process_local_batches(
     workers: int = 0,
     pad: bool = False,
 ) -> Generator[tuple[Batch, int], None, None]:
-    """The rows on the devices of this process (see `process_local_rows`) of the batches that `stream` would yield.
+    """The rows on the devices of this process (see `process_local_rows`) of batches of B examples, read ahead of use.
 
     Args:
       mesh: the devices.
       split: what to read from.
       order: integers [M], numbers of examples, the same on every process.
       shape: (H, W).
-      batch_size: B over all devices.
-      first_batch: number of the batch to begin with.
+      batch_size: B over all devices; the last batch holds what is left.
+      first_batch: number of the batch to begin with; what comes before it is not read.
       workers: processes that read and decode; 0 for threads of this process.
       pad: fill a smaller last batch with zeros, to B.
 
     Yields:
       ((images, labels), n): rows for `shard_process_local`, and how many examples the whole batch has, without padding.
     """
-    whole, tail = divmod(len(order), batch_size)
-    rows = process_local_rows(mesh, batch_size)
-    tail_rows = (rows[rows < tail] if pad else process_local_rows(mesh, tail)) if tail else rows[:0]
-    numbers = np.asarray(order[: whole * batch_size]).reshape(whole, batch_size)[first_batch:, rows].ravel()
-    tail_numbers = np.asarray(order[whole * batch_size :])[tail_rows]
-    # One stream is better than two, but its last batch cannot be the largest.
-    together = len(tail_rows) <= len(rows)
-    parts = [np.concatenate([numbers, tail_numbers])] if together else [numbers, tail_numbers]
-    sizes = [batch_size] * (whole - first_batch) + [tail] * (tail > 0)
-    with contextlib.ExitStack() as opened:
-        batches = (
-            batch
-            for part, size in zip(parts, (len(rows), len(tail_rows)), strict=False)
-            for batch in opened.enter_context(contextlib.closing(stream(split, part, shape, size, workers=workers)))
-        )
-        empty = np.zeros((0, *shape, 3), np.uint8), np.zeros(0, np.int32)
-        for size in sizes:
-            batch = empty if size == tail and not len(tail_rows) else next(batches)
-            yield (_filled(batch, len(rows)) if pad else batch), size
-
-
-def _filled(batch: Batch, rows: int) -> Batch:
-    images, labels = batch
-    missing = rows - len(labels)
-    return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]), np.pad(labels, (0, missing))
+    starts = range(first_batch * batch_size, len(order), batch_size)
+    batches = [order[start : start + batch_size] for start in starts]
+    rows = {size: process_local_rows(mesh, batch_size if pad else size) for size in {*map(len, batches)}}
+    numbers = [batch[rows[len(batch)][rows[len(batch)] < len(batch)]] for batch in batches]
+    with contextlib.closing(stream(split, numbers, shape, workers)) as read:
+        for (images, labels), size in zip(read, map(len, batches), strict=True):
+            missing = len(rows[size]) - len(labels)
+            padding = [(0, missing), (0, 0), (0, 0), (0, 0)]
+            yield ((np.pad(images, padding), np.pad(labels, (0, missing))) if missing else (images, labels)), size

@@ -304,13 +304,13 @@ def test_a_browser_shows_the_report(place, tmp_path, capsys):
 
 def test_doctor_tells_what_is_missing_and_how_to_get_it(capsys, monkeypatch, tmp_path):
     there = tools._version
-    monkeypatch.setattr(tools, "_version", lambda name: None if name in ("torch", "grain") else there(name))
+    monkeypatch.setattr(tools, "_version", lambda name: None if name in ("torch", "pillow") else there(name))
     monkeypatch.setenv("PSPINAL_JAX_CACHE", str(tmp_path))
     (tmp_path / "program").write_bytes(b"x" * 2_500_000)
     told = said(capsys, "doctor").out
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in told.splitlines())
     assert lines["extra torch"].startswith("missing: pip install '.[torch]'")
-    assert lines["grain"] == "missing: pip install grain"
+    assert lines["pillow"] == "missing: pip install pillow"
     assert pspinal_jax.__version__ in lines["pspinal_jax"] and lines["numpy"] == np.__version__
     assert "1 files, 2.5 MB" in lines["cache"] and "GB free" in lines["cache"] and "cpu" in lines["devices"]
     monkeypatch.setenv("PSPINAL_JAX_CACHE", "off")

@@ -58,7 +58,7 @@ def test_records_travel_to_worker_processes(prepared):
 def test_records_are_streamed(prepared):
     photos = read_image_records(prepared, 4).train
     order = np.tile([7, 0, 4, 4], 10)
-    images, labels = map(np.concatenate, zip(*stream(photos, order, (3, 3), 8), strict=True))
+    images, labels = map(np.concatenate, zip(*stream(photos, [order[:8], order[8:]], (3, 3)), strict=True))
     np.testing.assert_array_equal(labels, photos.labels[order])
     np.testing.assert_array_equal(images, [decode(photos.encoded[index], (3, 3)) for index in order])
 
