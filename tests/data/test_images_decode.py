@@ -144,11 +144,11 @@ def test_a_large_jpeg_is_decoded_smaller_and_stays_the_same_picture(orientation,
     data = encoded(picture, "JPEG", quality=95, exif=exif)
     sizes, resize = [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda image, *rest: sizes.append(image.size) or resize(image, *rest))
-    small = np.asarray(Image.fromarray(ramp(256, 384)).resize((48, 32), Image.Resampling.BILINEAR))
-    assert_close(decoded(data, (32, 48)), small, 3)
-    decoded(data, (65, 48))
-    # A quarter of it is still twice what is wanted; in the second case not even half of it would be.
-    assert sizes[-2:] == [(96, 64), (384, 256)]
+    small = np.asarray(Image.fromarray(ramp(256, 384)).resize((64, 64), Image.Resampling.BILINEAR))
+    assert_close(decoded(data, (64, 64)), small, 3)
+    decoded(data, (65, 65))
+    # Half of it is still twice the size asked for; in the second case it would not be.
+    assert sizes[-2:] == [(192, 128), (384, 256)]
 
 
 def corrupt_exif():
@@ -171,7 +171,7 @@ BAD = {
     "nothing": (b"", "its format is not known"),
     "text": (b"this is no picture", "its format is not known"),
     "half a JPEG": (encoded(RGB, "JPEG")[:400], "truncated|broken|cannot"),
-    "half a PNG": (encoded(np.random.default_rng(0).integers(0, 256, (30, 30, 3)).astype(np.uint8))[:900], "truncated"),
+    "half a PNG": (encoded(np.random.default_rng(0).integers(0, 256, (30, 30, 3)).astype(np.uint8))[:900], "Truncated"),
     "floating point": (encoded(Image.new("F", (3, 3)), "TIFF"), "no known range"),
 }
 
