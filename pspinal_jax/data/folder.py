@@ -5,7 +5,6 @@ Every image is decoded once; what was found is remembered from one start to the 
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import zlib
@@ -32,10 +31,8 @@ SPLIT_FOLDERS = {
 """Split -> names of its folder, in lower case."""
 
 T = TypeVar("T")
-_MAX_THREADS = 8
 _CHECK_SIZE = (16, 16)  # every byte is decoded whatever the size, and resizing costs least so
-_IN_FLIGHT = 512
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 
 
 def read_folder(
@@ -75,10 +72,10 @@ def read_folder(
         raise DataError(f"{path} is not a folder; give a folder of class folders")
     folders = find_split_folders(path) or {"all": ""}
     listed = {split: _list_classes(path, folder) for split, folder in folders.items()}
-    everything = sorted({*itertools.chain(*listed.values())})
-    empty = [name for name in everything if not any(classes.get(name) for classes in listed.values())]
+    full = {name for classes in listed.values() for name, files in classes.items() if files}
+    empty = sorted({name for classes in listed.values() for name in classes} - full)
     listed = {
-        split: {name: classes[name] for name in classes if name not in empty} for split, classes in listed.items()
+        split: {name: files for name, files in classes.items() if name in full} for split, classes in listed.items()
     }
     where = {split: str(path / folder) for split, folder in folders.items()}
     names = class_names(listed, where)
@@ -94,16 +91,17 @@ def read_folder(
     for split, classes in listed.items():
         good = {name: [file for file in each if checks[file].problem is None] for name, each in classes.items()}
         found, labels = in_order(good, names, where[split])
-        crcs, sizes = [checks[file].crc for file in found], [checks[file].stamp[0] for file in found]
+        crcs, sizes = [checks[file].crc for file in found], [checks[file].size for file in found]
         splits[split] = ImageSplit(Files(path, found, crcs, sizes), labels)
     passed_over = _find_passed_over(path, folders, empty, frozenset(files))
     for line in passed_over if is_primary() else ():
         warn(line)
+    uncut = "all" in splits
+    splits = {"train": splits["all"]} if uncut else splits
     shape = (image_size, image_size, 3)
-    if "all" not in splits:
-        return Dataset(splits, names, str(path), shape, skipped=tuple(skipped), passed_over=passed_over)
-    whole = {"train": splits["all"]}
-    data = Dataset(whole, names, str(path), shape, skipped=tuple(skipped), passed_over=passed_over)
+    data = Dataset(splits, names, str(path), shape, skipped=tuple(skipped), passed_over=passed_over)
+    if not uncut:
+        return data
     data = cut_test(data, test_fraction, split_seed, keep_copies_together, needs_test=False)
     if needs_test and not len(data.test):
         raise DataError(f"{path} has too few images to test on {test_fraction} of each class; choose a larger fraction")
@@ -197,27 +195,27 @@ def _find_passed_over(
     path: Path, folders: Mapping[str, str], empty: Sequence[str], taken: frozenset[str]
 ) -> tuple[str, ...]:
     """A line for each kind of thing in `path` that holds no example of any split, though a user may think it does."""
-    inside = sorted(folder for folder in folders.values() if folder)
-    roots = [path / folder for folder in inside] or [path]
+    inside = sorted(filter(None, folders.values()))
+    loose, links, others = [], [], []
+    for root in [path / folder for folder in inside] or [path]:
+        loose += [file for file in sorted(root.iterdir()) if is_image(file.name) and not file.is_dir()]
+        for each in _folders(root):
+            for folder, inner, files in os.walk(root / each):
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                links += [Path(folder, name) for name in inner if Path(folder, name).is_symlink()]
+                others += [Path(folder, name) for name in files if not name.startswith(".")]
 
-    def relative(file: Path) -> str:
-        return file.relative_to(path).as_posix()
+    def relative(paths: list[Path]) -> list[str]:
+        return [file.relative_to(path).as_posix() for file in paths]
 
-    loose = [file for root in roots for file in sorted(root.iterdir()) if is_image(file.name) and not file.is_dir()]
-    links, others = [], []
-    for each in (root / name for root in roots for name in _folders(root)):
-        for folder, inner, files in os.walk(each):
-            inner[:] = [name for name in inner if not name.startswith(".")]
-            links += [relative(Path(folder, name)) for name in inner if Path(folder, name).is_symlink()]
-            others += [relative(Path(folder, name)) for name in files if not name.startswith(".")]
-    others = sorted(set(others) - taken)
-    suffixes = ", ".join(sorted({os.path.splitext(file)[1] or "no suffix" for file in others}))
+    unknown = sorted(set(relative(others)) - taken)
+    suffixes = ", ".join(sorted({os.path.splitext(file)[1] or "no suffix" for file in unknown}))
     found = {
         "class folders without an image": empty,
         f"folders beside {', '.join(inside)}": [name for name in _folders(path) if inside and name not in inside],
-        "pictures beside the class folders, in no class": [relative(file) for file in loose],
-        "linked folders inside a class": sorted(links),
-        f"files in class folders with another suffix ({suffixes})": others,
+        "pictures beside the class folders, in no class": relative(loose),
+        "linked folders inside a class": sorted(relative(links)),
+        f"files in class folders with another suffix ({suffixes})": unknown,
     }
     return tuple(
         f"{path}: left out {len(names)} {kind}: {first_names(names)}" for kind, names in found.items() if names
@@ -225,87 +223,71 @@ def _find_passed_over(
 
 
 class Check(NamedTuple):
-    """An image that was decoded once: the checksum of its bytes, and why it cannot be used (None if it can)."""
+    """An image decoded once: the checksum and size of its bytes, and why it cannot be used (None if it can)."""
 
     crc: int
+    size: int
     problem: str | None
 
 
 def check(encoded: Encoded, indices: Sequence[int], title: str, show_progress: bool) -> list[Check]:
     """Read and decode the images at `indices` on a few threads."""
     found = []
-    threads = min(_MAX_THREADS, os.cpu_count() or 1)
-    with progress_bar(len(indices), title, "image", show_progress) as bar, ThreadPoolExecutor(threads) as pool:
-        for first in range(0, len(indices), _IN_FLIGHT):
-            for checked in pool.map(partial(_check, encoded), indices[first : first + _IN_FLIGHT]):
-                found.append(checked)
-                bar.update()
+    with progress_bar(len(indices), title, "image", show_progress) as bar, ThreadPoolExecutor() as pool:
+        for checked in pool.map(partial(_check, encoded), indices):
+            found.append(checked)
+            bar.update()
     return found
 
 
 def _check(encoded: Encoded, index: int) -> Check:
     from pspinal_jax.data.images.decode import decode  # loads Pillow, which `prepare --help` can do without
 
+    data, problem = b"", None
     try:
         data = encoded[index]
-    except (OSError, DataError) as error:
-        return Check(0, getattr(error, "strerror", None) or str(error))
-    try:
         decode(data, _CHECK_SIZE)
-    except DataError as error:
-        return Check(zlib.crc32(data), str(error).removeprefix("the image cannot be decoded: "))
-    return Check(zlib.crc32(data), None)
+    except (OSError, DataError) as error:
+        problem = (getattr(error, "strerror", None) or str(error)).removeprefix("the image cannot be decoded: ")
+    return Check(zlib.crc32(data), len(data), problem)
 
 
-class FileCheck(NamedTuple):
-    """What is known of a file.
-
-    Attributes:
-      stamp: size, times and inode: rewriting a file can set its date, but not when that was done.
-      crc: see `Check`.
-      problem: see `Check`.
-    """
-
-    stamp: tuple[int, ...]
-    crc: int
-    problem: str | None
-
-
-def check_files(root: Path, files: Sequence[str], show_progress: bool) -> dict[str, FileCheck]:
+def check_files(root: Path, files: Sequence[str], show_progress: bool) -> dict[str, Check]:
     """A check on each of `files`, paths relative to `root`; what was good and has not changed since is not read.
 
-    The checks are stored in the user's `cache_folder`. Where they cannot be, it only takes time.
+    The checks are stored in the user's `cache_folder`. Where they cannot be, it only takes time. A file that could not
+    be decoded is tried again, perhaps by a newer Pillow.
     """
     stamps = {file: _stamp(root / file) for file in files}
     folder = cache_folder()
     cache = folder and folder / "pictures" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.json"
     known = _load(cache) if cache else {}
-    checks = {file: known[file] for file in files if file in known and known[file].stamp == stamps[file]}
+    checks = {file: Check(*known[file][1]) for file in files if file in known and known[file][0] == stamps[file]}
     new = [file for file in files if file not in checks]
     if new:
         found = check(Files(root, new), range(len(new)), f"check images in {root.name}", show_progress)
-        checks |= {file: FileCheck(stamps[file], *checked) for file, checked in zip(new, found, strict=True)}
+        checks |= zip(new, found, strict=True)
         if cache:
+            good = {file: (stamps[file], each) for file, each in checks.items() if each.problem is None}
             with contextlib.suppress(OSError):
                 cache.parent.mkdir(parents=True, exist_ok=True)
-                write_text(cache, json.dumps({"format": _CACHE_FORMAT, "files": checks}))
+                write_text(cache, json.dumps({"format": _CACHE_FORMAT, "files": good}))
     return checks
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def _stamp(path: Path) -> list[int]:
+    """Size, times and inode: rewriting a file can set its date, but not when that was done."""
     try:
         status = path.stat()
     except OSError:  # a link to nothing, say; reading it fails too
-        return (-1, -1, -1, -1)
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        return []
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _load(cache: Path) -> dict[str, FileCheck]:
-    """The stored checks of good files; a file that could not be decoded is tried again, perhaps by a newer Pillow."""
+def _load(cache: Path) -> dict[str, tuple[list[int], tuple[int, int, str | None]]]:
+    """The stamp and the check of each file in `cache`; none where it is damaged or of another version."""
     try:
         stored = json.loads(cache.read_bytes())
-        files = stored["files"] if stored["format"] == _CACHE_FORMAT else {}
-        checks = {file: FileCheck(tuple(stamp), int(crc), problem) for file, (stamp, crc, problem) in files.items()}
-        return {file: known for file, known in checks.items() if known.problem is None}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return dict(stored["files"]) if stored["format"] == _CACHE_FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
