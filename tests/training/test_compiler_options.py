@@ -17,7 +17,7 @@ from pspinal_jax.recipes import load_recipe
 from pspinal_jax.runs import build
 
 UNKNOWN = {"no_such_option_of_xla": True}
-NEW = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
+KNOWN = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def fresh():
     environment._has_onednn.cache_clear()
 
 
-def test_they_are_there_from_jax_0_12_on_and_never_elsewhere(monkeypatch, fresh, optimised):
-    assert bool(convolution_options("cpu")) == NEW
+def test_convolution_options_are_found_from_jax_0_11_on_and_only_on_cpu(monkeypatch, fresh, optimised):
+    assert bool(convolution_options("cpu")) == KNOWN
     assert convolution_options("cuda") == convolution_options("tpu") == {}
     monkeypatch.setenv(CONVOLUTIONS_SWITCH, "off")
     assert convolution_options("cpu") == {}
