@@ -38,8 +38,8 @@ _library_convolves = ContextVar("library_convolves", default=False)
 def convolution_options(platform: str) -> dict[str, bool | str]:
     """Options of XLA for programs with convolutions, see `jit_with`: oneDNN's on CPU, where jaxlib has them.
 
-    A tiny program shows whether they are known and take effect (jaxlib 0.11.2 and 0.12; not 0.10). Products of matrices lose by
-    them, so that a program of these alone is better compiled without.
+    A tiny program shows whether they are known and take effect (jaxlib 0.11.2 and 0.12; not 0.10). Products of matrices
+    lose by them, so that a program of these alone is better compiled without.
 
     Args:
       platform: of the devices that the program is for.

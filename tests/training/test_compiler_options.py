@@ -68,7 +68,7 @@ def test_they_reach_the_programs_with_convolutions_and_no_others(monkeypatch, ba
             call()
 
 
-@pytest.mark.skipif(not NEW, reason="oneDNN's convolutions came with jax 0.12")
+@pytest.mark.skipif(not KNOWN, reason="oneDNN's convolutions came with jax 0.11")
 @pytest.mark.parametrize("stride", [1, 2])
 def test_they_compute_the_same(stride, optimised, fresh):
     rng = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_they_compute_the_same(stride, optimised, fresh):
     jax.tree.map(compare, ours(images, kernel), plain(images, kernel))
 
 
-@pytest.mark.skipif(not NEW, reason="oneDNN's convolutions came with jax 0.12")
+@pytest.mark.skipif(not KNOWN, reason="oneDNN's convolutions came with jax 0.11")
 def test_a_depthwise_gradient_is_theirs_inside_a_loop(optimised, fresh):
     """Where XLA takes the turned kernel for a property of the convolution, it is a loop nest, 30 times as slow."""
 
