@@ -15,11 +15,12 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
 
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
+from pspinal_jax.training.examples import Source, one_example
 from pspinal_jax.training.fit import CompiledTraining, compile_training, train_compiled
 from pspinal_jax.training.fitted import predict_logits
 from pspinal_jax.training.optimizers import Schedule
 from pspinal_jax.training.optimizers import learning_rates as rates_of
-from pspinal_jax.training.sources import Source
+from pspinal_jax.training.stages import TrainingStage
 from pspinal_jax.training.step import cross_entropy
 
 
@@ -97,7 +98,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         self._shift = np.average(X, axis=0, weights=weights)
         deviation = np.sqrt(np.average((X - self._shift) ** 2, axis=0, weights=weights))
         self._scale = 1 / np.where(deviation > 0, deviation, 1)
-        source = Source.padded(self._scaled(X), labels.astype(np.int32), weights.astype(np.float32), self.batch_size)
+        targets = labels.astype(np.int32), weights.astype(np.float32)
+        source = _padded_source(self._scaled(X), targets, self.batch_size)
         schedule = Schedule("one_cycle", self.learning_rate, warmup_fraction=0.1)
         seed = self.random_state
         result = train_compiled(
@@ -134,6 +136,20 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     def _compiled(self) -> CompiledTraining:
         head = _make_head(self.head, len(self.classes_), self.layer_width, self.num_layers, self.dropout_rate)
         return _compile(head, self.n_features_in_, self.batch_size, self.weight_decay, self.label_smoothing)
+
+
+def _padded_source(inputs: np.ndarray, targets: tuple[np.ndarray, np.ndarray], batch_size: int) -> Source:
+    """Examples, and zeros of weight 0 up to a power of two of whole batches.
+
+    The last batch of an epoch is filled with them, and trainings on about as many examples call the same program.
+    """
+    batches = 1 << (len(inputs) // batch_size).bit_length()
+    after = batches * batch_size - len(inputs) - 1
+    # An order ends in zeros, so example 0 is a padding one.
+    arrays = jax.tree.map(lambda leaf: np.pad(leaf, [(1, after)] + [(0, 0)] * (leaf.ndim - 1)), (inputs, targets))
+    steps = -(-len(inputs) // batch_size)
+    stage = TrainingStage("train", 1 + np.arange(len(inputs)), None, steps, steps, 0)
+    return Source(stage, batch_size, one_example(arrays), arrays)
 
 
 def _make_head(name: str, num_classes: int, width: int, num_layers: int, dropout_rate: float) -> nn.Module:

@@ -33,7 +33,7 @@ from pspinal_jax.heads.layouts import training_layout
 from pspinal_jax.models import Classifier, abstract_variables, count_parameters
 from pspinal_jax.training import keys, optimizers
 from pspinal_jax.training.sharding import make_mesh, replicated_on
-from pspinal_jax.training.state import Totals, convert_state, head_layouts, init_state
+from pspinal_jax.training.state import EpochMetrics, convert_state, head_layouts, init_state
 from pspinal_jax.training.step import EpochPlan, TrainStep, run_chunk, target_losses
 
 
@@ -166,11 +166,11 @@ def train_head(
         layout = training_layout(head.implementation, head.num_layers, schedule.batch_size, masks_layers=False)
         state = convert_state(state, head_layouts(layout))
 
-    def epoch(state: Any, operands: tuple[jax.Array, jax.Array]) -> tuple[Any, Totals]:
+    def epoch(state: Any, operands: tuple[jax.Array, jax.Array]) -> tuple[Any, EpochMetrics]:
         index, epoch_rates = operands
         order = part.train[keys.epoch_order(seed, index, len(part.train))]
         plan = EpochPlan(order, hparams.learning_rate * epoch_rates)
-        return run(state, Totals.zero(), seed, plan, jnp.int32(0), jnp.int32(schedule.steps), examples)
+        return run(state, EpochMetrics.zero(), seed, plan, jnp.int32(0), jnp.int32(schedule.steps), examples)
 
     state, totals = lax.scan(epoch, state, (jnp.arange(schedule.epochs), jnp.asarray(schedule.rates())))
     variables = {"params": state.params, "batch_stats": state.batch_stats}

@@ -18,17 +18,11 @@ from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.models import Classifier, build_model
 from pspinal_jax.progress import say
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.training.examples import (
-    EvaluatedSplit,
-    Examples,
-    InMemoryExamples,
-    InMemorySplit,
-    StreamingExamples,
-    StreamingSplit,
-)
+from pspinal_jax.training.examples import EvaluatedSplit, Examples, InMemoryExamples
+from pspinal_jax.training.images import streaming_examples, streaming_split
 from pspinal_jax.training.loop import Setup
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
-from pspinal_jax.training.programs import Execution, Programs, build_programs
+from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
 from pspinal_jax.training.stages import LoopConfig, TrainingStage, make_stage
 from pspinal_jax.training.state import head_layouts
@@ -58,7 +52,6 @@ def loop_config(recipe: Recipe) -> LoopConfig:
         batch_size=recipe.batch_size,
         learning_rates=lambda epoch, steps: learning_rates(schedule, epoch, steps, recipe.epochs),
         shuffle=recipe.data.shuffle,
-        balanced=recipe.sampler == "balanced",
         selected_by=selected_by(recipe),
         patience=recipe.patience,
         keeps_first_of_ties=recipe.protocol == "paper",
@@ -146,17 +139,16 @@ def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0, mesh: Mesh | 
     pool = data.train if data.validation is None else data.train.join(data.validation)
     weights = class_weights(recipe, pool.labels[train], data.num_classes)
     programs = build_run_programs(recipe, model, data.example_shape, data.example_dtype, mesh, weights)
-    size, side, crops = programs.eval_batch_size, recipe.data.train_side, recipe.data.crops
     examples: Examples
     if pool.inputs is None:
-        examples = StreamingExamples(programs, pool, side, recipe.batch_size, workers, moves=crops)
+        examples = streaming_examples(programs, pool, recipe.data.train_side, workers, recipe.data.crops)
     else:
         examples = InMemoryExamples(programs, (pool.inputs, pool.labels))
 
     def place(split: Split) -> EvaluatedSplit:
         if split.inputs is None:
-            return StreamingSplit(programs, split, recipe.data.side, size, workers)
-        return InMemorySplit.place(programs, (split.inputs, split.labels), size)
+            return streaming_split(programs, split, recipe.data.side, workers)
+        return EvaluatedSplit.in_memory(programs, (split.inputs, split.labels))
 
     splits = {"test": place(data.test)} | ({"validation": place(pool.take(validation))} if len(validation) else {})
     return RunSetup(
@@ -167,8 +159,7 @@ def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0, mesh: Mesh | 
         examples=examples,
         splits=splits,
         stages=make_stages(recipe, train, validation),
-        labels=pool.labels,
-        validation_labels=pool.labels[validation],
+        labels=pool.labels if recipe.sampler == "balanced" else None,
     )
 
 
@@ -210,17 +201,19 @@ def build_run_programs(
         micro_batches=recipe.micro_batches,
         skip_nonfinite=recipe.on_nonfinite == "skip",
     )
-    execution = Execution(
-        inputs=jax.ShapeDtypeStruct(input_shape, input_dtype),
-        batch_size=recipe.batch_size,
-        eval_batch_size=recipe.eval_batch_size,
+    return Programs(
+        model,
+        step,
+        EvalStep(model.apply),
+        jax.ShapeDtypeStruct(input_shape, input_dtype),
+        recipe.batch_size,
+        recipe.eval_batch_size,
         vectorized=runs_vectorized(recipe),
         head_layouts={} if shards_parameters(mesh) else head_layouts(layout),
         mesh=mesh,
         compiler_options=convolution_options(mesh.devices.flat[0].platform) if config.backbone != "none" else {},
         batch_norm_per_device=recipe.batch_norm == "per_device",
     )
-    return build_programs(model, step, EvalStep(model.apply), execution)
 
 
 def schedule_of(recipe: Recipe) -> Schedule:

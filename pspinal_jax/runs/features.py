@@ -23,7 +23,7 @@ from pspinal_jax.recipes.schema import AugmentConfig, Recipe
 from pspinal_jax.runs.build import augmentation
 from pspinal_jax.runs.directory import RunDirectory, whole_file
 from pspinal_jax.training import keys
-from pspinal_jax.training.examples import process_local_batches
+from pspinal_jax.training.images import process_local_batches
 from pspinal_jax.training.sharding import divisible_size, fit_mesh, shard_process_local, shardings
 from pspinal_jax.weights.variables import read_variables, save_variables
 

@@ -1,75 +1,39 @@
-"""Training examples and evaluated splits as the loop sees them: on the devices, or read from files while it runs.
-
-Of images that are read, every process decodes only its process-local rows: those that lie on its devices.
-"""
+"""Where batches come from, as the loop sees it: arrays on the devices, arrays on the host, or an iterable."""
 
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import time
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from numbers import Integral
+from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from pspinal_jax.data.dataset import Split
-from pspinal_jax.data.stream import stream
+from pspinal_jax.data.dataset import hold_out
+from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.training.programs import Chunk, Programs, SeedStates, padded_split
-from pspinal_jax.training.sharding import process_local_rows, shard_process_local
-from pspinal_jax.training.stages import TrainingStage
+from pspinal_jax.training.stages import TrainingStage, make_stage
 from pspinal_jax.training.step import Batch, count_rows
 
 Evaluate = Callable[[Batch, int], dict[str, np.ndarray]]
 """(padded batch or split, how many are real) -> sums of loss and metrics [K] and predictions [K, M], of K seeds."""
 ChunkSteps = Callable[[int], int]
 """(remaining whole steps of the epoch) -> how many of them the next chunk may have."""
+Epoch = Callable[[SeedStates, TrainingStage, int], Generator[list[Batch], None, None]]
+"""(planned seeds, stage, first step) -> the steps' batches of the epoch, on the devices, one for each seed."""
 
 
-class Examples(Protocol):
-    """Training examples.
+class InMemoryExamples:
+    """Training examples that lie on the devices whole: a chunk of steps is one call.
 
     Attributes:
       count: how many.
       first_chunk: steps to take at first, before it is known how many fit between two looks at the clock.
       waited: seconds of the epoch in which the devices may have waited for input (an upper bound).
     """
-
-    count: int
-    first_chunk: int
-    waited: float
-
-    def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
-        """Compile what an epoch of `stage` calls; the states stay as they are."""
-
-    def chunks(
-        self, seed_states: SeedStates, stage: TrainingStage, first: int, steps: ChunkSteps
-    ) -> Generator[Chunk, None, None]:
-        """The epoch that `seed_states` have planned, from step `first` on; to be closed."""
-
-
-class EvaluatedSplit(Protocol):
-    """Examples to evaluate."""
-
-    @property
-    def count(self) -> int:
-        """How many."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int32 [count]."""
-
-    def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
-        """Sums of loss and metrics [K], and predictions [K, count], over the split.
-
-        `before_call` is called before each call of `evaluate`, and may raise to give up.
-        """
-
-    def warm_up(self, evaluate: Evaluate) -> None:
-        """Compile the evaluation, by evaluating nothing."""
-
-
-class InMemoryExamples:
-    """Examples that lie on the devices whole: a chunk of steps is one call."""
 
     first_chunk = 8
     waited = 0.0
@@ -79,183 +43,274 @@ class InMemoryExamples:
         self._data: Batch = programs.replicate(arrays)
 
     def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
-        """See `Examples`: calls the programs for no steps."""
-        seed_states.run(Chunk(0, 0, self._data))
-        if stage.tail_size:
-            seed_states.run(Chunk(0, 0, self._data, stage.tail_size))
+        """Compile what an epoch of `stage` calls, by taking no steps; the states stay as they are."""
+        for tail_size in dict.fromkeys((0, stage.tail_size)):
+            seed_states.run(Chunk(0, 0, self._data, tail_size))
 
     def chunks(
         self, seed_states: SeedStates, stage: TrainingStage, first: int, steps: ChunkSteps
     ) -> Generator[Chunk, None, None]:
-        """See `Examples`."""
-        for start, count in _cut(stage, first, steps):
-            yield Chunk(start, count, self._data, stage.tail_size if start >= stage.whole_steps else 0)
+        """The epoch that `seed_states` have planned, from step `first` on; the tail is a chunk of its own."""
+        assert stage.steps_per_epoch is not None
+        while first < stage.steps_per_epoch:
+            count = steps(stage.whole_steps - first) or 1
+            yield Chunk(first, count, self._data, stage.tail_size if first >= stage.whole_steps else 0)
+            first += count
 
 
-class StreamingExamples:
-    """Images that are decoded while the devices work on the batch before."""
+class BatchedExamples:
+    """Training examples that the host brings batch by batch, the next one while the devices work on the last one.
+
+    Attributes:
+      count: how many; 0 where only an epoch's end shows it.
+      first_chunk: as of `InMemoryExamples`.
+      waited: likewise.
+    """
 
     first_chunk = 1
 
-    def __init__(
-        self, programs: Programs, split: Split, side: int, batch_size: int, workers: int, moves: bool = False
-    ) -> None:
-        """With `moves` the images are `placed` anew in every epoch."""
-        self._moves = moves
-        self.count = len(split)
-        self.waited = 0.0
-        self._programs, self._split = programs, split
-        self._shape, self._batch_size, self._workers = (side, side), batch_size, workers
+    def __init__(self, programs: Programs, count: int, example: Any, epoch: Epoch) -> None:
+        """`example` holds shapes and dtypes of one example, and `epoch` gives an epoch's batches."""
+        self.count, self.waited = count, 0.0
+        self._programs, self._example, self._epoch = programs, example, epoch
 
     def warm_up(self, seed_states: SeedStates, stage: TrainingStage) -> None:
-        """See `Examples`: takes a step on black images and forgets it."""
-        for size in {self._batch_size, stage.tail_size} - {0}:
-            batch = np.zeros((size, *self._shape, 3), np.uint8), np.zeros(size, np.int32)
-            seed_states.compile_step(self._programs.shard_batch(batch))
+        """Compile what an epoch of `stage` calls, by taking a step on zeros and forgetting it."""
+        for size in {self._programs.batch_size, stage.tail_size} - {0}:
+            seed_states.compile_step(self._programs.shard_batch(zeros(self._example, size)))
 
     def chunks(
         self, seed_states: SeedStates, stage: TrainingStage, first: int, steps: ChunkSteps
     ) -> Generator[Chunk, None, None]:
-        """See `Examples`. Each seed reads its own order."""
+        """As of `InMemoryExamples`; to be closed."""
         self.waited = 0.0
-        used = stage.whole_steps * self._batch_size + stage.tail_size
-        with contextlib.ExitStack() as opened:
-            streams = [
-                opened.enter_context(
-                    contextlib.closing(
-                        process_local_batches(
-                            self._programs.mesh,
-                            self._split.random_crop(seed, seed_states.epoch) if self._moves else self._split,
-                            order[:used],
-                            self._shape,
-                            self._batch_size,
-                            first_batch=first,
-                            workers=self._workers,
-                        )
-                    )
-                )
-                for seed, order in zip(seed_states.seeds, seed_states.orders(), strict=True)
-            ]
+        with contextlib.closing(self._epoch(seed_states, stage, first)) as epoch:
+            remaining = self._timed(epoch, seed_states)
+            while (batches := next(remaining, None)) is not None:
+                count = max(1, steps(stage.whole_steps - first))
+                rest = itertools.islice(remaining, count - 1)
+                yield Chunk(first, count, batches=itertools.chain([batches], rest))
+                first += count
 
-            def next_step() -> Iterator[Batch]:
-                return (self._next(batches, seed_states, index) for index, batches in enumerate(streams))
-
-            for start, count in _cut(stage, first, steps):
-                yield Chunk(start, count, batches=(next_step() for _ in range(count)))
-
-    def _next(self, batches: Iterator[tuple[Batch, int]], seed_states: SeedStates, index: int) -> Batch:
-        start = time.perf_counter()
-        batch, size = next(batches)
-        if seed_states.idle(index):
-            self.waited += time.perf_counter() - start
-        return shard_process_local(self._programs.mesh, batch, size)
+    def _timed(self, epoch: Iterator[list[Batch]], seed_states: SeedStates) -> Iterator[list[Batch]]:
+        while True:
+            start = time.perf_counter()
+            batches = next(epoch, None)
+            if batches is None:
+                return
+            if seed_states.idle():
+                self.waited += time.perf_counter() - start
+            yield batches
 
 
-def _cut(stage: TrainingStage, first: int, steps: ChunkSteps) -> Iterator[tuple[int, int]]:
-    """(first step, steps) of the chunks of an epoch from step `first` on; the tail is a chunk of its own."""
-    assert stage.steps_per_epoch is not None
-    while first < stage.steps_per_epoch:
-        count = steps(stage.whole_steps - first) or 1
-        yield first, count
-        first += count
+Examples = InMemoryExamples | BatchedExamples
 
 
 @dataclasses.dataclass(frozen=True)
-class InMemorySplit:
-    """A split on the devices: arrays padded to whole batches, and the labels of the examples that are real."""
+class EvaluatedSplit:
+    """Examples to evaluate.
 
-    arrays: Batch
+    Attributes:
+      labels: of the examples, by index.
+      count: how many.
+      batches: gives all examples on the devices, in one or several padded batches, and how many of each are real.
+      empty: gives a batch of the same shape, to compile with.
+    """
+
     labels: Any
     count: int
+    batches: Callable[[], Generator[tuple[Batch, int], None, None]]
+    empty: Callable[[], Batch]
 
     @classmethod
-    def place(cls, programs: Programs, arrays: Batch, batch_size: int) -> "InMemorySplit":
-        """The examples and labels `arrays` on the devices, padded to whole batches."""
-        return cls(programs.replicate(padded_split(arrays, batch_size)), arrays[1], count_rows(arrays))
+    def in_memory(cls, programs: Programs, arrays: Batch) -> "EvaluatedSplit":
+        """The host's (inputs, labels) on the devices, whole."""
+        count, placed = count_rows(arrays), programs.replicate(padded_split(arrays, programs.eval_batch_size))
+
+        def batches() -> Generator[tuple[Batch, int], None, None]:
+            yield placed, count
+
+        return cls(arrays[1], count, batches, lambda: placed)
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
-        """See `EvaluatedSplit`."""
-        before_call()
-        sums = evaluate(self.arrays, self.count)
-        return sums | {"predictions": sums["predictions"][:, : self.count]}
+        """Sums of loss and metrics [K], and predictions [K, count], over the split.
 
-    def warm_up(self, evaluate: Evaluate) -> None:
-        """See `EvaluatedSplit`."""
-        evaluate(self.arrays, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamingSplit:
-    """Images that are decoded as they are evaluated, batch by batch; the last batch is padded and masked."""
-
-    programs: Programs
-    split: Split
-    side: int
-    batch_size: int
-    workers: int
-
-    @property
-    def count(self) -> int:
-        """How many."""
-        return len(self.split)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """See `EvaluatedSplit`."""
-        return self.split.labels
-
-    def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
-        """See `EvaluatedSplit`."""
+        `before_call` is called before each call of `evaluate`, and may raise to give up.
+        """
         parts = []
-        mesh, order, shape = self.programs.mesh, np.arange(self.count), (self.side, self.side)
-        with contextlib.closing(
-            process_local_batches(mesh, self.split, order, shape, self.batch_size, workers=self.workers, pad=True)
-        ) as batches:
+        with contextlib.closing(self.batches()) as batches:
             for batch, size in batches:
                 before_call()
-                sums = evaluate(shard_process_local(mesh, batch, self.batch_size), size)
+                sums = evaluate(batch, size)
                 parts.append(sums | {"predictions": sums["predictions"][:, :size]})
         sums = {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0] if name != "predictions"}
         return sums | {"predictions": np.concatenate([part["predictions"] for part in parts], axis=1)}
 
     def warm_up(self, evaluate: Evaluate) -> None:
-        """See `EvaluatedSplit`."""
-        batch = np.zeros((self.batch_size, self.side, self.side, 3), np.uint8), np.zeros(self.batch_size, np.int32)
-        evaluate(self.programs.shard_batch(batch), 0)
+        """Compile the evaluation, by evaluating nothing."""
+        evaluate(self.empty(), 0)
 
 
-def process_local_batches(
-    mesh: Mesh,
-    split: Split,
-    order: np.ndarray,
-    shape: tuple[int, int],
-    batch_size: int,
-    *,
-    first_batch: int = 0,
-    workers: int = 0,
-    pad: bool = False,
-) -> Generator[tuple[Batch, int], None, None]:
-    """The rows on the devices of this process (see `process_local_rows`) of batches of B examples, read ahead of use.
+def zeros(example: Any, size: int) -> Batch:
+    """A batch of `size` examples of these shapes and dtypes."""
+    batch: Batch = jax.tree.map(lambda leaf: np.zeros((size, *leaf.shape), leaf.dtype), example)
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What `fit` trains on: arrays, or an iterable of batches.
+
+    Attributes:
+      stage: which examples an epoch visits, and in how many steps.
+      batch_size: examples per step.
+      example: shapes and dtypes of (x, y) of one example.
+      arrays: (x, y) of all examples, or None.
+      batches: gives an epoch's batches, or None.
+      validation: (x, y) to evaluate, or None.
+    """
+
+    stage: TrainingStage
+    batch_size: int
+    example: Any
+    arrays: Any = None
+    batches: Callable[[], Iterable[Any]] | None = None
+    validation: Any = None
+
+    def on_devices(self, programs: Programs) -> InMemoryExamples:
+        """The arrays, as a compiled epoch takes them."""
+        return InMemoryExamples(programs, self.arrays)
+
+    def from_host(self, programs: Programs) -> BatchedExamples:
+        """The arrays or the iterable, batch by batch; those of an iterable are the same for all seeds."""
+
+        def epoch(seed_states: SeedStates, stage: TrainingStage, first: int) -> Generator[list[Batch], None, None]:
+            if self.batches is not None:
+                for batch in itertools.islice(self.batches(), first, None):
+                    yield [programs.shard_batch(to_batch(batch))] * len(seed_states.seeds)
+                return
+            used = stage.whole_steps * self.batch_size + stage.tail_size
+            orders = seed_states.orders()[:, :used]
+            for start in range(first * self.batch_size, used, self.batch_size):
+                numbers = orders[:, start : start + self.batch_size]
+                rows = [jax.tree.map(lambda leaf, each=each: leaf[each], self.arrays) for each in numbers]
+                yield [programs.shard_batch(each) for each in rows]
+
+        count = 0 if self.arrays is None else count_rows(self.arrays)
+        return BatchedExamples(programs, count, self.example, epoch)
+
+
+def as_source(data: Any, validation: Any, batch_size: int, seed: int, drop_remainder: bool = False) -> Source:
+    """What `fit` trains on, from its arguments; raises as `fit`."""
+    check_at_least(1, batch_size=batch_size)
+    if isinstance(data, tuple):
+        arrays, batches = to_batch(data), None
+        subset, count = np.arange(count_rows(arrays)), count_rows(arrays)
+        if isinstance(validation, float):
+            held = max(1, round(validation * count))
+            if not 0 < validation < 1 or held >= count:
+                raise UsageError(f"validation is {validation}, expected a fraction that leaves some of {count}")
+            subset, held_out = hold_out(count, held, seed)
+            validation = jax.tree.map(lambda leaf: leaf[held_out], arrays)
+        if batch_size > len(subset):
+            raise UsageError(f"batch_size is {batch_size}, but only {len(subset)} examples are trained on")
+        first, stage = arrays, make_stage("train", subset, None, batch_size, drop_remainder)
+    else:
+        arrays, batches = None, _each_epoch(data)
+        epoch = batches()
+        first = next(iter(epoch), None)
+        if first is None:
+            raise UsageError("data is an iterable without a batch")
+        first = to_batch(first)
+        batch_size, steps = count_rows(first), len(epoch) if isinstance(epoch, Sized) else None
+        stage = TrainingStage("train", np.arange(0), None, steps, 2**30 if steps is None else steps, 0)
+    if isinstance(validation, tuple):
+        stage, validation = dataclasses.replace(stage, evaluates="validation"), to_batch(validation)
+    elif validation is not None:
+        raise UsageError(f"validation is of type {type(validation).__name__}, expected (x, y), or a fraction of arrays")
+    return Source(stage, batch_size, one_example(first), arrays, batches, validation)
+
+
+def one_example(batch: Any) -> Any:
+    """Shapes and dtypes of an example of `batch`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+
+
+def check_at_least(least: int, **given: Any) -> None:
+    """Raise UsageError unless the values are integers of at least `least`."""
+    for name, value in given.items():
+        if not isinstance(value, Integral) or value < least:
+            raise UsageError(f"{name} is {value!r:.100}, expected an integer of at least {least}")
+
+
+def _each_epoch(data: Any) -> Callable[[], Iterable[Any]]:
+    """Gives the batches of an epoch."""
+    if callable(data):
+        return data
+    if isinstance(data, Iterator) or not isinstance(data, Iterable):
+        raise UsageError(
+            f"data is of type {type(data).__name__}, expected (x, y), an iterable of batches that can be gone through "
+            "once an epoch, or a function that makes an iterator"
+        )
+    return lambda: data
+
+
+def to_batch(data: Any) -> Any:
+    """(x, y) as NumPy arrays whose first axes agree."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise UsageError(f"data is of type {type(data).__name__}, expected (x, y) or batches of (x, y)")
+    batch = to_numpy(data[0], "x"), to_numpy(data[1], "y")
+    count_examples(batch, "(x, y)")
+    return batch
+
+
+def to_numpy(tree: Any, name: str) -> Any:
+    """`tree` with a NumPy array of a type that JAX computes with for each of its leaves.
 
     Args:
-      mesh: the devices.
-      split: what to read from.
-      order: integers [M], numbers of examples, the same on every process.
-      shape: (H, W).
-      batch_size: B over all devices; the last batch holds what is left.
-      first_batch: number of the batch to begin with; what comes before it is not read.
-      workers: processes that read and decode; 0 for threads of this process.
-      pad: fill a smaller last batch with zeros, to B.
+      tree: an array or a frame (NumPy, JAX, PyTorch, pandas, polars), a list of numbers, or a tuple or dict of such.
+      name: what it is called in errors.
 
-    Yields:
-      ((images, labels), n): rows for `shard_process_local`, and how many examples the whole batch has, without padding.
+    Raises:
+      DataError: if a leaf does not hold numbers.
     """
-    starts = range(first_batch * batch_size, len(order), batch_size)
-    batches = [order[start : start + batch_size] for start in starts]
-    rows = {size: process_local_rows(mesh, batch_size if pad else size) for size in {*map(len, batches)}}
-    numbers = [batch[rows[len(batch)][rows[len(batch)] < len(batch)]] for batch in batches]
-    with contextlib.closing(stream(split, numbers, shape, workers)) as read:
-        for (images, labels), size in zip(read, map(len, batches), strict=True):
-            missing = len(rows[size]) - len(labels)
-            padding = [(0, missing), (0, 0), (0, 0), (0, 0)]
-            yield ((np.pad(images, padding), np.pad(labels, (0, missing))) if missing else (images, labels)), size
+
+    def is_array(value: Any) -> bool:
+        return isinstance(value, list) or hasattr(value, "to_numpy") or hasattr(value, "detach")
+
+    def one(leaf: Any) -> np.ndarray:
+        if hasattr(leaf, "detach"):
+            leaf = leaf.detach().cpu().numpy()
+        elif hasattr(leaf, "to_numpy"):
+            leaf = leaf.to_numpy()
+        if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+            raise DataError(f"{name} holds {leaf.mask.sum()} masked values; fill them in or leave their examples out")
+        array = np.asarray(leaf)
+        if array.dtype.kind not in "biufc" and array.dtype != jax.numpy.bfloat16:
+            raise DataError(f"{name} is of type {array.dtype}, expected numbers; turn text into numbers first")
+        return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+
+    return jax.tree.map(one, tree, is_leaf=is_array)
+
+
+def count_examples(tree: Any, name: str) -> int:
+    """The length of the first axis of all arrays in `tree`.
+
+    Raises:
+      DataError: if there is none, or they differ.
+    """
+    leaves = jax.tree.leaves(tree)
+    lengths = {len(leaf) if leaf.ndim else -1 for leaf in leaves}
+    if len(lengths) != 1 or -1 in lengths:
+        shapes = ", ".join(str(leaf.shape) for leaf in leaves) or "none"
+        raise DataError(f"{name} has arrays of shapes {shapes}, expected one first axis, of examples, for all")
+    return lengths.pop()
+
+
+def checksum(tree: Any) -> str:
+    """A checksum of all arrays in `tree`, with their shapes and dtypes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()

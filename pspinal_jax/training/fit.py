@@ -21,13 +21,15 @@ from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text
 from pspinal_jax.heads.layouts import Layout, training_layout
+from pspinal_jax.recipes.typed import typed
+from pspinal_jax.training.examples import EvaluatedSplit, Source, as_source, check_at_least, checksum
 from pspinal_jax.training.fitted import Fit, History
-from pspinal_jax.training.loop import REPORT, Callback, LoopConfig, Store, Trainer
+from pspinal_jax.training.loop import REPORT, Callback, Setup, Trainer
 from pspinal_jax.training.models import Model, as_model
-from pspinal_jax.training.programs import Execution, Programs, build_programs
+from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
 from pspinal_jax.training.signals import Stopped, StopRequest
-from pspinal_jax.training.sources import Source, check_at_least
+from pspinal_jax.training.stages import LoopConfig
 from pspinal_jax.training.state import Layouts, commutes, head_layouts, trainable
 from pspinal_jax.training.step import CLASSIFICATION, EvalStep, Loss, Metrics, TrainStep, cross_entropy
 
@@ -69,6 +71,9 @@ class FitOptions:
     seed_mode: Literal["auto", "loop", "vmap"] = "auto"
     on_device: bool | None = None
     checkpoint_seconds: float = 600.0
+
+
+_DEFAULTS = FitOptions()
 
 
 def fit(
@@ -140,32 +145,22 @@ def fit(
       DataError: if arrays do not hold numbers, or do not fit together.
       RunError: if the loss or a gradient is not finite, or the workdir cannot be written or read.
     """
-    source = Source.of(data, validation, batch_size, seed)
-    what: dict[str, Any] = {
-        "optimizer": optimizer,
-        "loss": loss,
-        "metrics": metrics,
-        "augment": augment,
-        "mesh": mesh,
-    } | options
-    from_host = source.arrays is None
+    chosen = FitOptions(**options)
+    source = as_source(data, validation, batch_size, seed, chosen.drop_remainder)
     compiled = compile_training(
-        model, source.example, source.batch_size, num_seeds=num_seeds, from_host=from_host, **what
+        model,
+        source.example,
+        source.batch_size,
+        chosen,
+        optimizer=optimizer,
+        loss=loss,
+        metrics=metrics,
+        augment=augment,
+        mesh=mesh,
+        num_seeds=num_seeds,
+        from_host=source.arrays is None,
     )
     return train_compiled(compiled, source, epochs, seed, num_seeds, callbacks, workdir)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Goal:
-    """What is minimised, and what is measured beside it."""
-
-    loss: Loss
-    metrics: Metrics
-    classifies: bool
-
-    @property
-    def names(self) -> list[str]:
-        return ["loss", *self.metrics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +170,6 @@ class CompiledTraining:
     Attributes:
       model: the model.
       programs: compiled when they are first called.
-      goal: loss and metrics.
       options: of the training.
       num_classes: of the logits, where the loss is the cross-entropy.
       on_device: whether an epoch is one compiled loop over arrays on the devices.
@@ -183,7 +177,6 @@ class CompiledTraining:
 
     model: Model
     programs: Programs
-    goal: _Goal
     options: FitOptions
     num_classes: int | None
     on_device: bool
@@ -193,6 +186,7 @@ def compile_training(
     model: Any,
     example: Any,
     batch_size: int,
+    options: FitOptions = _DEFAULTS,
     *,
     optimizer: optax.GradientTransformation | None = None,
     loss: Literal["cross_entropy"] | Loss = "cross_entropy",
@@ -201,73 +195,67 @@ def compile_training(
     mesh: Mesh | None = None,
     num_seeds: int = 1,
     from_host: bool = False,
-    **options: Any,
 ) -> CompiledTraining:
-    """What `fit` trains with, to be used for several trainings; arguments and errors are those of `fit`.
+    """What `fit` trains with, to be used for several trainings; the other arguments and errors are those of `fit`.
 
-    Args:
-      model: as for `fit`.
-      example: (inputs, labels) of one example, trees of `jax.ShapeDtypeStruct`.
-      batch_size: examples per step.
-      optimizer: as for `fit`, and so on.
-      loss: as for `fit`.
-      metrics: as for `fit`.
-      augment: as for `fit`.
-      mesh: as for `fit`.
-      num_seeds: as for `fit`.
-      from_host: whether batches come from an iterable.
-      **options: the fields of `FitOptions`.
+    `example` is (inputs, labels) of one example, trees of `jax.ShapeDtypeStruct`; with `from_host` batches come from an
+    iterable.
     """
-    chosen, goal, adapted = FitOptions(**options), _goal(loss, metrics), as_model(model)
-    check_at_least(1, num_seeds=num_seeds, micro_batches=chosen.micro_batches)
-    if batch_size % chosen.micro_batches:
-        raise UsageError(f"micro_batches is {chosen.micro_batches}, expected a divisor of batch_size, {batch_size}")
-    for name, value, allowed in (
-        ("on_nonfinite", chosen.on_nonfinite, ("stop", "skip")),
-        ("seed_mode", chosen.seed_mode, ("auto", "loop", "vmap")),
-    ):
-        if value not in allowed:
-            raise UsageError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-    mesh = _mesh(mesh, batch_size // chosen.micro_batches)
+    check_at_least(1, num_seeds=num_seeds, micro_batches=options.micro_batches)
+    typed("on_nonfinite", options.on_nonfinite, Literal["stop", "skip"])
+    typed("seed_mode", options.seed_mode, Literal["auto", "loop", "vmap"])
+    if batch_size % options.micro_batches:
+        raise UsageError(f"micro_batches is {options.micro_batches}, expected a divisor of batch_size, {batch_size}")
+    rows = batch_size // options.micro_batches
+    if mesh is None:
+        mesh = fit_mesh(-1, 1, 1, rows=rows)
+    elif not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
+        raise UsageError(f"mesh is {mesh!r:.100}, expected a jax.sharding.Mesh with the axes {', '.join(AXES)}")
+    adapted = as_model(model)
+    evaluation = _eval_step(adapted, loss, metrics)
     inputs, labels = example
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
     params, logits = jax.eval_shape(partial(_start, adapted), batch)
-    if missing := set(chosen.frozen) - set(params):
+    if missing := set(options.frozen) - set(params):
         raise UsageError(f"frozen names {min(missing)!r}, expected entries of the parameters: {', '.join(params)}")
-    if goal.classifies:
+    if evaluation.classifies:
         _check_labels(labels, logits)
-    clip = [optax.clip_by_global_norm(chosen.gradient_clip)] if chosen.gradient_clip else []
-    optimizer = optax.adamw(1e-3) if optimizer is None else optimizer
+    clip = [optax.clip_by_global_norm(options.gradient_clip)] if options.gradient_clip else []
     step = TrainStep(
         adapted.apply,
         # The step descends along a direction; an optax transformation ends with the update.
-        optax.chain(*clip, optimizer, optax.scale(-1.0)),
-        goal.loss,
-        goal.metrics,
+        optax.chain(*clip, optax.adamw(1e-3) if optimizer is None else optimizer, optax.scale(-1.0)),
+        evaluation.loss,
+        evaluation.metrics,
         augment=augment,
-        ema_decay=chosen.ema_decay,
-        frozen=tuple(chosen.frozen),
-        micro_batches=chosen.micro_batches,
-        skip_nonfinite=chosen.on_nonfinite == "skip",
+        ema_decay=options.ema_decay,
+        frozen=tuple(options.frozen),
+        micro_batches=options.micro_batches,
+        skip_nonfinite=options.on_nonfinite == "skip",
     )
     platform = mesh.devices.flat[0].platform
     convolves = any(leaf.ndim > 3 for leaf in jax.tree.leaves(params))
-    on_device = not (convolves and platform == "cpu") if chosen.on_device is None else chosen.on_device
-    together = chosen.seed_mode == "vmap" or (chosen.seed_mode == "auto" and platform != "cpu")
-    rows = batch_size // chosen.micro_batches // num_batch_shards(mesh)
-    execution = Execution(
-        inputs=inputs,
-        labels=labels,
-        batch_size=batch_size,
-        eval_batch_size=chosen.eval_batch_size or batch_size,
+    on_device = options.on_device
+    if on_device is None:
+        on_device = not (convolves and platform == "cpu")
+    together = options.seed_mode == "vmap" or (options.seed_mode == "auto" and platform != "cpu")
+    layouts = _layouts(adapted, params, batch, step, rows // num_batch_shards(mesh))
+    programs = Programs(
+        adapted,
+        step,
+        evaluation,
+        inputs,
+        batch_size,
+        options.eval_batch_size or batch_size,
+        labels,
         vectorized=num_seeds > 1 and together and on_device and not from_host,
-        head_layouts={} if shards_parameters(mesh) else _layouts(adapted, params, batch, step, rows),
+        head_layouts={} if shards_parameters(mesh) else layouts,
         mesh=mesh,
         compiler_options=convolution_options(platform) if convolves else {},
     )
-    evaluation = EvalStep(adapted.apply, goal.loss, goal.metrics, goal.classifies)
-    programs = build_programs(adapted, step, evaluation, execution)
-    return CompiledTraining(adapted, programs, goal, chosen, logits.shape[1] if goal.classifies else None, on_device)
+    return CompiledTraining(
+        adapted, programs, options, logits.shape[1] if evaluation.classifies else None, on_device and not from_host
+    )
 
 
 def train_compiled(
@@ -282,16 +270,16 @@ def train_compiled(
     shows_progress: bool = True,
 ) -> Fit:
     """Train on `source`; the other arguments are those of `fit` and `LoopConfig`."""
-    options, goal, programs = compiled.options, compiled.goal, compiled.programs
+    options, programs = compiled.options, compiled.programs
     check_at_least(1, epochs=epochs)
     check_at_least(0, patience=options.patience)
-    if options.select is not None and (options.select not in goal.names or source.validation is None):
-        names = ", ".join(goal.names)
-        raise UsageError(f"select is {options.select!r}, expected one of {names}, and examples as validation")
-    if options.patience and options.select is None:
-        raise UsageError(f"patience is {options.patience}, which needs select: one of {', '.join(goal.names)}")
+    names = ["loss", *programs.eval_step.metrics]
+    if options.select is None and options.patience:
+        raise UsageError(f"patience is {options.patience}, which needs select: one of {', '.join(names)}")
+    if options.select is not None and (options.select not in names or source.validation is None):
+        raise UsageError(f"select is {options.select!r}, expected one of {', '.join(names)}, and validation examples")
     if compiled.num_classes is not None:
-        source.check_labels(compiled.num_classes)
+        _check_range(source, compiled.num_classes)
     config = LoopConfig(
         seed=seed,
         num_seeds=num_seeds,
@@ -305,13 +293,17 @@ def train_compiled(
         advice="lower the learning rate, or pass on_nonfinite='skip'",
         shows_progress=shows_progress,
     )
-    setup = source.set_up(config, programs, options.drop_remainder, compiled.on_device)
+    validation = source.validation
+    splits = {} if validation is None else {"validation": EvaluatedSplit.in_memory(programs, validation)}
+    examples = source.on_devices(programs) if compiled.on_device else source.from_host(programs)
+    setup = Setup(config, programs, examples, splits, [source.stage], labels=None)
     with contextlib.ExitStack() as opened:
-        store: Store = _NoStore()
-        stop, log = StopRequest(), _Log(None)
+        log, store, stop = _Log(None), None, StopRequest()
         if workdir is not None:
-            identity = {"seed": seed, "num_seeds": num_seeds, "batch_size": source.batch_size}
-            store, log = opened.enter_context(_opened(workdir, identity | {"data": source.checksum()}))
+            arrays = None if source.arrays is None else checksum((source.arrays, source.stage.subset, validation))
+            identity = {"seed": seed, "num_seeds": num_seeds, "batch_size": source.batch_size, "data": arrays}
+            folder = opened.enter_context(_opened(workdir, identity))
+            log, store = _Log(folder), opened.enter_context(CheckpointStore(folder / "checkpoints"))
             opened.enter_context(stop)
         trainer = Trainer(setup, log, store, stop, options.checkpoint_seconds, callbacks=callbacks)
         try:
@@ -320,24 +312,23 @@ def train_compiled(
             if stop.received == signal.SIGINT:
                 raise KeyboardInterrupt(f"saved in {workdir}: the same call goes on") from stopped
             raise SystemExit(128 + signal.SIGTERM) from stopped
-    best = options.select is not None
-    return Fit(compiled.model, programs, trainer.seed_states, History(log.lines), goal.names, source.example, best)
+    return Fit(compiled.model, programs, trainer.seed_states, History(log.lines), best=options.select is not None)
 
 
-def _goal(loss: Any, metrics: Metrics | None) -> _Goal:
+def _eval_step(model: Model, loss: Any, metrics: Metrics | None) -> EvalStep:
+    """What is minimised, and what is measured beside it."""
     classifies = isinstance(loss, str) and loss == "cross_entropy"
     if not classifies and not callable(loss):
-        shown = repr(loss) if isinstance(loss, str) else f"of type {type(loss).__name__}"
-        raise UsageError(f"loss is {shown}, expected 'cross_entropy' or a function of (logits, labels)")
+        raise UsageError(f"loss is {loss!r:.100}, expected 'cross_entropy' or a function of (logits, labels)")
     if metrics is None:
         metrics = {"accuracy": CLASSIFICATION["correct"]} if classifies else {}
     for name, function in metrics.items():
         if name in _RESERVED or not callable(function):
             raise UsageError(
-                f"metrics has {name!r} of type {type(function).__name__}, expected functions of (logits, labels) by "
-                f"names other than {', '.join(_RESERVED)}"
+                f"metrics has {name!r}, expected functions of (logits, labels) by names other than "
+                f"{', '.join(_RESERVED)}"
             )
-    return _Goal(cross_entropy if classifies else loss, dict(metrics), classifies)
+    return EvalStep(model.apply, cross_entropy if classifies else loss, dict(metrics), classifies)
 
 
 def _check_labels(labels: Any, logits: jax.ShapeDtypeStruct) -> None:
@@ -347,12 +338,11 @@ def _check_labels(labels: Any, logits: jax.ShapeDtypeStruct) -> None:
         raise UsageError(f"the model gives logits of shape {list(logits.shape)}, expected [N, C] for the cross-entropy")
 
 
-def _mesh(mesh: Mesh | None, rows: int) -> Mesh:
-    if mesh is None:
-        return fit_mesh(-1, 1, 1, rows=rows)
-    if not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
-        raise UsageError(f"mesh is {mesh!r:.100}, expected a jax.sharding.Mesh with the axes {', '.join(AXES)}")
-    return mesh
+def _check_range(source: Source, num_classes: int) -> None:
+    for arrays in filter(None, (source.arrays, source.validation)):
+        least, most = int(np.min(arrays[1])), int(np.max(arrays[1]))
+        if not 0 <= least <= most < num_classes:
+            raise UsageError(f"labels reach from {least} to {most}, expected 0 .. {num_classes - 1} for the logits")
 
 
 def _layouts(model: Model, params: Any, inputs: Any, step: TrainStep, rows: int) -> Layouts:
@@ -404,25 +394,9 @@ class _Log:
         return path
 
 
-class _NoStore:
-    """In place of checkpoints, where there is no workdir."""
-
-    def due(self, seconds: float) -> bool:
-        return False
-
-    def save(self, step: int, trees: Any, progress: Any) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def restore(self, abstract: Any) -> None:
-        return None
-
-
 @contextlib.contextmanager
-def _opened(workdir: Path | str, identity: dict[str, Any]) -> Iterator[tuple[Store, _Log]]:
-    """Where checkpoints and the history go; raises UsageError if the folder holds another training."""
+def _opened(workdir: Path | str, identity: dict[str, Any]) -> Iterator[Path]:
+    """The folder of a training, in nobody else's use; raises UsageError if it holds another training."""
     folder = expanded(Path(workdir))
     path = folder / _IDENTITY
     with contextlib.ExitStack() as opened:
@@ -431,16 +405,13 @@ def _opened(workdir: Path | str, identity: dict[str, Any]) -> Iterator[tuple[Sto
             other = opened.enter_context(held(folder / ".lock")) if is_primary() else None
             if other is not None:
                 raise RunError(f"{folder} is in use: {other} trains there")
-            if path.exists():
-                found = json.loads(path.read_text())
-                changed = differences(found, identity, lambda name, old, new: f"{name} was {old} and is {new}")
-                if changed:
-                    raise UsageError(
-                        f"workdir {folder} holds another training: {', '.join(changed)}; choose another one"
-                    )
-            elif is_primary():
+            found = json.loads(path.read_text()) if path.exists() else identity
+            if found is identity and is_primary():
                 write_json(path, identity)
         except (OSError, ValueError) as error:
             raise RunError(f"workdir {folder} cannot be used: {error}") from error
+        changed = differences(found, identity, lambda name, old, new: f"{name} was {old} and is {new}")
+        if changed:
+            raise UsageError(f"workdir {folder} holds another training: {', '.join(changed)}; choose another one")
         barrier()
-        yield opened.enter_context(CheckpointStore(folder / "checkpoints")), _Log(folder)
+        yield folder

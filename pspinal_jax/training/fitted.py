@@ -10,11 +10,10 @@ import numpy as np
 from pspinal_jax.distributed import is_primary, whole
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
-from pspinal_jax.training.examples import InMemorySplit
+from pspinal_jax.training.examples import EvaluatedSplit, count_examples, one_example, to_batch, to_numpy
 from pspinal_jax.training.models import Model
 from pspinal_jax.training.programs import Programs, SeedStates, padded_split
-from pspinal_jax.training.sources import count_examples, to_batch, to_numpy
-from pspinal_jax.training.step import count_rows
+from pspinal_jax.training.stages import per_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,18 +116,10 @@ class Fit:
     """
 
     def __init__(
-        self,
-        model: Model,
-        programs: Programs,
-        seed_states: SeedStates,
-        history: History,
-        names: list[str],
-        example: Any,
-        best: bool,
+        self, model: Model, programs: Programs, seed_states: SeedStates, history: History, *, best: bool
     ) -> None:
         self.history = history
-        self._model, self._programs, self._seed_states = model, programs, seed_states
-        self._names, self._example, self._best = names, example, best
+        self._model, self._programs, self._seed_states, self._best = model, programs, seed_states, best
         self._trees = seed_states.variables(best=best)
 
     @property
@@ -150,7 +141,7 @@ class Fit:
         """
         inputs = to_numpy(x, "x")
         count = count_examples(inputs, "x")
-        self._check(inputs, self._example[0], "x")
+        self._check(inputs, self._programs.inputs, "x")
         return predict_logits(self._programs, self._trees, inputs, count, stacked=len(self._seed_states.seeds) > 1)
 
     def evaluate(self, x: Any, y: Any) -> dict[str, Any]:
@@ -160,11 +151,11 @@ class Fit:
           DataError: as `predict`.
         """
         arrays = to_batch((x, y))
-        self._check(arrays, self._example, "(x, y)")
-        split = InMemorySplit.place(self._programs, arrays, self._programs.eval_batch_size)
+        self._check(arrays, (self._programs.inputs, self._programs.labels), "(x, y)")
+        split = EvaluatedSplit.in_memory(self._programs, arrays)
         sums = split.evaluate(partial(self._seed_states.evaluate, best=self._best))
-        means = {name: (sums[name] / count_rows(arrays)).tolist() for name in self._names}
-        return {name: values[0] if len(values) == 1 else values for name, values in means.items()}
+        names = ["loss", *self._programs.eval_step.metrics]
+        return {name: per_seed((sums[name] / split.count).tolist()) for name in names}
 
     def plot(self) -> "Figure":
         """Loss and metrics by epoch as a matplotlib Figure; of K seeds their mean and range."""
@@ -183,7 +174,7 @@ class Fit:
             save_variables(expanded(Path(path)), jax.tree.map(whole, named))
 
     def _check(self, arrays: Any, example: Any, name: str) -> None:
-        found = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays)
+        found = one_example(arrays)
         if jax.tree.map(lambda leaf: leaf.shape, found) != jax.tree.map(lambda leaf: leaf.shape, example):
             raise UsageError(f"{name} holds examples of shapes {found}, but the model was trained on {example}")
 

@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
@@ -25,26 +25,20 @@ from pspinal_jax.distributed import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.typed import typed
+from pspinal_jax.training import stages
 from pspinal_jax.training.examples import EvaluatedSplit, Examples
 from pspinal_jax.training.programs import Programs, SeedStates, make_order
 from pspinal_jax.training.sharding import shardings
 from pspinal_jax.training.signals import Stopped, StopRequest
-from pspinal_jax.training.stages import (
-    LoopConfig,
-    TrainingProgress,
-    TrainingStage,
-    balanced_accuracy,
-    epoch_line,
-    improves,
-    metric_name,
-    per_seed,
-    training_means,
-)
+from pspinal_jax.training.stages import LoopConfig, TrainingProgress, TrainingStage
+
+if TYPE_CHECKING:
+    from pspinal_jax.checkpoints import CheckpointStore  # imports Orbax
 
 Callback = Callable[[int, Any, dict[str, Any]], object]
 """(finished epochs of the stage, the state of all seeds, metrics by name) -> whether to end the training there."""
 REPORT = "nonfinite.json"
-"""The file that tells of a step that was not finite."""
+"""The file that describes a step that was not finite."""
 CHUNK_SECONDS = 2.0
 """Longest time between two looks at the clock and at signals."""
 
@@ -62,22 +56,6 @@ class Log(Protocol):
         """Write down what is known of a step that was not finite; where that lies."""
 
 
-class Store(Protocol):
-    """Where checkpoints go; see `pspinal_jax.checkpoints.CheckpointStore`."""
-
-    def due(self, seconds: float) -> bool:
-        """Whether it is time for a checkpoint."""
-
-    def save(self, step: int, trees: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Save a checkpoint."""
-
-    def finish(self) -> None:
-        """Return when the last one is saved."""
-
-    def restore(self, abstract: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The newest one, (trees, progress); None where there is none."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What the loop works with.
@@ -88,8 +66,7 @@ class Setup:
       examples: all training examples, validation included; stages pick theirs by index.
       splits: 'test', and 'validation' where examples were held out.
       stages: what the run does one after the other.
-      labels: int32 [N] of all training examples, by index.
-      validation_labels: int32 [V] of the split 'validation', empty where there is none.
+      labels: int32 [N] of all training examples, by index, if an epoch draws evenly from all classes.
     """
 
     config: LoopConfig
@@ -97,43 +74,39 @@ class Setup:
     examples: Examples
     splits: Mapping[str, EvaluatedSplit]
     stages: list[TrainingStage]
-    labels: np.ndarray
-    validation_labels: np.ndarray
+    labels: np.ndarray | None
 
 
+@dataclasses.dataclass
 class Trainer:
     """One run, from its start or its newest checkpoint to its end.
 
     Attributes:
       setup: what the run works with.
-      seed_states: the seeds' states.
+      log: where its history goes.
+      store: where its checkpoints go; None to keep none.
+      stop: whether a signal has come.
+      checkpoint_seconds: time between checkpoints.
+      start: gives the variables that seeds start from in place of their initialisation, or some of them.
+      callbacks: called after every chunk and every epoch.
       progress: how far the run has come.
+      seed_states: the seeds' states.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        log: Log,
-        store: Store,
-        stop: StopRequest,
-        checkpoint_seconds: float,
-        start: Callable[[], dict[str, Any]] = dict,
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        self.setup = setup
-        self.config = setup.config
-        self.progress = TrainingProgress()
-        self._log = log
-        self._store = store
-        self._stop = stop
-        self._checkpoint_seconds = checkpoint_seconds
-        self._start = start
-        self._callbacks = callbacks
-        self._asked_to_end = False
-        self._steps_per_second = 0.0
-        self._compile_seconds = 0.0
-        self._received = 0
-        self.seed_states = self._fresh_seed_states()
+    setup: Setup
+    log: Log
+    store: "CheckpointStore | None"
+    stop: StopRequest
+    checkpoint_seconds: float
+    start: Callable[[], dict[str, Any]] = dict
+    callbacks: Sequence[Callback] = ()
+    progress: TrainingProgress = dataclasses.field(default_factory=TrainingProgress, init=False)
+    seed_states: SeedStates = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config, self.seed_states = self.setup.config, self._fresh_seed_states()
+        self._asked_to_end, self._received = False, 0
+        self._steps_per_second = self._compile_seconds = 0.0
 
     @property
     def stage(self) -> TrainingStage:
@@ -156,7 +129,7 @@ class Trainer:
         self._save()
 
     def _fresh_seed_states(self) -> SeedStates:
-        config = self.config
+        config = self.setup.config
         return SeedStates(self.setup.programs, [config.seed + index for index in range(config.num_seeds)])
 
     def _restore(self) -> None:
@@ -167,60 +140,50 @@ class Trainer:
             places = shardings(self.setup.programs.mesh, shapes, stacked=self.config.num_seeds > 1)
             return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
 
-        found = self._store.restore(abstract)
+        found = None if self.store is None else self.store.restore(abstract)
         if found is None:
-            self.seed_states.start_from(self._start())
-            self._log.rewind([])
+            self.seed_states.start_from(self.start())
+            self.log.rewind([])
             return
         trees, progress = found
         self.progress = TrainingProgress(**progress)
         self.seed_states.set_trees(trees, self.progress.steps_taken(self.stage))
         self.seed_states.set_totals(self.progress.totals or None)
-        self._log.rewind(self.progress.finished(self.setup.stages))
+        self.log.rewind(self.progress.finished(self.setup.stages))
 
     def _save(self) -> None:
         self.progress.totals = self.seed_states.totals() if self.progress.step else {}
-        self._store.save(self.progress.serial, self.seed_states.trees(), dataclasses.asdict(self.progress))
+        if self.store is not None:
+            self.store.save(self.progress.serial, self.seed_states.trees(), dataclasses.asdict(self.progress))
 
     def _next_stage(self) -> None:
-        progress = self.progress
-        self.progress = TrainingProgress(
-            stage=progress.stage + 1,
-            serial=progress.serial,
-            lines=progress.lines,
-            total_seconds=progress.total_seconds,
-        )
+        old, finished = self.progress, self.seed_states
+        kept = {name: getattr(old, name) for name in ("serial", "lines", "total_seconds")}
+        self.progress = TrainingProgress(stage=old.stage + 1, **kept)
+        self.seed_states = self._fresh_seed_states()
         if self.stage.name == "retrain":
-            self.progress.selected_epoch = progress.best_epoch
-            self.progress.selected_accuracy = progress.best_accuracy
-            self.progress.selected_loss = progress.best_loss
-            self.seed_states = self._fresh_seed_states()
-            self.seed_states.start_from(self._start())
+            self.progress.selected_epoch = old.best_epoch
+            self.progress.selected_accuracy = old.best_accuracy
+            self.progress.selected_loss = old.best_loss
+            self.seed_states.start_from(self.start())
         else:
-            self.progress.epochs_before = progress.epochs_before + progress.epoch
-            best, self.seed_states = self.seed_states, self._fresh_seed_states()
-            self.seed_states.continue_from_best(best)
+            self.progress.epochs_before = old.epochs_before + old.epoch
+            self.seed_states.continue_from_best(finished)
 
     def _run_stage(self) -> None:
         stage, progress, config = self.stage, self.progress, self.config
-        epochs = progress.stage_epochs(config)
         if progress.stage_finished(config):
             return
-        order = make_order(
-            stage.subset,
-            self.setup.examples.count,
-            self.setup.programs.vectorized,
-            config.shuffle,
-            self.setup.labels if config.balanced else None,
-        )
+        programs, count = self.setup.programs, self.setup.examples.count
+        order = make_order(stage.subset, count, programs.vectorized, config.shuffle, self.setup.labels)
         self._plan_epoch(order)
         self._warm_up()
-        total = None if stage.steps_per_epoch is None else epochs * stage.steps_per_epoch
+        total = None if stage.steps_per_epoch is None else progress.stage_epochs(config) * stage.steps_per_epoch
         shown, initial = is_primary() and config.shows_progress, progress.steps_in(stage)
         with progress_bar(total, stage.name, "step", shown, initial=initial, unit_scale=False) as bar:
             while True:
                 self._run_epoch(bar)
-                self._finish_epoch(epochs, bar)
+                self._finish_epoch(bar)
                 if progress.stage_finished(config) or self._asked_to_end:
                     return
                 if self._synchronize() or progress.epoch == 1:
@@ -240,12 +203,13 @@ class Trainer:
         self.seed_states.plan_epoch(order, self.progress.epochs_before + epoch, scale[:, None] * padded)
 
     def _warm_up(self) -> None:
+        """Compile what the stage calls."""
         start = time.perf_counter()
         self.setup.examples.warm_up(self.seed_states, self.stage)
         self.stop_if_asked()
         if self.stage.evaluates:
             self.setup.splits[self.stage.evaluates].warm_up(self.seed_states.evaluate)
-        self.seed_states.warm_up()
+        self.seed_states.update_best(np.zeros(self.config.num_seeds, bool))
         self.stop_if_asked()
         self._compile_seconds = time.perf_counter() - start
 
@@ -268,8 +232,8 @@ class Trainer:
                 bar.set_postfix(self._shown(), refresh=False)
                 bar.update(steps)
                 if stage.steps_per_epoch is None or progress.step < stage.steps_per_epoch:
-                    if self._callbacks:
-                        self._call_back(self._running())
+                    if self.callbacks:
+                        self._call_back(stages.training_means(self.seed_states.totals()))
                     if self._asked_to_end:
                         break
                     if self._synchronize():
@@ -280,77 +244,69 @@ class Trainer:
     def _check_finite(self) -> None:
         """Raise RunError, naming the step, if one of the epoch so far was not finite; called before anything is saved.
 
-        What the log keeps of it tells the seed, the epoch, the step, its learning rate and its examples. Training on
-        from the last checkpoint comes by that step again.
+        The report holds the seed, the epoch, the step, its learning rate and its examples. Training on from the last
+        checkpoint comes by that step again.
         """
-        bad_steps = self.seed_states.totals()["bad_step"] if self.config.stop_on_nonfinite else []
-        for index, bad in enumerate(bad_steps):
-            if bad < 0:
-                continue
-            progress = self.progress
-            step = bad - (progress.steps_taken(self.stage) - progress.step)
-            report = {
-                "seed": self.seed_states.seeds[index],
-                "stage": self.stage.name,
-                "epoch": progress.epoch + 1,
-                "step_of_epoch": step + 1,
-                "step_of_stage": bad + 1,
-                "learning_rate": self.seed_states.learning_rate(index, step),
-                "examples": self.seed_states.examples(index, step, self.config.batch_size).tolist(),
-            }
-            path = self._log.report(report)
-            kept = (
-                f"the last checkpoint before it is kept, and {path} tells which examples it saw: look for numbers in "
-                "them that are out of all range, "
-            )
-            self._store.finish()
-            barrier()  # the first process to fail ends the others, and process 0 may still be writing
-            raise RunError(
-                f"the loss, a running statistic or a gradient of seed {report['seed']} is not finite at step "
-                f"{step + 1} of epoch {report['epoch']}; {kept if path else ''}{self.config.advice}"
-            )
+        bad_steps = np.asarray(self.seed_states.totals()["bad_step"])
+        if not self.config.stop_on_nonfinite or (bad_steps < 0).all():
+            return
+        progress, states, size = self.progress, self.seed_states, self.config.batch_size
+        index = int(np.argmax(bad_steps >= 0))
+        bad = int(bad_steps[index])
+        step = bad - (progress.steps_taken(self.stage) - progress.step)
+        report = {
+            "seed": states.seeds[index],
+            "stage": self.stage.name,
+            "epoch": progress.epoch + 1,
+            "step_of_epoch": step + 1,
+            "step_of_stage": bad + 1,
+            "learning_rate": float(states.rates[index, step]),
+            "examples": states.orders()[index, step * size : (step + 1) * size].tolist(),
+        }
+        path = self.log.report(report)
+        if self.store is not None:
+            self.store.finish()
+        barrier()  # the first process to fail ends the others, and process 0 may still be writing
+        kept = f"the last checkpoint before it is kept, and {path} names the examples in it; " if path else ""
+        raise RunError(
+            f"the loss, a running statistic or a gradient of seed {report['seed']} is not finite at step {step + 1} of "
+            f"epoch {report['epoch']}; {kept}{self.config.advice}"
+        )
 
     def _chunk_steps(self, remaining: int) -> int:
         rate = self._steps_per_second
         return min(remaining, max(1, int(CHUNK_SECONDS * rate)) if rate else self.setup.examples.first_chunk)
 
-    def _running(self) -> dict[str, Any]:
-        """Means over the epoch's examples so far."""
-        return training_means(self.seed_states.totals())
-
     def _call_back(self, metrics: dict[str, Any]) -> None:
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             self._asked_to_end |= bool(callback(self.progress.epoch, self.seed_states.state, metrics))
 
     def _shown(self) -> dict[str, str]:
-        shown = {"loss": f"{np.mean(self._running()['train_loss']):.4f}"}
+        shown = {"loss": f"{np.mean(stages.training_means(self.seed_states.totals())['train_loss']):.4f}"}
         if self.progress.last_accuracy:
             shown[str(self.stage.evaluates)] = f"{np.mean(self.progress.last_accuracy):.4f}"
         return shown
 
-    def _finish_epoch(self, epochs: int, bar: Any) -> None:
+    def _finish_epoch(self, bar: Any) -> None:
         """Evaluate, select, and write the epoch's line."""
         stage, progress = self.stage, self.progress
-        totals = self.seed_states.totals()
-        start = time.perf_counter()
+        totals, start = self.seed_states.totals(), time.perf_counter()
         evaluation: dict[str, list[float]] = {}
         if stage.evaluates:
             split = self.setup.splits[stage.evaluates]
             sums = split.evaluate(self.seed_states.evaluate, self.stop_if_asked)
             predictions = sums.pop("predictions")
-            evaluation = {metric_name(name): (sums[name] / split.count).tolist() for name in sums}
+            evaluation = {stages.metric_name(name): (sums[name] / split.count).tolist() for name in sums}
             if self.config.selected_by == "balanced_accuracy":
-                evaluation["balanced_accuracy"] = balanced_accuracy(predictions, self.setup.validation_labels)
+                evaluation["balanced_accuracy"] = stages.balanced_accuracy(predictions, split.labels)
         progress.epoch += 1
-        self._select(evaluation, epochs)
-        line = epoch_line(
-            stage, progress, totals, evaluation, learning_rates=self._last_rates, compile_seconds=self._compile_seconds
-        )
+        self._select(evaluation)
+        line = stages.epoch_line(stage, progress, totals, evaluation, self._last_rates, self._compile_seconds)
         if any(totals["skipped"]):
-            line["skipped_steps"] = per_seed(totals["skipped"])
+            line["skipped_steps"] = stages.per_seed(totals["skipped"])
         if self.setup.examples.waited:
             line["input_seconds"] = round(self.setup.examples.waited, 4)
-        self._log.append(line)
+        self.log.append(line)
         bar.set_postfix(self._shown(), refresh=False)
         bar.update(0)
         self._call_back(line)
@@ -358,48 +314,44 @@ class Trainer:
         progress.lines += 1
         progress.step, progress.seconds, self._compile_seconds = 0, 0.0, 0.0
 
-    def _select(self, evaluation: dict[str, list[float]], epochs: int) -> None:
+    def _select(self, evaluation: dict[str, list[float]]) -> None:
+        """Keep the parameters of the seeds that are better than before."""
         progress, config = self.progress, self.config
         count = config.num_seeds
         accuracy, loss = config.score(evaluation), evaluation.get("loss")
-        before = progress.best_accuracy or [config.least_score] * count
-        before_loss = progress.best_loss or [None] * count
-        best_epoch = np.asarray(progress.best_epoch or [0] * count)
         if accuracy is not None and loss is not None:
+            before = progress.best_accuracy or [config.least_score] * count
+            before_loss = progress.best_loss or [None] * count
             progress.last_accuracy = accuracy
-            over = progress.out_of_patience(config, progress.epoch - 1)
             by = [None] * count if config.keeps_first_of_ties else before_loss
-            improved = improves(accuracy, loss, before, by) & ~np.asarray(over)
-            self._steer(improved)
+            improved = stages.improves(accuracy, loss, before, by)
+            improved &= ~np.asarray(progress.out_of_patience(config, progress.epoch - 1))
+            self._restart_rates(improved)
             progress.best_accuracy = np.where(improved, accuracy, before).tolist()
-            progress.best_loss = [
-                now if better else was for better, now, was in zip(improved, loss, before_loss, strict=True)
-            ]
+            progress.best_loss = np.where(improved, np.asarray(loss, object), np.asarray(before_loss, object)).tolist()
         elif progress.selected_epoch:
             improved = np.asarray(progress.selected_epoch) == progress.epoch
         else:
-            improved = np.full(count, progress.epoch == epochs)
-        progress.best_epoch = np.where(improved, progress.epoch, best_epoch).tolist()
+            improved = np.full(count, progress.epoch == progress.stage_epochs(config))
+        progress.best_epoch = np.where(improved, progress.epoch, progress.best_epoch or [0] * count).tolist()
         self.seed_states.update_best(improved)
 
-    def _steer(self, improved: np.ndarray) -> None:
+    def _restart_rates(self, improved: np.ndarray) -> None:
         """The published VGG-5 scripts' way with the learning rate; see `OptimizerConfig.steering`."""
         progress = self.progress
-        if not self.config.restarts_rate:
-            return
-        scales = progress.rate_scale or [1.0] * self.config.num_seeds
-        draws = [
-            np.random.default_rng((seed, progress.stage, progress.epoch)).uniform() ** 3
-            for seed in self.seed_states.seeds
-        ]
-        progress.rate_scale = np.where(improved, scales, draws).tolist()
+        if self.config.restarts_rate:
+            scales = progress.rate_scale or [1.0] * self.config.num_seeds
+            seeds = [(seed, progress.stage, progress.epoch) for seed in self.seed_states.seeds]
+            draws = [np.random.default_rng(seed).uniform() ** 3 for seed in seeds]
+            progress.rate_scale = np.where(improved, scales, draws).tolist()
 
     def _synchronize(self) -> bool:
         """Look at the clock and for signals, all processes as one; whether a checkpoint is due.
 
         The clock is process 0's; a signal to any of them is a signal to all.
         """
-        seen = gather([self._stop.received or 0, self._store.due(self._checkpoint_seconds), self._steps_per_second])
+        due = self.store is not None and self.store.due(self.checkpoint_seconds)
+        seen = gather([self.stop.received or 0, due, self._steps_per_second])
         self._received = int(seen[:, 0].max())
         self._steps_per_second = float(seen[0, 2])
         return bool(seen[0, 1])
@@ -409,5 +361,6 @@ class Trainer:
         self._synchronize()
         if self._received:
             self._save()
-            self._store.finish()
+            if self.store is not None:
+                self.store.finish()
             raise Stopped(signal.Signals(self._received).name)

@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from functools import reduce
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ from pspinal_jax.errors import UsageError
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.heads.equation import layer_name
 from pspinal_jax.heads.layouts import layout_of
-from pspinal_jax.interop.nnx import ProgressiveSpinalHead as NnxProgressiveSpinalHead
+from pspinal_jax.interop.nnx import ProgressiveSpinalHead as NnxHead
 
 _TRAIN = ("train", "training", "is_training")
 _OPPOSITE = "deterministic"
@@ -35,29 +36,10 @@ class FoundHead(NamedTuple):
     statistics: tuple[str, ...]
 
 
-class Model(Protocol):
-    """What is trained.
+def as_model(model: Any) -> "Model":
+    """`model` as the training step needs it.
 
     Its variables are ``{"params": .., "batch_stats": ..}``: what the optimiser moves, and what else training changes.
-    """
-
-    def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
-        """The variables that training starts from, for inputs of these shapes [N, ...]."""
-
-    def apply(
-        self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()
-    ) -> Any:
-        """The logits [N, ...]; where `mutable` is given, (logits, {'batch_stats': new ones})."""
-
-    def restore(self, variables: dict[str, Any]) -> Any:
-        """The variables as the model's own library has them."""
-
-    def heads(self, inputs: Any) -> list[FoundHead]:
-        """The progressive heads in it, which take their variables in any layout."""
-
-
-def as_model(model: Any) -> Model:
-    """`model` as the training step needs it.
 
     Args:
       model: a linen module, an nnx module, or a pair of functions (init, apply).
@@ -78,7 +60,7 @@ def as_model(model: Any) -> Model:
 
 
 def _flags(function: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
-    """Train -> the keyword by which `function` is told; nothing where it does not ask."""
+    """Train -> the keyword of `function` for it; none where it has none."""
     names = inspect.signature(function).parameters
     for name in _TRAIN:
         if name in names:
@@ -98,14 +80,12 @@ class LinenModel:
         self._flags = _flags(type(module).__call__)
 
     def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
-        """See `Model`."""
+        """The variables that training starts from, for inputs of these shapes [N, ...]."""
         variables = dict(self._module.init(key, inputs, **self._flags(train)))
         return {"params": variables.pop("params", {}), "batch_stats": variables}
 
-    def apply(
-        self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()
-    ) -> Any:
-        """See `Model`."""
+    def apply(self, variables: Any, inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+        """The logits [N, ...]; in training (logits, {'batch_stats': new ones})."""
         given = {"params": variables["params"], **variables["batch_stats"]}
         flags = self._flags(train)
         if not train:
@@ -120,7 +100,10 @@ class LinenModel:
         return {"params": variables["params"], **variables["batch_stats"]}
 
     def heads(self, inputs: Any) -> list[FoundHead]:
-        """See `Model`. A head inside ``nn.vmap`` or ``nn.scan``, with parameters of more axes, is left out."""
+        """The progressive heads in it, which take variables of any layout.
+
+        A head inside ``nn.vmap`` or ``nn.scan``, with parameters of more axes, is left out.
+        """
         found: dict[tuple[str, ...], ProgressiveSpinalHead] = {}
 
         def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -145,24 +128,19 @@ class NnxModel:
     """
 
     def __init__(self, module: nnx.Module) -> None:
-        self._graphs: dict[bool, Any] = {}
+        self._module, self._graphs = module, dict[bool, Any]()
         for train in (False, True):
             copy = nnx.clone(module)
             (copy.train if train else copy.eval)()
             self._graphs[train], self._params, self._random, self._rest = self._split(copy)
         self._flags = _flags(type(module).__call__)
-        self._heads = {
-            path: node.head for path, node in nnx.iter_graph(module) if isinstance(node, NnxProgressiveSpinalHead)
-        }
 
     def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
-        """See `Model`; the parameters are the module's, whatever the key."""
+        """The variables that training starts from; the parameters are the module's, whatever the key."""
         return {"params": _plain(self._params), "batch_stats": _plain(self._rest)}
 
-    def apply(
-        self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()
-    ) -> Any:
-        """See `Model`."""
+    def apply(self, variables: Any, inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+        """The logits [N, ...]; in training (logits, {'batch_stats': new ones})."""
         key = jax.random.key(0) if rngs is None else rngs["dropout"]
         module = self._merge(variables, train, _seeded(self._random, key))
         logits = module(inputs, **self._flags(train))
@@ -176,9 +154,9 @@ class NnxModel:
         return self._merge(variables, False, self._random)
 
     def heads(self, inputs: Any) -> list[FoundHead]:
-        """See `Model`."""
-        paths = {path: tuple(map(str, path)) for path in self._heads}
-        return [FoundHead(head, paths[path], paths[path]) for path, head in self._heads.items()]
+        """The progressive heads in it, which take variables of any layout."""
+        nodes = {tuple(map(str, path)): node for path, node in nnx.iter_graph(self._module)}
+        return [FoundHead(node.head, path, path) for path, node in nodes.items() if isinstance(node, NnxHead)]
 
     def _split(self, module: nnx.Module) -> tuple[Any, ...]:
         return nnx.split(module, nnx.Param, nnx.RngState, ...)
@@ -186,10 +164,11 @@ class NnxModel:
     def _merge(self, variables: Mapping[str, Any], train: bool, random: nnx.State) -> Any:
         params, rest = _filled(self._params, variables["params"]), _filled(self._rest, variables["batch_stats"])
         module = nnx.merge(self._graphs[train], params, random, rest)
-        for path in self._heads:
-            new, running = (_at(variables[name], path) for name in ("params", "batch_stats"))
-            if layout_of(new) != "tree":
-                _exchange(_at(module, path), new, running)
+        for path, head in [*nnx.iter_graph(module)]:
+            if isinstance(head, NnxHead):
+                new, running = (_at(variables[name], path) for name in ("params", "batch_stats"))
+                if layout_of(new) != "tree":
+                    _exchange(head, new, running)
         return module
 
 
@@ -200,24 +179,17 @@ def _plain(state: nnx.State) -> dict[str, Any]:
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Any:
-    """What lies at `path` in a module, or in nested dicts; {} where nothing does."""
-    for name in path:
-        if isinstance(tree, Mapping):
-            tree = tree.get(str(name), {})
-        else:
-            tree = tree[name] if isinstance(name, int) else getattr(tree, name)
-    return tree
+    """What lies at `path` in nested dicts; {} where nothing does."""
+    return reduce(lambda subtree, name: subtree.get(str(name), {}), path, tree)
 
 
-def _exchange(head: NnxProgressiveSpinalHead, params: Mapping[str, Any], running: Mapping[str, Any]) -> None:
+def _exchange(head: NnxHead, params: Mapping[str, Any], running: Mapping[str, Any]) -> None:
     """Give `head` variables of another layout in place of its own."""
 
     def variables(kind: type, tree: Any) -> Any:
-        return (
-            nnx.Dict({name: variables(kind, leaf) for name, leaf in tree.items()})
-            if isinstance(tree, Mapping)
-            else kind(tree)
-        )
+        if not isinstance(tree, Mapping):
+            return kind(tree)
+        return nnx.Dict({name: variables(kind, leaf) for name, leaf in tree.items()})
 
     for name in [*(layer_name(index + 1) for index in range(head.head.num_layers)), "output"]:
         delattr(head, name)
@@ -260,21 +232,22 @@ class FunctionModel:
         self._random = next((name for name in _RANDOM if name in names), None)
 
     def init(self, key: jax.Array, inputs: Any, train: bool = False) -> dict[str, Any]:
-        """See `Model`."""
+        """The variables that training starts from, for inputs of these shapes [N, ...]."""
         return {"params": {"model": self._init(key, inputs)}, "batch_stats": {}}
 
-    def apply(
-        self, variables: Mapping[str, Any], inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()
-    ) -> Any:
-        """See `Model`."""
+    def apply(self, variables: Any, inputs: Any, *, train: bool, rngs: Any = None, mutable: Any = ()) -> Any:
+        """The logits [N, ...]; in training (logits, {'batch_stats': new ones})."""
         random = {} if self._random is None else {self._random: rngs["dropout"] if train else None}
         logits = self._apply(variables["params"]["model"], inputs, **self._flags(train), **random)
         return (logits, {"batch_stats": {}}) if train else logits
 
     def heads(self, inputs: Any) -> list[FoundHead]:
-        """See `Model`; what the functions compute with is not known."""
+        """None: what the functions compute with is not known."""
         return []
 
     def restore(self, variables: dict[str, Any]) -> Any:
         """The parameters, as `init` made them."""
         return variables["params"]["model"]
+
+
+Model = LinenModel | NnxModel | FunctionModel

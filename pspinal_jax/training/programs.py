@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -13,36 +13,23 @@ from jax.sharding import Mesh, NamedSharding
 
 from pspinal_jax.distributed import put
 from pspinal_jax.environment import jit_with
-from pspinal_jax.training import keys
-from pspinal_jax.training.sharding import (
-    batch_sharding,
-    divisible_size,
-    make_mesh,
-    per_device,
-    replicated_on,
-    shard_batch,
-    shardings,
-    shards_parameters,
-)
-from pspinal_jax.training.state import Layouts, Totals, TrainState, in_layouts, init_state
-from pspinal_jax.training.step import (
-    Batch,
-    EpochPlan,
-    EvalStep,
-    Evaluation,
-    Step,
-    TrainStep,
-    count_rows,
-    evaluate_split,
-    run_chunk,
-)
+from pspinal_jax.training import keys, sharding
+from pspinal_jax.training.state import EpochMetrics, Layouts, Step, TrainState, in_layouts, init_state
+from pspinal_jax.training.step import Batch, EpochPlan, EvalStep, TrainStep, count_rows, evaluate_split, run_chunk
 
 
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How the steps of a run are executed, beside what they compute.
+@dataclasses.dataclass(eq=False)
+class Programs:
+    """The programs that a run calls, for a mesh of devices, each compiled when it is first called.
+
+    The data lies on every device whole; batches and parameters are sharded as sharding.py says. XLA inserts the
+    exchanges, so that the programs compute what one device would, batch norm over the whole batch included. With
+    `vectorized`, states, seeds, totals and plans have a leading seed axis.
 
     Attributes:
+      model: initialised as ``model.init(key, inputs, train=False)``; the steps apply it.
+      train_step: the training step. The last, smaller batch of an epoch is not split into micro-batches.
+      eval_step: the evaluation step.
       inputs: shape and dtype of one example's inputs, without the batch axis: `jax.ShapeDtypeStruct` or a tree of them.
       batch_size: examples per step over all devices; each computes them all unless they divide over the devices.
       eval_batch_size: examples per evaluation step; rounded up to a multiple of the devices that they divide over.
@@ -55,54 +42,98 @@ class Execution:
         epoch is normalised whole. Parameters must not be sharded.
     """
 
+    model: Any
+    train_step: TrainStep
+    eval_step: EvalStep
     inputs: Any
     batch_size: int
     eval_batch_size: int
     labels: Any = dataclasses.field(default_factory=lambda: jax.ShapeDtypeStruct((), np.int32))
     vectorized: bool = False
     head_layouts: Layouts = dataclasses.field(default_factory=dict)
-    mesh: Mesh = dataclasses.field(default_factory=make_mesh)
+    mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
     compiler_options: Mapping[str, bool | str] = dataclasses.field(default_factory=dict)
     batch_norm_per_device: bool = False
 
+    def __post_init__(self) -> None:
+        self.eval_batch_size = sharding.divisible_size(self.mesh, self.eval_batch_size)
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The compiled pieces of a run. With `vectorized`, states, seeds, totals and orders have a leading seed axis.
+    @cached_property
+    def init(self) -> Callable[..., TrainState]:
+        """Seed -> state."""
+        return jax.jit(self._over_seeds(self._initial), out_shardings=self._state_shardings)
 
-    Attributes:
-      mesh: the devices, see sharding.py.
-      init: seed -> state.
-      zero_totals: seed -> totals.
-      chunk: (state, totals, seed, plan, first, num_steps, data) -> (state, totals); state and totals are donated.
-      tail: number of examples -> the same program for one last batch of so many.
-      batch_step: (state, totals, seed, learning_rate, batch) -> (state, totals), one step on a batch that the host
-        brings; state and totals are donated. Never vectorised.
-      evaluate: (variables, data, count) -> Evaluation; data of a multiple of `eval_batch_size` examples.
-      eval_batch_size: examples per evaluation step.
-      logits: whether variables have a leading seed axis -> the program (variables, inputs) -> logits in evaluation.
-      update_best: (best, candidate, improved) -> best; the older best is donated.
-      vectorized: whether all seeds run as one program.
-      compiler_options: XLA's, of what trains and evaluates.
-    """
+    @cached_property
+    def zero_totals(self) -> Callable[..., EpochMetrics]:
+        """Seed -> totals."""
 
-    mesh: Mesh
-    init: Callable[..., TrainState]
-    zero_totals: Callable[..., Totals]
-    chunk: Callable[..., tuple[TrainState, Totals]]
-    tail: Callable[[int], Callable[..., tuple[TrainState, Totals]]]
-    batch_step: Callable[..., tuple[TrainState, Totals]]
-    evaluate: Callable[..., Evaluation]
-    eval_batch_size: int
-    logits: Callable[[bool], Callable[..., jax.Array]]
-    update_best: Callable[..., Any]
-    vectorized: bool
-    compiler_options: Mapping[str, bool | str]
+        def zero_totals(seed: jax.Array) -> EpochMetrics:
+            state = jax.eval_shape(self._initial, jax.ShapeDtypeStruct((), np.uint32))
+            batch = _batch_of_two(self.inputs), _batch_of_two(self.labels)
+            sums = jax.eval_shape(self.eval_step, state.variables, batch, jax.ShapeDtypeStruct((2,), bool))
+            return EpochMetrics.zero({name: sums.metrics[name].dtype for name in self.train_step.metrics})
+
+        return jax.jit(self._over_seeds(zero_totals), out_shardings=self.replicated)
+
+    @cached_property
+    def chunk(self) -> Step:
+        """(state, totals, seed, plan, first, num_steps, data) -> (state, totals); state and totals are donated."""
+        return self._chunk(self.batch_size, last=False)
+
+    @cached_property
+    def tail(self) -> Callable[[int], Step]:
+        """Number of examples -> the same program for one last batch of so many."""
+        return cache(partial(self._chunk, last=True))
+
+    @cached_property
+    def batch_step(self) -> Step:
+        """(state, totals, seed, learning_rate, batch) -> (state, totals), one step on a batch that the host brings.
+
+        State and totals are donated. Never vectorised.
+        """
+
+        def batch_step(state: TrainState, totals: EpochMetrics, seed: jax.Array, rate: jax.Array, batch: Batch) -> Any:
+            take = self._step(last=count_rows(batch) != self.batch_size)
+            return take(state, totals, batch, rate, keys.step_key(seed, state.step))
+
+        return self._jit_steps(batch_step)
+
+    @cached_property
+    def evaluate(self) -> Callable[..., Any]:
+        """(variables, data, count) -> Evaluation; data of a multiple of `eval_batch_size` examples."""
+
+        def evaluate(variables: Any, data: Batch, count: jax.Array) -> Any:
+            def one(batch: Batch, mask: jax.Array) -> Any:
+                return self.eval_step(variables, self._sharded(batch), mask)
+
+            return evaluate_split(one, self.eval_batch_size, data, count)
+
+        program = self._over_seeds(evaluate, (0, None, None))
+        return jit_with(self.compiler_options, program, out_shardings=self.replicated)
+
+    @cached_property
+    def logits(self) -> Callable[[bool], Callable[..., jax.Array]]:
+        """Whether variables have a leading seed axis -> the program (variables, inputs) -> logits in evaluation."""
+
+        def logits(stacked: bool) -> Callable[..., jax.Array]:
+            apply = partial(self.eval_step.apply, train=False)
+            program = jax.vmap(apply, (0, None)) if stacked else apply
+            return jit_with(self.compiler_options, program, out_shardings=self.replicated)
+
+        return cache(logits)
+
+    @cached_property
+    def update_best(self) -> Callable[..., Any]:
+        """(best, candidate, improved) -> best; the older best is donated."""
+        found = self._state_shardings
+        if sharding.shards_parameters(self.mesh):
+            found = {"params": found.params, "batch_stats": found.batch_stats}
+        return jax.jit(self._over_seeds(_update_best, (0, 0, 0)), donate_argnums=0, out_shardings=found)
 
     @property
     def replicated(self) -> NamedSharding:
         """The sharding of what every device holds whole."""
-        return replicated_on(self.mesh)
+        return sharding.replicated_on(self.mesh)
 
     def replicate(self, tree: Any) -> Any:
         """`tree` on every device of the mesh, whole."""
@@ -110,115 +141,62 @@ class Programs:
 
     def place(self, tree: Any) -> Any:
         """A state, or parts of one, where the programs want it: parameters sharded as the mesh says."""
-        return put(tree, shardings(self.mesh, tree, stacked=self.vectorized))
+        return put(tree, sharding.shardings(self.mesh, tree, stacked=self.vectorized))
 
     def shard_batch(self, batch: Batch) -> Batch:
         """A host's batch spread over the devices."""
-        return shard_batch(self.mesh, batch)
+        return sharding.shard_batch(self.mesh, batch)
 
+    def _over_seeds(self, function: Callable[..., Any], axes: tuple[Any, ...] = (0,)) -> Callable[..., Any]:
+        return jax.vmap(function, axes) if self.vectorized else function
 
-def build_programs(model: Any, train_step: TrainStep, eval_step: EvalStep, execution: Execution) -> Programs:
-    """Everything that a run calls, jitted for a mesh of devices.
+    def _initial(self, seed: jax.Array) -> TrainState:
+        step = self.train_step
+        inputs = _batch_of_two(self.inputs)
+        return init_state(self.model, step.optimizer, inputs, step.frozen, step.ema_decay > 0, seed)
 
-    The data lies on every device whole; batches and parameters are sharded as sharding.py says. XLA inserts the
-    exchanges, so that the programs compute what one device would, batch norm over the whole batch included.
+    @cached_property
+    def _state_shardings(self) -> Any:
+        """Of a state: one for all of it where nothing is sharded."""
+        if not sharding.shards_parameters(self.mesh):
+            return self.replicated
+        seed = jax.ShapeDtypeStruct((1,) if self.vectorized else (), np.uint32)
+        states = jax.eval_shape(self._over_seeds(self._initial), seed)
+        return sharding.shardings(self.mesh, states, stacked=self.vectorized)
 
-    Args:
-      model: initialised as ``model.init(key, inputs, train=False)``; the steps apply it.
-      train_step: the training step. The last, smaller batch of an epoch is not split into micro-batches.
-      eval_step: the evaluation step.
-      execution: how and where.
-    """
-    mesh, vectorized = execution.mesh, execution.vectorized
-    eval_batch_size = divisible_size(mesh, execution.eval_batch_size)
-    replicated = replicated_on(mesh)
-    inputs, labels = (_batch_of_two(tree) for tree in (execution.inputs, execution.labels))
+    def _jit_steps(self, function: Callable[..., Any]) -> Step:
+        results = self._state_shardings, self.replicated
+        return jit_with(self.compiler_options, function, donate_argnums=(0, 1), out_shardings=results)
 
-    def seeds(function: Callable[..., Any], axes: tuple[Any, ...] = (0,)) -> Callable[..., Any]:
-        return jax.vmap(function, axes) if vectorized else function
+    def _chunk(self, size: int, last: bool) -> Step:
+        run = partial(run_chunk, self._step(last), size, self.batch_size)
+        converted = in_layouts(self.head_layouts, self.train_step.frozen, run)
+        return self._jit_steps(self._over_seeds(converted, (0, 0, 0, EpochPlan(0, 0), None, None, None)))
 
-    initial = partial(init_state, model, train_step.optimizer, inputs, train_step.frozen, train_step.ema_decay > 0)
-    start = seeds(initial)
-    states: Any = replicated
-    variables: Any = replicated
-    if shards_parameters(mesh):
-        shapes = jax.eval_shape(start, jax.ShapeDtypeStruct((1,) if vectorized else (), np.uint32))
-        states = shardings(mesh, shapes, stacked=vectorized)
-        variables = {"params": states.params, "batch_stats": states.batch_stats}
-    jit = partial(jax.jit, out_shardings=replicated)
-    jit_with_options = partial(jit_with, execution.compiler_options)
-    jit_steps = partial(jit_with_options, donate_argnums=(0, 1), out_shardings=(states, replicated))
-    whole_step, tail_step = _place_steps(train_step, execution)
+    def _step(self, last: bool) -> Step:
+        """The training step over the devices: on a whole batch, or on the last, smaller one of an epoch."""
+        step, mesh = self.train_step, self.mesh
+        descend = dataclasses.replace(step, micro_batches=1).descend if last else step.descend
+        if self.batch_norm_per_device and not last:
+            descend = sharding.per_device(mesh, descend)
 
-    def chunk(step: Step, size: int) -> Callable[..., tuple[TrainState, Totals]]:
-        run = in_layouts(
-            execution.head_layouts, train_step.frozen, partial(run_chunk, step, size, execution.batch_size)
-        )
-        return jit_steps(seeds(run, (0, 0, 0, EpochPlan(0, 0), None, None, None)))
+        def take(
+            state: TrainState, totals: EpochMetrics, batch: Batch, rate: jax.Array, key: jax.Array
+        ) -> tuple[TrainState, EpochMetrics]:
+            batch = step.prepare(batch if last else self._sharded(batch), key)
+            state, totals = descend(state, totals, batch, rate, key)
+            if sharding.shards_parameters(mesh):  # or XLA may gather in one step what it has to shard again in the next
+                state = jax.lax.with_sharding_constraint(state, sharding.shardings(mesh, state))
+            return state, totals
 
-    def batch_step(state: TrainState, totals: Totals, seed: jax.Array, rate: jax.Array, batch: Batch) -> Any:
-        take = whole_step if count_rows(batch) == execution.batch_size else tail_step
-        return take(state, totals, batch, rate, keys.step_key(seed, state.step))
+        return take
 
-    def evaluate(variables: Any, data: Batch, count: jax.Array) -> Evaluation:
-        def one(batch: Batch, mask: jax.Array) -> Evaluation:
-            return eval_step(variables, _sharded(mesh, batch), mask)
-
-        return evaluate_split(one, eval_batch_size, data, count)
-
-    def logits(stacked: bool) -> Callable[..., jax.Array]:
-        apply = partial(eval_step.apply, train=False)
-        return jit_with_options(jax.vmap(apply, (0, None)) if stacked else apply, out_shardings=replicated)
-
-    def zero_totals(seed: jax.Array) -> Totals:
-        state = jax.eval_shape(initial, jax.ShapeDtypeStruct((), np.uint32))
-        sums = jax.eval_shape(eval_step, state.variables, (inputs, labels), jax.ShapeDtypeStruct((2,), bool))
-        return Totals.zero({name: sums.metrics[name].dtype for name in train_step.metrics})
-
-    return Programs(
-        mesh=mesh,
-        init=jit(start, out_shardings=states),
-        zero_totals=jit(seeds(zero_totals)),
-        chunk=chunk(whole_step, execution.batch_size),
-        tail=cache(partial(chunk, tail_step)),
-        batch_step=jit_steps(batch_step),
-        evaluate=jit_with_options(seeds(evaluate, (0, None, None)), out_shardings=replicated),
-        eval_batch_size=eval_batch_size,
-        logits=cache(logits),
-        update_best=jit(seeds(_update_best, (0, 0, 0)), donate_argnums=0, out_shardings=variables),
-        vectorized=vectorized,
-        compiler_options=execution.compiler_options,
-    )
+    def _sharded(self, batch: Batch) -> Batch:
+        return jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(self.mesh, count_rows(batch)))
 
 
 def _batch_of_two(example: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), example)
-
-
-def _place_steps(step: TrainStep, execution: Execution) -> tuple[Step, Step]:
-    """`step` over the devices: on a whole batch, and on the last, smaller batch of an epoch."""
-    mesh = execution.mesh
-    last_step = dataclasses.replace(step, micro_batches=1)
-    descend = per_device(mesh, step.descend) if execution.batch_norm_per_device else step.descend
-
-    def advance(
-        take: Step, state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
-    ) -> tuple[TrainState, Totals]:
-        state, totals = take(state, totals, step.prepare(batch, key), rate, key)
-        if shards_parameters(mesh):  # or XLA may gather in one step what it has to shard again in the next
-            state = jax.lax.with_sharding_constraint(state, shardings(mesh, state))
-        return state, totals
-
-    def whole_step(
-        state: TrainState, totals: Totals, batch: Batch, rate: jax.Array, key: jax.Array
-    ) -> tuple[TrainState, Totals]:
-        return advance(descend, state, totals, _sharded(mesh, batch), rate, key)
-
-    return whole_step, partial(advance, last_step.descend)
-
-
-def _sharded(mesh: Mesh, batch: Batch) -> Batch:
-    return jax.lax.with_sharding_constraint(batch, batch_sharding(mesh, count_rows(batch)))
 
 
 def _update_best(best: Any, candidate: Any, improved: jax.Array) -> Any:
@@ -282,14 +260,14 @@ class Chunk:
 
 @dataclasses.dataclass
 class _Group:
-    """One program's worth of state: a seed, or all of them along a leading axis."""
+    """The state that one program moves: of the seed at the index `which`, or of all seeds along a leading axis."""
 
+    which: Any
     seed: jax.Array
     state: TrainState
-    totals: Totals
+    totals: EpochMetrics
     best: Any
     plan: EpochPlan | None = None
-    rates: np.ndarray | None = None
 
 
 class SeedStates:
@@ -297,19 +275,22 @@ class SeedStates:
 
     One group per seed when they run one after the other; a single group with a leading axis when vectorised. Either way
     the checkpointed trees are the same: plain for one seed, with a leading axis of length K for more.
+
+    Attributes:
+      seeds: the K seeds.
+      epoch: the planned epoch's number.
+      rates: its learning rates [K, S].
     """
 
     def __init__(self, programs: Programs, seeds: list[int]) -> None:
         self._programs = programs
-        self.seeds = seeds
-        self.epoch = 0
-        """The planned epoch's number."""
-        groups: list[Any] = [seeds] if programs.vectorized else seeds
-        self._groups = [self._start(programs.replicate(np.asarray(group, np.uint32))) for group in groups]
-
-    def _start(self, seed: jax.Array) -> _Group:
-        state = self._programs.init(seed)
-        return _Group(seed, state, self._programs.zero_totals(seed), _variables(state, copy=True))
+        self.seeds, self.epoch, self.rates = seeds, 0, np.zeros((len(seeds), 0), np.float32)
+        self._groups = []
+        for which in [slice(None)] if programs.vectorized else range(len(seeds)):
+            seed = programs.replicate(np.asarray(seeds, np.uint32)[which])
+            state = programs.init(seed)
+            best = jax.tree.map(jnp.copy, state.variables)
+            self._groups.append(_Group(which, seed, state, programs.zero_totals(seed), best))
 
     def start_from(self, variables: dict[str, Any]) -> None:
         """Start every seed from these variables (of one seed) in place of its own initialisation.
@@ -322,66 +303,47 @@ class SeedStates:
             return put(np.broadcast_to(np.asarray(new, old.dtype), old.shape), old.sharding)
 
         for group in self._groups:
+            trees = {}
             for name, given in variables.items():
-                there = flatten_dict(getattr(group.state, name), keep_empty_nodes=True)
-                fresh = {path: place(leaf, there[path]) for path, leaf in flatten_dict(given).items()}
-                group.state = group.state.replace(**{name: unflatten_dict(there | fresh)})  # type: ignore[attr-defined]
-            group.state = _averaging_anew(group.state)
-            group.best = _variables(group.state, copy=True)
+                drawn = flatten_dict(getattr(group.state, name), keep_empty_nodes=True)
+                new = {path: place(leaf, drawn[path]) for path, leaf in flatten_dict(given).items()}
+                trees[name] = unflatten_dict(drawn | new)
+            self._start(group, trees)
 
     def continue_from_best(self, other: "SeedStates") -> None:
         """Start every seed from the parameters and statistics that were best in `other`."""
         for group, finished in zip(self._groups, other._groups, strict=True):
-            group.state = group.state.replace(  # type: ignore[attr-defined]
-                step=finished.state.step, **jax.tree.map(jnp.copy, finished.best)
-            )
-            group.state = _averaging_anew(group.state)
-            group.best = _variables(group.state, copy=True)
+            self._start(group, {"step": finished.state.step, **jax.tree.map(jnp.copy, finished.best)})
+
+    def _start(self, group: _Group, replaced: dict[str, Any]) -> None:
+        """Replace parts of the state; its moving averages begin at the parameters and running statistics."""
+        state = group.state.replace(**replaced)  # type: ignore[attr-defined]
+        current = {"params": state.params, "batch_stats": state.batch_stats}
+        ema = {name: {entry: current[name][entry] for entry in tree} for name, tree in state.ema.items()}
+        group.state = state.replace(ema=jax.tree.map(jnp.copy, ema))
+        group.best = jax.tree.map(jnp.copy, group.state.variables)
 
     def plan_epoch(self, order: Any, epoch: int, rates: np.ndarray) -> None:
         """Fix the order and the learning rates [K, S] of the coming epoch, counted from 0."""
-        self.epoch = epoch
-        for index, group in enumerate(self._groups):
-            indices = self._programs.replicate(order(group.seed, np.int32(epoch)))
-            group_rates = rates if self._programs.vectorized else rates[index]
-            group.plan = EpochPlan(indices, self._programs.replicate(group_rates))
-            group.rates = group_rates
+        self.epoch, self.rates = epoch, rates
+        for group in self._groups:
+            indices = order(group.seed, np.int32(epoch))
+            group.plan = self._programs.replicate(EpochPlan(indices, rates[group.which]))
 
-    def orders(self) -> list[np.ndarray]:
-        """The planned epoch's order of each group, int32, on the host: [N], or [K, N] of all seeds as one program."""
-        return [np.asarray(group.plan.order) for group in self._groups if group.plan is not None]
-
-    def examples(self, index: int, step: int, batch_size: int) -> np.ndarray:
-        """Which training examples the seed at `index` sees in step `step` of the planned epoch."""
-        order = self.orders()[0][index] if self._programs.vectorized else self.orders()[index]
-        return order[step * batch_size : (step + 1) * batch_size]
-
-    def learning_rate(self, index: int, step: int) -> float:
-        """The learning rate of that step."""
-        group = self._groups[0 if self._programs.vectorized else index]
-        assert group.rates is not None
-        return float(group.rates[index, step] if self._programs.vectorized else group.rates[step])
+    def orders(self) -> np.ndarray:
+        """The planned epoch's order of each seed, int32 [K, N], on the host."""
+        return self._gather([group.plan.order for group in self._groups if group.plan is not None])
 
     def variables(self, *, best: bool) -> dict[str, Any]:
         """The best or the current parameters and statistics, of one seed, or of K with a leading axis."""
-        variables: dict[str, Any] = self._stack(
-            [group.best if best else _variables(group.state) for group in self._groups]
-        )
+        variables: dict[str, Any] = _stack([group.best if best else group.state.variables for group in self._groups])
         return variables
 
     @property
     def state(self) -> TrainState:
         """The state of one seed, or of K with a leading axis: a view that the next step may overwrite."""
-        states = [group.state for group in self._groups]
-        stacked: TrainState = self._stack(states)
-        return stacked
-
-    def warm_up(self) -> None:
-        """Compile `update_best`, by updating none."""
-        for group in self._groups:
-            group.best = self._programs.update_best(
-                group.best, _variables(group.state), np.zeros(group.seed.shape, bool)
-            )
+        state: TrainState = _stack([group.state for group in self._groups])
+        return state
 
     def compile_step(self, batch: Batch) -> None:
         """Compile a step on a batch from the host, by taking it with a copy of a state."""
@@ -391,58 +353,48 @@ class SeedStates:
 
     def run(self, chunk: Chunk) -> int:
         """Take the steps of `chunk` for every seed; returns how many when they are done."""
+        taken = 0
         if chunk.data is not None:
-            self._run_in_memory(chunk)
             taken = chunk.steps
-        else:
-            taken = 0
-            for batches in chunk.batches:
-                for group, batch in zip(self._groups, batches, strict=True):
-                    assert group.rates is not None
-                    rate = group.rates[min(chunk.first + taken, len(group.rates) - 1)]
-                    group.state, group.totals = self._programs.batch_step(
-                        group.state, group.totals, group.seed, rate, batch
-                    )
-                taken += 1
+            program = self._programs.tail(chunk.tail_size) if chunk.tail_size else self._programs.chunk
+            steps = np.int32(chunk.first), np.int32(taken)
+            for group in self._groups:
+                group.state, group.totals = program(
+                    group.state, group.totals, group.seed, group.plan, *steps, chunk.data
+                )
+        for batches in chunk.batches:
+            step = min(chunk.first + taken, self.rates.shape[1] - 1)
+            for group, batch in zip(self._groups, batches, strict=True):
+                rate = self.rates[group.which, step]
+                group.state, group.totals = self._programs.batch_step(
+                    group.state, group.totals, group.seed, rate, batch
+                )
+            taken += 1
         jax.block_until_ready([group.totals for group in self._groups])
         return taken
 
-    def _run_in_memory(self, chunk: Chunk) -> None:
-        program = self._programs.tail(chunk.tail_size) if chunk.tail_size else self._programs.chunk
-        for group in self._groups:
-            group.state, group.totals = program(
-                group.state,
-                group.totals,
-                group.seed,
-                group.plan,
-                np.int32(chunk.first),
-                np.int32(chunk.steps),
-                chunk.data,
-            )
-
-    def idle(self, index: int) -> bool:
-        """Whether the devices have done all that the seed at `index` asked of them."""
-        return bool(self._groups[index].totals.count.is_ready())
+    def idle(self) -> bool:
+        """Whether the devices have done all that the seeds asked of them."""
+        return bool(self._groups[-1].totals.count.is_ready())
 
     def totals(self) -> dict[str, list[Any]]:
-        """The epoch's sums so far, by the fields of `Totals`, each with an entry per seed."""
-        groups = [group.totals.sums for group in self._groups]
+        """The epoch's sums so far, by the fields of `EpochMetrics`, each with an entry per seed."""
+        groups = [group.totals.by_name for group in self._groups]
         return {name: self._gather([sums[name] for sums in groups]).tolist() for name in groups[0]}
 
     def set_totals(self, totals: dict[str, list[Any]] | None) -> None:
         """Set the epoch's sums, to zero for None."""
-        for index, group in enumerate(self._groups):
+        for group in self._groups:
             group.totals = zero = self._programs.zero_totals(group.seed)
             if totals is not None:
-                pick = slice(None) if self._programs.vectorized else index
-                sums = {name: np.asarray(totals[name], leaf.dtype)[pick] for name, leaf in zero.sums.items()}
+                sums = {name: np.asarray(totals[name], leaf.dtype)[group.which] for name, leaf in zero.by_name.items()}
                 metrics = {name: sums.pop(name) for name in zero.metrics}
-                group.totals = self._programs.replicate(Totals(metrics=metrics, **sums))
+                group.totals = self._programs.replicate(EpochMetrics(metrics=metrics, **sums))
 
     def evaluate(self, data: Batch, count: int, *, best: bool = False) -> dict[str, np.ndarray]:
         """Sums of loss and metrics [K], predictions [K, M], of the current or the best parameters on a padded split."""
         results = [
-            self._programs.evaluate(group.best if best else _variables(group.state), data, np.int32(count))
+            self._programs.evaluate(group.best if best else group.state.variables, data, np.int32(count))
             for group in self._groups
         ]
         sums = [{**result.metrics, "loss": result.loss, "predictions": result.predictions} for result in results]
@@ -450,52 +402,29 @@ class SeedStates:
 
     def update_best(self, improved: np.ndarray) -> None:
         """Make the current parameters the best of every seed where `improved` bool [K] says so."""
-        for index, group in enumerate(self._groups):
-            flags = improved if self._programs.vectorized else improved[index]
-            if np.any(flags):
-                group.best = self._programs.update_best(group.best, _variables(group.state), flags)
+        for group in self._groups:
+            group.best = self._programs.update_best(group.best, group.state.variables, improved[group.which])
 
     def trees(self) -> dict[str, Any]:
         """The arrays of a checkpoint, by item."""
-        states = [group.state for group in self._groups]
-        return {
-            "params": self._stack([state.params for state in states]),
-            "batch_stats": self._stack([state.batch_stats for state in states]),
-            "opt_state": self._stack([state.opt_state for state in states]),
-            "ema": self._stack([state.ema for state in states]),
-            "best": self._stack([group.best for group in self._groups]),
-        }
+        state = self.state
+        names = ("params", "batch_stats", "opt_state", "ema")
+        return {name: getattr(state, name) for name in names} | {"best": self.variables(best=True)}
 
     def set_trees(self, trees: dict[str, Any], step: int) -> None:
         """Go on from a checkpoint's arrays, taken `step` steps into the stage."""
-        for index, group in enumerate(self._groups):
-            picked = {name: self._pick(tree, index) for name, tree in trees.items()}
+        for group in self._groups:
+            picked = dict(trees)
+            if len(self._groups) > 1:
+                picked = jax.tree.map(lambda leaf, index=group.which: leaf[index], trees)
             group.best = self._programs.place(picked.pop("best"))
             steps = jnp.full_like(group.state.step, step)
             group.state = self._programs.place(TrainState(step=steps, **picked))
 
-    def _stack(self, trees: list[Any]) -> Any:
-        if len(trees) == 1:
-            return trees[0]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-    def _pick(self, tree: Any, index: int) -> Any:
-        if len(self._groups) == 1:
-            return tree
-        return jax.tree.map(lambda leaf: leaf[index], tree)
-
     def _gather(self, values: list[jax.Array]) -> np.ndarray:
-        if self._programs.vectorized:
-            return np.asarray(values[0])
-        return np.stack([np.asarray(value) for value in values])
+        arrays = [np.asarray(value) for value in values]
+        return arrays[0] if self._programs.vectorized else np.stack(arrays)
 
 
-def _variables(state: TrainState, *, copy: bool = False) -> dict[str, Any]:
-    return jax.tree.map(jnp.copy, state.variables) if copy else state.variables
-
-
-def _averaging_anew(state: TrainState) -> TrainState:
-    """`state` with its moving averages begun at its parameters and running statistics, which were replaced."""
-    current = {"params": state.params, "batch_stats": state.batch_stats}
-    ema = {name: {entry: current[name][entry] for entry in tree} for name, tree in state.ema.items()}
-    return state.replace(ema=jax.tree.map(jnp.copy, ema))  # type: ignore[attr-defined]
+def _stack(trees: list[Any]) -> Any:
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

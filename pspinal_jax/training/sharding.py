@@ -19,7 +19,7 @@ the statistics noisier, so the result depends on the number of devices.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pspinal_jax.distributed import put
 from pspinal_jax.errors import UsageError
-from pspinal_jax.training.state import Totals, TrainState
+from pspinal_jax.training.state import EpochMetrics, Step, TrainState
 
 AXES = ("data", "fsdp", "model")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -206,19 +206,19 @@ def shards_parameters(mesh: Mesh) -> bool:
     return mesh.shape["fsdp"] * mesh.shape["model"] > 1
 
 
-def per_device(mesh: Mesh, step: Callable[..., tuple[TrainState, Totals]]) -> Callable[..., tuple[TrainState, Totals]]:
+def per_device(mesh: Mesh, step: Step) -> Step:
     """A training step in which batch norm sees each device's part of the batch alone.
 
     Args:
       mesh: the devices; the parameters lie on each of them whole.
-      step: `train_step` with its model and optimiser.
+      step: `TrainStep.descend`.
 
     Returns:
       (state, totals, batch, learning_rate, key) -> (state, totals), to be jitted.
     """
     whole = PartitionSpec()
 
-    def mapped(*arguments: Any) -> tuple[TrainState, Totals]:
+    def mapped(*arguments: Any) -> tuple[TrainState, EpochMetrics]:
         return step(*arguments, axes=BATCH[0])
 
     in_specs = (whole, whole, BATCH, whole, whole)

@@ -48,7 +48,6 @@ class LoopConfig:
       batch_size: examples per step.
       learning_rates: (epoch from 0, steps) -> float32 [steps]; None where the optimiser has its own.
       shuffle: whether every epoch has an order of its own.
-      balanced: whether an epoch draws evenly from all classes.
       selected_by: what the best epoch is the best in: accuracy, balanced_accuracy, the name of a metric, or loss; None
         to keep the last epoch.
       patience: epochs without a better one after which a seed stops; 0 for no limit.
@@ -66,7 +65,6 @@ class LoopConfig:
     batch_size: int
     learning_rates: Callable[[int, int], np.ndarray] | None = None
     shuffle: bool = True
-    balanced: bool = False
     selected_by: str | None = "accuracy"
     patience: int = 0
     restarts_rate: bool = False
@@ -114,7 +112,7 @@ class TrainingProgress:
       best_loss: its loss there, None in a checkpoint from before it was kept.
       last_accuracy: that of the newest epoch.
       epochs_before: epochs of earlier rounds of the paper's chain: orders and random numbers go on counting.
-      rate_scale: what the learning rate is multiplied with, where it is steered.
+      rate_scale: what the learning rate is multiplied with, where it is drawn anew.
       selected_epoch: the first stage's selection, [] while it lasts.
       selected_accuracy: its validation accuracy.
       selected_loss: its validation loss, [] in a checkpoint from before it was kept.
@@ -184,7 +182,6 @@ def epoch_line(
     progress: TrainingProgress,
     totals: dict[str, list[Any]],
     evaluation: dict[str, list[float]],
-    *,
     learning_rates: list[float] | None,
     compile_seconds: float,
 ) -> dict[str, Any]:

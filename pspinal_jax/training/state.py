@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -47,8 +47,7 @@ class TrainState:
         return {name: {**tree, **self.ema.get(name, {})} for name, tree in current.items()}
 
 
-@flax.struct.dataclass
-class Totals:
+class EpochMetrics(NamedTuple):
     """Sums over the training examples of an epoch so far.
 
     Attributes:
@@ -67,26 +66,21 @@ class Totals:
     skipped: Any
 
     @classmethod
-    def zero(cls, metrics: Mapping[str, Any] = MappingProxyType({"correct": jnp.int32})) -> "Totals":
-        """Sums over nothing; `metrics` tells the dtypes of theirs."""
-        # An array each: totals are donated, and no buffer may be donated twice.
+    def zero(cls, metrics: Mapping[str, Any] = MappingProxyType({"correct": jnp.int32})) -> "EpochMetrics":
+        """Sums over nothing, those of `metrics` with these dtypes."""
+        # An array each: they are donated, and no buffer may be donated twice.
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
         sums = {name: jnp.zeros((), dtype) for name, dtype in metrics.items()}
         return cls(jnp.zeros((), jnp.float32), sums, count, jnp.full((), -1, jnp.int32), skipped)
 
-    def add(self, loss: jax.Array, metrics: dict[str, jax.Array], count: int) -> "Totals":
-        """These sums and a batch's: its mean loss, the sums of its metrics, its number of examples."""
-        return self.replace(  # type: ignore[attr-defined]
-            loss=self.loss + loss.astype(self.loss.dtype) * count,
-            metrics={name: value + metrics[name] for name, value in self.metrics.items()},
-            count=self.count + count,
-        )
-
     @property
-    def sums(self) -> dict[str, Any]:
+    def by_name(self) -> dict[str, Any]:
         """All of them by name, the metrics among them: as they are recorded."""
-        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**named.pop("metrics"), **named}
+        return {**self.metrics, **{name: value for name, value in self._asdict().items() if name != "metrics"}}
+
+
+Step = Callable[..., tuple[TrainState, EpochMetrics]]
+"""(state, sums of the epoch, ..) -> the same after one or several steps."""
 
 
 def averaged(ema: dict[str, Any], params: Any, batch_stats: Any, step: jax.Array, decay: float) -> dict[str, Any]:
@@ -101,12 +95,6 @@ def averaged(ema: dict[str, Any], params: Any, batch_stats: Any, step: jax.Array
     new = {"params": params, "batch_stats": batch_stats}
     new = {name: {entry: new[name][entry] for entry in tree} for name, tree in ema.items()}
     return jax.tree.map(lambda old, now: old + weight.astype(old.dtype) * (now - old), ema, new)
-
-
-def start_average(params: Any, batch_stats: Any, frozen: tuple[str, ...]) -> dict[str, Any]:
-    """The moving averages that a run starts from: copies."""
-    trees = {"params": trainable(params, frozen), "batch_stats": trainable(batch_stats, frozen)}
-    return jax.tree.map(jnp.copy, trees)
 
 
 def trainable(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
@@ -128,7 +116,10 @@ def init_state(
     params = variables["params"]
     opt_state = optimizer.init(trainable(params, frozen))
     batch_stats = variables.get("batch_stats", {})
-    ema = start_average(params, batch_stats, frozen) if keeps_average else {}
+    ema = {}
+    if keeps_average:
+        averages = {"params": trainable(params, frozen), "batch_stats": trainable(batch_stats, frozen)}
+        ema = jax.tree.map(jnp.copy, averages)
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)
 
 
@@ -144,9 +135,7 @@ def head_layouts(layout: Layout, path: Sequence[str] = ("head",), statistics: Se
     return {} if layout == "tree" else {(name, *names[name]): layout for name in names}
 
 
-def in_layouts(
-    layouts: Layouts, frozen: tuple[str, ...], run: Callable[..., tuple[TrainState, Totals]]
-) -> Callable[..., tuple[TrainState, Totals]]:
+def in_layouts(layouts: Layouts, frozen: tuple[str, ...], run: Step) -> Step:
     """`run(state, ..) -> (state, totals)` with its inside in `layouts`, and the documented tree going in and out.
 
     The optimiser's state covers the entries of the parameters that are not `frozen`.
@@ -154,7 +143,7 @@ def in_layouts(
     if not layouts:
         return run
 
-    def converted(state: TrainState, *arguments: Any) -> tuple[TrainState, Totals]:
+    def converted(state: TrainState, *arguments: Any) -> tuple[TrainState, EpochMetrics]:
         state, totals = run(convert_state(state, layouts, frozen), *arguments)
         return convert_state(state, as_trees(layouts), frozen), totals
 

@@ -14,7 +14,7 @@ from jax import lax
 
 from pspinal_jax.augment.mixing import Mixed
 from pspinal_jax.training import keys
-from pspinal_jax.training.state import Totals, TrainState, averaged, trainable
+from pspinal_jax.training.state import EpochMetrics, Step, TrainState, averaged, trainable
 
 Apply = Callable[..., Any]
 """linen's ``model.apply``."""
@@ -78,7 +78,7 @@ def target_losses(
     label_smoothing: float | jax.Array = 0.0,
     class_weights: tuple[float, ...] | None = None,
 ) -> jax.Array:
-    """The loss [N] of each example that is trained on; of `Mixed` labels, those of both by their shares.
+    """The loss [N] of each example that is trained on; of `Mixed` labels, those of both by their lam.
 
     Args:
       logits: [N, C].
@@ -104,7 +104,7 @@ class TrainStep:
       optimizer: gives the direction of descent.
       loss: of (logits, targets); the targets are labels, or `Mixed` ones where `mix` makes them. The step descends on
         the mean over the batch.
-      metrics: summed over the epoch as it is trained; of `Mixed` labels they see the one of the larger share.
+      metrics: summed over the epoch as it is trained; of `Mixed` labels they see the one of the larger lam.
       augment: (key, inputs) -> inputs, applied to the batch on the device; None for none.
       mix: (key, inputs, labels) -> (inputs, targets), applied after that; None for none.
       ema_decay: of the state's moving averages, see `averaged`; a state without stays without.
@@ -112,7 +112,7 @@ class TrainStep:
       micro_batches: K, into how many parts of B / K examples the batch is split, one after the other, to save memory.
         The gradient is their mean. Batch norm sees each part by itself.
       skip_nonfinite: leave the state as it was, but for its step, where the loss, a gradient or a new running
-        statistic is not finite. Otherwise the totals tell of it, and the state is lost.
+        statistic is not finite. Otherwise `EpochMetrics.bad_step` names it, and the state is lost.
     """
 
     apply: Apply
@@ -127,8 +127,8 @@ class TrainStep:
     skip_nonfinite: bool = False
 
     def __call__(
-        self, state: TrainState, totals: Totals, batch: tuple[Any, Any], learning_rate: jax.Array, key: jax.Array
-    ) -> tuple[TrainState, Totals]:
+        self, state: TrainState, totals: EpochMetrics, batch: tuple[Any, Any], learning_rate: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, EpochMetrics]:
         """The state and the epoch's sums after one step.
 
         Args:
@@ -149,13 +149,13 @@ class TrainStep:
     def descend(
         self,
         state: TrainState,
-        totals: Totals,
+        totals: EpochMetrics,
         batch: tuple[Any, Any],
         learning_rate: jax.Array,
         key: jax.Array,
         *,
         axes: tuple[str, ...] = (),
-    ) -> tuple[TrainState, Totals]:
+    ) -> tuple[TrainState, EpochMetrics]:
         """A step on a batch that is prepared.
 
         With `axes`, names of mapped axes inside of `jax.shard_map`, `batch` is this device's part of a batch, and batch
@@ -172,14 +172,17 @@ class TrainStep:
             loss, metrics, gradients, batch_stats = _accumulate(gradients_of, self.micro_batches, variables, batch, key)
         new_state = self._moved(state, gradients, batch_stats, learning_rate)
         finite = _all_finite(loss, gradients, batch_stats, None if self.skip_nonfinite else MOST_ENTRIES)
-        totals = totals.replace(  # type: ignore[attr-defined]
-            bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step)
+        totals = totals._replace(bad_step=jnp.where(finite | (totals.bad_step >= 0), totals.bad_step, state.step))
+        rows = count_rows(batch) * (jax.lax.axis_size(axes) if axes else 1)
+        new_totals = totals._replace(
+            loss=totals.loss + loss.astype(totals.loss.dtype) * rows,
+            metrics={name: value + metrics[name] for name, value in totals.metrics.items()},
+            count=totals.count + rows,
         )
-        new_totals = totals.add(loss, metrics, count_rows(batch) * (jax.lax.axis_size(axes) if axes else 1))
         if not self.skip_nonfinite:
             return new_state, new_totals
         same = state.replace(step=new_state.step)  # type: ignore[attr-defined]
-        left_out = totals.replace(skipped=totals.skipped + 1)  # type: ignore[attr-defined]
+        left_out = totals._replace(skipped=totals.skipped + 1)
         return jax.tree.map(partial(jnp.where, finite), (new_state, new_totals), (same, left_out))
 
     def _moved(self, state: TrainState, gradients: Any, batch_stats: Any, learning_rate: jax.Array) -> TrainState:
@@ -306,7 +309,6 @@ class EvalStep:
 
 Batch = tuple[Any, Any]
 """(inputs, labels), on the host or on devices."""
-Step = Callable[[TrainState, Totals, Batch, jax.Array, jax.Array], tuple[TrainState, Totals]]
 
 
 class EpochPlan(NamedTuple):
@@ -326,13 +328,13 @@ def run_chunk(
     batch_size: int,
     stride: int,
     state: TrainState,
-    totals: Totals,
+    totals: EpochMetrics,
     seed: jax.Array,
     plan: EpochPlan,
     first: jax.Array,
     num_steps: jax.Array,
     data: Batch,
-) -> tuple[TrainState, Totals]:
+) -> tuple[TrainState, EpochMetrics]:
     """Consecutive training steps of an epoch.
 
     The number of steps is an operand, not part of the program: one compilation serves every chunk length, and since
@@ -357,7 +359,7 @@ def run_chunk(
     # All keys of the epoch at once: on CPU the few dozen tiny kernels of a key cost as much as a layer's product.
     step_keys = keys.step_keys(seed, state.step - first, len(plan.learning_rates))
 
-    def body(index: jax.Array, carry: tuple[TrainState, Totals]) -> tuple[TrainState, Totals]:
+    def body(index: jax.Array, carry: tuple[TrainState, EpochMetrics]) -> tuple[TrainState, EpochMetrics]:
         state, totals = carry
         rows = lax.dynamic_slice(plan.order, (index * stride,), (batch_size,))
         batch = jax.tree.map(lambda array: array.at[rows].get(mode="promise_in_bounds"), data)

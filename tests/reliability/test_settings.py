@@ -94,7 +94,7 @@ def seen(recipe, monkeypatch):
     stages = make_stages(recipe, train_indices, validation)
     model = build_model(recipe, shape, data.num_classes)
     calls = []
-    monkeypatch.setattr(build, "build_programs", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(build, "Programs", lambda *arguments, **options: calls.append((*arguments, options)))
     monkeypatch.setattr(build, "make_optimizer", lambda *arguments: arguments)
     pool = data.train if data.validation is None else data.train.join(data.validation)
     weights = build.class_weights(recipe, pool.labels[train_indices], data.num_classes)

@@ -107,7 +107,7 @@ def mark_calls(marks: Marks) -> None:
     from pspinal_jax.runs import metrics, train
     from pspinal_jax.runs.directory import RunDirectory
     from pspinal_jax.training import loop as trainer
-    from pspinal_jax.training.examples import InMemorySplit
+    from pspinal_jax.training.examples import EvaluatedSplit
 
     def remember(self) -> None:
         marks.progress = self.progress
@@ -129,7 +129,7 @@ def mark_calls(marks: Marks) -> None:
     wrap(marks, trainer.Trainer, "_next_stage", "next stage", after=remember)
     wrap(marks, CheckpointStore, "save", "saving")
     wrap(marks, CheckpointStore, "__exit__", "closing the checkpoints")
-    wrap(marks, InMemorySplit, "evaluate", "evaluation")
+    wrap(marks, EvaluatedSplit, "evaluate", "evaluation")
 
 
 def main() -> int:

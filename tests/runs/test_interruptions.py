@@ -23,7 +23,7 @@ from pspinal_jax.runs import train as train_module
 from pspinal_jax.runs.directory import RunDirectory
 from pspinal_jax.runs.metrics import MetricsWriter
 from pspinal_jax.runs.result import load_variables
-from pspinal_jax.training.examples import InMemorySplit
+from pspinal_jax.training.examples import EvaluatedSplit
 from pspinal_jax.training.loop import Trainer
 
 
@@ -97,7 +97,7 @@ def test_a_stop_in_any_part_is_saved_and_the_run_goes_on(run, undisturbed, tmp_p
         (Trainer, "_restore", 0),
         (Trainer, "_warm_up", 0),  # compilation
         (CheckpointStore, "save", None),
-        (InMemorySplit, "evaluate", None),
+        (EvaluatedSplit, "evaluate", None),
         (Trainer, "_next_stage", None),
         (Trainer, "_warm_up", 0),  # of the second stage
     ]

@@ -17,7 +17,7 @@ from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_r
 from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
-from pspinal_jax.training.state import Totals, TrainState, init_state
+from pspinal_jax.training.state import EpochMetrics, TrainState, init_state
 from pspinal_jax.training.step import TrainStep
 
 POISONED = 37
@@ -81,7 +81,7 @@ def step(params, skip, number=4, totals=None):
 
     state = TrainState(jnp.int32(number), params, {}, optax.identity().init(params))
     batch = (jnp.ones((2, 3)), jnp.array([0, 0]))
-    arguments = (state, totals or Totals.zero(), batch, jnp.float32(0.1), jax.random.key(0))
+    arguments = (state, totals or EpochMetrics.zero(), batch, jnp.float32(0.1), jax.random.key(0))
     return TrainStep(apply, optax.identity(), skip_nonfinite=skip)(*arguments)
 
 
@@ -108,7 +108,7 @@ def test_a_running_statistic_counts_where_loss_and_gradients_are_finite(skip, mi
 
     def step(inputs):
         batch, key = (inputs, jnp.array([0, 1, 0, 1])), jax.random.key(0)
-        arguments = (state, Totals.zero(), batch, jnp.float32(0.1), key)
+        arguments = (state, EpochMetrics.zero(), batch, jnp.float32(0.1), key)
         options = {"ema_decay": 0.9, "micro_batches": micro_batches, "skip_nonfinite": skip}
         return TrainStep(head.apply, optimizer, **options)(*arguments)
 
@@ -125,7 +125,7 @@ def test_a_running_statistic_counts_where_loss_and_gradients_are_finite(skip, mi
 def test_of_several_bad_steps_the_first_is_told_and_all_are_counted():
     bad, good = ({"kernel": jnp.ones((3, 2)), "steep": jnp.full((3, 2), value)} for value in (0.0, 1.0))
     for skip in (False, True):
-        totals, told = Totals.zero(), []
+        totals, told = EpochMetrics.zero(), []
         for number, params in enumerate((good, bad, good, bad)):
             _, totals = step(params, skip, number, totals)
             told.append((int(totals.bad_step), int(totals.skipped)))

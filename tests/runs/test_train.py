@@ -105,7 +105,7 @@ def test_a_run_in_progress_of_before_the_loss_was_kept_goes_on(finished, recipe,
     def dies(self, *args):
         calls[0] += 1
         if calls[0] == 3:
-            self._store.finish()
+            self.store.finish()
             raise Killed
         whole(self, *args)
 

@@ -17,7 +17,7 @@ from pspinal_jax.layers import norm
 from pspinal_jax.models import Classifier
 from pspinal_jax.training import keys
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.state import Totals
+from pspinal_jax.training.state import EpochMetrics
 from pspinal_jax.training.step import EpochPlan, cross_entropy
 
 BATCH, STEPS, RATE, DEVICES = 16, 5, 0.1, 4
@@ -52,7 +52,7 @@ def chunked(model, inputs, labels, **options):
     run = make_programs(model, optimizer, inputs.shape[1:], inputs.dtype, BATCH, BATCH, **options)
     seed = run.replicate(np.uint32(0))
     plan = run.replicate(EpochPlan(np.arange(len(labels), dtype=np.int32), np.full(STEPS, RATE)))
-    start, totals = run.init(seed), run.replicate(Totals.zero().replace(loss=np.zeros(())))
+    start, totals = run.init(seed), run.replicate(EpochMetrics.zero()._replace(loss=np.zeros(())))
     initial = jax.device_get((start.params, start.batch_stats))
     data = run.replicate((inputs, labels))
     state, totals = run.chunk(start, totals, seed, plan, np.int32(0), np.int32(STEPS), data)
@@ -90,7 +90,7 @@ def pmapped(model, initial, inputs, labels):
         params, stats, value, correct = run(params, stats, *parts, key)
         losses, hits = losses + float(value[0]) * BATCH, hits + int(correct[0])
     first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (params, stats))
-    return flat(*first, Totals.zero().replace(loss=losses, metrics={"correct": hits}, count=STEPS * BATCH))
+    return flat(*first, EpochMetrics.zero()._replace(loss=losses, metrics={"correct": hits}, count=STEPS * BATCH))
 
 
 def main():

@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 
-from pspinal_jax.training.programs import Execution, build_programs
+from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.step import EvalStep, TrainStep, target_losses
 
 
@@ -13,12 +13,7 @@ def make_programs(
     model, optimizer, shape, dtype, batch_size, eval_batch_size, label_smoothing=0.0, class_weights=None, **options
 ):
     loss = partial(target_losses, label_smoothing=label_smoothing, class_weights=class_weights)
-    known = {field.name for field in dataclasses.fields(Execution)}
+    known = {field.name for field in dataclasses.fields(Programs)}
     execution = {name: options.pop(name) for name in list(options) if name in known}
-    inputs = jax.ShapeDtypeStruct(shape, dtype)
-    return build_programs(
-        model,
-        TrainStep(model.apply, optimizer, loss, **options),
-        EvalStep(model.apply),
-        Execution(inputs, batch_size, eval_batch_size, **execution),
-    )
+    step, inputs = TrainStep(model.apply, optimizer, loss, **options), jax.ShapeDtypeStruct(shape, dtype)
+    return Programs(model, step, EvalStep(model.apply), inputs, batch_size, eval_batch_size, **execution)

@@ -12,7 +12,7 @@ from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models import Classifier
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.programs import make_order
-from pspinal_jax.training.state import Totals, TrainState, head_layouts
+from pspinal_jax.training.state import EpochMetrics, TrainState, head_layouts
 from pspinal_jax.training.step import EpochPlan, TrainStep
 
 RNG = np.random.default_rng(0)
@@ -147,7 +147,7 @@ def test_each_micro_batch_has_dropout_masks_of_its_own():
     state = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
     batch = (jnp.arange(8.0)[:, None], jnp.arange(8) % 3)
     step = TrainStep(apply, optimizer, micro_batches=4)
-    state, _ = step(state, Totals.zero(), batch, jnp.float32(0.1), key)
+    state, _ = step(state, EpochMetrics.zero(), batch, jnp.float32(0.1), key)
     expected = np.stack([jax.random.key_data(jax.random.fold_in(key, index)) for index in range(4)])
     np.testing.assert_array_equal(state.batch_stats["keys"], expected)
     np.testing.assert_array_equal(state.batch_stats["inputs"], np.arange(8).reshape(2, 4).T)

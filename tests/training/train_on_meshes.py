@@ -21,7 +21,7 @@ from pspinal_jax.models import Classifier
 from pspinal_jax.training import sharding
 from pspinal_jax.training.optimizers import make_optimizer
 from pspinal_jax.training.sharding import AXES
-from pspinal_jax.training.state import Totals
+from pspinal_jax.training.state import EpochMetrics
 from pspinal_jax.training.step import EpochPlan
 
 BATCH, EXAMPLES, STEPS = 16, 48, 20
@@ -65,7 +65,7 @@ def train(arguments, mesh):
     data, seed = run.replicate((inputs, labels)), run.replicate(np.uint32(0))
     order = np.concatenate([rng.permutation(EXAMPLES) for _ in range(-(-STEPS * BATCH // EXAMPLES))]).astype(np.int32)
     plan = run.replicate(EpochPlan(order, np.full(STEPS, arguments.rate, dtype)))
-    state, totals = run.init(seed), run.replicate(Totals.zero().replace(loss=np.zeros((), dtype)))
+    state, totals = run.init(seed), run.replicate(EpochMetrics.zero()._replace(loss=np.zeros((), dtype)))
     chunk = run.chunk.lower(state, totals, seed, plan, np.int32(0), np.int32(1), data).compile()
     sums = [0.0]
     for step in range(arguments.steps):
