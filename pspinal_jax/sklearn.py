@@ -16,7 +16,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, colu
 
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.training.examples import Source, one_example
-from pspinal_jax.training.fit import CompiledTraining, compile_training, train_compiled
+from pspinal_jax.training.fit import CompiledTraining
 from pspinal_jax.training.fitted import predict_logits
 from pspinal_jax.training.optimizers import Schedule
 from pspinal_jax.training.optimizers import learning_rates as rates_of
@@ -102,8 +102,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         source = _padded_source(self._scaled(X), targets, self.batch_size)
         schedule = Schedule("one_cycle", self.learning_rate, warmup_fraction=0.1)
         seed = self.random_state
-        result = train_compiled(
-            self._compiled(),
+        result = self._compiled().train(
             source,
             self.epochs,
             int(check_random_state(seed).randint(2**31)),
@@ -153,15 +152,12 @@ def _padded_source(inputs: np.ndarray, targets: tuple[np.ndarray, np.ndarray], b
 
 
 def _make_head(name: str, num_classes: int, width: int, num_layers: int, dropout_rate: float) -> nn.Module:
-    if name == "progressive":
-        return ProgressiveSpinalHead(num_classes, width, num_layers, dropout_rate)
-    if name == "spinal":
-        return SpinalHead(num_classes, width, num_layers, dropout_rate)
-    if name == "mlp":
-        return MLPHead(num_classes, width, dropout_rate)
-    if name == "dense":
-        return DenseHead(num_classes, dropout_rate)
-    raise ValueError(f"head is {name!r}, expected progressive, spinal, mlp or dense")
+    layered: dict[str, Any] = {"progressive": ProgressiveSpinalHead, "spinal": SpinalHead}
+    if name in layered:
+        return layered[name](num_classes, width, num_layers, dropout_rate)
+    if name not in ("mlp", "dense"):
+        raise ValueError(f"head is {name!r}, expected progressive, spinal, mlp or dense")
+    return MLPHead(num_classes, width, dropout_rate) if name == "mlp" else DenseHead(num_classes, dropout_rate)
 
 
 @functools.lru_cache(maxsize=32)
@@ -174,5 +170,5 @@ def _compile(
 
     scalar = functools.partial(jax.ShapeDtypeStruct, ())
     example = jax.ShapeDtypeStruct((num_features,), jnp.float32), (scalar(jnp.int32), scalar(jnp.float32))
-    # The learning rate is an operand of the step, see `train_compiled`.
-    return compile_training(head, example, batch_size, optimizer=optax.adamw(1.0, weight_decay=weight_decay), loss=loss)
+    # The learning rate is an operand of the step, see `LoopConfig`.
+    return CompiledTraining(head, example, batch_size, optimizer=optax.adamw(1.0, weight_decay=weight_decay), loss=loss)

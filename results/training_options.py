@@ -194,7 +194,8 @@ def cost(folder, data):
     from pspinal_jax.data import load_data
     from pspinal_jax.recipes import AugmentConfig, load_recipe
     from pspinal_jax.runs.build import set_up
-    from pspinal_jax.training.programs import SeedStates, make_order
+    from pspinal_jax.training.keys import make_order
+    from pspinal_jax.training.programs import SeedStates
 
     plain = load_recipe("features")
     plain = dataclasses.replace(plain, data=dataclasses.replace(plain.data, path=folder / f"{data}.npz"))

@@ -37,7 +37,7 @@ from pspinal_jax.models import build_model, normalisation, with_default_preproce
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import build_run_programs
-from pspinal_jax.training.programs import make_order
+from pspinal_jax.training.keys import make_order
 from pspinal_jax.training.step import EpochPlan
 
 EPOCH, CALL, BATCH = "compiled epoch", "jitted step, Python loop", "jitted step"

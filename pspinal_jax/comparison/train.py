@@ -33,7 +33,7 @@ from pspinal_jax.heads.layouts import training_layout
 from pspinal_jax.models import Classifier, abstract_variables, count_parameters
 from pspinal_jax.training import keys, optimizers
 from pspinal_jax.training.sharding import make_mesh, replicated_on
-from pspinal_jax.training.state import EpochMetrics, convert_state, head_layouts, init_state
+from pspinal_jax.training.state import EpochMetrics, convert_state, head_layouts
 from pspinal_jax.training.step import EpochPlan, TrainStep, run_chunk, target_losses
 
 
@@ -161,7 +161,7 @@ def train_head(
     step = TrainStep(apply, optimizer, partial(target_losses, label_smoothing=hparams.label_smoothing))
     run = partial(run_chunk, step, schedule.batch_size, schedule.batch_size)
     inputs = jax.ShapeDtypeStruct((2, *examples.inputs.shape[1:]), jnp.float32)
-    state = init_state(model, optimizer, inputs, (), False, seed)
+    state = step.init(model, inputs, seed)
     if isinstance(head, ProgressiveSpinalHead):
         layout = training_layout(head.implementation, head.num_layers, schedule.batch_size, masks_layers=False)
         state = convert_state(state, head_layouts(layout))

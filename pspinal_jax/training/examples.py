@@ -177,10 +177,6 @@ class Source:
     batches: Callable[[], Iterable[Any]] | None = None
     validation: Any = None
 
-    def on_devices(self, programs: Programs) -> InMemoryExamples:
-        """The arrays, as a compiled epoch takes them."""
-        return InMemoryExamples(programs, self.arrays)
-
     def from_host(self, programs: Programs) -> BatchedExamples:
         """The arrays or the iterable, batch by batch; those of an iterable are the same for all seeds."""
 
@@ -216,7 +212,12 @@ def as_source(data: Any, validation: Any, batch_size: int, seed: int, drop_remai
             raise UsageError(f"batch_size is {batch_size}, but only {len(subset)} examples are trained on")
         first, stage = arrays, make_stage("train", subset, None, batch_size, drop_remainder)
     else:
-        arrays, batches = None, _each_epoch(data)
+        if not callable(data) and (isinstance(data, Iterator) or not isinstance(data, Iterable)):
+            raise UsageError(
+                f"data is of type {type(data).__name__}, expected (x, y), an iterable of batches that can be gone "
+                "through once an epoch, or a function that makes an iterator"
+            )
+        arrays, batches = None, data if callable(data) else lambda: data
         epoch = batches()
         first = next(iter(epoch), None)
         if first is None:
@@ -243,18 +244,6 @@ def check_at_least(least: int, **given: Any) -> None:
             raise UsageError(f"{name} is {value!r:.100}, expected an integer of at least {least}")
 
 
-def _each_epoch(data: Any) -> Callable[[], Iterable[Any]]:
-    """Gives the batches of an epoch."""
-    if callable(data):
-        return data
-    if isinstance(data, Iterator) or not isinstance(data, Iterable):
-        raise UsageError(
-            f"data is of type {type(data).__name__}, expected (x, y), an iterable of batches that can be gone through "
-            "once an epoch, or a function that makes an iterator"
-        )
-    return lambda: data
-
-
 def to_batch(data: Any) -> Any:
     """(x, y) as NumPy arrays whose first axes agree."""
     if not isinstance(data, tuple | list) or len(data) != 2:
@@ -275,22 +264,15 @@ def to_numpy(tree: Any, name: str) -> Any:
       DataError: if a leaf does not hold numbers.
     """
 
-    def is_array(value: Any) -> bool:
-        return isinstance(value, list) or hasattr(value, "to_numpy") or hasattr(value, "detach")
-
     def one(leaf: Any) -> np.ndarray:
-        if hasattr(leaf, "detach"):
-            leaf = leaf.detach().cpu().numpy()
-        elif hasattr(leaf, "to_numpy"):
-            leaf = leaf.to_numpy()
-        if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+        if np.ma.is_masked(leaf):
             raise DataError(f"{name} holds {leaf.mask.sum()} masked values; fill them in or leave their examples out")
-        array = np.asarray(leaf)
+        array = np.asarray(leaf.detach().cpu() if hasattr(leaf, "detach") else leaf)
         if array.dtype.kind not in "biufc" and array.dtype != jax.numpy.bfloat16:
             raise DataError(f"{name} is of type {array.dtype}, expected numbers; turn text into numbers first")
         return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
 
-    return jax.tree.map(one, tree, is_leaf=is_array)
+    return jax.tree.map(one, tree, is_leaf=lambda value: isinstance(value, list))
 
 
 def count_examples(tree: Any, name: str) -> int:

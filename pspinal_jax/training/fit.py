@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +15,13 @@ import optax
 from jax.sharding import Mesh
 
 from pspinal_jax.checkpoints import CheckpointStore
-from pspinal_jax.distributed import barrier, is_primary
 from pspinal_jax.environment import convolution_options
-from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text
+from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.recipes.typed import typed
-from pspinal_jax.training.examples import EvaluatedSplit, Source, as_source, check_at_least, checksum
-from pspinal_jax.training.fitted import Fit, History
-from pspinal_jax.training.loop import REPORT, Callback, Setup, Trainer
+from pspinal_jax.training.examples import EvaluatedSplit, InMemoryExamples, Source, as_source, check_at_least, checksum
+from pspinal_jax.training.fitted import Fit, HistoryLog, held_workdir
+from pspinal_jax.training.loop import Callback, Setup, Trainer
 from pspinal_jax.training.models import Model, as_model
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.training.sharding import AXES, fit_mesh, num_batch_shards, shards_parameters
@@ -34,7 +31,6 @@ from pspinal_jax.training.state import Layouts, commutes, head_layouts, trainabl
 from pspinal_jax.training.step import CLASSIFICATION, EvalStep, Loss, Metrics, TrainStep, cross_entropy
 
 _RESERVED = ("loss", "count", "bad_step", "skipped", "predictions", "correct")
-_IDENTITY, _METRICS = "fit.json", "metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +143,7 @@ def fit(
     """
     chosen = FitOptions(**options)
     source = as_source(data, validation, batch_size, seed, chosen.drop_remainder)
-    compiled = compile_training(
+    training = CompiledTraining(
         model,
         source.example,
         source.batch_size,
@@ -160,159 +156,139 @@ def fit(
         num_seeds=num_seeds,
         from_host=source.arrays is None,
     )
-    return train_compiled(compiled, source, epochs, seed, num_seeds, callbacks, workdir)
+    return training.train(source, epochs, seed, callbacks, workdir)
 
 
-@dataclasses.dataclass(frozen=True)
 class CompiledTraining:
-    """A model with the programs that train it, on examples of one shape.
+    """A model with the programs that train it on examples of one shape, to be used for several trainings.
+
+    Arguments and errors are those of `fit`; `example` is (inputs, labels) of one example, trees of
+    `jax.ShapeDtypeStruct`, and with `from_host` batches come from an iterable.
 
     Attributes:
-      model: the model.
       programs: compiled when they are first called.
-      options: of the training.
-      num_classes: of the logits, where the loss is the cross-entropy.
-      on_device: whether an epoch is one compiled loop over arrays on the devices.
     """
 
-    model: Model
-    programs: Programs
-    options: FitOptions
-    num_classes: int | None
-    on_device: bool
+    def __init__(
+        self,
+        model: Any,
+        example: Any,
+        batch_size: int,
+        options: FitOptions = _DEFAULTS,
+        *,
+        optimizer: optax.GradientTransformation | None = None,
+        loss: Literal["cross_entropy"] | Loss = "cross_entropy",
+        metrics: Metrics | None = None,
+        augment: Callable[[jax.Array, Any], Any] | None = None,
+        mesh: Mesh | None = None,
+        num_seeds: int = 1,
+        from_host: bool = False,
+    ) -> None:
+        check_at_least(1, num_seeds=num_seeds, micro_batches=options.micro_batches)
+        typed("on_nonfinite", options.on_nonfinite, Literal["stop", "skip"])
+        typed("seed_mode", options.seed_mode, Literal["auto", "loop", "vmap"])
+        if batch_size % options.micro_batches:
+            raise UsageError(f"micro_batches is {options.micro_batches}, expected a divisor of batch_size {batch_size}")
+        rows = batch_size // options.micro_batches
+        if mesh is None:
+            mesh = fit_mesh(-1, 1, 1, rows=rows)
+        elif not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
+            raise UsageError(f"mesh is {mesh!r:.100}, expected a jax.sharding.Mesh with the axes {', '.join(AXES)}")
+        adapted = as_model(model)
+        evaluation = _eval_step(adapted, loss, metrics)
+        inputs, labels = example
+        batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
+        params, logits = jax.eval_shape(partial(_start, adapted), batch)
+        if missing := set(options.frozen) - set(params):
+            raise UsageError(f"frozen names {min(missing)!r}, expected entries of the parameters: {', '.join(params)}")
+        clip = [optax.clip_by_global_norm(options.gradient_clip)] if options.gradient_clip else []
+        step = TrainStep(
+            adapted.apply,
+            # The step descends along a direction; an optax transformation ends with the update.
+            optax.chain(*clip, optax.adamw(1e-3) if optimizer is None else optimizer, optax.scale(-1.0)),
+            evaluation.loss,
+            evaluation.metrics,
+            augment=augment,
+            ema_decay=options.ema_decay,
+            frozen=tuple(options.frozen),
+            micro_batches=options.micro_batches,
+            skip_nonfinite=options.on_nonfinite == "skip",
+        )
+        platform = mesh.devices.flat[0].platform
+        convolves = any(leaf.ndim > 3 for leaf in jax.tree.leaves(params))
+        on_device = options.on_device
+        if on_device is None:
+            on_device = not (convolves and platform == "cpu")
+        together = options.seed_mode == "vmap" or (options.seed_mode == "auto" and platform != "cpu")
+        layouts = _layouts(adapted, params, batch, step, rows // num_batch_shards(mesh))
+        self.programs = Programs(
+            adapted,
+            step,
+            evaluation,
+            inputs,
+            batch_size,
+            options.eval_batch_size or batch_size,
+            labels,
+            vectorized=num_seeds > 1 and together and on_device and not from_host,
+            head_layouts={} if shards_parameters(mesh) else layouts,
+            mesh=mesh,
+            compiler_options=convolution_options(platform) if convolves else {},
+        )
+        self._model, self._options, self._num_seeds, self._logits = adapted, options, num_seeds, logits
+        self._on_device = on_device and not from_host
 
-
-def compile_training(
-    model: Any,
-    example: Any,
-    batch_size: int,
-    options: FitOptions = _DEFAULTS,
-    *,
-    optimizer: optax.GradientTransformation | None = None,
-    loss: Literal["cross_entropy"] | Loss = "cross_entropy",
-    metrics: Metrics | None = None,
-    augment: Callable[[jax.Array, Any], Any] | None = None,
-    mesh: Mesh | None = None,
-    num_seeds: int = 1,
-    from_host: bool = False,
-) -> CompiledTraining:
-    """What `fit` trains with, to be used for several trainings; the other arguments and errors are those of `fit`.
-
-    `example` is (inputs, labels) of one example, trees of `jax.ShapeDtypeStruct`; with `from_host` batches come from an
-    iterable.
-    """
-    check_at_least(1, num_seeds=num_seeds, micro_batches=options.micro_batches)
-    typed("on_nonfinite", options.on_nonfinite, Literal["stop", "skip"])
-    typed("seed_mode", options.seed_mode, Literal["auto", "loop", "vmap"])
-    if batch_size % options.micro_batches:
-        raise UsageError(f"micro_batches is {options.micro_batches}, expected a divisor of batch_size, {batch_size}")
-    rows = batch_size // options.micro_batches
-    if mesh is None:
-        mesh = fit_mesh(-1, 1, 1, rows=rows)
-    elif not isinstance(mesh, Mesh) or tuple(mesh.axis_names) != AXES:
-        raise UsageError(f"mesh is {mesh!r:.100}, expected a jax.sharding.Mesh with the axes {', '.join(AXES)}")
-    adapted = as_model(model)
-    evaluation = _eval_step(adapted, loss, metrics)
-    inputs, labels = example
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), inputs)
-    params, logits = jax.eval_shape(partial(_start, adapted), batch)
-    if missing := set(options.frozen) - set(params):
-        raise UsageError(f"frozen names {min(missing)!r}, expected entries of the parameters: {', '.join(params)}")
-    if evaluation.classifies:
-        _check_labels(labels, logits)
-    clip = [optax.clip_by_global_norm(options.gradient_clip)] if options.gradient_clip else []
-    step = TrainStep(
-        adapted.apply,
-        # The step descends along a direction; an optax transformation ends with the update.
-        optax.chain(*clip, optax.adamw(1e-3) if optimizer is None else optimizer, optax.scale(-1.0)),
-        evaluation.loss,
-        evaluation.metrics,
-        augment=augment,
-        ema_decay=options.ema_decay,
-        frozen=tuple(options.frozen),
-        micro_batches=options.micro_batches,
-        skip_nonfinite=options.on_nonfinite == "skip",
-    )
-    platform = mesh.devices.flat[0].platform
-    convolves = any(leaf.ndim > 3 for leaf in jax.tree.leaves(params))
-    on_device = options.on_device
-    if on_device is None:
-        on_device = not (convolves and platform == "cpu")
-    together = options.seed_mode == "vmap" or (options.seed_mode == "auto" and platform != "cpu")
-    layouts = _layouts(adapted, params, batch, step, rows // num_batch_shards(mesh))
-    programs = Programs(
-        adapted,
-        step,
-        evaluation,
-        inputs,
-        batch_size,
-        options.eval_batch_size or batch_size,
-        labels,
-        vectorized=num_seeds > 1 and together and on_device and not from_host,
-        head_layouts={} if shards_parameters(mesh) else layouts,
-        mesh=mesh,
-        compiler_options=convolution_options(platform) if convolves else {},
-    )
-    return CompiledTraining(
-        adapted, programs, options, logits.shape[1] if evaluation.classifies else None, on_device and not from_host
-    )
-
-
-def train_compiled(
-    compiled: CompiledTraining,
-    source: Source,
-    epochs: int,
-    seed: int,
-    num_seeds: int = 1,
-    callbacks: Sequence[Callback] = (),
-    workdir: Path | str | None = None,
-    learning_rates: Callable[[int, int], np.ndarray] | None = None,
-    shows_progress: bool = True,
-) -> Fit:
-    """Train on `source`; the other arguments are those of `fit` and `LoopConfig`."""
-    options, programs = compiled.options, compiled.programs
-    check_at_least(1, epochs=epochs)
-    check_at_least(0, patience=options.patience)
-    names = ["loss", *programs.eval_step.metrics]
-    if options.select is None and options.patience:
-        raise UsageError(f"patience is {options.patience}, which needs select: one of {', '.join(names)}")
-    if options.select is not None and (options.select not in names or source.validation is None):
-        raise UsageError(f"select is {options.select!r}, expected one of {', '.join(names)}, and validation examples")
-    if compiled.num_classes is not None:
-        _check_range(source, compiled.num_classes)
-    config = LoopConfig(
-        seed=seed,
-        num_seeds=num_seeds,
-        epochs=epochs,
-        batch_size=source.batch_size,
-        learning_rates=learning_rates,
-        selected_by=options.select,
-        patience=options.patience,
-        stop_on_nonfinite=options.on_nonfinite == "stop",
-        least_score=-sys.float_info.max,
-        advice="lower the learning rate, or pass on_nonfinite='skip'",
-        shows_progress=shows_progress,
-    )
-    validation = source.validation
-    splits = {} if validation is None else {"validation": EvaluatedSplit.in_memory(programs, validation)}
-    examples = source.on_devices(programs) if compiled.on_device else source.from_host(programs)
-    setup = Setup(config, programs, examples, splits, [source.stage], labels=None)
-    with contextlib.ExitStack() as opened:
-        log, store, stop = _Log(None), None, StopRequest()
-        if workdir is not None:
-            arrays = None if source.arrays is None else checksum((source.arrays, source.stage.subset, validation))
-            identity = {"seed": seed, "num_seeds": num_seeds, "batch_size": source.batch_size, "data": arrays}
-            folder = opened.enter_context(_opened(workdir, identity))
-            log, store = _Log(folder), opened.enter_context(CheckpointStore(folder / "checkpoints"))
-            opened.enter_context(stop)
-        trainer = Trainer(setup, log, store, stop, options.checkpoint_seconds, callbacks=callbacks)
-        try:
-            trainer.run()
-        except Stopped as stopped:
-            if stop.received == signal.SIGINT:
-                raise KeyboardInterrupt(f"saved in {workdir}: the same call goes on") from stopped
-            raise SystemExit(128 + signal.SIGTERM) from stopped
-    return Fit(compiled.model, programs, trainer.seed_states, History(log.lines), best=options.select is not None)
+    def train(
+        self,
+        source: Source,
+        epochs: int,
+        seed: int,
+        callbacks: Sequence[Callback] = (),
+        workdir: Path | str | None = None,
+        **loop: Any,
+    ) -> Fit:
+        """Train on `source`; the other arguments are those of `fit`, and further fields of `LoopConfig`."""
+        options, programs = self._options, self.programs
+        check_at_least(1, epochs=epochs)
+        check_at_least(0, patience=options.patience)
+        names = ["loss", *programs.eval_step.metrics]
+        if options.select is None and options.patience:
+            raise UsageError(f"patience is {options.patience}, which needs select: one of {', '.join(names)}")
+        if options.select is not None and (options.select not in names or source.validation is None):
+            raise UsageError(f"select is {options.select!r}, expected one of {', '.join(names)} on validation examples")
+        if programs.eval_step.classifies:
+            _check_labels(source, self._logits)
+        config = LoopConfig(
+            seed=seed,
+            num_seeds=self._num_seeds,
+            epochs=epochs,
+            batch_size=source.batch_size,
+            selected_by=options.select,
+            patience=options.patience,
+            stop_on_nonfinite=options.on_nonfinite == "stop",
+            least_score=-sys.float_info.max,
+            advice="lower the learning rate, or pass on_nonfinite='skip'",
+            **loop,
+        )
+        validation = source.validation
+        splits = {} if validation is None else {"validation": EvaluatedSplit.in_memory(programs, validation)}
+        examples = InMemoryExamples(programs, source.arrays) if self._on_device else source.from_host(programs)
+        setup = Setup(config, programs, examples, splits, [source.stage], labels=None)
+        with contextlib.ExitStack() as opened:
+            log, store, stop = HistoryLog(None), None, StopRequest()
+            if workdir is not None:
+                arrays = None if source.arrays is None else checksum((source.arrays, source.stage.subset, validation))
+                identity = {"seed": seed, "num_seeds": self._num_seeds, "batch_size": source.batch_size, "data": arrays}
+                folder = opened.enter_context(held_workdir(workdir, identity))
+                log, store = HistoryLog(folder), opened.enter_context(CheckpointStore(folder / "checkpoints"))
+                opened.enter_context(stop)
+            trainer = Trainer(setup, log, store, stop, options.checkpoint_seconds, callbacks=callbacks)
+            try:
+                trainer.run()
+            except Stopped as stopped:
+                if stop.received == signal.SIGINT:
+                    raise KeyboardInterrupt(f"saved in {workdir}: the same call goes on") from stopped
+                raise SystemExit(128 + signal.SIGTERM) from stopped
+        return Fit(self._model, programs, trainer.seed_states, log.history, best=options.select is not None)
 
 
 def _eval_step(model: Model, loss: Any, metrics: Metrics | None) -> EvalStep:
@@ -331,18 +307,16 @@ def _eval_step(model: Model, loss: Any, metrics: Metrics | None) -> EvalStep:
     return EvalStep(model.apply, cross_entropy if classifies else loss, dict(metrics), classifies)
 
 
-def _check_labels(labels: Any, logits: jax.ShapeDtypeStruct) -> None:
+def _check_labels(source: Source, logits: jax.ShapeDtypeStruct) -> None:
+    labels = source.example[1]
     if not isinstance(labels, jax.ShapeDtypeStruct) or labels.shape or labels.dtype.kind not in "iu":
         raise UsageError(f"labels are {labels}, expected integers [N] for the cross-entropy; pass a loss of your own")
     if logits.ndim != 2:
         raise UsageError(f"the model gives logits of shape {list(logits.shape)}, expected [N, C] for the cross-entropy")
-
-
-def _check_range(source: Source, num_classes: int) -> None:
     for arrays in filter(None, (source.arrays, source.validation)):
         least, most = int(np.min(arrays[1])), int(np.max(arrays[1]))
-        if not 0 <= least <= most < num_classes:
-            raise UsageError(f"labels reach from {least} to {most}, expected 0 .. {num_classes - 1} for the logits")
+        if not 0 <= least <= most < logits.shape[1]:
+            raise UsageError(f"labels reach from {least} to {most}, expected 0 .. {logits.shape[1] - 1} for the logits")
 
 
 def _layouts(model: Model, params: Any, inputs: Any, step: TrainStep, rows: int) -> Layouts:
@@ -359,59 +333,3 @@ def _start(model: Model, inputs: Any) -> tuple[Any, jax.Array]:
     """The parameters and the logits that training starts from."""
     variables = model.init(jax.random.key(0), inputs)
     return variables["params"], model.apply(variables, inputs, train=False)
-
-
-class _Log:
-    """The history of a fit in memory and, in a workdir, as lines of metrics.jsonl."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self._folder = folder
-
-    def rewind(self, finished: Sequence[tuple[str, int]]) -> None:
-        """Keep the lines of these epochs."""
-        if self._folder is not None and (path := self._folder / _METRICS).exists():
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            self.lines = lines[: len(finished)]
-        self._write()
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Add one line."""
-        self.lines.append(line)
-        self._write()
-
-    def _write(self) -> None:
-        if self._folder is not None and is_primary():
-            write_text(self._folder / _METRICS, "".join(json_text(line) + "\n" for line in self.lines))
-
-    def report(self, found: dict[str, Any]) -> Path | None:
-        """Write down what was found where a step was not finite; where that lies."""
-        if self._folder is None:
-            return None
-        path = self._folder / REPORT
-        if is_primary():
-            write_json(path, found)
-        return path
-
-
-@contextlib.contextmanager
-def _opened(workdir: Path | str, identity: dict[str, Any]) -> Iterator[Path]:
-    """The folder of a training, in nobody else's use; raises UsageError if it holds another training."""
-    folder = expanded(Path(workdir))
-    path = folder / _IDENTITY
-    with contextlib.ExitStack() as opened:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            other = opened.enter_context(held(folder / ".lock")) if is_primary() else None
-            if other is not None:
-                raise RunError(f"{folder} is in use: {other} trains there")
-            found = json.loads(path.read_text()) if path.exists() else identity
-            if found is identity and is_primary():
-                write_json(path, identity)
-        except (OSError, ValueError) as error:
-            raise RunError(f"workdir {folder} cannot be used: {error}") from error
-        changed = differences(found, identity, lambda name, old, new: f"{name} was {old} and is {new}")
-        if changed:
-            raise UsageError(f"workdir {folder} holds another training: {', '.join(changed)}; choose another one")
-        barrier()
-        yield folder

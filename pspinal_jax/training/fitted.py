@@ -1,24 +1,29 @@
-"""What `fit` gives back: the trained model, and its history as a table and a figure."""
+"""What `fit` gives back, the trained model and its history, and the folder in which it keeps them."""
 
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from pspinal_jax.distributed import is_primary, whole
-from pspinal_jax.errors import UsageError
-from pspinal_jax.files import expanded
+from pspinal_jax.distributed import barrier, is_primary, whole
+from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text
 from pspinal_jax.training.examples import EvaluatedSplit, count_examples, one_example, to_batch, to_numpy
+from pspinal_jax.training.loop import REPORT
 from pspinal_jax.training.models import Model
 from pspinal_jax.training.programs import Programs, SeedStates, padded_split
 from pspinal_jax.training.stages import per_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from html import escape
 
+_IDENTITY, _METRICS = "fit.json", "metrics.jsonl"
 _SPLITS = ("train", "validation", "test")
 _MAX_POINTS = 1000
 """Of a curve: more of them lie within a line's width and make the drawing large."""
@@ -77,11 +82,8 @@ class History(list[dict[str, Any]]):
     def _repr_html_(self) -> str:
         names = [name for name in dict.fromkeys(name for line in self for name in line) if _is_mean(name)]
         names = [*(["stage"] if len({line["stage"] for line in self}) > 1 else []), "epoch", *names]
-        rows = "".join(
-            f"<tr>{''.join(f'<td>{escape(_shown(line.get(name)))}</td>' for name in names)}</tr>" for line in self
-        )
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        body = "".join(_table_row([_shown(line.get(name)) for name in names], "td") for line in self)
+        return f"<table>{_table_row(names, 'th')}{body}</table>"
 
     def _metrics(self) -> list[str]:
         found = {name.split("_", 1)[1]: None for line in self for name in line if _is_mean(name)}
@@ -97,6 +99,10 @@ class History(list[dict[str, Any]]):
         return np.array(numbers)
 
 
+def _table_row(cells: Sequence[str], tag: str) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
 def _is_mean(name: str) -> bool:
     return name.startswith(tuple(f"{split}_" for split in _SPLITS))
 
@@ -106,6 +112,61 @@ def _shown(value: Any) -> str:
         values = np.array(value, float)
         return f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"
     return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+class HistoryLog:
+    """The history of a fit in memory and, in a workdir, as lines of metrics.jsonl."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.history, self._folder = History(), folder
+
+    def rewind(self, finished: Sequence[tuple[str, int]]) -> None:
+        """Keep the lines of these epochs."""
+        if self._folder is not None and (path := self._folder / _METRICS).exists():
+            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            self.history = History(lines[: len(finished)])
+        self._write()
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add one line."""
+        self.history.append(line)
+        self._write()
+
+    def _write(self) -> None:
+        if self._folder is not None and is_primary():
+            write_text(self._folder / _METRICS, "".join(json_text(line) + "\n" for line in self.history))
+
+    def report(self, found: dict[str, Any]) -> Path | None:
+        """Write down what was found where a step was not finite; where that lies."""
+        if self._folder is None:
+            return None
+        path = self._folder / REPORT
+        if is_primary():
+            write_json(path, found)
+        return path
+
+
+@contextlib.contextmanager
+def held_workdir(workdir: Path | str, identity: dict[str, Any]) -> Iterator[Path]:
+    """The folder of a training, in nobody else's use; raises UsageError if it holds another training."""
+    folder = expanded(Path(workdir))
+    path = folder / _IDENTITY
+    with contextlib.ExitStack() as opened:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            other = opened.enter_context(held(folder / ".lock")) if is_primary() else None
+            if other is not None:
+                raise RunError(f"{folder} is in use: {other} trains there")
+            found = json.loads(path.read_text()) if path.exists() else identity
+            if found is identity and is_primary():
+                write_json(path, identity)
+        except (OSError, ValueError) as error:
+            raise RunError(f"workdir {folder} cannot be used: {error}") from error
+        changed = differences(found, identity, lambda name, old, new: f"{name} was {old} and is {new}")
+        if changed:
+            raise UsageError(f"workdir {folder} holds another training: {', '.join(changed)}; choose another one")
+        barrier()
+        yield folder
 
 
 class Fit:

@@ -1,5 +1,8 @@
 """Every random number of a run, as a function of (seed, epoch, step): resuming equals never having stopped."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,3 +63,33 @@ def balanced_order(seed: Seed, epoch: jax.Array | int, labels: np.ndarray) -> ja
     drawn = jax.random.permutation(class_key, len(sizes))[place]
     chosen = by_class[jnp.asarray(starts)[drawn] + turn % jnp.asarray(sizes)[drawn]]
     return jax.random.permutation(place_key, chosen)
+
+
+def make_order(
+    subset: np.ndarray, length: int, vectorized: bool, shuffle: bool = True, balanced: np.ndarray | None = None
+) -> Callable[..., jax.Array]:
+    """(seed, epoch) -> int32 [length]: the examples `subset` in the epoch's order, then zeros.
+
+    Without `shuffle` every epoch has the order of `subset`. With the labels [N] of all examples as `balanced`, the
+    epoch draws as many of `subset`, evenly from its classes; see `balanced_order`.
+
+    The fixed length lets every stage of a run, with its own subset, use the same compiled chunk.
+    """
+    if balanced is None:
+        return partial(_order, length, shuffle, np.asarray(subset, np.int32))
+    classes = balanced[subset]
+
+    def order(seed: jax.Array, epoch: jax.Array) -> jax.Array:
+        visited = jnp.asarray(subset, jnp.int32)[balanced_order(seed, epoch, classes)]
+        return jnp.pad(visited, (0, length - len(subset)))
+
+    return jax.jit(jax.vmap(order, (0, None)) if vectorized else order)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _order(length: int, shuffle: bool, subset: jax.Array, seed: jax.Array, epoch: jax.Array) -> jax.Array:
+    """See `make_order`; compiled once for all runs on as many examples."""
+    if jnp.ndim(seed):
+        return jax.vmap(partial(_order, length, shuffle, subset), (0, None))(seed, epoch)
+    visited = subset[epoch_order(seed, epoch, len(subset))] if shuffle else subset
+    return jnp.pad(visited, (0, length - len(subset)))

@@ -27,7 +27,8 @@ from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.training import stages
 from pspinal_jax.training.examples import EvaluatedSplit, Examples
-from pspinal_jax.training.programs import Programs, SeedStates, make_order
+from pspinal_jax.training.keys import make_order
+from pspinal_jax.training.programs import Programs, SeedStates
 from pspinal_jax.training.sharding import shardings
 from pspinal_jax.training.signals import Stopped, StopRequest
 from pspinal_jax.training.stages import LoopConfig, TrainingProgress, TrainingStage

@@ -52,19 +52,14 @@ def make_optimizer(
       gradient_clip: largest global L2 norm of the gradient; 0 for no limit.
       backbone_rate: factor of the learning rate of what stands under ``backbone``, its weight decay included.
     """
-    direction = _direction(name, momentum, nesterov, weight_decay)
+    direction = optax.scale_by_adam(b1=momentum, nesterov=nesterov)
+    if name == "sgd":
+        direction = optax.trace(momentum, nesterov) if momentum else optax.identity()
+    elif name == "adamw":
+        direction = optax.chain(direction, optax.add_decayed_weights(weight_decay, mask=_kernels))
     before = [optax.clip_by_global_norm(gradient_clip)] if gradient_clip else []
     after = [optax.stateless(partial(_scale_backbone, backbone_rate))] if backbone_rate != 1.0 else []
     return optax.chain(*before, direction, *after) if before or after else direction
-
-
-def _direction(
-    name: str, momentum: float, nesterov: bool, weight_decay: float | jax.Array
-) -> optax.GradientTransformation:
-    if name == "sgd":
-        return optax.trace(momentum, nesterov) if momentum else optax.identity()
-    adam = optax.scale_by_adam(b1=momentum, nesterov=nesterov)
-    return adam if name == "adam" else optax.chain(adam, optax.add_decayed_weights(weight_decay, mask=_kernels))
 
 
 def _scale_backbone(rate: float, updates: Any, params: Any) -> Any:

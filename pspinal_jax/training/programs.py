@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from pspinal_jax.distributed import put
 from pspinal_jax.environment import jit_with
 from pspinal_jax.training import keys, sharding
-from pspinal_jax.training.state import EpochMetrics, Layouts, Step, TrainState, in_layouts, init_state
+from pspinal_jax.training.state import EpochMetrics, Layouts, Step, TrainState, in_layouts
 from pspinal_jax.training.step import Batch, EpochPlan, EvalStep, TrainStep, count_rows, evaluate_split, run_chunk
 
 
@@ -151,9 +151,7 @@ class Programs:
         return jax.vmap(function, axes) if self.vectorized else function
 
     def _initial(self, seed: jax.Array) -> TrainState:
-        step = self.train_step
-        inputs = _batch_of_two(self.inputs)
-        return init_state(self.model, step.optimizer, inputs, step.frozen, step.ema_decay > 0, seed)
+        return self.train_step.init(self.model, _batch_of_two(self.inputs), seed)
 
     @cached_property
     def _state_shardings(self) -> Any:
@@ -201,36 +199,6 @@ def _batch_of_two(example: Any) -> Any:
 
 def _update_best(best: Any, candidate: Any, improved: jax.Array) -> Any:
     return jax.tree.map(partial(jnp.where, improved), candidate, best)
-
-
-def make_order(
-    subset: np.ndarray, length: int, vectorized: bool, shuffle: bool = True, balanced: np.ndarray | None = None
-) -> Callable[..., jax.Array]:
-    """(seed, epoch) -> int32 [length]: the examples `subset` in the epoch's order, then zeros.
-
-    Without `shuffle` every epoch has the order of `subset`. With the labels [N] of all examples as `balanced`, the
-    epoch draws as many of `subset`, evenly from its classes; see `balanced_order`.
-
-    The fixed length lets every stage of a run, with its own subset, use the same compiled chunk.
-    """
-    if balanced is None:
-        return partial(_order, length, shuffle, np.asarray(subset, np.int32))
-    classes = balanced[subset]
-
-    def order(seed: jax.Array, epoch: jax.Array) -> jax.Array:
-        visited = jnp.asarray(subset, jnp.int32)[keys.balanced_order(seed, epoch, classes)]
-        return jnp.pad(visited, (0, length - len(subset)))
-
-    return jax.jit(jax.vmap(order, (0, None)) if vectorized else order)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _order(length: int, shuffle: bool, subset: jax.Array, seed: jax.Array, epoch: jax.Array) -> jax.Array:
-    """See `make_order`; compiled once for all runs on as many examples."""
-    if jnp.ndim(seed):
-        return jax.vmap(partial(_order, length, shuffle, subset), (0, None))(seed, epoch)
-    visited = subset[keys.epoch_order(seed, epoch, len(subset))] if shuffle else subset
-    return jnp.pad(visited, (0, length - len(subset)))
 
 
 def padded_split(split: Batch, batch_size: int) -> Batch:

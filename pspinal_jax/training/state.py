@@ -18,7 +18,6 @@ import numpy as np
 import optax
 
 from pspinal_jax.heads.layouts import Layout, convert_batch_stats, convert_params
-from pspinal_jax.training import keys
 
 
 @flax.struct.dataclass
@@ -100,27 +99,6 @@ def averaged(ema: dict[str, Any], params: Any, batch_stats: Any, step: jax.Array
 def trainable(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
     """`params` without the entries at the top that are `frozen`."""
     return {name: entry for name, entry in params.items() if name not in frozen}
-
-
-def init_state(
-    model: Any,
-    optimizer: optax.GradientTransformation,
-    inputs: Any,
-    frozen: tuple[str, ...],
-    keeps_average: bool,
-    seed: jax.Array,
-) -> TrainState:
-    """The state that a run with `seed` (uint32 scalar) starts from; `inputs` tells a batch's shapes and dtypes."""
-    batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
-    variables = model.init(keys.init_key(seed), batch, train=False)
-    params = variables["params"]
-    opt_state = optimizer.init(trainable(params, frozen))
-    batch_stats = variables.get("batch_stats", {})
-    ema = {}
-    if keeps_average:
-        averages = {"params": trainable(params, frozen), "batch_stats": trainable(batch_stats, frozen)}
-        ema = jax.tree.map(jnp.copy, averages)
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, ema)
 
 
 Layouts = Mapping[tuple[str, ...], Layout]

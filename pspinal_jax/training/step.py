@@ -140,6 +140,16 @@ class TrainStep:
         """
         return self.descend(state, totals, self.prepare(batch, key), learning_rate, key)
 
+    def init(self, model: Any, inputs: Any, seed: jax.Array) -> TrainState:
+        """The state that `model` starts from with `seed` (uint32 scalar), for `inputs` of these shapes and dtypes."""
+        batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
+        variables = model.init(keys.init_key(seed), batch, train=False)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        moving, ema = trainable(params, self.frozen), {}
+        if self.ema_decay:
+            ema = jax.tree.map(jnp.copy, {"params": moving, "batch_stats": trainable(batch_stats, self.frozen)})
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, self.optimizer.init(moving), ema)
+
     def prepare(self, batch: tuple[Any, Any], key: jax.Array) -> tuple[Any, Any]:
         """The batch, augmented and mixed."""
         if self.augment is not None:

@@ -35,8 +35,8 @@ from pspinal_jax.runs.export import export_run, read_export
 from pspinal_jax.runs.features import head_recipe
 from pspinal_jax.runs.predict import predict
 from pspinal_jax.runs.train import train
+from pspinal_jax.training.keys import make_order
 from pspinal_jax.training.optimizers import learning_rates
-from pspinal_jax.training.programs import make_order
 from pspinal_jax.training.stages import TrainingProgress
 
 SIDE = 8

@@ -17,7 +17,7 @@ from pspinal_jax.recipes import DataConfig, ModelConfig, OptimizerConfig, load_r
 from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
-from pspinal_jax.training.state import EpochMetrics, TrainState, init_state
+from pspinal_jax.training.state import EpochMetrics, TrainState
 from pspinal_jax.training.step import TrainStep
 
 POISONED = 37
@@ -103,14 +103,15 @@ def test_a_gradient_counts_where_the_loss_is_finite(skip):
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_running_statistic_counts_where_loss_and_gradients_are_finite(skip, micro_batches):
     head, optimizer = ProgressiveSpinalHead(2, 3, num_layers=1, norm="batch", dropout_rate=0.0), optax.identity()
-    state = init_state(head, optimizer, jax.ShapeDtypeStruct((2, 3), jnp.float32), (), True, jnp.uint32(0))
+    options = {"ema_decay": 0.9, "micro_batches": micro_batches, "skip_nonfinite": skip}
+    train_step = TrainStep(head.apply, optimizer, **options)
+    state = train_step.init(head, jax.ShapeDtypeStruct((2, 3), jnp.float32), jnp.uint32(0))
     inputs = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 
     def step(inputs):
         batch, key = (inputs, jnp.array([0, 1, 0, 1])), jax.random.key(0)
         arguments = (state, EpochMetrics.zero(), batch, jnp.float32(0.1), key)
-        options = {"ema_decay": 0.9, "micro_batches": micro_batches, "skip_nonfinite": skip}
-        return TrainStep(head.apply, optimizer, **options)(*arguments)
+        return train_step(*arguments)
 
     _, totals = step(inputs)
     assert int(totals.bad_step) == -1

@@ -10,8 +10,8 @@ from steps_support import make_programs
 
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models import Classifier
+from pspinal_jax.training.keys import make_order
 from pspinal_jax.training.optimizers import make_optimizer
-from pspinal_jax.training.programs import make_order
 from pspinal_jax.training.state import EpochMetrics, TrainState, head_layouts
 from pspinal_jax.training.step import EpochPlan, TrainStep
 

@@ -9,8 +9,9 @@ from steps_support import make_programs
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models import Classifier
 from pspinal_jax.training import keys
+from pspinal_jax.training.keys import make_order
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
-from pspinal_jax.training.programs import make_order, padded_split
+from pspinal_jax.training.programs import padded_split
 from pspinal_jax.training.step import EpochPlan, cross_entropy
 
 NUM_EXAMPLES = 50

@@ -14,8 +14,8 @@ from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models import Classifier
 from pspinal_jax.runs.build import balanced_weights
 from pspinal_jax.training import keys
+from pspinal_jax.training.keys import make_order
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
-from pspinal_jax.training.programs import make_order
 from pspinal_jax.training.state import head_layouts
 from pspinal_jax.training.step import EpochPlan, target_losses
 
