@@ -45,7 +45,7 @@ def is_primary() -> bool:
 
 
 def barrier() -> None:
-    """Return when every process has come here."""
+    """Return when every process has called it."""
     gather([0])
 
 

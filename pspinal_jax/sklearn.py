@@ -45,7 +45,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
       dropout_rate: probability of dropping a feature in training.
       learning_rate: the largest; it rises over a tenth of the steps and falls to 0 along a cosine.
       weight_decay: of AdamW.
-      label_smoothing: fraction of the target that is spread evenly over the classes.
+      label_smoothing: fraction of the target that is distributed evenly over the classes.
       epochs: passes over the examples.
       batch_size: examples per step.
       random_state: seed of the initial parameters, the order of examples and dropout.

@@ -125,12 +125,12 @@ class EvaluatedSplit:
     @classmethod
     def in_memory(cls, programs: Programs, arrays: Batch) -> "EvaluatedSplit":
         """The host's (inputs, labels) on the devices, whole."""
-        count, placed = count_rows(arrays), programs.replicate(padded_split(arrays, programs.eval_batch_size))
+        count, resident = count_rows(arrays), programs.replicate(padded_split(arrays, programs.eval_batch_size))
 
         def batches() -> Generator[tuple[Batch, int], None, None]:
-            yield placed, count
+            yield resident, count
 
-        return cls(arrays[1], count, batches, lambda: placed)
+        return cls(arrays[1], count, batches, lambda: resident)
 
     def evaluate(self, evaluate: Evaluate, before_call: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """Sums of loss and metrics [K], and predictions [K, count], over the split.

@@ -51,7 +51,7 @@ class FitOptions:
       seed_mode: several seeds as one program (``"vmap"``) or one after the other (``"loop"``); ``"auto"`` chooses vmap
         on accelerators.
       on_device: whether arrays lie on the devices whole, and an epoch is one compiled loop over them. By default they
-        do, except for models that convolve on CPU: XLA compiles the gradients of convolutions badly inside loops there.
+        do, except for models that convolve on CPU: XLA compiles the gradients of convolutions badly in loops there.
       checkpoint_seconds: time between checkpoints; the end of the first epoch saves one too.
     """
 

@@ -57,14 +57,14 @@ class History(list[dict[str, Any]]):
         for axis, name in zip(np.ravel(figure.subplots(1, max(1, len(names)))), names, strict=False):
             percent = name.endswith("accuracy")
             for split in _SPLITS:
-                here = [index for index in shown if f"{split}_{name}" in self[index]]
-                if not here:
+                present = [index for index in shown if f"{split}_{name}" in self[index]]
+                if not present:
                     continue
-                values = np.array([np.atleast_1d(self[index][f"{split}_{name}"]) for index in here], float)
+                values = np.array([np.atleast_1d(self[index][f"{split}_{name}"]) for index in present], float)
                 values *= 100 if percent else 1
-                axis.plot(epochs[here], values.mean(1), marker=".", label=split)
+                axis.plot(epochs[present], values.mean(1), marker=".", label=split)
                 if values.shape[1] > 1:
-                    axis.fill_between(epochs[here], values.min(1), values.max(1), alpha=0.2)
+                    axis.fill_between(epochs[present], values.min(1), values.max(1), alpha=0.2)
             axis.set_xlabel("epoch")
             axis.set_ylabel(f"{name} (%)" if percent else name)
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -93,9 +93,9 @@ class History(list[dict[str, Any]]):
         """The epoch of each line, counted on from stage to stage."""
         numbers, before = [], 0
         for stage in dict.fromkeys(line["stage"] for line in self):
-            here = [line["epoch"] for line in self if line["stage"] == stage]
-            numbers += [before + epoch for epoch in here]
-            before += max(here)
+            of_stage = [line["epoch"] for line in self if line["stage"] == stage]
+            numbers += [before + epoch for epoch in of_stage]
+            before += max(of_stage)
         return np.array(numbers)
 
 

@@ -144,7 +144,7 @@ class Programs:
         return put(tree, sharding.shardings(self.mesh, tree, stacked=self.vectorized))
 
     def shard_batch(self, batch: Batch) -> Batch:
-        """A host's batch spread over the devices."""
+        """A host's batch, sharded over the devices."""
         return sharding.shard_batch(self.mesh, batch)
 
     def _over_seeds(self, function: Callable[..., Any], axes: tuple[Any, ...] = (0,)) -> Callable[..., Any]:

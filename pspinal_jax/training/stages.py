@@ -15,7 +15,7 @@ class TrainingStage:
       name: 'train', 'retrain' for the second one on train + validation, or 'round_1' .. of the paper's chain.
       subset: indices of the training examples that it uses.
       evaluates: 'validation', 'test' (the paper's protocol) or None: what is evaluated after every epoch.
-      steps_per_epoch: steps of whole batches, and one for the tail if it is kept; None where only the end tells.
+      steps_per_epoch: steps of whole batches, and one for the tail if it is kept; None where only the end shows it.
       whole_steps: steps of whole batches.
       tail_size: examples in the tail, 0 for none.
     """

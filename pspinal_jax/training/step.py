@@ -59,7 +59,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float |
     Args:
       logits: [N, C]; computed in float32 or wider.
       labels: integers [N].
-      label_smoothing: fraction of the target that is spread evenly over the C classes; a number, or a scalar array.
+      label_smoothing: fraction of the target for all C classes evenly; a number, or a scalar array.
 
     Returns:
       [N], in nats.

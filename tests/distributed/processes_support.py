@@ -39,12 +39,12 @@ def run(folder, arguments, *, processes=2, devices=2, seconds=None, slurm=False,
         observed.unlink(missing_ok=True)
         if slurm:
             flags, environment = flags[:1], environment | _slurm(port, processes, index)
-        told = {"NPROC": "16", "DEVICES": str(devices), "OBSERVED": str(observed), **environment}
+        variables = {"NPROC": "16", "DEVICES": str(devices), "OBSERVED": str(observed), **environment}
         with (folder / f"out_{index}").open("w") as out, (folder / f"err_{index}").open("w") as err:
             started.append(
                 subprocess.Popen(
                     [sys.executable, str(SCRIPT), *arguments, *flags],
-                    env={**os.environ, **told},
+                    env={**os.environ, **variables},
                     stdout=out,
                     stderr=err,
                 )
@@ -84,8 +84,8 @@ def _ended(folder, index, process):
     observed = folder / f"observed_{index}.json"
     seen = json.loads(observed.read_text()) if observed.exists() else None
     out, err = ((folder / f"{name}_{index}").read_text().splitlines(keepends=True) for name in ("out", "err"))
-    ours = "".join(line for line in out if not line.startswith("[Gloo]"))
-    return Ended(process.returncode, ours, "".join(err), seen)
+    own = "".join(line for line in out if not line.startswith("[Gloo]"))
+    return Ended(process.returncode, own, "".join(err), seen)
 
 
 def run_to_the_end(folder, arguments, **options):

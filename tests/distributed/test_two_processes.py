@@ -87,8 +87,8 @@ def test_a_run_goes_on_with_another_number_of_processes(data, tmp_path, flags):
             assert process.seen["from"] == 7  # the chunk under way is finished first, one step
         assert len(metrics(workdir)) == 3
         np.testing.assert_allclose(np.ravel(losses(workdir)), np.ravel(losses(tmp_path / "whole")), rtol=1e-4)
-        ours, theirs = (load_variables(path)[0] for path in (workdir, tmp_path / "whole"))
-        chex.assert_trees_all_close(ours, theirs, rtol=0, atol=1e-4)
+        found, expected = (load_variables(path)[0] for path in (workdir, tmp_path / "whole"))
+        chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -225,7 +225,7 @@ def test_a_port_that_is_taken_is_named(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_that_is_alone_ends(data, tmp_path, process):
-    """JAX 0.12 aborts by itself where nobody comes; a line of ours comes where it raises."""
+    """JAX 0.12 aborts by itself where nobody comes; our line comes where it raises."""
     address = f"127.0.0.1:{free_port()}"
     flags = f"{TWO} --coordinator-address {address} --process-id {process} --initialization-timeout 2".split()
     (alone,) = run(tmp_path, small(data, tmp_path / "run", *flags), processes=1)

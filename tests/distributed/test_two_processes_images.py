@@ -54,21 +54,21 @@ def test_two_processes_decode_a_part_each(images, tmp_path, monkeypatch, devices
     assert max(decoded) < 0.75 * alone.seen["decoded"]
     monkeypatch.setitem(resnet.VARIANTS, "resnet18", resnet.Variant((1, 1, 1, 1), 1))
     monkeypatch.setattr(resnet, "STAGE_CHANNELS", (4, 4, 8, 8))
-    ours, theirs = (load_variables(tmp_path / name)[0] for name in ("two", "one"))
-    chex.assert_trees_all_close(ours, theirs, rtol=0, atol=1e-3)
-    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+    found, expected = (load_variables(tmp_path / name)[0] for name in ("two", "one"))
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-3)
+    for found, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         for key in ("train_loss", "validation_loss"):
-            np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-3)
+            np.testing.assert_allclose(found[key], expected[key], rtol=1e-3)
 
 
 def test_features_are_made_by_two_processes(images, tmp_path):
     flags = ["--freeze", "backbone", "--cache-features", "--data.augment", "none"]
     run_to_the_end(tmp_path, arguments(images, tmp_path / "two", *flags), TINY_RESNET="1")
     run_to_the_end(tmp_path, arguments(images, tmp_path / "one", *flags), processes=1, devices=4, TINY_RESNET="1")
-    ours, theirs = (dict(np.load(tmp_path / name / "features.npz")) for name in ("two", "one"))
-    assert set(ours) == set(theirs)
-    for name in ours:
-        if ours[name].dtype.kind == "U":
-            assert (ours[name] == theirs[name]).all()
+    found, expected = (dict(np.load(tmp_path / name / "features.npz")) for name in ("two", "one"))
+    assert set(found) == set(expected)
+    for name in found:
+        if found[name].dtype.kind == "U":
+            assert (found[name] == expected[name]).all()
         else:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)

@@ -82,15 +82,15 @@ def pmapped(model, initial, inputs, labels):
 
     run = jax.pmap(step, axis_name="replica")
     params, stats = jax.tree.map(lambda leaf: jnp.stack([leaf] * DEVICES), initial)
-    losses, hits = 0.0, 0
+    losses, sums = 0.0, 0
     for index in range(STEPS):
         rows = slice(index * BATCH, (index + 1) * BATCH)
         parts = [array[rows].reshape(DEVICES, -1, *array.shape[1:]) for array in (inputs, labels)]
         key = jnp.stack([keys.step_key(0, index)] * DEVICES)
         params, stats, value, correct = run(params, stats, *parts, key)
-        losses, hits = losses + float(value[0]) * BATCH, hits + int(correct[0])
+        losses, sums = losses + float(value[0]) * BATCH, sums + int(correct[0])
     first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (params, stats))
-    return flat(*first, EpochMetrics.zero()._replace(loss=losses, metrics={"correct": hits}, count=STEPS * BATCH))
+    return flat(*first, EpochMetrics.zero()._replace(loss=losses, metrics={"correct": sums}, count=STEPS * BATCH))
 
 
 def main():

@@ -80,10 +80,10 @@ def test_they_compute_the_same(stride, optimised, fresh):
     def gradients(**options):
         return jit_with(options, jax.value_and_grad(loss, (0, 1)))
 
-    ours, plain = gradients(**convolution_options("cpu")), gradients()
-    assert isinstance(ours, environment._Uncached)  # JAX warns, which is an error here, where it cannot store a program
+    onednn, plain = gradients(**convolution_options("cpu")), gradients()
+    assert isinstance(onednn, environment._Uncached)  # JAX warns, an error here, where it cannot store it
     compare = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3)
-    jax.tree.map(compare, ours(images, kernel), plain(images, kernel))
+    jax.tree.map(compare, onednn(images, kernel), plain(images, kernel))
 
 
 @pytest.mark.skipif(not KNOWN, reason="oneDNN's convolutions came with jax 0.11")

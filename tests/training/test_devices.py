@@ -86,7 +86,7 @@ def test_jit_shard_map_and_pmap_agree(tmp_path):
     ):
         for other in others:
             np.testing.assert_allclose(found[other], found[reference], rtol=0, atol=1e-9, err_msg=other)
-    # The last three are the sums of losses, hits and examples.
+    # The last three are the sums of losses, correct predictions and examples.
     difference = np.abs(found["device_no_dropout"] - found["global_jit"])[:-3]
     assert difference.max() > 1e-3
 

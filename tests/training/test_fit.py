@@ -25,7 +25,7 @@ fit = functools.partial(pspinal_jax.fit, optimizer=optax.adamw(1e-2), epochs=2, 
 
 
 class Net(nn.Module):
-    """Batch norm and dropout, and a head of ours."""
+    """Batch norm and dropout, and one of the heads."""
 
     @nn.compact
     def __call__(self, x, train):

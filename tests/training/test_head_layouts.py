@@ -45,9 +45,9 @@ def test_weight_decay_spares_biases_in_every_layout():
     optimizer = make_optimizer("adamw", weight_decay=0.5)
     state = state_of(optimizer)
     for layout in ("tree", "fused", "packed"):
-        here = convert_state(state, head_layouts(layout))
-        nothing = jax.tree.map(jnp.zeros_like, here.params)
-        direction, _ = optimizer.update(nothing, optimizer.init(here.params), here.params)
+        converted = convert_state(state, head_layouts(layout))
+        nothing = jax.tree.map(jnp.zeros_like, converted.params)
+        direction, _ = optimizer.update(nothing, optimizer.init(converted.params), converted.params)
         for path, leaf in jax.tree_util.tree_leaves_with_path(direction):
             moved = bool(np.any(np.asarray(leaf)))
             assert moved == ("kernel" in path[-1].key), path

@@ -15,8 +15,8 @@ def folded(*numbers):
     return key
 
 
-def assert_same(ours, theirs):
-    np.testing.assert_array_equal(jax.random.key_data(ours), jax.random.key_data(theirs))
+def assert_same(found, expected):
+    np.testing.assert_array_equal(jax.random.key_data(found), jax.random.key_data(expected))
 
 
 @pytest.mark.parametrize("seed", [0, 9])

@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused_before_the_run():
         ("head/output/bias", (100,), ("model",)),
         ("head/output/kernel", (6, 100), (None, "model")),  # too small for fsdp
         ("head/layer_2/kernel", (640, 128), ("fsdp", None)),
-        ("head/layer_2/kernel", (642, 128), (None, "fsdp")),  # 642 is no multiple of 4
+        ("head/layer_2/kernel", (642, 128), (None, "fsdp")),  # 642 is not a multiple of 4
         ("head/layer_2/kernel", (641, 129), ()),
         ("head/layer_2/bias", (128,), ()),
         ("backbone/stage_1/conv_1/kernel", (3, 3, 64, 128), (None, None, None, "fsdp")),

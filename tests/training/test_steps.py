@@ -159,7 +159,7 @@ def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(smoothing):
 
 
 @pytest.mark.parametrize(
-    ("ours", "reference"),
+    ("optimizer", "reference"),
     [
         (make_optimizer("sgd", momentum=0.5), optax.sgd(0.1, momentum=0.5)),
         (make_optimizer("sgd", momentum=0.9, nesterov=True), optax.sgd(0.1, momentum=0.9, nesterov=True)),
@@ -171,17 +171,17 @@ def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(smoothing):
         ),
     ],
 )
-def test_optimizers_are_optaxs(ours, reference):
+def test_optimizers_are_optaxs(optimizer, reference):
     rate = 0.1
-    params = here = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
-    state, reference_state = ours.init(params), reference.init(params)
+    params = moved = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    state, reference_state = optimizer.init(params), reference.init(params)
     for step in range(3):
         gradients = jax.tree.map(lambda leaf, s=step: leaf * 0.3 + s, params)
-        direction, state = ours.update(gradients, state, here)
-        here = jax.tree.map(lambda p, d: p - rate * d, here, direction)
+        direction, state = optimizer.update(gradients, state, moved)
+        moved = jax.tree.map(lambda p, d: p - rate * d, moved, direction)
         updates, reference_state = reference.update(gradients, reference_state, params)
         params = optax.apply_updates(params, updates)
-        chex.assert_trees_all_close(here, params, rtol=1e-6)
+        chex.assert_trees_all_close(moved, params, rtol=1e-6)
 
 
 def test_schedules():

@@ -38,14 +38,14 @@ def test_balanced_weights_are_n_over_k_n_c():
 def test_the_loss_of_mixed_labels_is_that_of_soft_ones(smoothing, weights):
     logits = RNG.normal(size=(9, 3)).astype(np.float32)
     labels, others = RNG.integers(0, 3, (2, 9))
-    share = RNG.random(9).astype(np.float32)
+    lam = RNG.random(9).astype(np.float32)
     weighted = np.ones(3) if weights is None else np.asarray(weights)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     soft = [(1 - smoothing) * np.eye(3)[each] + smoothing / 3 for each in (labels, others)]
     each = [-weighted[index] * (target * log_p).sum(-1) for index, target in zip((labels, others), soft, strict=True)]
-    expected = share * each[0] + (1 - share) * each[1]
-    ours = target_losses(logits, Mixed(labels, others, share), smoothing, weights)
-    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    expected = lam * each[0] + (1 - lam) * each[1]
+    found = target_losses(logits, Mixed(labels, others, lam), smoothing, weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(target_losses(logits, labels, smoothing, weights), each[0], rtol=1e-5)
 
 
@@ -98,7 +98,7 @@ PARAMS = {"backbone": {"kernel": jnp.full((3, 2), 2.0)}, "head": {"kernel": jnp.
 
 
 def test_clipping_and_the_backbones_rate_are_optaxs():
-    ours = make_optimizer("adamw", weight_decay=0.3, gradient_clip=0.7, backbone_rate=0.1)
+    found = make_optimizer("adamw", weight_decay=0.3, gradient_clip=0.7, backbone_rate=0.1)
     label = {"backbone": "slow", "head": "fast"}
 
     def kernels(tree):
@@ -107,14 +107,14 @@ def test_clipping_and_the_backbones_rate_are_optaxs():
     rates = {"slow": 0.02, "fast": 0.2}
     parts = {name: optax.adamw(rate, weight_decay=0.3, mask=kernels) for name, rate in rates.items()}
     reference = optax.chain(optax.clip_by_global_norm(0.7), optax.partition(parts, label))
-    state, reference_state, params, here = ours.init(PARAMS), reference.init(PARAMS), PARAMS, PARAMS
+    state, reference_state, params, moved = found.init(PARAMS), reference.init(PARAMS), PARAMS, PARAMS
     for step in range(3):
         gradients = jax.tree.map(lambda leaf, s=step: 0.05 * leaf + s, PARAMS)  # the first is not clipped
-        direction, state = ours.update(gradients, state, here)
-        here = jax.tree.map(lambda p, d: p - 0.2 * d, here, direction)
+        direction, state = found.update(gradients, state, moved)
+        moved = jax.tree.map(lambda p, d: p - 0.2 * d, moved, direction)
         updates, reference_state = reference.update(gradients, reference_state, params)
         params = optax.apply_updates(params, updates)
-        chex.assert_trees_all_close(here, params, rtol=1e-5)
+        chex.assert_trees_all_close(moved, params, rtol=1e-5)
 
 
 def programs(**options):
@@ -182,8 +182,8 @@ def test_a_step_with_all_of_it_is_the_plain_one_written_out(micro_batches):
         key = keys.step_key(SEED, step)
         shifted = shift(keys.augment_key(key), INPUTS[rows])
         inputs, targets = mix(keys.mix_key(key), shifted, LABELS[rows], mixup=0.5)
-        share = np.asarray(targets.lam)[:, None]
-        weighted = [share * np.eye(3)[LABELS[rows]], (1 - share) * np.eye(3)[np.asarray(targets.others)]]
+        lam = np.asarray(targets.lam)[:, None]
+        weighted = [lam * np.eye(3)[LABELS[rows]], (1 - lam) * np.eye(3)[np.asarray(targets.others)]]
         soft = sum(
             (0.9 * each + each.sum(1, keepdims=True) * 0.1 / 3) * (each @ WEIGHTS / each.sum(1))[:, None]
             for each in weighted
