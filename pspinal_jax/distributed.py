@@ -72,12 +72,12 @@ def broadcast_from_primary(action: Callable[[], Result]) -> Result:
 
 def primary_first(action: Callable[[], Result]) -> Result:
     """What `action` returns in this process; the others call it after process 0, and find what it left on disk."""
-    if not is_primary():
+    if is_primary():
+        result = action()
         barrier()
-        return action()
-    result = action()
+        return result
     barrier()
-    return result
+    return action()
 
 
 def assert_same(values: Mapping[str, Any]) -> None:
@@ -92,10 +92,8 @@ def assert_same(values: Mapping[str, Any]) -> None:
     found = json.loads(json.dumps(dict(values)))
     wrong = differences(found, expected, lambda name, mine, first: f"{name} is {mine!r}, on process 0 {first!r}")
     if gather([bool(wrong)]).any():
-        which = f"process {index()} differs from process 0: {', '.join(wrong[:4])}"
-        raise UsageError(
-            f"{which if wrong else 'a process differs from this one'}; start all with the same command and files"
-        )
+        which = f"process {index()} differs from process 0: {', '.join(wrong)}" if wrong else "a process differs"
+        raise UsageError(f"{which}; start all with the same command and files")
 
 
 def put(tree: Any, shardings: Any) -> Any:
@@ -109,21 +107,18 @@ def put(tree: Any, shardings: Any) -> Any:
     """
     import jax
 
+    def one(leaf: Any, sharding: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        array = np.asarray(leaf)
+        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+        return jax.make_array_from_callback(array.shape, sharding, lambda place: array[place])
+
     if count() == 1:
         return jax.device_put(tree, shardings)
     if isinstance(shardings, jax.sharding.Sharding):
-        return jax.tree.map(lambda leaf: _put(leaf, shardings), tree)
-    return jax.tree.map(_put, tree, shardings)
-
-
-def _put(leaf: Any, sharding: Any) -> Any:
-    import jax
-
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jax.device_put(leaf, sharding)
-    array = np.asarray(leaf)
-    array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
-    return jax.make_array_from_callback(array.shape, sharding, lambda place: array[place])
+        return jax.tree.map(lambda leaf: one(leaf, shardings), tree)
+    return jax.tree.map(one, tree, shardings)
 
 
 def whole(array: Any) -> np.ndarray:
@@ -221,10 +216,9 @@ def _check(options: ProcessOptions) -> dict[str, Any]:
     """The arguments that were given, if they are right."""
     names = ("coordinator_address", "num_processes", "process_id")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if given and not options.distributed:
-        raise UsageError(f"{', '.join(given)} given without distributed=True; add it, or leave them out")
-    if given and len(given) < len(names):
-        raise UsageError(f"{', '.join(given)} given alone; give all of {', '.join(names)}, or none to ask the cluster")
+    if given and (len(given) < len(names) or not options.distributed):
+        expected = ", ".join(("distributed=True", *names))
+        raise UsageError(f"{', '.join(given)} given alone; give all of {expected}, or the first to ask the cluster")
     if given:
         host, _, port = given["coordinator_address"].rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -258,8 +252,9 @@ def _initialize(options: ProcessOptions, given: dict[str, Any]) -> None:
                 "distributed=True found no cluster that JAX knows (SLURM, Open MPI, Kubernetes, Cloud TPU); give "
                 "coordinator_address, num_processes and process_id"
             ) from error
+        reason = " ".join(str(error).split())[:300]
         raise RunError(
             f"the run's processes could not be joined within {options.initialization_timeout} s: check that all are "
-            f"started, alike but for process_id, and the port open ({' '.join(str(error).split())[:300]})"
+            f"started, alike but for process_id, and the port open ({reason})"
         ) from error
     jax.devices()  # found here, by all processes at once
