@@ -99,7 +99,7 @@ def extract_features(
         side = recipe.data.side if view is None else recipe.data.train_side
         key = jax.random.fold_in(keys.init_key(recipe.data.split_seed), view or 0)
         order, parts = np.arange(len(split)), []
-        local = process_local_batches(mesh, split, order, (side, side), size, workers=workers, pad=True)
+        local = process_local_batches(mesh, split, order, side, size, workers=workers, pad=True)
         with contextlib.closing(local), progress_bar(len(split), description, "image", is_primary()) as bar:
             for index, ((images, _), count) in enumerate(local):
                 placed = shard_process_local(mesh, images, size)

@@ -185,10 +185,10 @@ class Source:
                 for batch in itertools.islice(self.batches(), first, None):
                     yield [programs.shard_batch(to_batch(batch))] * len(seed_states.seeds)
                 return
-            used = stage.whole_steps * self.batch_size + stage.tail_size
-            orders = seed_states.orders()[:, :used]
-            for start in range(first * self.batch_size, used, self.batch_size):
-                numbers = orders[:, start : start + self.batch_size]
+            size = self.batch_size
+            visited = seed_states.orders()[:, first * size : stage.whole_steps * size + stage.tail_size]
+            for start in range(0, visited.shape[1], size):
+                numbers = visited[:, start : start + size]
                 rows = [jax.tree.map(lambda leaf, each=each: leaf[each], self.arrays) for each in numbers]
                 yield [programs.shard_batch(each) for each in rows]
 

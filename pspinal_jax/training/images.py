@@ -21,25 +21,18 @@ from pspinal_jax.training.step import Batch
 
 def streaming_examples(programs: Programs, split: Split, side: int, workers: int, crops: bool) -> BatchedExamples:
     """Images to train on. Each seed reads its own order; with `crops` they are cropped anew in every epoch."""
+    mesh, size = programs.mesh, programs.batch_size
 
     def epoch(seed_states: SeedStates, stage: TrainingStage, first: int) -> Generator[list[Batch], None, None]:
-        used = stage.whole_steps * programs.batch_size + stage.tail_size
+        visited = seed_states.orders()[:, first * size : stage.whole_steps * size + stage.tail_size]
         with contextlib.ExitStack() as opened:
             streams = []
-            for seed, order in zip(seed_states.seeds, seed_states.orders(), strict=True):
+            for seed, order in zip(seed_states.seeds, visited, strict=True):
                 cropped = split.random_crop(seed, seed_states.epoch) if crops else split
-                local = process_local_batches(
-                    programs.mesh,
-                    cropped,
-                    order[:used],
-                    (side, side),
-                    programs.batch_size,
-                    first_batch=first,
-                    workers=workers,
-                )
+                local = process_local_batches(mesh, cropped, order, side, size, workers=workers)
                 streams.append(opened.enter_context(contextlib.closing(local)))
             for batches in zip(*streams, strict=True):
-                yield [shard_process_local(programs.mesh, batch, size) for batch, size in batches]
+                yield [shard_process_local(mesh, batch, rows) for batch, rows in batches]
 
     return BatchedExamples(programs, len(split), _example(side), epoch)
 
@@ -49,8 +42,7 @@ def streaming_split(programs: Programs, split: Split, side: int, workers: int) -
     mesh, size = programs.mesh, programs.eval_batch_size
 
     def batches() -> Generator[tuple[Batch, int], None, None]:
-        order = np.arange(len(split))
-        local = process_local_batches(mesh, split, order, (side, side), size, workers=workers, pad=True)
+        local = process_local_batches(mesh, split, np.arange(len(split)), side, size, workers=workers, pad=True)
         with contextlib.closing(local):
             for batch, count in local:
                 yield shard_process_local(mesh, batch, size), count
@@ -63,15 +55,7 @@ def _example(side: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
 
 
 def process_local_batches(
-    mesh: Mesh,
-    split: Split,
-    order: np.ndarray,
-    shape: tuple[int, int],
-    batch_size: int,
-    *,
-    first_batch: int = 0,
-    workers: int = 0,
-    pad: bool = False,
+    mesh: Mesh, split: Split, order: np.ndarray, side: int, batch_size: int, *, workers: int = 0, pad: bool = False
 ) -> Generator[tuple[Batch, int], None, None]:
     """The rows on the devices of this process (see `process_local_rows`) of batches of B examples, read ahead of use.
 
@@ -79,20 +63,18 @@ def process_local_batches(
       mesh: the devices.
       split: what to read from.
       order: integers [M], numbers of examples, the same on every process.
-      shape: (H, W).
+      side: of the square images, in pixels.
       batch_size: B over all devices; the last batch holds what is left.
-      first_batch: number of the batch to begin with; what comes before it is not read.
       workers: processes that read and decode; 0 for threads of this process.
       pad: fill a smaller last batch with zeros, to B.
 
     Yields:
       ((images, labels), n): rows for `shard_process_local`, and how many examples the whole batch has, without padding.
     """
-    starts = range(first_batch * batch_size, len(order), batch_size)
-    batches = [order[start : start + batch_size] for start in starts]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rows = {size: process_local_rows(mesh, batch_size if pad else size) for size in {*map(len, batches)}}
     numbers = [batch[rows[len(batch)][rows[len(batch)] < len(batch)]] for batch in batches]
-    with contextlib.closing(stream(split, numbers, shape, workers)) as read:
+    with contextlib.closing(stream(split, numbers, (side, side), workers)) as read:
         for (images, labels), size in zip(read, map(len, batches), strict=True):
             missing = len(rows[size]) - len(labels)
             padding = [(0, missing), (0, 0), (0, 0), (0, 0)]
