@@ -57,7 +57,6 @@ def loop_config(recipe: Recipe) -> LoopConfig:
         keeps_first_of_ties=recipe.protocol == "paper",
         restarts_rate=recipe.optimizer.steering != "none",
         stop_on_nonfinite=recipe.on_nonfinite == "stop",
-        advice="lower optimizer.learning_rate, or leave such steps out with on_nonfinite=skip (in another workdir)",
     )
 
 

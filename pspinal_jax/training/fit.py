@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -265,8 +264,6 @@ class CompiledTraining:
             selected_by=options.select,
             patience=options.patience,
             stop_on_nonfinite=options.on_nonfinite == "stop",
-            least_score=-sys.float_info.max,
-            advice="lower the learning rate, or pass on_nonfinite='skip'",
             **loop,
         )
         validation = source.validation

@@ -13,6 +13,7 @@ see that step again is written down; with `on_nonfinite="skip"` the step itself 
 import contextlib
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -229,12 +230,12 @@ class Trainer:
                 progress.seconds += seconds
                 progress.step += steps
                 progress.serial += steps
-                self._check_finite()
-                bar.set_postfix(self._shown(), refresh=False)
-                bar.update(steps)
+                totals = self.seed_states.totals()
+                self._check_finite(totals)
+                self._show(bar, totals, steps)
                 if stage.steps_per_epoch is None or progress.step < stage.steps_per_epoch:
                     if self.callbacks:
-                        self._call_back(stages.training_means(self.seed_states.totals()))
+                        self._call_back(stages.training_means(totals))
                     if self._asked_to_end:
                         break
                     if self._synchronize():
@@ -242,13 +243,13 @@ class Trainer:
                     self.stop_if_asked()
                 start = time.perf_counter()
 
-    def _check_finite(self) -> None:
+    def _check_finite(self, totals: dict[str, list[Any]]) -> None:
         """Raise RunError, naming the step, if one of the epoch so far was not finite; called before anything is saved.
 
         The report holds the seed, the epoch, the step, its learning rate and its examples. Training on from the last
         checkpoint comes by that step again.
         """
-        bad_steps = np.asarray(self.seed_states.totals()["bad_step"])
+        bad_steps = np.asarray(totals["bad_step"])
         if not self.config.stop_on_nonfinite or (bad_steps < 0).all():
             return
         progress, states, size = self.progress, self.seed_states, self.config.batch_size
@@ -271,7 +272,8 @@ class Trainer:
         kept = f"the last checkpoint before it is kept, and {path} names the examples in it; " if path else ""
         raise RunError(
             f"the loss, a running statistic or a gradient of seed {report['seed']} is not finite at step {step + 1} of "
-            f"epoch {report['epoch']}; {kept}{self.config.advice}"
+            f"epoch {report['epoch']}; {kept}lower the learning rate, or leave such steps out with "
+            "on_nonfinite=skip (in another workdir)"
         )
 
     def _chunk_steps(self, remaining: int) -> int:
@@ -282,11 +284,12 @@ class Trainer:
         for callback in self.callbacks:
             self._asked_to_end |= bool(callback(self.progress.epoch, self.seed_states.state, metrics))
 
-    def _shown(self) -> dict[str, str]:
-        shown = {"loss": f"{np.mean(stages.training_means(self.seed_states.totals())['train_loss']):.4f}"}
+    def _show(self, bar: Any, totals: dict[str, list[Any]], steps: int) -> None:
+        shown = {"loss": f"{np.mean(stages.training_means(totals)['train_loss']):.4f}"}
         if self.progress.last_accuracy:
             shown[str(self.stage.evaluates)] = f"{np.mean(self.progress.last_accuracy):.4f}"
-        return shown
+        bar.set_postfix(shown, refresh=False)
+        bar.update(steps)
 
     def _finish_epoch(self, bar: Any) -> None:
         """Evaluate, select, and write the epoch's line."""
@@ -308,8 +311,7 @@ class Trainer:
         if self.setup.examples.waited:
             line["input_seconds"] = round(self.setup.examples.waited, 4)
         self.log.append(line)
-        bar.set_postfix(self._shown(), refresh=False)
-        bar.update(0)
+        self._show(bar, totals, 0)
         self._call_back(line)
         progress.total_seconds += progress.seconds + time.perf_counter() - start
         progress.lines += 1
@@ -321,7 +323,7 @@ class Trainer:
         count = config.num_seeds
         accuracy, loss = config.score(evaluation), evaluation.get("loss")
         if accuracy is not None and loss is not None:
-            before = progress.best_accuracy or [config.least_score] * count
+            before = progress.best_accuracy or [-sys.float_info.max] * count
             before_loss = progress.best_loss or [None] * count
             progress.last_accuracy = accuracy
             by = [None] * count if config.keeps_first_of_ties else before_loss

@@ -53,9 +53,7 @@ class LoopConfig:
       patience: epochs without a better one after which a seed stops; 0 for no limit.
       restarts_rate: whether an epoch that is no better draws the learning rate anew, see `OptimizerConfig.steering`.
       stop_on_nonfinite: whether a loss or gradient that is not finite ends the run.
-      advice: what to do then.
       keeps_first_of_ties: whether of epochs that are equally good the first is kept, as by the published scripts.
-      least_score: less than any epoch's.
       shows_progress: whether a bar on standard error shows it.
     """
 
@@ -69,9 +67,7 @@ class LoopConfig:
     patience: int = 0
     restarts_rate: bool = False
     stop_on_nonfinite: bool = True
-    advice: str = ""
     keeps_first_of_ties: bool = False
-    least_score: float = -1.0
     shows_progress: bool = True
 
     def score(self, evaluation: dict[str, list[float]]) -> list[float] | None:

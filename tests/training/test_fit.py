@@ -295,7 +295,7 @@ def test_fit_resumes_bit_for_bit_and_goes_on_from_the_end(tmp_path):
 def test_fit_stops_where_the_loss_is_not_finite(tmp_path):
     bad = X.copy()
     bad[7] = np.inf
-    with pytest.raises(RunError, match=r"not finite at step .*on_nonfinite='skip'"):
+    with pytest.raises(RunError, match=r"not finite at step .*on_nonfinite=skip"):
         fit((linear_init, linear), (bad, Y), workdir=tmp_path)
     assert (tmp_path / "nonfinite.json").exists()
     skipped = fit((linear_init, linear), (bad, Y), on_nonfinite="skip")
