@@ -18,8 +18,7 @@ from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalH
 from pspinal_jax.training.examples import Source, one_example
 from pspinal_jax.training.fit import CompiledTraining
 from pspinal_jax.training.fitted import predict_logits
-from pspinal_jax.training.optimizers import Schedule
-from pspinal_jax.training.optimizers import learning_rates as rates_of
+from pspinal_jax.training.optimizers import Schedule, learning_rates
 from pspinal_jax.training.stages import TrainingStage
 from pspinal_jax.training.step import cross_entropy
 
@@ -101,12 +100,11 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         targets = labels.astype(np.int32), weights.astype(np.float32)
         source = _padded_source(self._scaled(X), targets, self.batch_size)
         schedule = Schedule("one_cycle", self.learning_rate, warmup_fraction=0.1)
-        seed = self.random_state
         result = self._compiled().train(
             source,
             self.epochs,
-            int(check_random_state(seed).randint(2**31)),
-            learning_rates=lambda epoch, steps: rates_of(schedule, epoch, steps, self.epochs),
+            int(check_random_state(self.random_state).randint(2**31)),
+            learning_rates=lambda epoch, steps: learning_rates(schedule, epoch, steps, self.epochs),
             shows_progress=self.verbose,
         )
         self.params_ = jax.tree.map(np.asarray, result.variables["params"])
@@ -119,18 +117,14 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         X = validate_data(self, X, dtype=np.float64, reset=False)
         variables = {"params": self.params_, "batch_stats": {}}
         logits = predict_logits(self._compiled().programs, variables, self._scaled(X), len(X))
-        probabilities: np.ndarray = softmax(logits.astype(np.float64), axis=1)
-        return probabilities
+        return np.asarray(softmax(logits.astype(np.float64), axis=1))
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class [N]."""
-        probabilities = self.predict_proba(X)
-        predicted: np.ndarray = self.classes_[probabilities.argmax(1)]
-        return predicted
+        return np.asarray(self.classes_[self.predict_proba(X).argmax(1)])
 
     def _scaled(self, X: np.ndarray) -> np.ndarray:
-        scaled: np.ndarray = ((X - self._shift) * self._scale).astype(np.float32)
-        return scaled
+        return np.asarray((X - self._shift) * self._scale, np.float32)
 
     def _compiled(self) -> CompiledTraining:
         head = _make_head(self.head, len(self.classes_), self.layer_width, self.num_layers, self.dropout_rate)

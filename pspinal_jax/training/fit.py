@@ -14,11 +14,12 @@ import optax
 from jax.sharding import Mesh
 
 from pspinal_jax.checkpoints import CheckpointStore
+from pspinal_jax.data.arrays import checksum
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.recipes.typed import typed
-from pspinal_jax.training.examples import EvaluatedSplit, InMemoryExamples, Source, as_source, check_at_least, checksum
+from pspinal_jax.training.examples import EvaluatedSplit, InMemoryExamples, Source, as_source, check_at_least
 from pspinal_jax.training.fitted import Fit, HistoryLog, held_workdir
 from pspinal_jax.training.loop import Callback, Setup, Trainer
 from pspinal_jax.training.models import Model, as_model

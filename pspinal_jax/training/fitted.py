@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from pspinal_jax.data.arrays import count_examples, to_batch, to_numpy
 from pspinal_jax.distributed import barrier, is_primary, whole
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences, expanded, held, json_text, write_json, write_text
-from pspinal_jax.training.examples import EvaluatedSplit, count_examples, one_example, to_batch, to_numpy
+from pspinal_jax.training.examples import EvaluatedSplit, one_example
 from pspinal_jax.training.loop import REPORT
 from pspinal_jax.training.models import Model
 from pspinal_jax.training.programs import Programs, SeedStates, padded_split

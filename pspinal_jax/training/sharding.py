@@ -35,9 +35,9 @@ BATCH = PartitionSpec(("data", "fsdp"))
 """How a batch's first axis is sharded."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
-    """The mesh of all devices with axes of these lengths; see `mesh_shape`."""
-    return _mesh_of(mesh_shape(data, fsdp, model, jax.device_count()))
+def make_mesh() -> Mesh:
+    """The mesh of all devices on the axis data."""
+    return _mesh_of((jax.device_count(), 1, 1))
 
 
 def fit_mesh(data: int, fsdp: int, model: int, *, rows: int, least: int = 1, resuming: bool = False) -> Mesh:

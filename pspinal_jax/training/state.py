@@ -123,14 +123,9 @@ def in_layouts(layouts: Layouts, frozen: tuple[str, ...], run: Step) -> Step:
 
     def converted(state: TrainState, *arguments: Any) -> tuple[TrainState, EpochMetrics]:
         state, totals = run(convert_state(state, layouts, frozen), *arguments)
-        return convert_state(state, as_trees(layouts), frozen), totals
+        return convert_state(state, dict.fromkeys(layouts, "tree"), frozen), totals
 
     return converted
-
-
-def as_trees(layouts: Layouts) -> Layouts:
-    """The documented trees of the same heads."""
-    return dict.fromkeys(layouts, "tree")
 
 
 def convert_state(state: TrainState, layouts: Layouts, frozen: tuple[str, ...] = ()) -> TrainState:
