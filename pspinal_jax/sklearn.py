@@ -116,7 +116,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         variables = {"params": self.params_, "batch_stats": {}}
-        logits = predict_logits(self._compiled().programs, variables, self._scaled(X), len(X))
+        logits = predict_logits(self._compiled().programs, variables, self._scaled(X))
         return np.asarray(softmax(logits.astype(np.float64), axis=1))
 
     def predict(self, X: Any) -> np.ndarray:

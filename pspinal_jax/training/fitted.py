@@ -20,6 +20,7 @@ from pspinal_jax.training.loop import REPORT
 from pspinal_jax.training.models import Model
 from pspinal_jax.training.programs import Programs, SeedStates, padded_split
 from pspinal_jax.training.stages import per_seed
+from pspinal_jax.training.step import count_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -190,10 +191,7 @@ class Fit:
 
         Of K seeds a list of K.
         """
-        count = len(self._seed_states.seeds)
-        if count == 1:
-            return self._model.restore(self._trees)
-        return [self._model.restore(jax.tree.map(lambda leaf, i=i: leaf[i], self._trees)) for i in range(count)]
+        return per_seed([self._model.restore(variables) for variables in self._of_seeds()])
 
     def predict(self, x: Any) -> np.ndarray:
         """The logits [N, ...] of `x` in evaluation mode, float32 or as the model computes; of K seeds [K, N, ...].
@@ -202,9 +200,10 @@ class Fit:
           DataError: if `x` does not hold numbers, or other shapes than the training's.
         """
         inputs = to_numpy(x, "x")
-        count = count_examples(inputs, "x")
+        count_examples(inputs, "x")
         self._check(inputs, self._programs.inputs, "x")
-        return predict_logits(self._programs, self._trees, inputs, count, stacked=len(self._seed_states.seeds) > 1)
+        logits = [predict_logits(self._programs, variables, inputs) for variables in self._of_seeds()]
+        return logits[0] if len(logits) == 1 else np.stack(logits)
 
     def evaluate(self, x: Any, y: Any) -> dict[str, Any]:
         """Mean loss and metrics over all examples, each counted once; of K seeds a list of K for each.
@@ -230,10 +229,13 @@ class Fit:
         """
         from pspinal_jax.weights.variables import save_variables
 
-        trees = self._trees
-        named = {"params": trees["params"], **(trees["batch_stats"] if isinstance(trees["batch_stats"], dict) else {})}
+        named = jax.tree.map(whole, {"params": self._trees["params"], **self._trees["batch_stats"]})
         if is_primary():
-            save_variables(expanded(Path(path)), jax.tree.map(whole, named))
+            save_variables(expanded(Path(path)), named)
+
+    def _of_seeds(self) -> list[Any]:
+        count = len(self._seed_states.seeds)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i] if count > 1 else leaf, self._trees) for i in range(count)]
 
     def _check(self, arrays: Any, example: Any, name: str) -> None:
         found = one_example(arrays)
@@ -247,13 +249,12 @@ class Fit:
         return f"Fit({self.history.summary()})"
 
 
-def predict_logits(programs: Programs, variables: Any, inputs: Any, count: int, *, stacked: bool = False) -> np.ndarray:
-    """The logits [count, ...] of host arrays, in batches of one size; of `stacked` variables [K, count, ...]."""
-    size, axis = programs.eval_batch_size, int(stacked)
+def predict_logits(programs: Programs, variables: Any, inputs: Any) -> np.ndarray:
+    """The logits [N, ...] of host arrays under the variables of one seed, in batches of one size."""
+    size, count = programs.eval_batch_size, count_rows((inputs, ()))
     parts = []
     for start in range(0, count, size):
         rows = jax.tree.map(lambda leaf, start=start: leaf[start : start + size], inputs)
         batch = programs.shard_batch(padded_split((rows, ()), size)[0])
-        parts.append(whole(programs.logits(stacked)(variables, batch)))
-    logits = np.concatenate(parts, axis) if parts else np.zeros(0, np.float32)
-    return logits[:, :count] if stacked else logits[:count]
+        parts.append(whole(programs.logits(variables, batch)))
+    return np.concatenate(parts)[:count] if parts else np.zeros(0, np.float32)

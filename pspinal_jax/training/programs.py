@@ -112,15 +112,10 @@ class Programs:
         return jit_with(self.compiler_options, program, out_shardings=self.replicated)
 
     @cached_property
-    def logits(self) -> Callable[[bool], Callable[..., jax.Array]]:
-        """Whether variables have a leading seed axis -> the program (variables, inputs) -> logits in evaluation."""
-
-        def logits(stacked: bool) -> Callable[..., jax.Array]:
-            apply = partial(self.eval_step.apply, train=False)
-            program = jax.vmap(apply, (0, None)) if stacked else apply
-            return jit_with(self.compiler_options, program, out_shardings=self.replicated)
-
-        return cache(logits)
+    def logits(self) -> Callable[..., jax.Array]:
+        """(variables of one seed, inputs) -> logits in evaluation."""
+        apply = partial(self.eval_step.apply, train=False)
+        return jit_with(self.compiler_options, apply, out_shardings=self.replicated)
 
     @cached_property
     def update_best(self) -> Callable[..., Any]:
