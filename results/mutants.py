@@ -36,7 +36,7 @@ ROOMS = {
     "layers": ["layers"],
     "training": ["training"],
     "comparison": ["comparison"],
-    "metrics": ["runs/metrics.py", "runs/scores.py"],
+    "metrics": ["runs/scores.py"],
     "checkpoints": ["checkpoints"],
     "data": ["data"],
 }

@@ -187,21 +187,20 @@ def _newest(
     Of several processes, process 0 looks for it by itself: if one found damage while it restores together with the
     others, these would wait for it.
     """
-    if count() > 1:
-        step = broadcast_from_primary(lambda: _newest_by_itself(Path(manager.directory), abstract, fall_back))
-        return step, *_read(manager, step, abstract, check=False)
-    return _search(manager, abstract, fall_back)
-
-
-def _newest_by_itself(directory: Path, abstract: Callable[[dict[str, Any]], Trees], fall_back: bool) -> int:
-    alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="alone")
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+    if count() == 1:
+        return _search(manager, abstract, fall_back)
 
     def on_host(progress: dict[str, Any]) -> Trees:
         return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract(progress))
 
-    with ocp.CheckpointManager(directory, options=options) as manager:
-        return _search(manager, on_host, fall_back)[0]
+    def search() -> int:
+        alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="alone")
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+        with ocp.CheckpointManager(Path(manager.directory), options=options) as by_itself:
+            return _search(by_itself, on_host, fall_back)[0]
+
+    step = broadcast_from_primary(search)
+    return step, *_read(manager, step, abstract, check=False)
 
 
 def _search(
@@ -209,7 +208,7 @@ def _search(
 ) -> tuple[int, Trees, dict[str, Any]]:
     problems: list[str] = []
     _ignore_late_reads()
-    for step in sorted(manager.all_steps(), reverse=True):
+    for step in sorted(manager.all_steps(), reverse=True)[: None if fall_back else 1]:
         try:
             trees, progress = _read(manager, step, abstract)
         except RunError:
@@ -217,13 +216,12 @@ def _search(
         except Exception as error:  # Orbax raises bare exceptions of many kinds on damaged files
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             problems.append(f"checkpoint {step} in {manager.directory} is damaged ({reason})")
-            if not fall_back:
-                raise RunError(f"{problems[0]}; only `train` goes on from an older one") from error
             continue
         for problem in problems:
             warn(f"{problem}; using checkpoint {step} instead")
         return step, trees, progress
-    raise RunError(f"{'; '.join(problems)}; no whole checkpoint is left: train again in another workdir")
+    end = "no whole checkpoint is left: train again in another workdir"
+    raise RunError(f"{'; '.join(problems)}; {end if fall_back else 'only `train` goes on from an older one'}")
 
 
 def _read(

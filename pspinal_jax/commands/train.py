@@ -113,8 +113,7 @@ def extract_features(args: Sequence[str]) -> int:
     from pspinal_jax.environment import enable_compilation_cache
     from pspinal_jax.models import build_model, with_default_preprocessing
     from pspinal_jax.recipes.rules import check_settings, check_settings_for
-    from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
-    from pspinal_jax.runs.start import start_variables
+    from pspinal_jax.runs.start import complete_backbone, extract_features, save_features, start_variables
 
     recipe = parsed.recipe
     if recipe.model.backbone == "none":
@@ -128,10 +127,8 @@ def extract_features(args: Sequence[str]) -> int:
     check_settings_for(recipe, data.source, data.example_shape)
     data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     enable_compilation_cache()
-    shape, dtype = data.example_shape, data.example_dtype
-    model = build_model(recipe, shape, data.num_classes)
-    start = start_variables(recipe, model, parsed.init_from, shape, dtype, data.class_names)
-    variables = complete_backbone(recipe, model, start, shape, dtype)
+    model = build_model(recipe, data.example_shape, data.num_classes)
+    variables = complete_backbone(recipe, model, start_variables(recipe, model, parsed.init_from, data), data)
     features = extract_features(recipe, model, variables, data, parsed.workers)
     save_features(parsed.output, features)
     print(f"{len(features.train)} training and {len(features.test)} test features in {printable(parsed.output)}")

@@ -24,8 +24,7 @@ from pspinal_jax.models import build_model, with_default_preprocessing
 from pspinal_jax.progress import warn
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import TABLES, DataConfig
-from pspinal_jax.runs.features import complete_backbone, extract_features, save_features
-from pspinal_jax.runs.start import start_variables
+from pspinal_jax.runs.start import complete_backbone, extract_features, save_features, start_variables
 
 MAX_PIXELS = 64 * 64 * 3
 """Of images that a head sees as they are; of larger ones it sees a backbone's features."""
@@ -206,10 +205,9 @@ def _features_of_images(folder: Path, log: TrialLog, backbone: str | None, weigh
         if read_json_object(record) != identity:
             raise UsageError(f"{workdir} holds features of other images or another backbone; choose another --workdir")
         return read_npz(path, images.num_classes)
-    shape, dtype = images.example_shape, images.example_dtype
-    model = build_model(recipe, shape, images.num_classes)
-    start = start_variables(recipe, model, None, shape, dtype, images.class_names)
-    features = extract_features(recipe, model, complete_backbone(recipe, model, start, shape, dtype), images)
+    model = build_model(recipe, images.example_shape, images.num_classes)
+    variables = complete_backbone(recipe, model, start_variables(recipe, model, None, images), images)
+    features = extract_features(recipe, model, variables, images)
     workdir.mkdir(parents=True, exist_ok=True)
     save_features(path, features)
     write_json(record, identity)

@@ -80,45 +80,35 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
         train, validation = hold_out(len(data.train), held_out, recipe.data.split_seed, copies)
     if (recipe.patience or recipe.retrain) and not len(validation):
         given = f"patience is {recipe.patience}, expected 0" if recipe.patience else "retrain is True, expected False"
-        raise UsageError(
-            f"{given} where nothing is held out to look at; hold some out with "
-            f"data.{'num_validation' if data.in_memory else 'validation_fraction'}"
-        )
+        field = "num_validation" if data.in_memory else "validation_fraction"
+        raise UsageError(f"{given} where nothing is held out to validate on; hold some out with data.{field}")
     if recipe.batch_size > len(train):
-        raise UsageError(
-            f"batch_size is {recipe.batch_size}, but only {len(train)} examples are left to train on; "
-            "choose a smaller batch_size"
-        )
+        raise UsageError(f"batch_size is {recipe.batch_size}, expected at most {len(train)}, the examples to train on")
     for stage in make_stages(recipe, train, validation):
         if stage.tail_size == 1 and recipe.refuses_batches_of_one:
             raise UsageError(
-                f"batch_size is {recipe.batch_size}, which leaves 1 of {len(stage.subset)} examples as the last batch "
-                "of an epoch, and batch norm learns from 2 or more; choose another batch_size, or leave it out with "
-                "data.drop_remainder"
+                f"batch_size is {recipe.batch_size}, which leaves 1 example for the last batch of an epoch, and batch "
+                "norm needs 2; choose another, or leave it out with data.drop_remainder"
             )
     return train, validation
 
 
 def make_stages(recipe: Recipe, train: np.ndarray, validation: np.ndarray) -> list[TrainingStage]:
     """The stages of a run, from the indices of its training and validation examples."""
-
-    def stage(name: str, subset: np.ndarray, evaluates: str | None) -> TrainingStage:
-        return make_stage(name, subset, evaluates, recipe.batch_size, recipe.data.drop_remainder)
-
     everything = np.sort(np.concatenate([train, validation]))
+    stages: list[tuple[str, np.ndarray, str | None]]
     if recipe.protocol == "paper":
-        names = ["train"] if recipe.rounds == 1 else [f"round_{index + 1}" for index in range(recipe.rounds)]
-        return [stage(name, everything, "test") for name in names]
-    if not len(validation):
-        return [stage("train", everything, None)]
-    stages = [stage("train", train, "validation")]
-    if recipe.retrain:
-        stages.append(stage("retrain", everything, None))
-    return stages
+        rounds = ["train"] if recipe.rounds == 1 else [f"round_{index + 1}" for index in range(recipe.rounds)]
+        stages = [(name, everything, "test") for name in rounds]
+    elif not len(validation):
+        stages = [("train", everything, None)]
+    else:
+        stages = [("train", train, "validation")] + [("retrain", everything, None)] * recipe.retrain
+    return [make_stage(*stage, recipe.batch_size, recipe.data.drop_remainder) for stage in stages]
 
 
 def selected_by(recipe: Recipe) -> str:
-    """What the epoch is selected by: where classes shall count alike in training, they do so here."""
+    """What the epoch is selected by: balanced accuracy where training balances the classes."""
     balances = "balanced" in (recipe.class_weights, recipe.sampler)
     return "balanced_accuracy" if balances and recipe.protocol == "validation" else "accuracy"
 
@@ -144,12 +134,14 @@ def set_up(recipe: Recipe, data: Dataset[Split], workers: int = 0, mesh: Mesh | 
     else:
         examples = InMemoryExamples(programs, (pool.inputs, pool.labels))
 
-    def place(split: Split) -> EvaluatedSplit:
+    def evaluated(split: Split) -> EvaluatedSplit:
         if split.inputs is None:
             return streaming_split(programs, split, recipe.data.side, workers)
         return EvaluatedSplit.in_memory(programs, (split.inputs, split.labels))
 
-    splits = {"test": place(data.test)} | ({"validation": place(pool.take(validation))} if len(validation) else {})
+    splits = {"test": evaluated(data.test)}
+    if len(validation):
+        splits["validation"] = evaluated(pool.take(validation))
     return RunSetup(
         recipe=recipe,
         model=model,
@@ -181,14 +173,8 @@ def build_run_programs(
     if config.head == "progressive" and not shards_parameters(mesh):
         rows, dropout = recipe.batch_size // num_batch_shards(mesh), config.layer_dropout_rate > 0.0
         layout = training_layout(config.implementation, config.num_layers, rows, dropout)
-    direction = make_optimizer(
-        optimizer.name,
-        optimizer.momentum,
-        optimizer.nesterov,
-        optimizer.weight_decay,
-        recipe.gradient_clip,
-        optimizer.backbone_rate,
-    )
+    settings = (optimizer.name, optimizer.momentum, optimizer.nesterov, optimizer.weight_decay)
+    direction = make_optimizer(*settings, recipe.gradient_clip, optimizer.backbone_rate)
     step = TrainStep(
         model.apply,
         direction,
@@ -234,32 +220,29 @@ def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
     A class that does not occur counts as if it did once. The same as scikit-learn's ``class_weight="balanced"``.
     """
     counts = np.bincount(labels, minlength=num_classes)
-    present = np.count_nonzero(counts)
-    return tuple((len(labels) / (present * np.maximum(counts, 1))).tolist())
+    return tuple((len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))).tolist())
 
 
 def augmentation(recipe: Recipe) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     """The augmentation (key, images) -> images that `recipe` asks for, None for none."""
-    name, strength = recipe.data.augment, recipe.augment.color_jitter
+    name, strength, side = recipe.data.augment, recipe.augment.color_jitter, recipe.data.side
     if name == "none" and not strength:
         return None
-    from pspinal_jax.augment import ResizedCrop, augment, color_jitter, resized_crop_flip, rotate_crop_flip
+    from pspinal_jax.augment import ResizedCrop, augment, resized_crop_flip, rotate_crop_flip
 
-    moved: Callable[[jax.Array, jax.Array], jax.Array] = augment
-    if name == "rotation_crop_flip":
-        moved = partial(rotate_crop_flip, size=recipe.data.side)
-    elif name == "resized_crop_flip":
-        settings = ResizedCrop(recipe.augment.min_area)
-        moved = partial(resized_crop_flip, size=recipe.data.side, settings=settings)
-    if not strength:
-        return moved
-    return partial(_move_and_color, None if name == "none" else moved, partial(color_jitter, strength=strength))
+    crops: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+        "rotation_crop_flip": partial(rotate_crop_flip, size=side),
+        "resized_crop_flip": partial(resized_crop_flip, size=side, settings=ResizedCrop(recipe.augment.min_area)),
+    }
+    moved = None if name == "none" else crops.get(name, augment)
+    return partial(_move_and_color, moved, strength) if strength else moved
 
 
-def _move_and_color(moved: Any, colored: Any, key: jax.Array, images: jax.Array) -> jax.Array:
+def _move_and_color(moved: Any, strength: float, key: jax.Array, images: jax.Array) -> jax.Array:
+    from pspinal_jax.augment import color_jitter
+
     images = images if moved is None else moved(key, images)
-    result: jax.Array = colored(jax.random.fold_in(key, 1), images)
-    return result
+    return color_jitter(jax.random.fold_in(key, 1), images, strength)
 
 
 def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
@@ -276,24 +259,22 @@ def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
     asked, devices = dataclasses.astuple(recipe.mesh), jax.device_count()
     mesh = fit_mesh(*asked, rows=rows, least=2 if per_device else 1, resuming=resuming)
     shards = num_batch_shards(mesh)
-    if per_device and rows < 2 * shards:
+    if per_device and (rows < 2 * shards or rows % shards):
+        each = shards * recipe.micro_batches
         raise UsageError(
-            f"batch_size is {recipe.batch_size}, expected at least {2 * shards * recipe.micro_batches}: with "
+            f"batch_size is {recipe.batch_size}, expected at least {2 * each} and a multiple of {each}: with "
             "batch_norm=per_device batch norm needs 2 examples on each device"
         )
     parts = " in its micro-batches" if recipe.micro_batches > 1 else ""
     problem = f"batch_size {recipe.batch_size}{parts} does not divide over {devices} devices"
-    if per_device and rows % shards:
-        raise UsageError(f"{problem}, which batch_norm=per_device asks for; change batch_size or mesh.data")
-    line = ""
-    if rows % shards:
-        line = f"{problem}: each of them computes every batch whole"
-    elif asked[0] == -1 and mesh.size < devices:
-        line = f"{problem}: training uses {mesh.size} of them"
+    if not is_primary():
+        return mesh
     if any(length not in (-1, mesh.shape[axis]) for axis, length in zip(AXES, asked, strict=True)):
-        line = f"the run goes on over {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)} of {devices} devices"
-    if line and is_primary():
-        say(line)
+        say(f"the run goes on over {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)} of {devices} devices")
+    elif rows % shards:
+        say(f"{problem}: each of them computes every batch whole")
+    elif asked[0] == -1 and mesh.size < devices:
+        say(f"{problem}: training uses {mesh.size} of them")
     return mesh
 
 

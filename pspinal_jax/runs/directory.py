@@ -7,6 +7,7 @@ metrics.jsonl   a line an epoch
 result.json     written when the run is finished
 manifest.json   SHA-256 of the other files on which an answer depends
 curves.png      loss and accuracy by epoch
+tensorboard/    the lines of metrics.jsonl as TensorBoard's events, if asked for
 checkpoints/    see pspinal_jax.checkpoints
 """
 
@@ -14,10 +15,11 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pspinal_jax import files
@@ -26,30 +28,24 @@ from pspinal_jax.data.dataset import first_names
 from pspinal_jax.distributed import barrier, is_primary
 from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import MAX_JSON_BYTES, atomic_file, differences, json_text, read_bytes
+from pspinal_jax.progress import warn
 from pspinal_jax.recipes.rules import BEFORE, default_settings
 from pspinal_jax.recipes.schema import OWN, DataConfig, Recipe
 from pspinal_jax.recipes.typed import typed
+from pspinal_jax.training.loop import REPORT
 
-_SECONDS_TO_APPEAR = 20
 _LOCK = ".lock"
 _MAX_VALUES = 2**28  # of one example: an input of a larger shape would fill the memory
 _MAX_METRICS_BYTES = 2**28
 _ADVICE = "train in another workdir"
 
 
-class _Name(TypedDict):
-    name: str
-
-
 class _Identity(TypedDict):
-    card: _Name
     data: dict[str, Any]
     data_fingerprint: str
-    jax: NotRequired[dict[str, Any]]
 
 
 class _Device(TypedDict):
-    platform: str
     kind: str
     count: int
 
@@ -90,8 +86,6 @@ class _Result(TypedDict):
     selection: str
     test_accuracy: _Summary
     best_on_test_accuracy: NotRequired[_Summary]
-    validation_accuracy: NotRequired[_Summary]
-    validation_balanced_accuracy: NotRequired[_Summary]
     test_balanced_accuracy: NotRequired[_Summary]
     test_classes: NotRequired[list[_ClassRecall]]
     published_accuracy_percent: float | None
@@ -140,7 +134,7 @@ def read_checked(
         if checksum not in (None, json_checksum(value if covers is None else value[covers])):
             raise ValueError("it does not match its checksum")
         check(value)
-    except (OSError, ValueError, RecursionError, UsageError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, UsageError) as error:
         raise RunError(f"{path} is damaged: {error}; {advice}") from error
     return dict(value)
 
@@ -171,12 +165,11 @@ class RunDirectory:
           UsageError: if it holds a run of another configuration; the differences are named.
         """
         try:
-            exists = self.config_path.exists()
-            entries = self.path.iterdir() if not exists and self.path.exists() else ()
-            others = [entry.name for entry in entries if entry.name != _LOCK and not entry.name.endswith(".part")]
+            names = [path.name for path in self.path.iterdir()] if self.path.exists() else []
         except OSError as error:
             raise RunError(f"work directory {self.path} cannot be read: {error.strerror or error}") from error
-        if exists:
+        others = [name for name in names if name != _LOCK and not name.endswith(".part")]
+        if self.config_path.name in others:
             self._check_same(config)
         elif others:
             raise RunError(f"{self.path} holds {others[0]} but no config.json: it is not a run; choose another workdir")
@@ -188,24 +181,24 @@ class RunDirectory:
         # A setting that came later than the run is at its default.
         before = {name: value for name, value in default_settings().items() if name in now} | before
         changed = differences(before, now, lambda key, was, is_now: f"{key} was {was!r} and is now {is_now!r}")
+        if not changed:
+            return
         changed.sort(key=lambda line: not line.startswith("card.name"))
-        if len(changed) == 1 and before["data_fingerprint"] != now["data_fingerprint"]:
-            what = "has had examples added, removed or changed since"
+        what = f"another run: {', '.join(changed[:4])}"
+        if len(changed) == 1 and changed[0].startswith("data_fingerprint"):
+            what = f"a run on other data: {config['data_source']} has had examples added, removed or changed"
             if held["class_names"] != config["class_names"]:
-                what = changed_classes(held["class_names"], config["class_names"])
-            raise UsageError(
-                f"{self.path} holds a run on other data: {config['data_source']} {what}; put that back, or "
-                "choose another workdir"
-            )
-        if changed:
-            raise UsageError(f"{self.path} holds another run: {', '.join(changed[:4])}; choose another workdir")
+                classes = changed_classes(held["class_names"], config["class_names"])
+                what = f"a run on other data: {config['data_source']} {classes}"
+        raise UsageError(f"{self.path} holds {what}; choose another workdir")
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Make the directory, and keep other processes from training in it while in the `with`.
+    def held(self, config: dict[str, Any]) -> Iterator[None]:
+        """Make the directory for a run of `config`, unless it holds that run already, and keep other processes out.
 
         Raises:
-          RunError: if another process trains in it, or it cannot be written.
+          RunError: if another process trains in it, it cannot be written, or process 0 writes to another file system.
+          UsageError: as `check`.
         """
         with contextlib.ExitStack() as opened:
             if is_primary():
@@ -213,33 +206,14 @@ class RunDirectory:
                     self.path.mkdir(parents=True, exist_ok=True)
                     other = opened.enter_context(files.held(self.path / _LOCK))
                 if other is not None:
-                    raise RunError(
-                        f"{self.path} is in use: {other} trains there; wait until it has ended, or choose another "
-                        "workdir"
-                    )
-            yield
-
-    def create(self, config: dict[str, Any]) -> None:
-        """Make the directory for a run of `config` unless it holds that run already; raises as `check`.
-
-        Raises:
-          RunError: if it cannot be written, or process 0 has written to another file system.
-        """
-        if is_primary():
-            self.check(config)
-            with writing(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
+                    raise RunError(f"{self.path} is in use: {other} trains there; wait, or choose another workdir")
+                self.check(config)
+                if not self.config_path.exists():
+                    write_checked(self.config_path, config)
+            barrier()
             if not self.config_path.exists():
-                write_checked(self.config_path, config)
-        barrier()
-        for _ in range(_SECONDS_TO_APPEAR):  # a network file system may take its time
-            if self.config_path.exists():
-                return
-            time.sleep(1)
-        raise RunError(
-            f"{self.config_path}, which process 0 has written, does not appear for this process; workdir must lie on "
-            "a file system that all machines share"
-        )
+                raise RunError(f"{self.config_path}, which process 0 has written, is missing; workdir must be shared")
+            yield
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run in this directory.
@@ -257,9 +231,9 @@ class RunDirectory:
         Raises:
           RunError: if it is damaged.
         """
+        seeds = self.config()["num_seeds"]
         if not self.result_path.exists():
             return None
-        seeds = self.config()["num_seeds"]
 
         def check(result: dict[str, Any]) -> None:
             for name, value in result.items():
@@ -267,6 +241,16 @@ class RunDirectory:
                     raise UsageError(f"{name} has {len(value['each'])} values, expected one for each of {seeds} seeds")
 
         return read_checked(self.result_path, _Result, check)
+
+    def finished_result(self) -> dict[str, Any]:
+        """The content of result.json; raises as `result`.
+
+        Raises:
+          RunError: if the run is not finished.
+        """
+        if (result := self.result()) is None:
+            raise RunError(f"{self.path} is not finished: it has no result.json; run `train` again to go on")
+        return result
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json; raises as `write_json`."""
@@ -307,27 +291,31 @@ class RunDirectory:
         """Add the files `names`, as they are now, to the manifest.
 
         Raises:
-          RunError: if one cannot be read, or the manifest cannot be written.
+          RunError: if the manifest cannot be written.
+          OSError: if a file cannot be read.
         """
-        known = self.recorded() | {name: self._file_checksum(name) for name in names}
+        known = self.recorded() | {name: file_checksum(self.path / name) for name in names}
         write_checked(self.manifest_path, {"sha256": known}, covers="sha256")
 
     def verify(self, *names: str) -> None:
-        """Return if the files `names` are as the manifest records them, or it does not.
-
-        Raises:
-          RunError: if one is missing or changed.
-        """
+        """Return if the files `names` are as the manifest records them, or it does not; raises as `verify_files`."""
         known = self.recorded()
-        for name in names:
-            if name in known and self._file_checksum(name) != known[name]:
-                raise RunError(f"{self.path / name} is damaged: it does not match its checksum; {_ADVICE}")
+        verify_files(self.path, known, [name for name in names if name in known], _ADVICE)
 
-    def _file_checksum(self, name: str) -> str:
+
+def verify_files(folder: Path, sha256: dict[str, str], names: Iterable[str], advice: str) -> None:
+    """Check that the files `names` in `folder` have these checksums, by name.
+
+    Raises:
+      RunError: if one is missing or changed; it ends with `advice`.
+    """
+    for name in names:
         try:
-            return file_checksum(self.path / name)
+            found = file_checksum(folder / name)
         except OSError as error:
-            raise RunError(f"{self.path / name} cannot be read: {error.strerror or error}; {_ADVICE}") from error
+            raise RunError(f"{folder / name} cannot be read: {error.strerror or error}; {advice}") from error
+        if found != sha256.get(name):
+            raise RunError(f"{folder / name} is damaged: it does not match its checksum; {advice}")
 
 
 def _check_config(config: dict[str, Any]) -> None:
@@ -375,14 +363,10 @@ def data_config(settings: dict[str, Any], location: dict[str, str]) -> DataConfi
 
 def changed_classes(before: Sequence[str], now: Sequence[str]) -> str:
     """How a data set with the classes `now` differs from the classes `before`."""
-    known, found = set(before), set(now)
-    new, missing = [name for name in now if name not in known], [name for name in before if name not in found]
-    parts = [
-        f"{verb} {first_names([printable(name) for name in names])}"
-        for verb, names in (("has the new classes", new), ("lacks the classes", missing))
-        if names
-    ]
-    return " and ".join(parts) or "has its classes in another order"
+    for verb, names, others in (("has the new classes", now, before), ("lacks the classes", before, now)):
+        if rest := [printable(name) for name in names if name not in set(others)]:
+            return f"{verb} {first_names(rest)}"
+    return "has its classes in another order"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -416,3 +400,115 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}; put that right and run the same command again: "
             "what was written before is kept"
         ) from error
+
+
+class MetricsWriter:
+    """Writes an epoch's line as the epoch ends: to metrics.jsonl and, if asked for, as TensorBoard events.
+
+    Use in a `with`. Of several processes only process 0 writes. The events are scalars by step, a curve for each stage,
+    and of several seeds their mean; they are always those of the lines in metrics.jsonl, whatever was resumed.
+
+    Attributes:
+      directory: where they are written.
+    """
+
+    def __init__(self, directory: RunDirectory, tensorboard: bool = False) -> None:
+        self.directory = directory
+        self._events = _Events(directory.path / "tensorboard") if tensorboard and is_primary() else None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def rewind(self, finished: Sequence[tuple[str, int]]) -> None:
+        """Keep the lines of `finished`, the (stage, epoch) that the restored checkpoint knows; warn of missing ones.
+
+        Raises:
+          RunError: if it cannot be written.
+        """
+        if not is_primary():
+            return
+        path = self.directory.metrics_path
+        known = {(line["stage"], line["epoch"]): line for line in reversed(self.directory.metrics())}
+        lines = [known[epoch] for epoch in finished if epoch in known]
+        if missing := [f"{stage} {epoch}" for stage, epoch in finished if (stage, epoch) not in known]:
+            warn(
+                f"{path} is damaged: it lacks the lines of finished epochs ({', '.join(missing[:5])}); the run goes "
+                "on, and its result does not depend on them"
+            )
+        with whole_file(path) as part:
+            part.write_text("".join(json_text(line) + "\n" for line in lines))
+        if self._events is not None:
+            self._events.restart(lines)
+
+    def report(self, found: dict[str, Any]) -> Path:
+        """Write what is known of a step that was not finite, and say where; raises as `rewind`."""
+        path = self.directory.path / REPORT
+        if is_primary():
+            write_json(path, found)
+        return path
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add one line; raises as `rewind`."""
+        if not is_primary():
+            return
+        path = self.directory.metrics_path
+        with writing(path), path.open("a") as file:
+            file.write(json_text(line) + "\n")
+        if self._events is not None:
+            self._events.add(line)
+
+
+class _Events:
+    """TensorBoard's files, a folder for each stage.
+
+    By tensorboardX's file writer: its SummaryWriter writes in a thread, so a flush may miss lines and an error is lost.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writers: dict[str, Any] = {}
+
+    def restart(self, lines: list[dict[str, Any]]) -> None:
+        """Begin anew with `lines`."""
+        self.close()
+        with writing(self._path):
+            for old in self._path.glob("*/events.out.tfevents.*"):
+                old.unlink()
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a line as scalars, of several seeds their mean."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        folder, now = self._path / line["stage"], time.time()
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            if line["stage"] not in self._writers:
+                self._writers[line["stage"]] = EventsWriter(str((folder / "events").absolute()))
+            writer = self._writers[line["stage"]]
+            for name in line.keys() - {"stage", "step"}:
+                value = scalar(name, float(np.mean(np.asarray(line[name], float))))
+                writer.write_event(Event(step=line["step"], wall_time=now, summary=value))
+            writer.flush()
+
+    def close(self) -> None:
+        """Close the files; every line was flushed as it was added."""
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError):
+                writer.close()
+        self._writers = {}
+
+
+def check_installed() -> None:
+    """Raise UsageError, naming the extra, where tensorboardX is not installed."""
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        raise UsageError("tensorboard needs tensorboardX; in the checkout: pip install '.[tensorboard]'") from None

@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Generator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from pspinal_jax.data import Dataset, load_data
-from pspinal_jax.data.dataset import Contents, Split
+from pspinal_jax.data.dataset import Contents, Split, first_names
 from pspinal_jax.data.images import ImageSplit
 from pspinal_jax.data.stream import stream
 from pspinal_jax.environment import enable_compilation_cache
@@ -19,17 +19,21 @@ from pspinal_jax.files import check_target, expanded, write_csv
 from pspinal_jax.progress import progress_bar, warn
 from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
 from pspinal_jax.runs.directory import RunDirectory, changed_classes, data_config, read_checked, write_json, writing
-from pspinal_jax.runs.metrics import plot_confusion, plot_mistakes
 from pspinal_jax.runs.predict import Predictor, load_predictor
-from pspinal_jax.runs.scores import Scored, percent, score_report, worst_first
+from pspinal_jax.runs.scores import Scored, percent, plot_confusion, plot_mistakes, score_report, worst_first
 from pspinal_jax.runs.start import KINDS, read_seen
 
 _MAX_MISTAKES = 24
 _PICTURE_SIDE = 112
 
 
-@dataclasses.dataclass(frozen=True)
-class Mistake:
+class _Scores(TypedDict):
+    """The one entry of evaluation.json that is read back."""
+
+    data: str
+
+
+class Mistake(NamedTuple):
     """A wrong prediction.
 
     Attributes:
@@ -63,14 +67,9 @@ class Evaluated:
     report: dict[str, Any]
     transposed: bool
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.predictor.class_names
-
     def mistakes(self, most: int = _MAX_MISTAKES) -> list[Mistake]:
         """The surest mistakes, the surest first; none where the examples are not pictures."""
-        shape, names = self.data.example_shape, self.class_names
+        shape, names = self.data.example_shape, self.predictor.class_names
         if len(shape) != 3 or shape[2] not in (1, 3):
             return []
         found = []
@@ -129,7 +128,7 @@ def evaluate(
         written = _write(predictor.source if output is None else expanded(output), evaluated)
     if table is not None:
         _write_predictions(table, evaluated)
-    return evaluated.report | {"files": [path.name for path in written if path.exists()]}
+    return evaluated.report | {"files": [path.name for path in written]}
 
 
 def evaluate_examples(
@@ -143,12 +142,12 @@ def evaluate_examples(
     predictor = source if isinstance(source, Predictor) else load_predictor(source, seed_index)
     config, protocol, trained_with = _trained_on(predictor)
     names = predictor.class_names
-    if data_path is None and predictor.recipe is None:
+    if data_path is not None:
+        config = dataclasses.replace(config, path=Path(data_path))
+    elif predictor.recipe is None:
         raise UsageError(
             f"{predictor.source} is an export, which does not know where its data lies; name it with data.path"
         )
-    if data_path is not None:
-        config = dataclasses.replace(config, path=Path(data_path))
     # Folders have names for their classes, which are compared below.
     asked = dataclasses.replace(config, num_classes=None if config.image_size else len(names))
     data = load_data(asked, names, needs_test=False)
@@ -160,9 +159,8 @@ def evaluate_examples(
     same = None if trained_with is None else fingerprint == trained_with
     if data_path is None and not same:
         raise DataError(
-            f"{data.source} is no longer what the run was trained on: examples were added, removed or changed since, "
-            "and so may have been its split into training and test examples; put them back, name the data to evaluate "
-            "on with data.path, or train again in another workdir"
+            f"{data.source} is no longer what the run was trained on: examples were added, removed or changed, so its "
+            "test split may be another; put them back, or name the data to evaluate on with data.path"
         )
     part = "test"
     if not same and data.uncut is not None:
@@ -180,38 +178,37 @@ def _trained_on(predictor: Predictor) -> tuple[DataConfig, str | None, str | Non
     """How the data of training is read, its protocol and its checksum; None where an older export does not say."""
     metadata, shape = predictor.metadata, predictor.input_shape
     if predictor.recipe is not None:
-        return predictor.recipe.data, predictor.recipe.protocol, str(metadata["identity"]["data_fingerprint"])
+        return predictor.recipe.data, predictor.recipe.protocol, metadata["identity"]["data_fingerprint"]
     if "data" not in metadata:
-        size = shape[0] if len(shape) == 3 and shape[2] == 3 else None
-        return DataConfig("export", image_size=size), None, None
+        return DataConfig("export", image_size=shape[0] if shape[2:] == (3,) else None), None, None
+    data = metadata["data"]
     try:
-        config = data_config(metadata["data"]["settings"], {})
+        config = data_config(data["settings"], {})
         Recipe(card=Card("export", "", ""), data=config)  # which checks it
-        return config, metadata["data"].get("protocol"), metadata["data"].get("fingerprint")
-    except (UsageError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except UsageError as error:
         raise RunError(f"{predictor.source} does not say how its data is read: {error}; export the run again") from None
+    return config, data["protocol"], data["fingerprint"]
 
 
 def _check_fits(predictor: Predictor, data: Dataset[Split]) -> None:
     """Raise UsageError where `data` has other classes, inputs or columns than those of training."""
     names, source = predictor.class_names, predictor.source
-    if data.class_names != tuple(names):
+    if data.class_names != names:
         raise UsageError(
             f"{data.source} {changed_classes(names, data.class_names)}; {source} knows {len(names)} classes: give "
             "those with data.path, or train again in another workdir"
         )
-    found = data.example_shape, str(data.example_dtype)
-    if found != (predictor.input_shape, predictor.input_dtype):
+    found, expected = (data.example_shape, data.example_dtype), (predictor.input_shape, predictor.input_dtype)
+    if found != expected:
         raise UsageError(
             f"{data.source} has inputs of shape {list(found[0])} ({found[1]}), but the run was trained on "
-            f"{list(predictor.input_shape)} ({predictor.input_dtype})"
+            f"{list(expected[0])} ({expected[1]})"
         )
-    for index, (column, expected) in enumerate(zip(data.columns, predictor.columns, strict=False)):
-        if column != expected:
-            raise UsageError(
-                f"feature {index} of {data.source} is {column!r}, but the run was trained on {expected!r}; give it the "
-                "run's columns, in their order"
-            )
+    if data.columns and predictor.columns and data.columns != predictor.columns:
+        raise UsageError(
+            f"{data.source} has the columns {first_names(data.columns)}, but the run was trained on "
+            f"{first_names(predictor.columns)}; give it the run's columns, in their order"
+        )
 
 
 def _seen_in_training(
@@ -256,10 +253,15 @@ def _score(predictor: Predictor, split: Split, *, turned: bool, shown: bool) -> 
       shown: whether to show a bar on standard error.
     """
     parts, size = [], predictor.batch_size
-    with (
-        progress_bar(len(split), "evaluate", "example", shown, delay=2.0) as bar,
-        contextlib.closing(_batches(split, predictor.input_shape, size)) as batches,
-    ):
+    batches: Iterator[tuple[np.ndarray, np.ndarray]]
+    with contextlib.ExitStack() as opened:
+        bar = opened.enter_context(progress_bar(len(split), "evaluate", "example", shown, delay=2.0))
+        numbers = np.split(np.arange(len(split)), range(size, len(split), size))
+        if (arrays := split.inputs) is None:
+            height, width, _ = predictor.input_shape
+            batches = opened.enter_context(contextlib.closing(stream(split, numbers, (height, width))))
+        else:
+            batches = ((arrays[each], split.labels[each]) for each in numbers)
         for inputs, labels in batches:
             padded = np.pad(inputs, [(0, size - len(labels))] + [(0, 0)] * (inputs.ndim - 1))
             rows = predictor.log_probabilities(padded.swapaxes(1, 2) if turned else padded)
@@ -268,58 +270,42 @@ def _score(predictor: Predictor, split: Split, *, turned: bool, shown: bool) -> 
     return Scored.joined(parts)
 
 
-def _batches(split: Split, shape: tuple[int, ...], size: int) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """(examples, labels) of `split` in order, `size` at a time and then what is left."""
-    if split.inputs is None:
-        batches = np.split(np.arange(len(split)), range(size, len(split), size))
-        yield from stream(split, batches, (shape[0], shape[1]))
-        return
-    for first in range(0, len(split), size):
-        yield split.inputs[first : first + size], split.labels[first : first + size]
-
-
 def _write(folder: Path, evaluated: Evaluated) -> list[Path]:
     """Write scores and pictures; where they cannot be written, a warning says so. Returns the paths."""
-    report, recipe = evaluated.report, evaluated.predictor.recipe
+    report, predictor = evaluated.report, evaluated.predictor
     ending = f"-{report['data_fingerprint']}" if report["trained_on_it"] is False else ""
-    scores, table, confusion, mistakes = paths = [
-        folder / f"{stem}{ending}{suffix}"
-        for stem, suffix in (("evaluation", ".json"), ("classes", ".csv"), ("confusion", ".png"), ("mistakes", ".png"))
-    ]
+    names = (f"evaluation{ending}.json", f"classes{ending}.csv", f"confusion{ending}.png", f"mistakes{ending}.png")
+    scores, table, confusion, mistakes = paths = [folder / name for name in names]
     columns = ("support", "precision", "recall", "f1")
     rows = [[each["name"], *(each[column] for column in columns)] for each in worst_first(report["classes"])]
+    name = predictor.metadata.get("recipe", "export") if predictor.recipe is None else predictor.recipe.card.name
+    title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
+    classes = predictor.class_names
     try:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(scores, report)
         with writing(table):
             write_csv(table, ["class", *columns], rows)
+            mistakes.unlink(missing_ok=True)  # those of an earlier evaluation, of another seed perhaps
     except RunError as error:
         warn(str(error))
         return []
     _list_others(folder)
-    name = evaluated.predictor.metadata.get("recipe", "export") if recipe is None else recipe.card.name
-    title = f"{name}: {100 * report['accuracy']:.2f} % of {report['examples']} test examples"
-    names = list(evaluated.class_names)
-    plot_confusion(evaluated.scored.confusion(len(names)), names, confusion, title)
-    mistakes.unlink(missing_ok=True)  # those of an earlier evaluation, of another seed perhaps
+    plot_confusion(evaluated.scored.confusion(len(classes)), classes, confusion, title)
     try:
-        found = evaluated.mistakes()
-    except DataError as error:  # a picture that has gone since
+        plot_mistakes(evaluated.mistakes(), mistakes, f"{name}: the surest mistakes")
+    except DataError as error:  # an image that has gone since
         warn(f"{mistakes} was not drawn: {error}")
-        return paths
-    if found:
-        captions = [f"{each.true}\nas {each.predicted} {100 * each.probability:.0f} %" for each in found]
-        plot_mistakes([each.picture for each in found], captions, mistakes, f"{name}: the surest mistakes")
-    return paths
+    return [path for path in paths if path.exists()]
 
 
 def _write_predictions(path: Path, evaluated: Evaluated) -> None:
     """Write a line an example; RunError if that is not possible. See `evaluate`."""
-    scored, names, split = evaluated.scored, evaluated.class_names, evaluated.data.test
+    scored, names, split = evaluated.scored, evaluated.predictor.class_names, evaluated.data.test
     rows = []
     for index, (label, predicted) in enumerate(zip(scored.labels, scored.predictions, strict=True)):
-        name = Path(split.encoded.name(index)) if isinstance(split, ImageSplit) else index
+        name = Path(split.name(index)) if isinstance(split, ImageSplit) else index
         probabilities = (scored.confidence[index], np.exp(scored.log_likelihood[index]))
         shown = [f"{value:.6f}" for value in probabilities]
         rows.append([name, names[label], names[predicted], int(label == predicted), *shown])
@@ -328,12 +314,12 @@ def _write_predictions(path: Path, evaluated: Evaluated) -> None:
 
 
 def _list_others(run: Path) -> None:
-    """Name the evaluations of other data in evaluation.json, if it exists; damaged files are passed over."""
+    """Name the evaluations of other data in evaluation.json; damaged files are left out."""
     others = {}
     for path in sorted(run.glob("evaluation-*.json")):
-        with contextlib.suppress(RunError, LookupError):
-            others[path.name] = read_checked(path, dict[str, Any])["data"]
+        with contextlib.suppress(RunError):
+            others[path.name] = read_checked(path, _Scores)["data"]
     with contextlib.suppress(RunError):
         if others:
-            report = read_checked(run / "evaluation.json", dict[str, Any])
+            report = read_checked(run / "evaluation.json", _Scores)
             write_json(run / "evaluation.json", report | {"other_data": others})

@@ -11,22 +11,27 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export
 
 from pspinal_jax.checkpoints.checksum import file_checksum
 from pspinal_jax.environment import versions
-from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.errors import RunError
 from pspinal_jax.files import check_target, expanded, read_bytes
 from pspinal_jax.models import build_model, count_parameters
-from pspinal_jax.recipes.typed import typed
-from pspinal_jax.runs.directory import RunDirectory, load_recipe_of, read_checked, write_checked, writing
-from pspinal_jax.runs.result import best_seed_index, load_variables
+from pspinal_jax.runs.directory import (
+    RunDirectory,
+    load_recipe_of,
+    read_checked,
+    verify_files,
+    write_checked,
+    writing,
+)
+from pspinal_jax.runs.result import load_variables
 from pspinal_jax.weights.variables import first_not_finite, save_variables
 
 PROGRAM = "model.jaxexport"
@@ -41,46 +46,38 @@ _ADVICE = "export the run again"
 
 
 class _Input(TypedDict):
-    fit: NotRequired[str]
+    fit: NotRequired[Literal["squash", "crop", "pad"]]
     columns: NotRequired[list[str]]
 
 
-class _Description(TypedDict):
-    """What is read of export.json; how its data is read is looked at where that is asked for."""
+class _Data(TypedDict):
+    settings: dict[str, Any]
+    protocol: str
+    fingerprint: str
 
+
+class _Description(TypedDict):
+    """What is read of export.json; the settings of its data are checked where they are used."""
+
+    format: Literal["pspinal_jax export 1"]
     class_names: list[str]
     input: _Input
     output: dict[str, Any]
     recipe: NotRequired[str]
+    data: NotRequired[_Data]
     sha256: dict[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Artifact:
+class Artifact(NamedTuple):
     """An export, read back.
 
     Attributes:
       exported: the program; ``exported.call(inputs [N, ...])`` gives probabilities float32 [N, C].
-      description: the content of export.json.
+      description: the content of export.json; its class_names are in the order of the probabilities.
     """
 
     exported: export.Exported
     description: dict[str, Any]
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the C classes, in the order of the probabilities."""
-        return self.description["class_names"]
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """One example's shape."""
-        return tuple(self.exported.in_avals[0].shape[1:])
-
-    @property
-    def input_dtype(self) -> np.dtype:
-        """The inputs' dtype: uint8 for images, float32 for features."""
-        return self.exported.in_avals[0].dtype
 
 
 def export_run(run: str | Path, output: str | Path | None = None, seed_index: int | None = None) -> Path:
@@ -99,14 +96,9 @@ def export_run(run: str | Path, output: str | Path | None = None, seed_index: in
     """
     run = expanded(run)
     output = run / "export" if output is None else expanded(output)
-    directory = RunDirectory(run)
-    config, result = directory.config(), directory.result()
-    if result is None:
-        raise RunError(f"{run} is not finished: it has no result.json; run `train` again to go on")
+    result = RunDirectory(run).finished_result()
     _check_free(output)
-    if seed_index is None:
-        seed_index = best_seed_index(config, result, directory.metrics())
-    variables, config = load_variables(run, seed_index)
+    variables, config, seed_index = load_variables(run, seed_index)
     recipe, shape, names = load_recipe_of(config), tuple(config["input_shape"]), config["class_names"]
     # The documented tree, computed in the layout that suits it.
     inference = dataclasses.replace(recipe.model, implementation="auto", remat=False)
@@ -234,36 +226,11 @@ def _check_free(path: Path) -> None:
     """Raise RunError unless an export can be written to `path`: nothing, an empty directory or an older export."""
     path = expanded(path).resolve()
     check_target(path.parent, "the folder of the export,", f".{path.name}.export-part/{PROGRAM}")
-    if not path.exists():
-        return
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; choose another output")
-    names = sorted(entry.name for entry in path.iterdir())
-    others = [name for name in names if name not in _FILES]
-    if names and (others or not is_export(path)):
-        raise RunError(f"{path} holds {(others or names)[0]} and is not an export; choose another output")
-    if names:
-        with contextlib.suppress(_Damaged):  # which a new export replaces
-            _read_description(path)
-
-
-class _Damaged(RunError):
-    pass
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    file = path / DESCRIPTION
-    try:
-        description = read_checked(file, dict[str, Any], advice=_ADVICE)
-    except RunError as error:
-        raise _Damaged(str(error)) from error
-    if description.get("format") != FORMAT:
-        raise RunError(f"{file} does not describe an export of this version: it has no format {FORMAT!r}")
-    try:
-        typed("it", description, _Description)
-    except UsageError as error:
-        raise _Damaged(f"{file} is damaged: {error}; {_ADVICE}") from error
-    return description
+    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    if names and not {PROGRAM, DESCRIPTION} <= {*names} <= {*_FILES}:
+        raise RunError(f"{path} holds {', '.join(names[:3])} and is not an export; choose another output")
 
 
 def read_export(path: Path) -> Artifact:
@@ -273,15 +240,11 @@ def read_export(path: Path) -> Artifact:
       RunError: if there is none, or it is damaged.
     """
     require_export(path)
-    description, program = _read_description(path), path / PROGRAM
+    program = path / PROGRAM
+    description = read_checked(path / DESCRIPTION, _Description, advice=_ADVICE)
+    verify_files(path, description["sha256"], [PROGRAM], _ADVICE)
     try:
-        if file_checksum(program) != description["sha256"][PROGRAM]:
-            raise RunError(f"{program} is damaged: it does not match its checksum in {DESCRIPTION}; {_ADVICE}")
         exported = export.deserialize(bytearray(read_bytes(program, 2**31)))
-    except OSError as error:
-        raise RunError(f"{program} cannot be read: {error.strerror or error}; {_ADVICE}") from error
-    except RunError:
-        raise
     except Exception as error:  # of a JAX too old or too new for it; of bytes that are no program, of any kind
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise RunError(f"{program} cannot be read by jax {jax.__version__}: {reason}; {_ADVICE}") from error

@@ -1,13 +1,12 @@
 """`predict`: the classes that a run, or an export of one, gives images or rows of features."""
 
-import collections
-import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,6 @@ from pspinal_jax.training.sharding import divisible_size, make_mesh, replicated_
 BATCH_SIZE = 32
 _EXPORT_BATCH = 64
 _MAX_THREADS = 8
-_BATCHES_AHEAD = 3  # decoded while the model works
 
 Images = Any
 """Paths, Pillow images, arrays and frames, see `predict`."""
@@ -93,7 +91,7 @@ def load_predictor(source: str | Path, seed_index: int | None = None) -> Predict
 
 
 def _of_run(run: Path, seed_index: int | None) -> Predictor:
-    variables, config = load_variables(run, seed_index)
+    variables, config, _ = load_variables(run, seed_index)
     recipe, names, shape = load_recipe_of(config), config["class_names"], tuple(config["input_shape"])
     model = build_model(recipe, shape, len(names))
     mesh = make_mesh()
@@ -103,10 +101,10 @@ def _of_run(run: Path, seed_index: int | None) -> Predictor:
         return model.apply(variables, inputs, train=False).astype(jnp.float32)  # type: ignore[union-attr]
 
     compiled = jit_with(options, logits, out_shardings=replicated_on(mesh))
-    placed = put(variables, replicated_on(mesh))
+    on_mesh = put(variables, replicated_on(mesh))
 
     def log_probabilities(inputs: np.ndarray) -> np.ndarray:
-        rows = np.asarray(compiled(placed, shard_batch(mesh, inputs)), np.float64)
+        rows = np.asarray(compiled(on_mesh, shard_batch(mesh, inputs)), np.float64)
         if not np.isfinite(rows).all():
             raise RunError(f"{run} gives logits that are not finite: training diverged; its answers would mean nothing")
         rows -= np.logaddexp.reduce(rows, axis=-1, keepdims=True)
@@ -128,16 +126,13 @@ def _of_run(run: Path, seed_index: int | None) -> Predictor:
 
 
 def _of_export(path: Path) -> Predictor:
-    artifact = read_export(path)
-    fit = artifact.description["input"].get("fit", "squash")
-    if fit not in get_args(ResizeMode):
-        raise RunError(f"{path / DESCRIPTION} has the fit {fit!r}, expected squash, crop or pad; export the run again")
-    compiled = jax.jit(artifact.exported.call)
+    exported, description = read_export(path)
+    compiled, inputs = jax.jit(exported.call), exported.in_avals[0]
 
     def log_probabilities(inputs: np.ndarray) -> np.ndarray:
         try:
             rows = np.asarray(compiled(inputs), np.float64)
-        except Exception as error:  # of many kinds, where the program's bytes are not ours
+        except Exception as error:  # of many kinds, where the program is another one's
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise RunError(f"the program of {path} cannot be run: {reason}; export the run again") from error
         if not np.isfinite(rows).all():
@@ -146,16 +141,16 @@ def _of_export(path: Path) -> Predictor:
 
     return Predictor(
         source=path,
-        class_names=tuple(artifact.class_names),
-        input_shape=artifact.input_shape,
-        input_dtype=str(artifact.input_dtype),
-        columns=tuple(artifact.description["input"].get("columns", ())),
+        class_names=tuple(description["class_names"]),
+        input_shape=inputs.shape[1:],
+        input_dtype=str(inputs.dtype),
+        columns=tuple(description["input"].get("columns", ())),
         batch_size=_EXPORT_BATCH,
         log_probabilities=log_probabilities,
         transposed=False,
-        fit=fit,
+        fit=description["input"].get("fit", "squash"),
         recipe=None,
-        metadata=artifact.description,
+        metadata=description,
     )
 
 
@@ -205,40 +200,68 @@ def predict(
     """
     enable_compilation_cache()
     predictor = source if isinstance(source, Predictor) else load_predictor(source, seed_index)
-    shape, names = predictor.input_shape, predictor.class_names
+    names = predictor.class_names
+    if not 1 <= top <= len(names):
+        raise UsageError(f"top is {top}, expected 1 .. {len(names)}, the number of classes")
+    predictions = []
+    for path, row in _answers(predictor, images, show_progress):
+        if isinstance(row, str):
+            predictions.append(Prediction(path, error=row))
+        else:
+            best = np.argsort(-row, kind="stable")[:top]
+            predictions.append(Prediction(path, tuple((names[index], float(row[index])) for index in best)))
+    return predictions
+
+
+def predict_proba(predictor: Predictor, images: Images) -> np.ndarray:
+    """Class probabilities float64 [N, C] of `images`; raises as `predict`.
+
+    Raises:
+      DataError: if an image cannot be read.
+    """
+    enable_compilation_cache()
+    found = []
+    for index, (path, row) in enumerate(_answers(predictor, images)):
+        if isinstance(row, str):
+            raise DataError(f"image {index}, {path or 'an array'}, cannot be read: {row}")
+        found.append(row)
+    return np.reshape(found, (len(found), len(predictor.class_names)))
+
+
+def _answers(
+    predictor: Predictor, images: Images, show_progress: bool = False
+) -> Iterator[tuple[Path | None, np.ndarray | str]]:
+    """The path of each image or row, and its probabilities float64 [C] or the reason why it cannot be read."""
+    shape = predictor.input_shape
     if len(shape) == 3 and shape[2] not in (1, 3):
         raise UsageError(
             f"{predictor.source} was trained on images of {shape[2]} channels; predict takes grey and colour images"
         )
-    if not 1 <= top <= len(names):
-        raise UsageError(f"top is {top}, expected 1 .. {len(names)}, the number of classes")
-    each: Sequence[Path | Image.Image | None]
-    inputs: Generator[Any, None, None]
+    paths: Sequence[Path | None]
+    items: Any
     if len(shape) == 1:
-        each, rows = _rows(predictor, images)
-        inputs = (row for row in rows)
+        paths, items = _rows(predictor, images)
     else:
-        each = _each(images)
-        inputs = _in_threads(lambda image: _read(image, predictor), each, _BATCHES_AHEAD * BATCH_SIZE)
-    size = min(BATCH_SIZE, 1 << (len(each) - 1).bit_length())
-    predictions: list[Prediction] = []
-    with progress_bar(len(each), "predict", "image", show_progress, delay=1.0) as bar, contextlib.closing(inputs):
-        for start in range(0, len(each), size):
-            batch = np.zeros((size, *shape), predictor.input_dtype)
-            found = [next(inputs) for _ in each[start : start + size]]
+        items = _each(images)
+        paths = [item if isinstance(item, Path) else None for item in items]
+    size = min(BATCH_SIZE, 1 << (len(items) - 1).bit_length())
+    batches = [items[first : first + size] for first in range(0, len(items), size)]
+    with (
+        ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool,
+        progress_bar(len(items), "predict", "image", show_progress, delay=1.0) as bar,
+    ):
+        reading = (batch if len(shape) == 1 else pool.map(partial(_read, predictor), batch) for batch in batches)
+        ahead: Iterable[Any] = next(reading, ())
+        for start in range(0, len(items), size):
+            found, ahead = list(ahead), next(reading, ())  # which threads decode while the model works
+            inputs = np.zeros((size, *shape), predictor.input_dtype)
             for index, pixels in enumerate(found):
                 if not isinstance(pixels, str):
-                    batch[index] = pixels
-            probabilities = np.exp(predictor.log_probabilities(batch))
-            for image, pixels, row in zip(each[start:], found, probabilities, strict=False):
-                path = image if isinstance(image, Path) else None
-                best = np.argsort(-row, kind="stable")[:top]
-                if isinstance(pixels, str):
-                    predictions.append(Prediction(path, error=pixels))
-                else:
-                    predictions.append(Prediction(path, tuple((names[index], float(row[index])) for index in best)))
+                    inputs[index] = pixels
+            rows = np.exp(predictor.log_probabilities(inputs))
+            for path, pixels, row in zip(paths[start : start + size], found, rows, strict=False):
+                yield path, pixels if isinstance(pixels, str) else row
             bar.update(len(found))
-    return predictions
 
 
 def find_images(given: Iterable[Path]) -> list[Path]:
@@ -257,22 +280,6 @@ def find_images(given: Iterable[Path]) -> list[Path]:
             raise UsageError(f"{path} holds no file that is named like an image, nor do the folders below it")
         found += [path / name for name in inside]
     return found
-
-
-def _in_threads(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Generator[Any, None, None]:
-    """`function(item)` of all items, in their order, computed by threads, `ahead` items ahead at most."""
-    waiting: collections.deque[Future[Any]] = collections.deque()
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _rows(predictor: Predictor, given: Any) -> tuple[Sequence[Path | None], np.ndarray]:
@@ -295,13 +302,12 @@ def _rows(predictor: Predictor, given: Any) -> tuple[Sequence[Path | None], np.n
 
 
 def _each(images: Images) -> list[Path | Image.Image]:
-    """One image after the other; UsageError if something among them is not an image."""
-    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "UO":
-        images = images.tolist()
-    single = isinstance(images, np.ndarray) and (images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3)))
-    if single or isinstance(images, str | Path | Image.Image) or hasattr(images, "columns"):
-        what = f"an array {list(images.shape)}" if isinstance(images, np.ndarray) else f"{images!r:.100}"
-        raise UsageError(f"images is {what}, expected several images; put one image into a list")
+    """`images` as paths and Pillow images; UsageError if something among them is not an image."""
+    array = images if isinstance(images, np.ndarray) and images.dtype.kind not in "UO" else None
+    if array is not None and (array.ndim < 3 or (array.ndim == 3 and array.shape[2] in (1, 3))):
+        raise UsageError(f"images is an array {list(array.shape)}, expected several images; put one image into a list")
+    if isinstance(images, str | Path | Image.Image) or hasattr(images, "columns"):
+        raise UsageError(f"images is {images!r:.100}, expected several images; put one image into a list")
     return [_opened(image) for image in images]
 
 
@@ -310,17 +316,17 @@ def _opened(image: Any) -> Path | Image.Image:
         return expanded(image)
     if isinstance(image, Image.Image):
         return image
-    if np.ma.is_masked(image):
-        raise UsageError("an image is an array of which pixels are masked, expected all of them; fill them in")
     array = np.asarray(image)
-    if array.dtype != np.uint8 or not array.size or array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,)):
+    masked = np.ma.is_masked(image)
+    if masked or array.dtype != np.uint8 or not array.size or array.shape[2:] not in ((), (1,), (3,)) or array.ndim < 2:
         raise UsageError(
-            f"an image is an array {array.dtype} {list(array.shape)}, expected uint8 [H, W], [H, W, 1] or [H, W, 3]"
+            f"an image is an array {array.dtype} {list(array.shape)}{' with masked pixels' * masked}, expected uint8 "
+            "[H, W], [H, W, 1] or [H, W, 3]"
         )
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
-def _read(image: Path | Image.Image, predictor: Predictor) -> np.ndarray | str:
+def _read(predictor: Predictor, image: Path | Image.Image) -> np.ndarray | str:
     """The image as the model sees it, or why it cannot be read."""
     shape = predictor.input_shape
     try:

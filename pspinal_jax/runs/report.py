@@ -5,7 +5,6 @@ every value that it is given, and its Content-Security-Policy lets a browser loa
 """
 
 import base64
-import dataclasses
 import io
 import tempfile
 from collections.abc import Sequence
@@ -26,9 +25,15 @@ from pspinal_jax.recipes.registry import describe_head_training
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.directory import RunDirectory, whole_file
-from pspinal_jax.runs.evaluate import Evaluated, Mistake, evaluate_examples
-from pspinal_jax.runs.metrics import MAX_NUMBERED_CLASSES, plot_confusion, plot_curves
-from pspinal_jax.runs.scores import percent, without_examples, worst_first
+from pspinal_jax.runs.evaluate import evaluate_examples
+from pspinal_jax.runs.scores import (
+    MAX_NUMBERED_CLASSES,
+    percent,
+    plot_confusion,
+    plot_curves,
+    without_examples,
+    worst_first,
+)
 from pspinal_jax.training.stages import TrainingStage
 from pspinal_jax.training.state import trainable
 
@@ -68,36 +73,27 @@ def describe_start(
       model: the recipe's, backbone included.
       stages: what the run does.
     """
-    name = "" if recipe.card.name == "none" else f"{recipe.card.name}: "
     counts = class_counts(recipe, data)
     sizes = ", ".join(f"{split} {of_class.sum():,}" for split, of_class in counts.items())
-    lines = [f"{name}{data.source}, {data.num_classes} classes; examples: {sizes}"]
-    names = [printable(name) for name in data.class_names]
-    if len(names) <= _MAX_LISTED_CLASSES:
-        rows = [[name, *(f"{split[index]:,}" for split in counts.values())] for index, name in enumerate(names)]
-        lines += text_table([["class", *counts], *rows])
+    lines = [f"{recipe.card.name}: {data.source}, {data.num_classes} classes; examples: {sizes}"]
+    if data.num_classes <= _MAX_LISTED_CLASSES:
+        rows = zip(data.class_names, *counts.values(), strict=True)
+        lines += text_table([("class", *counts), *((printable(name), *map("{:,}".format, row)) for name, *row in rows)])
     else:
         train = counts["train"]
-        *smallest, largest = [f"{names[i]} {train[i]:,}" for i in np.argsort(train, kind="stable")[[0, 1, 2, -1]]]
-        lines.append(f"  in train {', '.join(smallest)} .. {largest} examples a class, median {np.median(train):,.0f}")
+        lines.append(f"  in train {train.min():,} to {train.max():,} examples a class, median {np.median(train):,.0f}")
     lines.append(f"input {' x '.join(map(str, data.example_shape))} {data.example_dtype}; {_model(recipe, init_from)}")
     params = abstract_variables(model, data.example_shape, data.example_dtype)["params"]
     frozen = ("backbone",) if recipe.freeze == "backbone" else ()
-    trained = f"{count_parameters(trainable(params, frozen)):,} of them" if frozen else "all of them"
+    trained = f"{count_parameters(trainable(params, frozen)):,}, as the backbone is frozen" if frozen else "all"
+    lines.append(f"{count_parameters(params):,} parameters; trained: {trained}")
+    devices = device()
     lines.append(
-        f"{count_parameters(params):,} parameters, {trained} trained{': the backbone is frozen' * bool(frozen)}"
+        f"{devices['platform']} ({devices['kind']}), devices: {devices['count']}; seeds: {recipe.num_seeds}; "
+        f"{' then '.join(stage.name for stage in stages)}: {recipe.epochs} epochs of {stages[0].steps_per_epoch:,} "
+        f"steps of {recipe.batch_size} examples"
     )
-    devices, stage = device(), stages[0]
-    several = f", {devices['count']} devices" if devices["count"] > 1 else ""
-    of = f" of {recipe.num_seeds} seeds" if recipe.num_seeds > 1 else ""
-    lines.append(
-        f"{devices['platform']} ({devices['kind']}){several}; {recipe.epochs} epochs of {stage.steps_per_epoch:,} "
-        f"steps of {recipe.batch_size} examples{of}"
-        + (f"; {' then '.join(stage.name for stage in stages)}" if len(stages) > 1 else "")
-    )
-    if recipe.cache_features:
-        lines.append(describe_head_training(recipe))
-    return lines
+    return [*lines, describe_head_training(recipe)] if recipe.cache_features else lines
 
 
 def class_counts(recipe: Recipe, data: Dataset[Split]) -> dict[str, np.ndarray]:
@@ -115,11 +111,9 @@ def class_counts(recipe: Recipe, data: Dataset[Split]) -> dict[str, np.ndarray]:
 def _model(recipe: Recipe, init_from: Path | None) -> str:
     model = recipe.model
     layers = "" if model.head in ("dense", "mlp") else f" ({model.num_layers} layers of {model.layer_width})"
-    head = f"{model.head} head{layers}"
-    if model.backbone == "none":
-        return head if init_from is None else f"{head}, from {init_from}"
-    weights = f"from {init_from}" if init_from is not None else f"weights {model.weights or 'random'}"
-    return f"backbone {model.backbone}, {weights}; {head}"
+    backbone = f"backbone {model.backbone}; " if model.backbone != "none" else ""
+    weights = f"weights {model.weights or 'random'}" if init_from is None else f"from {init_from}"
+    return f"{backbone}{model.head} head{layers}; {weights}"
 
 
 def describe_result(result: dict[str, Any]) -> str:
@@ -128,20 +122,20 @@ def describe_result(result: dict[str, Any]) -> str:
     if "best_on_test_accuracy" in result:
         best = _of_seeds(result["best_on_test_accuracy"])
         lines.append(f"best on test  {best}  (selected on the test split: not an estimate of accuracy on new data)")
-    classes = [
-        (float(np.mean(each["recall"])), each["support"], each["name"])
-        for each in result.get("test_classes", [])
-        if each["support"] and None not in each["recall"]
-    ]
-    if len(classes) > 1 and "test_balanced_accuracy" in result:  # older runs have neither
+    if "test_balanced_accuracy" in result and "test_classes" in result:  # older runs have neither
         balanced = f"{_of_seeds(result['test_balanced_accuracy'])}{without_examples(result['test_classes'])}"
-        lines.append(f"balanced accuracy {balanced}; classes recognised, worst first:")
-        classes.sort(key=lambda each: each[0])
+        lines.append(f"balanced accuracy {balanced}; recall by class, worst first:")
+        classes = [each for each in result["test_classes"] if each["support"]]
+        recall = {each["name"]: float(np.mean([value or 0.0 for value in each["recall"]])) for each in classes}
+        classes.sort(key=lambda each: recall[each["name"]])
         lines += text_table(
-            [(printable(name), percent(recall), f"of {many:,}") for recall, many, name in classes[:_MAX_WORST_CLASSES]]
+            [
+                (printable(each["name"]), percent(recall[each["name"]]), f"of {each['support']:,}")
+                for each in classes[:_MAX_WORST_CLASSES]
+            ]
         )
-        if rest := classes[_MAX_WORST_CLASSES:]:
-            lines.append(f"  and {len(rest)} more classes, each {percent(rest[0][0])} or more")
+        if len(classes) > _MAX_WORST_CLASSES:
+            lines.append(f"  and {len(classes) - _MAX_WORST_CLASSES} more classes")
     if result["published_accuracy_percent"] is not None:
         lines.append(f"the paper reports {result['published_accuracy_percent']} % for this row")
     return "\n".join(lines)
@@ -183,62 +177,6 @@ def describe_scores(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """A run for the template: `evaluated` is None where that was not possible, and `problem` says why."""
-
-    path: Path
-    config: dict[str, Any]
-    result: dict[str, Any] | None
-    evaluated: Evaluated | None
-    problem: str
-    curves: str
-    confusion: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.config['identity']['card']['name']} in {self.path}"
-
-    @property
-    def report(self) -> dict[str, Any] | None:
-        return None if self.evaluated is None else self.evaluated.report
-
-    @property
-    def classes(self) -> list[dict[str, Any]]:
-        return [] if self.report is None else worst_first(self.report["classes"])
-
-    @property
-    def confusions(self) -> list[tuple[str, list[int]]]:
-        """The rows of the confusion matrix by their classes' names; none where a picture shows them."""
-        if self.evaluated is None or len(self.evaluated.class_names) > MAX_NUMBERED_CLASSES:
-            return []
-        names = self.evaluated.class_names
-        return list(zip(names, self.evaluated.scored.confusion(len(names)).toarray().tolist(), strict=True))
-
-    @property
-    def mistakes(self) -> list[tuple[Mistake, str, bool]]:
-        """The surest mistakes, each with its picture as a URL and whether that is small."""
-        return [] if self.evaluated is None else [_with_picture(each) for each in self.evaluated.mistakes()]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return flatten_dict(self.config["identity"] | {"num_seeds": self.config["num_seeds"]}, sep=".")
-
-    def score(self, key: str) -> tuple[str, str]:
-        """A score and its interval, which not all have."""
-        report = self.report or {}
-        if key not in report:
-            return "-", ""
-        ends = report["intervals"].get(key)
-        value = f"{report[key]:.4f}" if key == "loss" else percent(report[key])
-        return value, f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}" if ends else ""
-
-    @property
-    def seeds(self) -> str:
-        several = self.result is not None and self.result["test_accuracy"]["std"] is not None
-        return _of_seeds(self.result["test_accuracy"]) if self.result is not None and several else "-"
-
-
 def write_report(runs: Sequence[str | Path], output: str | Path, show_progress: bool = False) -> list[str]:
     """Evaluate `runs` on their own data and write the page `output` about them, side by side; nothing else is written.
 
@@ -267,7 +205,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path, show_progress: 
     )
     environment.filters |= {"percent": percent, "without_examples": without_examples}
     page = environment.get_template("report.html").render(
-        title=read[0].name if len(read) == 1 else f"{len(read)} runs",
+        title=read[0]["name"] if len(read) == 1 else f"{len(read)} runs",
         version=versions()["pspinal_jax"],
         runs=read,
         labels=_SCORES,
@@ -276,50 +214,63 @@ def write_report(runs: Sequence[str | Path], output: str | Path, show_progress: 
     )
     with whole_file(output) as part:
         part.write_text(page, encoding="utf-8")
-    return [f"{run.path}: {run.problem}" for run in read if run.problem]
+    return [f"{run['path']}: {run['problem']}" for run in read if run["problem"]]
 
 
-def _read(path: Path, show_progress: bool) -> _Run:
+def _read(path: Path, show_progress: bool) -> dict[str, Any]:
+    """What the template shows of the run in `path`; a run that cannot be evaluated has a problem and no report."""
     directory = RunDirectory(path)
     config, result, lines = directory.config(), directory.result(), directory.metrics()
-    evaluated, problem = None, ""
-    try:
-        evaluated = evaluate_examples(path, show_progress=show_progress)
-    except PSpinalError as error:
-        problem = f"not evaluated: {error}"
+    identity, seeds = config["identity"], None if result is None else result["test_accuracy"]
+    run: dict[str, Any] = {
+        "path": path,
+        "name": f"{identity['card']['name']} in {path}",
+        "config": config,
+        "result": result,
+        "settings": flatten_dict(identity | {"num_seeds": config["num_seeds"]}, sep="."),
+        "seeds": "-" if seeds is None or seeds["std"] is None else _of_seeds(seeds),
+        "problem": "",
+        "report": None,
+    }
     with tempfile.TemporaryDirectory() as folder:
         curves, confusion = Path(folder) / "curves.svg", Path(folder) / "confusion.svg"
         if lines:
             plot_curves(lines, curves, "")
-        names = config["class_names"]
-        if evaluated is not None and len(names) > MAX_NUMBERED_CLASSES:
-            plot_confusion(evaluated.scored.confusion(len(names)), names, confusion, "")
+        try:
+            evaluated = evaluate_examples(path, show_progress=show_progress)
+            names, report = evaluated.predictor.class_names, evaluated.report
+            matrix = evaluated.scored.confusion(len(names))
+            if len(names) > MAX_NUMBERED_CLASSES:
+                plot_confusion(matrix, names, confusion, "")
+            else:
+                run["matrix"] = list(zip(names, matrix.toarray().tolist(), strict=True))
+            mistakes = [(each, _picture(each.picture)) for each in evaluated.mistakes()]
+            run |= {"report": report, "classes": worst_first(report["classes"]), "mistakes": mistakes}
+        except PSpinalError as error:
+            run["problem"] = f"not evaluated: {error}"
         # A drawing that failed has been warned of.
-        urls = [_url(path.read_bytes(), "svg+xml") if path.exists() else "" for path in (curves, confusion)]
-    return _Run(path, config, result, evaluated, problem, *urls)
+        for name, file in (("curves", curves), ("confusion", confusion)):
+            run[name] = _url(file.read_bytes(), "svg+xml") if file.exists() else ""
+    return run
 
 
 def _url(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _with_picture(mistake: Mistake) -> tuple[Mistake, str, bool]:
-    small = mistake.picture.shape[0] < _SMALL_PICTURE
-    content, kind = io.BytesIO(), "png" if small else "jpeg"
-    Image.fromarray(np.squeeze(mistake.picture, 2) if mistake.picture.shape[2] == 1 else mistake.picture).save(
-        content, kind, quality=85
-    )
-    return mistake, _url(content.getvalue(), kind), small
+def _picture(pixels: np.ndarray) -> str:
+    content, kind = io.BytesIO(), "png" if len(pixels) < _SMALL_PICTURE else "jpeg"
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(content, kind, quality=85)
+    return _url(content.getvalue(), kind)
 
 
-def _side_by_side(runs: list[_Run]) -> dict[str, Any]:
-    """What the template compares: the settings that differ, and recall by class where all have the same."""
-    settings = [run.settings for run in runs]
-    rows = [(name, [each.get(name, "-") for each in settings]) for name in sorted(set().union(*settings))]
-    recalls = [run.report["class_accuracy"] for run in runs if run.report is not None]
-    order: list[str] = []
-    if len(recalls) == len(runs) and len({tuple(each) for each in recalls}) == 1:
-        order = sorted(recalls[0], key=lambda name: min(1 if each[name] is None else each[name] for each in recalls))
+def _side_by_side(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the template compares: the settings that differ, and recall by class where all have the same classes."""
+    names = sorted(set().union(*(run["settings"] for run in runs)))
+    rows = [(name, [run["settings"].get(name, "-") for run in runs]) for name in names]
+    recalls = [run["report"]["class_accuracy"] if run["report"] else {} for run in runs]
+    classes = recalls[0] if len({tuple(each) for each in recalls}) == 1 else ()
+    order = sorted(classes, key=lambda name: min(1 if each[name] is None else each[name] for each in recalls))
     return {
         "differing": [(name, values) for name, values in rows if len({str(value) for value in values}) > 1],
         "recalls": [(name, [each[name] for each in recalls]) for name in order[:MAX_ROWS]],

@@ -1,8 +1,9 @@
 """What a run gives: result.json, and the selected parameters that it is about."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,16 +16,44 @@ from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.models import abstract_variables, build_model, count_features, count_parameters
+from pspinal_jax.recipes.schema import AugmentConfig, Recipe
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs.build import RunSetup, selected_by
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
-from pspinal_jax.runs.features import BACKBONE, add_backbone, head_recipe
-from pspinal_jax.runs.metrics import summary
-from pspinal_jax.runs.scores import averages, scores_by_class
+from pspinal_jax.runs.scores import averages, scores_by_class, summary
 from pspinal_jax.training.loop import Trainer
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 from pspinal_jax.training.stages import TrainingProgress
-from pspinal_jax.weights.variables import first_not_finite
+from pspinal_jax.weights.variables import first_not_finite, read_variables
+
+BACKBONE = "backbone.safetensors"
+
+
+def head_recipe(recipe: Recipe) -> Recipe:
+    """What is left of `recipe` to train on cached features: the same head, data and schedule, no backbone."""
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(
+            recipe.data, image_size=None, resize=None, fit="squash", augment="none", mean=0.0, std=1.0
+        ),
+        augment=AugmentConfig(mixup=recipe.augment.mixup),
+        optimizer=dataclasses.replace(recipe.optimizer, backbone_rate=1.0),
+        model=dataclasses.replace(recipe.model, backbone="none", weights=None),
+        freeze="none",
+        cache_features=False,
+        feature_views=0,
+    )
+
+
+def add_backbone(directory: RunDirectory, variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables of a run's head, completed by its frozen backbone.
+
+    Raises:
+      PSpinalError: if the backbone's file is missing or damaged.
+    """
+    directory.verify(BACKBONE)
+    trees = read_variables(directory.path / BACKBONE)
+    return {name: {**tree, **({"backbone": trees[name]} if name in trees else {})} for name, tree in variables.items()}
 
 
 def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> dict[str, Any]:
@@ -62,6 +91,7 @@ def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> d
     if recipe.patience:
         stopped = progress.lines - progress.epoch if progress.selected_epoch else progress.epoch
         result["early_stopping"] = {"patience": recipe.patience, "epochs": stopped}
+    seeds_as = "one program" if setup.programs.vectorized else "one after the other"
     names = directory.config()["class_names"]
     seeds = [scores_by_class(test.labels, predictions, names) for predictions in sums["predictions"]]
     return result | {
@@ -80,16 +110,10 @@ def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> d
         "epochs": recipe.epochs,
         "seconds": round(progress.total_seconds, 3),
         "compile_seconds": round(sum(line.get("compile_seconds", 0.0) for line in directory.metrics()), 3),
-        "seeds_as": _seeds_as(trainer),
+        "seeds_as": f"{progress.processes} processes side by side" if progress.processes > 1 else seeds_as,
         "device": device(),
         "versions": versions(),
     }
-
-
-def _seeds_as(trainer: Trainer) -> str:
-    if trainer.progress.processes > 1:
-        return f"{trainer.progress.processes} processes side by side"
-    return "one program" if trainer.setup.programs.vectorized else "one after the other"
 
 
 def describe_selection(setup: RunSetup) -> str:
@@ -117,28 +141,19 @@ def published_accuracy(setup: RunSetup) -> float | None:
     return card.published_accuracy if is_it else None
 
 
-def best_seed_index(config: dict[str, Any], result: dict[str, Any] | None, metrics: list[dict[str, Any]]) -> int:
+def _best_seed(recipe: Recipe, progress: TrainingProgress) -> int:
     """Index of the seed that does best on validation, as epochs are selected (see `improves`); of equals the first.
 
     Without validation it is the first; nothing is ever chosen on test.
     """
-    count = config["num_seeds"]
-    if count == 1:
-        return 0
-    names = ("validation_balanced_accuracy", "validation_accuracy")
-    try:
-        name = next((name for name in names if name in (result or ())), None)
-        if result is not None and name is not None:
-            losses = result["validation_loss"]["each"] if "validation_loss" in result else [0.0] * count
-            epochs = [(result[name]["each"], losses)]
-        else:
-            name = next((name for name in names if any(name in line for line in metrics)), None)
-            epochs = [(line[name], line["validation_loss"]) for line in metrics if name in line]
-        values = np.asarray(epochs, float).reshape(-1, 2, count)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError("the run's result.json or metrics.jsonl is damaged; say which seed with seed_index") from error
-    best = [max(((accuracy, -loss) for accuracy, loss in values[..., seed]), default=0) for seed in range(count)]
-    return best.index(max(best))
+    accuracy = progress.selected_accuracy or progress.best_accuracy
+    losses = progress.selected_loss or progress.best_loss or [None] * len(accuracy)
+
+    def score(seed: int) -> tuple[float, float]:
+        loss = losses[seed]
+        return accuracy[seed], -np.inf if loss is None else -np.nan_to_num(loss, nan=np.inf)
+
+    return 0 if recipe.protocol == "paper" else max(range(len(accuracy)), key=score, default=0)
 
 
 def _selected_checksum(selected: Any) -> str:
@@ -146,15 +161,26 @@ def _selected_checksum(selected: Any) -> str:
     return json_checksum({name: tree_checksums(selected.get(name, {})) for name in ("params", "batch_stats")})
 
 
-def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+class Loaded(NamedTuple):
+    """What a run's result is of.
+
+    Attributes:
+      variables: {'params': .., 'batch_stats': ..}, as the run's model applies them.
+      config: what config.json holds.
+      seed_index: which of the run's seeds they are of.
+    """
+
+    variables: dict[str, Any]
+    config: dict[str, Any]
+    seed_index: int
+
+
+def load_variables(run: Path, seed_index: int | None = None) -> Loaded:
     """The parameters and running statistics that a run's result stands for: selected, or the last (paper's protocol).
 
     Args:
       run: a run directory.
       seed_index: which of the run's seeds; by default the best on validation.
-
-    Returns:
-      ({'params': .., 'batch_stats': ..}, config.json). The variables are what the run's model applies.
 
     Raises:
       RunError: if `run` is not a run directory, its newest checkpoint is damaged or missing, or the parameters are not
@@ -163,17 +189,15 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
     """
     directory = RunDirectory(run)
     config, result = directory.config(), directory.result()
-    recipe, shape, num_classes = load_recipe_of(config), tuple(config["input_shape"]), len(config["class_names"])
-    count = recipe.num_seeds
-    if seed_index is None:
-        seed_index = best_seed_index(config, result, directory.metrics())
-    if not 0 <= seed_index < count:
+    recipe, shape, dtype = load_recipe_of(config), tuple(config["input_shape"]), config["input_dtype"]
+    num_classes, count = len(config["class_names"]), recipe.num_seeds
+    if seed_index is not None and not 0 <= seed_index < count:
         raise UsageError(f"seed_index is {seed_index}, expected 0 .. {count - 1}: the run has {count} seeds")
-    trained, inputs, dtype = recipe, shape, config["input_dtype"]
     try:
+        whole = shapes = abstract_variables(build_model(recipe, shape, num_classes), shape, dtype)
         if recipe.cache_features:
-            trained, inputs, dtype = head_recipe(recipe), (count_features(recipe, shape),), "float32"
-        shapes = abstract_variables(build_model(trained, inputs, num_classes), inputs, dtype)
+            features = (count_features(recipe, shape),)
+            shapes = abstract_variables(build_model(head_recipe(recipe), features, num_classes), features)
     except (UsageError, TypeError, ValueError, OverflowError) as error:  # flax and jax raise these for odd sizes
         raise RunError(f"{directory.config_path} describes no model: {error}; train in another workdir") from error
     # Under the paper's protocol the result is the last epoch's; its "best" was selected on the test split.
@@ -187,17 +211,17 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
         trees = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(lead + leaf.shape, leaf.dtype, sharding=sharding), trees)
         return trees if takes_last else {"best": trees}
 
-    trees, progress = read_newest(directory.checkpoints_path, expected)
-    selected = trees if takes_last else trees["best"]
+    trees, position = read_newest(directory.checkpoints_path, expected)
+    selected, progress = trees if takes_last else trees["best"], TrainingProgress(**position)
     if result is not None and not _is_about(result, selected, progress):
         raise RunError(
             f"the newest checkpoint in {directory.checkpoints_path} does not hold the parameters of result.json: it "
             "was replaced, or a newer one is missing; train in another workdir"
         )
-    variables = selected if count == 1 else jax.tree.map(lambda leaf: leaf[seed_index], selected)
+    index = _best_seed(recipe, progress) if seed_index is None else seed_index
+    variables = selected if count == 1 else jax.tree.map(lambda leaf: leaf[index], selected)
     if recipe.cache_features:
         variables = add_backbone(directory, variables)
-        whole = abstract_variables(build_model(recipe, shape, num_classes), shape, config["input_dtype"])
         if listed := misfits(flatten_dict(variables), flatten_dict(whole)):
             raise RunError(f"{run / BACKBONE} does not fit its config.json: {listed}; train in another workdir")
     if (name := first_not_finite(variables)) is not None:
@@ -205,16 +229,16 @@ def load_variables(run: Path, seed_index: int | None = None) -> tuple[dict[str, 
             f"{run} holds parameters that are not finite, {name} first: training diverged; train again in another "
             "workdir with a lower optimizer.learning_rate"
         )
-    return variables, config
+    return Loaded(variables, config, index)
 
 
-def _is_about(result: dict[str, Any], selected: Any, progress: dict[str, Any]) -> bool:
+def _is_about(result: dict[str, Any], selected: Any, progress: TrainingProgress) -> bool:
     """Whether `result` is the result of the parameters `selected`, of all seeds."""
     if "selected_checksum" in result:
         return bool(result["selected_checksum"] == _selected_checksum(selected))
     if "selected_epoch" in result:  # an older run without that checksum
-        return bool(result["selected_epoch"] == (progress.get("selected_epoch") or progress["best_epoch"]))
-    return bool(result["test_accuracy"]["each"] == progress.get("last_accuracy"))
+        return bool(result["selected_epoch"] == (progress.selected_epoch or progress.best_epoch))
+    return bool(result["test_accuracy"]["each"] == progress.last_accuracy)
 
 
 def misfits(found: dict[Any, Any], expected: dict[Any, Any]) -> str:

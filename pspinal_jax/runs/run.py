@@ -1,8 +1,6 @@
 """The Python API of runs: train a recipe, or open a run, and use it; the commands call the same functions."""
 
-import dataclasses
 import functools
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import numpy as np
 
-from pspinal_jax.errors import DataError, RunError, UsageError
+from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models import build_model
@@ -21,7 +19,7 @@ from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run
-from pspinal_jax.runs.predict import Images, Prediction, Predictor, load_predictor, predict
+from pspinal_jax.runs.predict import Images, Prediction, Predictor, load_predictor, predict, predict_proba
 from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.train import train as train_recipe
 from pspinal_jax.runs.train import work_directory
@@ -58,10 +56,7 @@ class Run:
         Raises:
           RunError: if the run is not finished, or result.json is damaged.
         """
-        result = RunDirectory(self.path).result()
-        if result is None:
-            raise RunError(f"{self.path} is not finished: it has no result.json; run `train` again to go on")
-        return result
+        return RunDirectory(self.path).finished_result()
 
     @property
     def history(self) -> History:
@@ -116,21 +111,14 @@ class Run:
         """
         return predict(self._predictor, images, top)
 
+    @absl_quietened()
     def predict_proba(self, images: Images) -> np.ndarray:
         """Class probabilities float64 [N, C] of `images`, which `predict` describes; columns as `class_names`.
 
         Raises:
           DataError: if an image cannot be read.
         """
-        columns = {name: column for column, name in enumerate(self.class_names)}
-        predictions = self.predict(images, top=len(columns))
-        probabilities = np.zeros((len(predictions), len(columns)))
-        for index, (row, prediction) in enumerate(zip(probabilities, predictions, strict=True)):
-            if prediction.error is not None:
-                raise DataError(f"image {index}, {prediction.path or 'an array'}, cannot be read: {prediction.error}")
-            for name, probability in prediction.classes:
-                row[columns[name]] += probability
-        return probabilities
+        return predict_proba(self._predictor, images)
 
     @absl_quietened()
     def evaluate(self, data_path: str | Path | None = None) -> dict[str, Any]:
@@ -199,22 +187,20 @@ def resolve(recipe: Recipe, change: Callable[[Recipe], Recipe], options: RunOpti
     return asked
 
 
-def _replaced(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
+def _replaced(config: Any, changes: Mapping[str, Any]) -> Any:
     """The dataclass `config` with `changes` by dotted name, all at once, as some only fit together."""
-    hints = typing.get_type_hints(type(config))
-    values: dict[str, Any] = {}
-    nested: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    for name, value in sorted(changes.items(), key=lambda change: "." in change[0]):  # configs given whole come first
         field, _, inner = name.partition(".")
-        if field not in hints or field == "card":
-            raise UsageError(f"train has no setting {prefix + name!r}")
+        held = values.get(field)
+        known = held if isinstance(held, dict) else getattr(held, "__dataclass_fields__", ())
+        if field not in values or field == "card" or (inner and inner not in known):
+            raise UsageError(f"train has no setting {name!r}")
+        if isinstance(value, dict):  # it would put every field that it lacks back to its default
+            raise UsageError(f"{name} is {value!r}, expected {type(held).__name__}")
         if inner:
-            nested.setdefault(field, {})[inner] = value
-        elif isinstance(value, dict):  # it would put every field that it lacks back to its default
-            expected = getattr(hints[field], "__name__", hints[field])
-            raise UsageError(f"{prefix}{name} is {value!r}, expected {expected}")
-        else:
-            values[field] = typed(prefix + name, value, hints[field])
-    for field, given in nested.items():
-        values[field] = _replaced(values.get(field, getattr(config, field)), given, f"{prefix}{field}.")
-    return dataclasses.replace(config, **values)
+            value = {each: held[each] if isinstance(held, dict) else getattr(held, each) for each in known} | {
+                inner: value
+            }
+        values[field] = value
+    return typed("train", values, type(config))

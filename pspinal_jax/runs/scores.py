@@ -1,4 +1,4 @@
-"""Scores of predictions, their intervals, scores by class and confusions.
+"""Scores of predictions, their intervals, scores by class and confusions, and plots of them.
 
 Accuracy hides classes: of 90 % in one class, a model that knows no other has 90 %. Balanced accuracy is the mean of the
 classes' recalls, macro F1 the mean of their F1, over the classes that have examples (K. Brodersen et al., "The balanced
@@ -9,6 +9,7 @@ weighted by their examples.
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 from pspinal_jax.errors import printable
+from pspinal_jax.pictures import drawable, drawn
+from pspinal_jax.training.fitted import History
 
 CALIBRATION_BINS = 15  # as in Guo et al.
 LEVEL = 0.95
@@ -25,8 +28,10 @@ RESAMPLES = 1000
 _MIN_MEMBERS = 3.5
 _MIN_CLASSES_FOR_TOP_5 = 6
 _MAX_CONFUSED = 10
+MAX_NUMBERED_CLASSES = 30  # of a confusion matrix's plot; more show colours only
+_MAX_DRAWN_CLASSES = 500
+_MAX_CAPTION = 26
 _MAX_MATRIX = 1000  # classes up to which the confusion matrix is written as rows of C numbers
-_DRAWN_AT_A_TIME = 500_000
 _NAMED = 3
 
 
@@ -79,23 +84,30 @@ class Scored:
 
 def scores_by_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Of each class name, support, precision, recall and f1; None where there is nothing to divide by."""
-    # Three counts; scikit-learn, which gives the same numbers, takes 140 MB to import.
-    support, named, correct = (
-        np.bincount(of, minlength=len(class_names)) for of in (labels, predictions, labels[labels == predictions])
-    )
+    # scikit-learn, which gives the same numbers, takes 140 MB to import.
+    counted = _count_classes(labels, predictions, np.ones(len(labels)), len(class_names))
     return [
         {
             "name": name,
-            "support": int(support[index]),
-            "precision": _ratio(correct[index], named[index]),
-            "recall": _ratio(correct[index], support[index]),
-            "f1": _ratio(2 * correct[index], support[index] + named[index]),
+            "support": int(support),
+            "precision": _ratio(correct, predicted),
+            "recall": _ratio(correct, support),
+            "f1": _ratio(2 * correct, support + predicted),
         }
-        for index, name in enumerate(class_names)
+        for name, support, predicted, correct in zip(class_names, *counted, strict=True)
     ]
 
 
-def _ratio(part: int, whole: int) -> float | None:
+def _count_classes(
+    true: np.ndarray, predicted: np.ndarray, counts: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many examples each class has, how many are predicted to be of it, and how many of these rightly, each [C]."""
+    ways = ((true, counts), (predicted, counts), (true, counts * (true == predicted)))
+    support, named, correct = (np.bincount(classes, weights, num_classes) for classes, weights in ways)
+    return support, named, correct
+
+
+def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 
 
@@ -180,44 +192,32 @@ def bootstrap(confusion: Any) -> tuple[np.ndarray, np.ndarray]:
     Args:
       confusion: [C, C], an array or a sparse one.
     """
-    from scipy.sparse import csr_array
-
     true, predicted, counts = _pairs(confusion)
-    rng, total, diagonal = np.random.default_rng(0), counts.sum(), true == predicted
-
-    def sums(groups: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        """[R, C]: the sums of the counts [R, M] by group [M]."""
-        member = csr_array(
-            (np.ones(len(groups), int), (np.arange(len(groups)), groups)), shape=(len(groups), confusion.shape[0])
-        )
-        return np.asarray(drawn @ member)
-
+    rng, total = np.random.default_rng(0), counts.sum()
     found = []
-    step = max(1, _DRAWN_AT_A_TIME // max(len(counts), confusion.shape[0]))
-    for first in range(0, RESAMPLES, step):
-        drawn = rng.multinomial(total, counts / total, min(step, RESAMPLES - first))
-        support, named = sums(true, drawn), sums(predicted, drawn)
-        correct = sums(true[diagonal], drawn[:, diagonal])
-        present = support > 0
-        recall = np.where(present, correct / np.maximum(support, 1), 0).sum(1) / present.sum(1)
-        f1 = np.where(present, 2 * correct / np.maximum(support + named, 1), 0).sum(1) / present.sum(1)
-        found.append((recall, f1))
-    balanced, macro = zip(*found, strict=True)
-    return np.concatenate(balanced), np.concatenate(macro)
+    for _ in range(RESAMPLES):
+        drawn = rng.multinomial(total, counts / total)
+        found.append(_mean_scores(*_count_classes(true, predicted, drawn, confusion.shape[0])))
+    balanced, macro = np.transpose(found)
+    return balanced, macro
+
+
+def _mean_scores(support: np.ndarray, named: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
+    """Balanced accuracy and macro F1 of counts of `_count_classes`, over the classes with examples."""
+    present = support > 0
+    recall, f1 = correct[present] / support[present], 2 * correct[present] / (support + named)[present]
+    return float(recall.mean()), float(f1.mean())
 
 
 def intervals(confusion: Any) -> dict[str, Any]:
     """95 % intervals over test examples, from the confusion matrix [C, C], an array or a sparse one.
 
-    accuracy: Wilson's score interval for a share. balanced_accuracy: the bootstrap's percentiles, of 1,000 draws of as
-    many examples with replacement (B. Efron, 1979), with seed 0. macro_f1: see `_macro_f1_interval`; None where
-    classes have too few examples for any. They tell how another test set of this size might have come out, not how
+    accuracy: Wilson's score interval. balanced_accuracy: the bootstrap's percentiles, of 1,000 draws of as many
+    examples with replacement (B. Efron, 1979), with seed 0. macro_f1: see `_macro_f1_interval`; None where classes
+    have too few examples for any. They tell how another test set of this size might have come out, not how
     another training would have.
     """
-    from scipy.stats import binomtest
-
     total, right = int(confusion.sum()), int(confusion.trace())
-    wilson = binomtest(right, total).proportion_ci(LEVEL, method="wilson")
     recall, f1 = bootstrap(confusion)
     macro = _macro_f1_interval(confusion, f1)
     how = (
@@ -227,7 +227,7 @@ def intervals(confusion: Any) -> dict[str, Any]:
     )
     return {
         "level": LEVEL,
-        "accuracy": [float(wilson.low), float(wilson.high)],
+        "accuracy": list(_wilson(right / total, total)),
         "balanced_accuracy": np.percentile(recall, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]).tolist(),
         "macro_f1": macro,
         "method": "accuracy by Wilson's score interval, balanced accuracy by the bootstrap "
@@ -236,34 +236,34 @@ def intervals(confusion: Any) -> dict[str, Any]:
 
 
 def _macro_f1_interval(confusion: Any, drawn: np.ndarray) -> list[float] | None:
-    """Wilson's score interval about macro F1, for the number of examples of which a share would spread as `drawn` does.
+    """Wilson's score interval about macro F1, of as many examples as give a proportion the variance of `drawn`.
 
     The bootstrap's percentiles hold the truth too seldom: F1 of a few examples a class is biased, the draws are so a
-    second time, and n examples of a class spread by (n - 1) / n too little. So the bias is taken off, the spread is
+    second time, and n examples of a class vary by (n - 1) / n too little. So the bias is taken off, the variance is
     widened by that and by the bias, which is known badly, and the interval always holds macro F1 itself. Where
-    nothing is wrong, the draws spread not at all, and Wilson's interval is that of accuracy.
+    nothing is wrong, the draws do not vary, and Wilson's interval is that of accuracy.
     results/macro_f1_interval.py measures how often it holds the truth.
     """
-    from scipy.stats import norm
-
     true, predicted, counts = _pairs(confusion)
-    support, named, correct = (
-        np.bincount(of, counts * weight, confusion.shape[0])
-        for of, weight in ((true, 1), (predicted, 1), (true, true == predicted))
-    )
-    present, total = support > 0, int(counts.sum())
-    members = float(1 / np.mean(1 / support[present]))
-    f1 = float(np.mean(2 * correct[present] / (support + named)[present]))
+    support, named, correct = _count_classes(true, predicted, counts, confusion.shape[0])
+    total, f1 = float(counts.sum()), _mean_scores(support, named, correct)[1]
+    members = float(1 / np.mean(1 / support[support > 0]))
     bias, std = float(drawn.mean()) - f1, float(drawn.std(ddof=1))
     if members < _MIN_MEMBERS or abs(bias) > 2 * std:  # a bias that large is known too badly to be taken off
         return None
     variance = std**2 * (1 + 1 / members) + bias**2
-    size = min(f1 * (1 - f1) / variance, float(total)) if variance else float(total)
-    share = float(np.clip(f1 - bias, 0, 1))
-    z = float(norm.ppf(0.5 + LEVEL / 2))
-    middle = (share + z * z / (2 * size)) / (1 + z * z / size)
-    half = z / (1 + z * z / size) * np.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
-    return [float(min(middle - half, f1)), float(max(middle + half, f1))]
+    low, high = _wilson(float(np.clip(f1 - bias, 0, 1)), min(f1 * (1 - f1) / variance, total) if variance else total)
+    return [min(low, f1), max(high, f1)]
+
+
+def _wilson(proportion: float, size: float) -> tuple[float, float]:
+    """Wilson's score interval about a proportion of `size` examples."""
+    from scipy.stats import norm
+
+    square = float(norm.ppf(0.5 + LEVEL / 2)) ** 2 / size
+    middle = (proportion + square / 2) / (1 + square)
+    half = np.sqrt(square * (proportion * (1 - proportion) + square / 4)) / (1 + square)
+    return float(max(middle - half, 0)), float(min(middle + half, 1))
 
 
 def most_confused(confusion: Any, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -292,3 +292,67 @@ def without_examples(classes: list[dict[str, Any]]) -> str:
     names = [printable(each["name"]) for each in classes if not each["support"]]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f" (without test examples: {', '.join(names[:_NAMED])}{more})" if names else ""
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """mean, std (of the sample; null for one value) and each."""
+    with np.errstate(invalid="ignore"):  # of a loss that is infinite
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "each": list(values)}
+
+
+def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Loss and accuracy by epoch, see `History`."""
+    with drawn(path, 10, 4) as figure:
+        History(lines).draw(figure, ["loss", "accuracy"])
+        if title:
+            figure.suptitle(drawable(title))
+
+
+def plot_confusion(matrix: Any, class_names: Sequence[str], path: Path, title: str) -> None:
+    """The confusion matrix [C, C], an array or a sparse one, rows the true class; colours are fractions of the row.
+
+    Of more than 500 classes neighbours are drawn together.
+    """
+    from scipy.sparse import coo_array
+
+    pairs, count = coo_array(matrix), len(class_names)
+    each = -(-count // _MAX_DRAWN_CLASSES)
+    side = -(-count // each)
+    matrix = coo_array((pairs.data, (pairs.row // each, pairs.col // each)), shape=(side, side)).toarray()
+    size = float(np.clip(0.45 * count, 5, 16)) if count <= MAX_NUMBERED_CLASSES else 9.0
+    with drawn(path, size + 1, size) as figure:
+        axis = figure.subplots()
+        fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        extent = (-0.5, count - 0.5, count - 0.5, -0.5)
+        image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, extent=extent)
+        figure.colorbar(image, ax=axis, label="fraction of the true class")
+        axis.set_xlabel("predicted class")
+        axis.set_ylabel("true class")
+        axis.set_title(drawable(title))
+        if len(class_names) <= MAX_NUMBERED_CLASSES:
+            labels = [drawable(name) for name in class_names]
+            # Names that are cut to the same text get numbers.
+            labels = labels if len({*labels}) == len(labels) else [f"{i}: {label}" for i, label in enumerate(labels)]
+            axis.set_xticks(range(len(labels)), labels, rotation=90)
+            axis.set_yticks(range(len(labels)), labels)
+            for (row, column), count in np.ndenumerate(matrix):
+                if count:
+                    colour = "white" if fractions[row, column] > 0.5 else "black"
+                    axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+
+
+def plot_mistakes(mistakes: Sequence[tuple[str, str, float, np.ndarray]], path: Path, title: str) -> None:
+    """A contact sheet of `mistakes`, see `pspinal_jax.runs.evaluate.Mistake`; nothing is drawn where there are none."""
+    if not mistakes:
+        return
+    columns = min(6, len(mistakes))
+    rows = -(-len(mistakes) // columns)
+    with drawn(path, 1.9 * columns + 0.4, 2.25 * rows + 0.5) as figure:
+        for axis in figure.subplots(rows, columns, squeeze=False).flat:
+            axis.set_axis_off()
+        for axis, (true, predicted, probability, picture) in zip(figure.axes, mistakes, strict=False):
+            axis.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+            lines = true, f"as {predicted} {100 * probability:.0f} %"
+            axis.set_title("\n".join(drawable(line, _MAX_CAPTION) for line in lines), fontsize=7)
+        figure.suptitle(drawable(title))

@@ -27,8 +27,7 @@ from pspinal_jax.errors import RunError
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import Recipe, RunOptions
 from pspinal_jax.runs.build import RunSetup
-from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.metrics import MetricsWriter
+from pspinal_jax.runs.directory import MetricsWriter, RunDirectory
 from pspinal_jax.training.programs import SeedStates
 from pspinal_jax.training.signals import Stopped, StopRequest
 from pspinal_jax.training.stages import TrainingProgress
@@ -129,12 +128,7 @@ def _processes(parts: Sequence[RunDirectory], checkpoint_seconds: float) -> Iter
             with open(f"{part.path}.log", "wb") as log:  # its last line is the reason for a failure
                 # The worker ends where its standard input does. Ctrl-C reaches this process alone.
                 process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    env=environment,
-                    start_new_session=True,
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
                 )
             started.append(process)
         yield started

@@ -1,42 +1,49 @@
-"""What a run starts from: variables, and digests of the examples that it and the runs before it have seen.
+"""What a run starts from: variables, a frozen backbone's features, and digests of the examples that it sees.
 
-start.safetensors   the variables, where they are not the seed's alone
-seen.safetensors    train, validation: digests of the run's own examples, uint64 [N], see `pspinal_jax.data.dataset`;
-                    before: of those that the run given by --init-from has seen, and the ones before it
+start.safetensors     the variables, where they are not the seed's alone
+backbone.safetensors  the backbone of a run on cached features: it runs over the data once, and the head trains on its
+                      features as on any data
+features.npz          these features
+seen.safetensors      train, validation: digests of the run's own examples, uint64 [N], see `pspinal_jax.data.dataset`;
+                      before: of those that the run given by --init-from has seen, and the ones before it
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pspinal_jax.data.dataset import Dataset, Split
-from pspinal_jax.distributed import barrier, broadcast_from_primary, is_primary
+from pspinal_jax.data.dataset import ArraySplit, Dataset, Split, array_dataset
+from pspinal_jax.data.npz import read_npz
+from pspinal_jax.distributed import barrier, broadcast_from_primary, is_primary, put, whole
+from pspinal_jax.environment import convolution_options, jit_with
 from pspinal_jax.errors import PSpinalError, UsageError
 from pspinal_jax.models import Classifier, abstract_variables
-from pspinal_jax.progress import say, warn
+from pspinal_jax.progress import progress_bar, say, warn
 from pspinal_jax.recipes.schema import Recipe
-from pspinal_jax.runs.directory import RunDirectory, writing
-from pspinal_jax.runs.result import load_variables, misfits
+from pspinal_jax.runs.build import augmentation
+from pspinal_jax.runs.directory import RunDirectory, whole_file, writing
+from pspinal_jax.runs.result import BACKBONE, load_variables, misfits
+from pspinal_jax.training import keys
+from pspinal_jax.training.images import process_local_batches
+from pspinal_jax.training.sharding import divisible_size, fit_mesh, shard_process_local, shardings
 from pspinal_jax.weights import backbone_variables
 from pspinal_jax.weights.variables import read_variables, save_variables
 
 START = "start.safetensors"
 SEEN = "seen.safetensors"
+FEATURES = "features.npz"
 KINDS = ("train", "validation", "before")
 _OUTPUT = ("head", "output")
 
 
-def start_variables(
-    recipe: Recipe,
-    model: Classifier,
-    init_from: Path | None,
-    input_shape: tuple[int, ...],
-    input_dtype: Any,
-    class_names: Sequence[str],
-) -> dict[str, Any]:
+def start_variables(recipe: Recipe, model: Classifier, init_from: Path | None, data: Dataset[Split]) -> dict[str, Any]:
     """Variables to start from, by collection; what is not in them starts from the seed.
 
     Args:
@@ -44,9 +51,7 @@ def start_variables(
       model: the recipe's.
       init_from: run directory whose selected parameters and running statistics are taken, those of the output layer
         only where the classes are the same; they go before the weights.
-      input_shape: one example's shape.
-      input_dtype: its dtype.
-      class_names: names of the classes.
+      data: gives the shape of the inputs, and the classes.
 
     Raises:
       PSpinalError: if something cannot be read, or does not fit the model.
@@ -55,20 +60,127 @@ def start_variables(
         weights = recipe.model.weights
         backbone = {} if weights is None else backbone_variables(recipe.model.backbone, weights)
         return {collection: {"backbone": tree} for collection, tree in backbone.items()}
-    variables, config = load_variables(init_from)
-    others = config["class_names"] != list(class_names)
+    variables, config, _ = load_variables(init_from)
+    others = config["class_names"] != list(data.class_names)
 
     def kept(tree: Any) -> dict[Any, Any]:
         return {path: leaf for path, leaf in flatten_dict(tree).items() if not others or path[1:3] != _OUTPUT}
 
     found = kept(variables)
-    if listed := misfits(found, kept(abstract_variables(model, input_shape, input_dtype))):
+    if listed := misfits(found, kept(abstract_variables(model, data.example_shape, data.example_dtype))):
         raise UsageError(f"init_from {init_from} does not fit this model: {listed}")
     if others and is_primary():
-        counts = f"{len(config['class_names'])} classes, not the {len(class_names)} of this data"
+        counts = f"{len(config['class_names'])} classes, not the {data.num_classes} of this data"
         say(f"init_from {init_from} knows {counts}: the output layer starts anew, all else is kept")
     tree: dict[str, Any] = unflatten_dict(found)
     return tree
+
+
+def without_backbone(variables: dict[str, Any]) -> dict[str, Any]:
+    """The head's part of `variables`."""
+    parts = {name: {key: tree[key] for key in tree if key != "backbone"} for name, tree in variables.items()}
+    return {name: tree for name, tree in parts.items() if tree}
+
+
+def extract_features(
+    recipe: Recipe, model: Classifier, variables: dict[str, Any], data: Dataset[Split], workers: int = 0
+) -> Dataset[ArraySplit]:
+    """The backbone's features of all of `data`, float32, with its running statistics.
+
+    Args:
+      recipe: gives sizes, augmentation and how many augmented passes (`feature_views`) the training split gets; their
+        rows follow one another, whole pass by whole pass. 0: one pass without augmentation.
+      model: has the backbone.
+      variables: its parameters and running statistics.
+      data: images.
+      workers: processes that decode them; 0 for threads of this one.
+    """
+    # Never refused: the run may have begun on other devices. Any number divides over itself.
+    mesh = fit_mesh(*dataclasses.astuple(recipe.mesh), rows=jax.device_count(), resuming=True)
+    on_mesh = put(variables, shardings(mesh, variables))
+
+    def features(augment: Any, variables: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+        images = images if augment is None else augment(key, images)
+        return model.apply(variables, images, False, method="features").astype(jnp.float32)  # type: ignore[union-attr]
+
+    jit = partial(jit_with, convolution_options(mesh.devices.flat[0].platform))
+    plain, augmented = jit(partial(features, None)), jit(partial(features, augmentation(recipe)))
+
+    def run(split: Split, description: str, view: int | None = None) -> np.ndarray:
+        """Features [N, D] of `split`; augmented with the random numbers of pass `view`."""
+        # Random numbers are drawn by the batch, so views have batches of one size on all devices.
+        size = divisible_size(mesh, recipe.eval_batch_size) if view is None else recipe.eval_batch_size
+        side = recipe.data.side if view is None else recipe.data.train_side
+        compiled = plain if view is None else augmented
+        key = jax.random.fold_in(keys.init_key(recipe.data.split_seed), view or 0)
+        order, parts = np.arange(len(split)), []
+        local = process_local_batches(mesh, split, order, side, size, workers=workers, pad=True)
+        with contextlib.closing(local), progress_bar(len(split), description, "image", is_primary()) as bar:
+            for index, ((images, _), count) in enumerate(local):
+                sharded = shard_process_local(mesh, images, size)
+                parts.append(whole(compiled(on_mesh, sharded, jax.random.fold_in(key, index)))[:count])
+                bar.update(count)
+        return np.concatenate(parts)
+
+    views = []
+    for view in range(recipe.feature_views):
+        split = data.train.random_crop(recipe.data.split_seed, view) if recipe.data.crops else data.train
+        views.append(run(split, f"features, view {view + 1}", view))
+    train = np.concatenate(views or [run(data.train, "features of train")])
+    splits = {"train": ArraySplit(train, np.tile(data.train.labels, max(1, recipe.feature_views)))}
+    for name, split in data.splits.items():
+        if name != "train":
+            splits[name] = ArraySplit(run(split, f"features of {name}"), split.labels)
+    return array_dataset(splits, data.class_names, f"features of {data.source}")
+
+
+def save_features(path: Path, data: Dataset[ArraySplit]) -> None:
+    """Write `data` as an .npz that `--data.path` takes, whole or not at all."""
+    arrays = {"class_names": np.array(data.class_names)}
+    for name, split in data.splits.items():
+        arrays |= {f"{name}_images": split.inputs, f"{name}_labels": split.labels}
+    with whole_file(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def cached_features(
+    recipe: Recipe,
+    model: Classifier,
+    start: dict[str, Any],
+    data: Dataset[Split],
+    directory: RunDirectory,
+    workers: int,
+) -> Dataset[ArraySplit]:
+    """The features of `data` in the run's directory, computed unless it holds them.
+
+    Args:
+      recipe: has a frozen backbone.
+      model: the recipe's.
+      start: the variables that the run starts from, see `start_variables`.
+      data: images.
+      directory: the run's.
+      workers: processes that decode them; 0 for threads of this one.
+    """
+    features, backbone = directory.path / FEATURES, directory.path / BACKBONE
+    if not broadcast_from_primary(lambda: features.exists() and backbone.exists()):
+        variables = complete_backbone(recipe, model, start, data)
+        found = extract_features(recipe, model, variables, data, workers)
+        if is_primary():
+            save_variables(backbone, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
+            save_features(features, found)
+            directory.record(BACKBONE, FEATURES)
+        barrier()
+    directory.verify(BACKBONE, FEATURES)
+    return read_npz(features, data.num_classes)
+
+
+def complete_backbone(recipe: Recipe, model: Classifier, start: dict[str, Any], data: Dataset[Split]) -> dict[str, Any]:
+    """Variables of the model's backbone: those of `start`, or else drawn by the recipe's seed."""
+    if all("backbone" in start.get(name, {}) for name in ("params", "batch_stats")):
+        return start
+    inputs = jnp.zeros((2, *data.example_shape), data.example_dtype)
+    drawn = jax.jit(lambda seed: model.init(keys.init_key(seed), inputs, train=False))(recipe.seed)
+    return {name: {**tree, **start.get(name, {})} for name, tree in drawn.items()}
 
 
 def save_start(directory: RunDirectory, variables: dict[str, Any]) -> None:
@@ -80,14 +192,12 @@ def save_start(directory: RunDirectory, variables: dict[str, Any]) -> None:
     barrier()
 
 
-def load_start(directory: RunDirectory, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The variables that the run in `directory` starts from; `read` gives those of a run that keeps none."""
-    if broadcast_from_primary((directory.path / START).exists):
-        directory.verify(START)
-        return read_variables(directory.path / START)
-    variables = read()
-    save_start(directory, variables)
-    return variables
+def load_start(directory: RunDirectory) -> dict[str, Any]:
+    """The variables that the run in `directory` starts from, {} where it keeps none."""
+    if not broadcast_from_primary((directory.path / START).exists):
+        return {}
+    directory.verify(START)
+    return read_variables(directory.path / START)
 
 
 def look_for_copies(
@@ -122,11 +232,11 @@ def look_for_copies(
     if text:
         warn(f"{data.source}: {text}")
     if init_from is not None:
-        places = test[np.isin(contents.digests[test], seen["before"])]
-        counts["test_in_init_from"] = len(places)
-        if len(places):
-            count = f"{len(places):,} of {len(test):,} test examples are ones that {init_from} was trained on"
-            warn(f"{data.source}: {count}: {contents.named(places)}")
+        known = test[np.isin(contents.digests[test], seen["before"])]
+        counts["test_in_init_from"] = len(known)
+        if len(known):
+            count = f"{len(known):,} of {len(test):,} test examples are ones that {init_from} was trained on"
+            warn(f"{data.source}: {count}: {contents.named(known)}")
         elif not len(seen["before"]):
             warn(f"{init_from} is a run without checksums: it may have been trained on the test examples")
     return counts

@@ -25,13 +25,20 @@ from pspinal_jax.progress import say, warn
 from pspinal_jax.recipes.rules import check_settings, check_settings_for
 from pspinal_jax.recipes.schema import Recipe, RunOptions
 from pspinal_jax.runs.build import run_mesh, set_up, split_examples
-from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
-from pspinal_jax.runs.features import cached_features, head_recipe, without_backbone
-from pspinal_jax.runs.metrics import MetricsWriter, check_installed, plot_curves
+from pspinal_jax.runs.directory import MetricsWriter, RunDirectory, check_installed, load_recipe_of
 from pspinal_jax.runs.report import describe_start
-from pspinal_jax.runs.result import make_result
+from pspinal_jax.runs.result import head_recipe, make_result
+from pspinal_jax.runs.scores import plot_curves
 from pspinal_jax.runs.seeds import can_use_processes, find_parts, seeds_of, train_in_processes, wants_processes
-from pspinal_jax.runs.start import load_start, look_for_copies, save_start, start_variables
+from pspinal_jax.runs.start import (
+    START,
+    cached_features,
+    load_start,
+    look_for_copies,
+    save_start,
+    start_variables,
+    without_backbone,
+)
 from pspinal_jax.training.loop import Trainer
 from pspinal_jax.training.signals import Stopped, StopRequest
 
@@ -77,24 +84,19 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             say(f"run in {directory.path} is already finished; skipping training")
         return directory.result() or {}
     mesh = run_mesh(recipe, resuming=resuming)
-    shape, dtype = data.example_shape, data.example_dtype
-    model = build_model(recipe, shape, data.num_classes)
-
-    def read() -> dict[str, Any]:
-        return start_variables(recipe, model, options.init_from, shape, dtype, data.class_names)
+    model = build_model(recipe, data.example_shape, data.num_classes)
+    kept = broadcast_from_primary((directory.path / START).exists)
+    begin = {} if kept else start_variables(recipe, model, options.init_from, data)
 
     def start() -> dict[str, Any]:
-        variables = load_start(directory, read)
+        variables = load_start(directory)
         return without_backbone(variables) if recipe.cache_features else variables
 
-    given = None if resuming else read()
-    with directory.held():
-        directory.create(config)
-        if given is not None:
-            save_start(directory, given)
+    with directory.held(config):
+        save_start(directory, begin)
         copies = look_for_copies(directory, data, rows, options.init_from) if is_primary() else {}
         if recipe.cache_features:
-            features = cached_features(recipe, model, load_start(directory, read), data, directory, options.workers)
+            features = cached_features(recipe, model, load_start(directory), data, directory, options.workers)
             setup = set_up(head_recipe(recipe), features, options.workers, mesh)
         else:
             setup = set_up(recipe, data, options.workers, mesh)
@@ -122,14 +124,14 @@ def _load(
     recipe: Recipe, options: RunOptions, directory: RunDirectory, resuming: bool
 ) -> tuple[Recipe, Dataset[Split]]:
     """The recipe with all its values, and its data, found to fit each other."""
-    if not resuming:
-        check_settings(recipe)
     whole, classes = with_default_preprocessing(recipe), None
     if resuming:  # a run of an earlier version goes on as it began
         config = directory.config()
         together = config["identity"]["data"].get("keep_copies_together", False)
         whole = dataclasses.replace(whole, data=dataclasses.replace(whole.data, keep_copies_together=together))
         classes = config["class_names"]
+    else:
+        check_settings(recipe)
     data = primary_first(lambda: load_data(whole.data, classes))
     if not resuming:
         check_settings_for(recipe, data.source, data.example_shape)
@@ -181,12 +183,10 @@ def _end_with_the_parent() -> None:
 
 def _check_apart(workdir: Path, data: Path | None) -> None:
     """Raise UsageError if the run would write into the folder that it reads."""
-    place, folder = os.path.realpath(workdir), "" if data is None else os.path.realpath(expanded(data))
-    if folder and os.path.isdir(folder) and os.path.commonpath([place, folder]) == folder:
-        raise UsageError(
-            f"the work directory {workdir} lies inside the data, {data}: what a run writes there would become data; "
-            "choose another workdir"
-        )
+    folder = "" if data is None else os.path.realpath(expanded(data))
+    if os.path.isdir(folder) and Path(os.path.realpath(workdir)).is_relative_to(folder):
+        what = "its files would become data; choose another workdir"
+        raise UsageError(f"the work directory {workdir} lies inside the data, {data}: {what}")
 
 
 def _plot(recipe: Recipe, directory: RunDirectory) -> None:

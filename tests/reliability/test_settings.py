@@ -32,8 +32,8 @@ from pspinal_jax.runs.build import build_run_programs, make_stages, schedule_of,
 from pspinal_jax.runs.directory import load_recipe_of
 from pspinal_jax.runs.evaluate import evaluate
 from pspinal_jax.runs.export import export_run, read_export
-from pspinal_jax.runs.features import head_recipe
 from pspinal_jax.runs.predict import predict
+from pspinal_jax.runs.result import head_recipe
 from pspinal_jax.runs.train import train
 from pspinal_jax.training.keys import make_order
 from pspinal_jax.training.optimizers import learning_rates

@@ -104,8 +104,8 @@ def wrap(marks: Marks, owner, name: str, doing: str, after=None) -> None:
 def mark_calls(marks: Marks) -> None:
     """Mark what a run consists of; imports it all."""
     from pspinal_jax.checkpoints import CheckpointStore
-    from pspinal_jax.runs import metrics, train
-    from pspinal_jax.runs.directory import RunDirectory
+    from pspinal_jax.runs import train
+    from pspinal_jax.runs.directory import MetricsWriter, RunDirectory
     from pspinal_jax.training import loop as trainer
     from pspinal_jax.training.examples import EvaluatedSplit
 
@@ -121,7 +121,7 @@ def mark_calls(marks: Marks) -> None:
     wrap(marks, train, "make_result", "result")
     wrap(marks, train, "plot_curves", "curves")
     wrap(marks, RunDirectory, "write_result", "result.json")
-    wrap(marks, metrics.MetricsWriter, "append", "metrics line")
+    wrap(marks, MetricsWriter, "append", "metrics line")
     wrap(marks, trainer.Trainer, "_fresh_seed_states", "compilation (initialisation)")
     wrap(marks, trainer.Trainer, "_restore", "restoring", after=restored)
     wrap(marks, trainer.Trainer, "_warm_up", "compilation")

@@ -105,7 +105,7 @@ def elsewhere(site, lines, export, inputs, tmp_path):
 
 def of_run(run, inputs):
     """The same by the run's own model, computed at once."""
-    variables, config = load_variables(run)
+    variables, config, _ = load_variables(run)
     recipe = load_recipe_of(config)
     model = build_model(recipe, inputs.shape[1:], len(config["class_names"]))
     inputs = inputs.swapaxes(1, 2) if recipe.data.transposed else inputs
@@ -141,7 +141,7 @@ def test_an_export_gives_the_runs_probabilities_with_jax_alone(trained, exported
 
 
 def test_what_is_written_beside_the_program(trained, exported):
-    variables, config = load_variables(trained)
+    variables, config, _ = load_variables(trained)
     back = read_variables(exported / "params.safetensors")
     chex.assert_trees_all_equal(back, jax.device_get(variables))
     assert len({path.stat().st_mode for path in exported.iterdir()}) == 1, "all readable by the same people"
@@ -219,7 +219,8 @@ def test_a_run_on_features_is_exported_and_not_for_pictures(tmp_path, capsys):
     assert main(["train", "features", "--workdir", str(run), *small, *flags]) == 0
     assert main(["export", str(run)]) == 0
     artifact = read_export(run / "export")
-    assert (artifact.input_shape, artifact.input_dtype) == ((5,), np.float32)
+    (inputs,) = artifact.exported.in_avals
+    assert (inputs.shape[1:], inputs.dtype) == ((5,), np.float32)
     found = artifact.exported.call(features[:7].astype(np.float32))
     np.testing.assert_allclose(found, of_run(run, features.astype(np.float32))[1:8], rtol=0, atol=1e-6)
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
@@ -261,7 +262,7 @@ def test_nothing_but_an_export_is_replaced(trained, tmp_path, capsys):
     weights.unlink()
     assert main(["export", str(trained), "--output", str(output)]) == 0, "an empty directory is filled"
     (output / "export.json").write_text('{"format": "of another program"}')
-    refused(capsys, 1, "does not describe an export", "export", trained, "--output", output)
+    refused(capsys, 1, "out holds export.json and is not an export", "export", trained, "--output", output)
 
 
 def test_a_kill_while_exporting_leaves_the_older_export_whole(trained, tmp_path, monkeypatch):

@@ -20,8 +20,7 @@ from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError
 from pspinal_jax.runs import train as train_module
-from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.metrics import MetricsWriter
+from pspinal_jax.runs.directory import MetricsWriter, RunDirectory
 from pspinal_jax.runs.result import load_variables
 from pspinal_jax.training.examples import EvaluatedSplit
 from pspinal_jax.training.loop import Trainer
@@ -236,8 +235,9 @@ def test_a_work_directory_without_permission_is_named():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
         directory = RunDirectory(Path(folder) / "run")
-        with as_nobody(), pytest.raises(RunError, match=r"run cannot be written: Permission denied"):
-            directory.create({"identity": {}})
+        refused = pytest.raises(RunError, match=r"run cannot be written: Permission denied")
+        with as_nobody(), refused, directory.held({"identity": {}}):
+            pass
         os.chmod(folder, 0o755)
 
 

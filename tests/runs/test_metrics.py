@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pspinal_jax import pictures
-from pspinal_jax.runs import metrics
+from pspinal_jax.runs import scores
 from pspinal_jax.training import stages
 
 
@@ -62,8 +62,8 @@ def test_scores_of_seeds():
     predictions = np.array([[0, 0, 1, 2], [1, 1, 1, 1]])
     labels = np.array([0, 0, 1, 1])  # and none of class 2
     assert stages.balanced_accuracy(predictions, labels) == [0.75, 0.5]
-    assert metrics.summary([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(np.sqrt(2)), "each": [1.0, 3.0]}
-    assert metrics.summary([1.0]) == {"mean": 1.0, "std": None, "each": [1.0]}
+    assert scores.summary([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(np.sqrt(2)), "each": [1.0, 3.0]}
+    assert scores.summary([1.0]) == {"mean": 1.0, "std": None, "each": [1.0]}
 
 
 def test_curves_go_on_from_stage_to_stage_and_show_the_range_of_the_seeds(drawn):
@@ -73,40 +73,41 @@ def test_curves_go_on_from_stage_to_stage_and_show_the_range_of_the_seeds(drawn)
         for epoch in epochs
     ]
     lines[1] |= {"validation_loss": [0.0, 1.0], "validation_accuracy": [0.2, 0.4]}
-    left, right = drawn(metrics.plot_curves, lines)
+    left, right = drawn(scores.plot_curves, lines)
     train, validation = left.get_lines()
     assert (train.get_xdata().tolist(), train.get_ydata().tolist()) == ([1, 2, 3, 4, 5], [2, 3, 4, 2, 3])
     assert (validation.get_xdata().tolist(), validation.get_ydata().tolist()) == ([2], [0.5])
     band = left.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (1, 5)
     np.testing.assert_allclose(right.get_lines()[1].get_ydata(), [30])
-    alone = drawn(metrics.plot_curves, [line | {"train_loss": 1.0, "train_accuracy": 0.5} for line in lines[:1]])
+    alone = drawn(scores.plot_curves, [line | {"train_loss": 1.0, "train_accuracy": 0.5} for line in lines[:1]])
     assert not alone[0].collections
 
 
 def test_the_matrix_has_its_counts_where_there_are_any_and_names_that_can_be_told_apart(drawn):
     matrix = np.array([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
     names = ["a" * 70 + "1", "a" * 70 + "2", "c"]
-    axis, _ = drawn(metrics.plot_confusion, matrix, names)
+    axis, _ = drawn(scores.plot_confusion, matrix, names)
     texts = {text.get_position(): (text.get_text(), text.get_color()) for text in axis.texts}
     assert texts == {(0, 0): ("8", "white"), (1, 0): ("2", "black"), (0, 1): ("5", "black"), (1, 1): ("5", "black")}
     np.testing.assert_allclose(axis.images[0].get_array(), [[0.8, 0.2, 0], [0.5, 0.5, 0], [0, 0, 0]])
     labels = [label.get_text() for label in axis.get_xticklabels()]
     cut = "a" * 59 + "…"
     assert labels == [f"0: {cut}", f"1: {cut}", "2: c"] == [label.get_text() for label in axis.get_yticklabels()]
-    assert drawn(metrics.plot_confusion, np.eye(30, dtype=int), [f"c{i}" for i in range(30)])[0].texts
-    assert not drawn(metrics.plot_confusion, np.eye(31, dtype=int), [f"c{i}" for i in range(31)])[0].texts
+    assert drawn(scores.plot_confusion, np.eye(30, dtype=int), [f"c{i}" for i in range(30)])[0].texts
+    assert not drawn(scores.plot_confusion, np.eye(31, dtype=int), [f"c{i}" for i in range(31)])[0].texts
 
 
 def test_mistakes_stand_six_in_a_row_with_captions_that_fit(drawn):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (5, 4, 1 if index else 3)).astype(np.uint8) for index in range(7)]
-    axes = drawn(metrics.plot_mistakes, pictures, ["a\n" + "b" * 40] + [str(index) for index in range(1, 7)])
+    mistakes = [("a", "b" * 40, 0.5, pictures[0]), *((str(index), "c", 1.0, pictures[index]) for index in range(1, 7))]
+    axes = drawn(scores.plot_mistakes, mistakes)
     assert len(axes) == 12 and [len(axis.images) for axis in axes] == [1] * 7 + [0] * 5
-    assert axes[0].get_title() == "a\n" + "b" * 25 + "…" and axes[6].get_title() == "6"
+    assert axes[0].get_title() == "a\nas " + "b" * 22 + "…" and axes[6].get_title() == "6\nas c 100 %"
     np.testing.assert_array_equal(axes[0].images[0].get_array(), pictures[0])
     np.testing.assert_array_equal(axes[6].images[0].get_array(), pictures[6][..., 0])
-    assert len(drawn(metrics.plot_mistakes, pictures[:2], ["1", "2"])) == 2
+    assert len(drawn(scores.plot_mistakes, mistakes[:2])) == 2
 
 
 def test_what_the_font_lacks_is_a_replacement_character():

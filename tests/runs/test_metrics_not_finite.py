@@ -7,8 +7,8 @@ import pytest
 
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.files import json_text, write_json
-from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.metrics import MetricsWriter, plot_curves, summary
+from pspinal_jax.runs.directory import MetricsWriter, RunDirectory
+from pspinal_jax.runs.scores import plot_curves, summary
 
 NAN, INFINITE = float("nan"), float("inf")
 

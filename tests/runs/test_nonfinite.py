@@ -68,7 +68,7 @@ def test_such_steps_can_be_left_out(recipe, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [1, 1, 1]
     assert all(np.isfinite(line["train_loss"]) for line in lines)
-    variables, _ = load_variables(tmp_path / "run")
+    variables, *_ = load_variables(tmp_path / "run")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 

@@ -147,7 +147,7 @@ def test_options_together_end_well_or_in_one_line(row, tmp_path, monkeypatch):
 
 def test_a_last_batch_of_one_is_refused_where_batch_norm_learns_from_it():
     norm, kept = ("model.norm", "batch"), ("data.drop_remainder", False)
-    with pytest.raises(UsageError, match="batch_size is 6, which leaves 1 of 31 examples as the last batch"):
+    with pytest.raises(UsageError, match="batch_size is 6, which leaves 1 example for the last batch"):
         changed([norm, kept])
     changed([norm])
     changed([norm, kept, ("model.head", "dense")])

@@ -138,13 +138,6 @@ def test_sparse_and_dense_confusions_give_the_same():
     assert most_confused(coo_array(confusion), tuple("abc")) == most_confused(confusion, tuple("abc"))
 
 
-def test_draws_in_parts_are_the_draws_at_once(monkeypatch):
-    confusion = np.array([[30, 10, 0], [5, 12, 3], [2, 0, 1]])
-    whole = bootstrap(confusion)
-    monkeypatch.setattr("pspinal_jax.runs.scores._DRAWN_AT_A_TIME", 600)
-    np.testing.assert_array_equal(bootstrap(confusion), whole)
-
-
 def test_confusions_of_more_than_a_thousand_classes_are_listed():
     labels = np.arange(1001)
     made = Scored(labels, np.where(labels < 2, 1, labels), np.ones(1001), np.zeros(1001), np.zeros(1001, int))

@@ -42,7 +42,7 @@ def test_evaluate_finds_the_runs_classes_in_tables_that_lack_some(run, tmp_path)
     other = run.evaluate(tmp_path / "less.parquet")
     assert other["classes"][0]["support"] == 0 and other["trained_on_it"] is False
     frame[["b", "a", "c", "d", "species"]].to_csv(tmp_path / "order.csv", index=False)
-    with pytest.raises(UsageError, match=r"feature 0 of .* is 'b', but the run was trained on 'a'"):
+    with pytest.raises(UsageError, match=r"has the columns b, .*, but the run was trained on a, "):
         run.evaluate(tmp_path / "order.csv")
     frame.assign(species="emu").to_csv(tmp_path / "emu.csv", index=False)
     with pytest.raises(DataError, match="labels hold emu, expected one of the classes cat, cow, dog"):

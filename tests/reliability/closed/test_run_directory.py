@@ -107,7 +107,8 @@ def test_a_damaged_start_is_named(finished, npz_path, tmp_path, monkeypatch):
 
 def test_a_second_process_is_refused_and_changes_nothing(unfinished, npz_path):
     before = {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file() and path.name != ".lock"}
-    with RunDirectory(unfinished).held():
+    directory = RunDirectory(unfinished)
+    with directory.held(directory.config()):
         with pytest.raises(RunError, match=rf"is in use: process {os.getpid()} on .* trains there"):
             go_on(unfinished, npz_path)
         assert before == {path: path.read_bytes() for path in before}
@@ -134,8 +135,8 @@ def test_a_hold_dies_with_its_process(tmp_path):
 
 def test_a_directory_with_nothing_but_a_lock_is_free(npz_path, tmp_path):
     """As a kill leaves it that comes before config.json is written."""
-    with RunDirectory(tmp_path / "run").held():
-        pass
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
     RunDirectory(tmp_path / "run").check({"identity": {}})
 
 
@@ -180,8 +181,9 @@ def test_resuming_with_other_settings_of_jax_is_refused(unfinished, npz_path, na
 def test_a_run_of_before_these_settings_were_recorded_goes_on(finished, tmp_path):
     config = RunDirectory(finished).config()
     directory = RunDirectory(tmp_path / "run")
-    directory.create({**config, "identity": {key: value for key, value in config["identity"].items() if key != "jax"}})
-    directory.check(config)
+    identity = {key: value for key, value in config["identity"].items() if key != "jax"}
+    with directory.held({**config, "identity": identity}):
+        directory.check(config)
 
 
 def remove_second(lines):

@@ -19,7 +19,7 @@ from pspinal_jax.data.folder import check_files
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded, write_csv
 from pspinal_jax.progress import progress_bar, say, warn
-from pspinal_jax.runs.metrics import plot_confusion, plot_curves
+from pspinal_jax.runs.scores import plot_confusion, plot_curves
 
 NAMES = [
     "$a_$",
@@ -145,7 +145,7 @@ def test_a_plot_that_fails_says_so_on_one_line(tmp_path, monkeypatch, capsys):
     def failing(text):
         raise ValueError("no such\nfont \x1b[31m")
 
-    monkeypatch.setattr("pspinal_jax.runs.metrics.drawable", failing)
+    monkeypatch.setattr("pspinal_jax.runs.scores.drawable", failing)
     plot_curves(LINES, tmp_path / "curves.png", "title")
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"warning: {tmp_path / 'curves.png'} was not drawn: no such font") and "\x1b" not in said

@@ -62,7 +62,7 @@ def test_a_damaged_description_is_one_line_and_a_new_export_replaces_it(export, 
     assert "\n" not in str(caught.value)
     if content != "[]":  # which may be of another program
         write(export, program, model[1])
-        assert read_export(export).class_names == ["a", "b", "c"]
+        assert read_export(export).description["class_names"] == ["a", "b", "c"]
 
 
 def test_swapped_class_names_are_seen(export):
