@@ -28,35 +28,19 @@ if TYPE_CHECKING:
     from pspinal_jax.training.fit import fit
     from pspinal_jax.training.fitted import Fit
 
-_ROOMS = dict.fromkeys(("Run", "load_run", "train"), "pspinal_jax.runs.run") | {
-    "compare": "pspinal_jax.comparison.api",
-    "Fit": "pspinal_jax.training.fitted",
-    "fit": "pspinal_jax.training.fit",
-}
-
+# fmt: off
 __all__ = [
-    "DenseHead",
-    "Fit",
-    "MLPHead",
-    "ProgressiveSpinalHead",
-    "Run",
-    "SpinalHead",
-    "compare",
-    "fit",
-    "fuse_params",
-    "load_run",
-    "pack_batch_stats",
-    "pack_params",
-    "train",
-    "unfuse_params",
-    "unpack_batch_stats",
-    "unpack_params",
+    "DenseHead", "Fit", "MLPHead", "ProgressiveSpinalHead", "Run", "SpinalHead", "compare", "fit", "fuse_params",
+    "load_run", "pack_batch_stats", "pack_params", "train", "unfuse_params", "unpack_batch_stats", "unpack_params",
 ]
+# fmt: on
+_ROOMS = {"Run": "runs.run", "load_run": "runs.run", "train": "runs.run", "compare": "comparison.api"}
+_ROOMS |= {"Fit": "training.fitted", "fit": "training.fit"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(_ROOMS.get(name, "pspinal_jax.heads")), name)
+        return getattr(import_module(f"pspinal_jax.{_ROOMS.get(name, 'heads')}"), name)
     raise AttributeError(f"module 'pspinal_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -1,7 +1,6 @@
 """The command line's entry: finds the command, and turns errors into one line and an exit status."""
 
 import contextlib
-import difflib
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from pspinal_jax import __version__
-from pspinal_jax.commands import naming_flags
+from pspinal_jax.commands import naming_flags, table
 from pspinal_jax.errors import PSpinalError, UsageError
 from pspinal_jax.progress import Unfailing, say
 
@@ -45,17 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 status = _dispatch(args)
             sys.stdout.flush()
             return status
-        except PSpinalError as error:
-            say(f"error: {error}")
-            return error.exit_status
         except BrokenPipeError:
             return 1
+        except (PSpinalError, OSError) as error:
+            say(f"error: {error}")
+            return getattr(error, "exit_status", 1)
         except KeyboardInterrupt:
             say("error: interrupted")
             return 130  # as shells report a program that SIGINT ended
-        except OSError as error:
-            say(f"error: {error}")
-            return 1
         except MemoryError as error:
             say(f"error: this machine's memory is not enough: {str(error) or 'nothing is left of it'}")
             return 1
@@ -63,28 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        print(_usage())
+        rows = table((f"  {name}", summary) for name, summary in COMMANDS.items())
+        print(f"usage: pspinal-jax COMMAND ...\n\n{rows}\n\nCOMMAND --help tells its arguments.")
+        print("\nexample: pspinal-jax train digits")
         return 0 if args else UsageError.exit_status
     if args[0] == "--version":
         print(f"pspinal-jax {__version__}")
         return 0
     name, *rest = args
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UsageError(f"unknown command {name!r}; {hint}There are: {', '.join(COMMANDS)}")
+        raise UsageError(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")
     module = import_module(f"pspinal_jax.commands.{MODULES.get(name, name)}")
     return getattr(module, name.replace("-", "_"))(rest)
-
-
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {summary}" for name, summary in COMMANDS.items()]
-    return (
-        "usage: pspinal-jax COMMAND ...\n\n"
-        + "\n".join(lines)
-        + "\n\nCOMMAND --help tells its arguments.\n\nexample: pspinal-jax train digits"
-    )
 
 
 @contextlib.contextmanager

@@ -463,14 +463,7 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
 
 def main(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
-    arguments = parse(
-        GradientsArguments,
-        args,
-        prog="pspinal-jax gradients",
-        description=str(GradientsArguments.__doc__),
-        example="pspinal-jax gradients",
-        default=GradientsArguments(),
-    )
+    arguments = parse(GradientsArguments, args, "gradients", "")
     names = {field.name for field in dataclasses.fields(Study)}
     given = {name: value for name, value in dataclasses.asdict(arguments).items() if name in names}
     study = Study(**{**given, "depths": tuple(sorted(arguments.depths)), "norm": _norm(arguments)})

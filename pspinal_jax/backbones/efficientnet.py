@@ -12,7 +12,7 @@ from pspinal_jax.environment import library_convolves
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.conv import pointwise
 from pspinal_jax.layers.depthwise import depthwise_conv, same_padding
-from pspinal_jax.layers.linear import NormVariables, check_choice
+from pspinal_jax.layers.linear import NormVariables, check_choice, check_images
 
 EfficientNetName = Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
 EPSILON = 1e-3
@@ -113,14 +113,7 @@ class ConvNorm(nn.Module):
                 outputs = norm.normalize(outputs, *old, affine["scale"], affine["bias"], EPSILON)
             return jnp.clip(outputs, 0, CAP) if self.relu else outputs
         outputs = self._convolve(inputs, kernel)
-        if self.relu:
-            outputs, mean, variance = norm.norm_relu(outputs, affine["scale"], affine["bias"], EPSILON, CAP)
-        else:
-            outputs, mean, variance = norm.batch_norm(outputs, affine["scale"], affine["bias"], EPSILON)
-        norm.check_mutable(self)
-        count = outputs.size // width
-        running["mean"].value, running["var"].value = norm.update_running(*old, mean, variance, count)
-        return outputs
+        return norm.train_norm(self, outputs, affine, running, relu=self.relu, epsilon=EPSILON, cap=CAP)
 
     def _convolve(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         kernel = kernel.astype(inputs.dtype)
@@ -189,13 +182,7 @@ class EfficientNetLite(nn.Module):
           train: True normalises with batch statistics and updates the running ones where ``batch_stats`` is mutable;
             False uses the running ones.
         """
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise TypeError(f"images must be a floating-point array, got {images.dtype}; normalise them first")
-        if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < MIN_SIDE:
-            raise ValueError(
-                f"{self.variant} takes images of shape [N, H, W, 3] with H and W at least {MIN_SIDE}, "
-                f"got {images.shape}"
-            )
+        check_images(images, self.variant, MIN_SIDE)
         dtype, param_dtype = self.dtype or jnp.promote_types(images.dtype, self.param_dtype), self.param_dtype
         maps = ConvNorm(_STEM_CHANNELS, 3, 2, param_dtype=param_dtype, name="stem")(images.astype(dtype), train)
         for number, config in enumerate(block_configs(self.variant), start=1):

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.conv import conv_same
-from pspinal_jax.layers.linear import NormVariables, check_choice
-from pspinal_jax.layers.norm import batch_norm, norm_relu
+from pspinal_jax.layers.linear import NormVariables, check_choice, check_images
 from pspinal_jax.layers.pooling import max_pool_3x3
 
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -42,13 +41,7 @@ class ConvNorm(nn.Module):
             mean, variance = running["mean"].value, running["var"].value
             outputs = norm.normalize(outputs, mean, variance, affine["scale"], affine["bias"])
             return nn.relu(outputs) if self.relu else outputs
-        normalised = norm_relu if self.relu else batch_norm
-        outputs, mean, variance = normalised(outputs, affine["scale"], affine["bias"])
-        norm.check_mutable(self)
-        old = (running["mean"].value, running["var"].value)
-        count = outputs.size // channels
-        running["mean"].value, running["var"].value = norm.update_running(*old, mean, variance, count)
-        return outputs
+        return norm.train_norm(self, outputs, affine, running, relu=self.relu)
 
 
 class ResidualBlock(nn.Module):
@@ -173,7 +166,10 @@ class ResNet(nn.Module):
           train: True normalises with batch statistics and updates the running ones where ``batch_stats`` is mutable;
             False uses the running ones.
         """
-        _check_images(images, self.variant, train and not self.is_initializing())
+        check_images(images, self.variant, MIN_SIDE)
+        if train and not self.is_initializing():
+            # The last maps have a 32nd of the sides.
+            norm.check_rows((images.shape[0], -(-images.shape[1] // 32), -(-images.shape[2] // 32), 1))
         dtype = self.dtype or jnp.promote_types(images.dtype, self.param_dtype)
         maps = images.astype(dtype)
         maps = ConvNorm(Conv(64, 7, 2), True, self.param_dtype, name="stem")(maps, train)
@@ -211,20 +207,3 @@ def block_convs(variant: Variant, channels: int, stride: int) -> tuple[Conv, ...
         return (Conv(channels, 3, stride), Conv(channels, 3))
     width = channels * variant.width_factor
     return (Conv(width, 1), Conv(width, 3, stride), Conv(channels * variant.expansion, 1))
-
-
-def _check_images(images: jax.Array, variant: str, learns: bool) -> None:
-    if not hasattr(images, "dtype") or not jnp.issubdtype(images.dtype, jnp.floating):
-        kind = getattr(images, "dtype", type(images).__name__)
-        raise TypeError(f"images must be a floating-point array, got {kind}; normalise them first")
-    if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < MIN_SIDE:
-        raise ValueError(
-            f"{variant} takes images of shape [N, H, W, 3] with H and W at least {MIN_SIDE}, got {images.shape}"
-        )
-    count, height, width, _ = images.shape
-    positions = -(-height // 32) * -(-width // 32)
-    if learns and count * positions < 2:
-        raise ValueError(
-            f"batch norm in training needs at least 2 positions, and the last maps of images of shape {images.shape} "
-            f"have {count * positions}; use a larger batch or train=False"
-        )

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.conv import conv_same
-from pspinal_jax.layers.linear import Initializer, NormVariables, torch_linear_init
-from pspinal_jax.layers.norm import norm_relu
+from pspinal_jax.layers.linear import Initializer, NormVariables, check_floating, torch_linear_init
 from pspinal_jax.layers.pooling import max_pool_2x2
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (256, 256, 256))
@@ -44,15 +43,7 @@ class ConvNormRelu(nn.Module):
         if not train or self.is_initializing():
             shifted = running["mean"].value - bias.astype(running["mean"].value.dtype)
             return nn.relu(norm.normalize(outputs, shifted, running["var"].value, affine["scale"], affine["bias"]))
-        # Batch norm subtracts the batch mean, and the bias with it: the bias reaches the running mean and nothing
-        # else, and its gradient is exactly zero (torch's is rounding noise of about 1e-9 of the others').
-        outputs, mean, variance = norm_relu(outputs, affine["scale"], affine["bias"])
-        norm.check_mutable(self)
-        count = outputs.size // self.channels
-        old = (running["mean"].value, running["var"].value)
-        mean = mean + jax.lax.stop_gradient(bias).astype(mean.dtype)
-        running["mean"].value, running["var"].value = norm.update_running(*old, mean, variance, count)
-        return outputs
+        return norm.train_norm(self, outputs, affine, running, bias=bias)
 
 
 class VGG5Stage(nn.Module):
@@ -112,9 +103,7 @@ class VGG5(nn.Module):
           train: True normalises with batch statistics and updates the running ones where ``batch_stats`` is mutable;
             False uses the running ones.
         """
-        if not hasattr(images, "dtype") or not jnp.issubdtype(images.dtype, jnp.floating):
-            kind = getattr(images, "dtype", type(images).__name__)
-            raise TypeError(f"images must be a floating-point array, got {kind}; normalise them first")
+        check_floating("images", images, "normalise them first")
         if images.ndim != 4 or images.shape[1:] != IMAGE_SHAPE:
             raise ValueError(f"VGG5 takes images of shape [N, 28, 28, 1], got {images.shape}")
         # The last stage's maps have 3x3 entries, so that even one image makes a batch of 9 rows.

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from pspinal_jax.errors import PSpinalError
 
@@ -27,10 +27,13 @@ def naming_flags() -> Iterator[None]:
 
 def _as_flag(found: re.Match[str]) -> str:
     field, value = found.groups()
-    flag = FLAGS.get(field)
-    if flag is None or (value is None and field.isalpha()):
+    if field not in FLAGS or (value is None and field.isalpha()):
         return found[0]
-    if value in ("True", "False"):
-        front, dot, last = flag.rpartition(".")
-        return f"--{flag}" if value == "True" else f"--{front}{dot}no-{last}"
-    return f"--{flag}" if value is None else f"--{flag} {value}"
+    return f"--{FLAGS[field]}" if value is None else f"--{FLAGS[field]} {value}"
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """`rows` of text as lines with aligned columns."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

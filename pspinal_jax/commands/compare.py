@@ -44,13 +44,7 @@ def compare(args: Sequence[str]) -> int:
         raise UsageError(
             "compare takes data: an .npz file, a table, a prepared data set or a folder of images; see --help"
         )
-    parsed = parse(
-        CompareArguments,
-        args,
-        prog="pspinal-jax compare",
-        description=" ".join(str(CompareArguments.__doc__).split()),
-        example="pspinal-jax compare features.npz",
-    )
+    parsed = parse(CompareArguments, args, "compare", "features.npz")
     command = f"pspinal-jax compare {shlex.join(args)}"
     with leave_at_once(f"finished trials are kept. Go on with: {command}"):
         from pspinal_jax.comparison.api import compare_data, load_features

@@ -16,7 +16,7 @@ from pspinal_jax.recipes import list_recipes
 
 @dataclasses.dataclass(frozen=True)
 class PrepareArguments:
-    """Arguments of `prepare`."""
+    """Prepare a data set as array_record, from a download, raw files or an .npz file."""
 
     name: Annotated[str, tyro.conf.Positional]
     """Data set: digits, mnist, fashion_mnist, kmnist, qmnist, emnist_digits, emnist_letters, stl10, caltech101,
@@ -35,13 +35,7 @@ def prepare(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     if not args:
         raise UsageError(f"prepare takes a data set: {', '.join(CATALOGUE)}")
-    parsed = parse(
-        PrepareArguments,
-        args,
-        prog="pspinal-jax prepare",
-        description="Prepare a data set as array_record, from a download, raw files or an .npz file.",
-        example="pspinal-jax prepare digits",
-    )
+    parsed = parse(PrepareArguments, args, "prepare", "digits")
     data_set = find_data_set(parsed.name)
     try:
         from pspinal_jax.data.prepare import prepare_data_set

@@ -14,7 +14,7 @@ from pspinal_jax.progress import warn
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArguments:
-    """Arguments of `evaluate`."""
+    """Evaluate the selected parameters of a run, or an export, on the test split."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run directory of a `train`, or the directory of an `export`."""
@@ -32,7 +32,7 @@ class EvaluateArguments:
 
 @dataclasses.dataclass(frozen=True)
 class ReportArguments:
-    """Arguments of `report`."""
+    """Evaluate runs and write one HTML page about them, with pictures inside and nothing to load."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories of `train`; several are shown side by side."""
@@ -42,24 +42,12 @@ class ReportArguments:
 
 def evaluate(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
-    parsed = parse(
-        EvaluateArguments,
-        args,
-        prog="pspinal-jax evaluate",
-        description="Evaluate the selected parameters of a run, or an export, on the test split.",
-        example="pspinal-jax evaluate runs/digits --predictions predictions.csv",
-    )
+    parsed = parse(EvaluateArguments, args, "evaluate", "runs/digits --predictions predictions.csv")
     from pspinal_jax.runs.evaluate import evaluate as evaluate_run
     from pspinal_jax.runs.report import describe_scores
 
-    report = evaluate_run(
-        parsed.run_dir,
-        parsed.seed_index,
-        parsed.data_path,
-        predictions=parsed.predictions,
-        output=parsed.output,
-        show_progress=True,
-    )
+    written = {"predictions": parsed.predictions, "output": parsed.output}
+    report = evaluate_run(parsed.run_dir, parsed.seed_index, parsed.data_path, **written, show_progress=True)
     if not report["trained_on_it"]:
         part = "its test split" if report["part"] == "test" else f"all {report['examples']} examples: it holds no split"
         unknown = report["trained_on_it"] is None
@@ -76,13 +64,7 @@ def evaluate(args: Sequence[str]) -> int:
 
 def report(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
-    parsed = parse(
-        ReportArguments,
-        args,
-        prog="pspinal-jax report",
-        description="Evaluate runs and write one HTML page about them, with pictures inside and nothing to load.",
-        example="pspinal-jax report runs/digits",
-    )
+    parsed = parse(ReportArguments, args, "report", "runs/digits")
     if not parsed.runs:
         raise UsageError("report takes at least one run directory")
     from pspinal_jax.runs.report import write_report

@@ -40,6 +40,11 @@ _FRAME = re.compile(r"[╭╮╰╯│─]+|-{4,}")
 
 
 @dataclasses.dataclass(frozen=True)
+class NoArguments:
+    """The arguments of a command that takes none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Flag:
     """A flag of the command line."""
 
@@ -71,10 +76,10 @@ def flags_of(arguments_class: type, prefix: str = "", attribute: str = "") -> It
 def parse(
     arguments_class: type,
     args: Sequence[str],
-    *,
-    prog: str,
-    description: str,
+    command: str,
     example: str,
+    *,
+    description: str | None = None,
     default: Any = tyro.MISSING_NONPROP,
     groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
@@ -83,23 +88,27 @@ def parse(
     Args:
       arguments_class: its fields are the flags.
       args: the words after the command.
-      prog: the command, as the help names it.
-      description: what it does.
-      example: a whole command line, which ends the help.
+      command: the command.
+      example: words after the command that make a whole command line, which ends the help.
+      description: what it does; by default the docstring of the dataclass.
       default: an instance of `arguments_class`.
       groups: heading -> the flags that `--help` shows under it, where there are too many; `--help-all` shows them all.
 
     Raises:
       UsageError: on an unknown flag (with those like it), a value of the wrong type or an unknown choice.
     """
+    prog = f"pspinal-jax {command}"
+    description = description or " ".join(str(arguments_class.__doc__).split())
     run_tyro = functools.partial(tyro.cli, prog=prog, description=description)
+    # On fewer than 6 columns tyro's help never ends.
+    os.environ["COLUMNS"] = str(min(max(shutil.get_terminal_size().columns, MIN_COLUMNS), MAX_COLUMNS))
     if any(word in (*HELP, HELP_ALL) for word in args):
-        footer = f"example: {example}"
+        footer = f"example: pspinal-jax {command} {example}".rstrip()
         if groups is not None and HELP_ALL not in args:
             arguments_class, others = _most_used(arguments_class, groups, default)
             default = arguments_class()
             footer = f"{others} more flags, and more about these: {prog} {HELP_ALL}\n{footer}"
-        with _room_for_help(), contextlib.ExitStack() as at_the_end:
+        with contextlib.ExitStack() as at_the_end:
             at_the_end.callback(print, footer)
             run_tyro(arguments_class, default=default, args=["--help"])
     flags = list(flags_of(arguments_class))
@@ -109,7 +118,7 @@ def parse(
     names |= {re.sub(r"([^.]+)$", r"no-\1", flag.name) for flag in flags if flag.hint is bool}
     errors = io.StringIO()
     try:
-        with _room_for_help(), contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors):
             parsed = run_tyro(arguments_class, default=default, args=[_written_out(word, names) for word in args])
     except SystemExit:
         title, *lines = [" ".join(_FRAME.sub(" ", line).split()) for line in errors.getvalue().splitlines()]
@@ -135,17 +144,15 @@ def _written_out(word: str, names: set[str]) -> str:
 def _most_used(arguments_class: type, groups: Mapping[str, Sequence[str]], default: Any) -> tuple[type, int]:
     """A dataclass whose help shows some flags of `arguments_class`, by groups, and how many flags it leaves out."""
     known = {flag.name: flag for flag in flags_of(arguments_class)}
-    parts = {
-        group: dataclasses.make_dataclass(group, [_field(known[name], default) for name in names], frozen=True)
-        for group, names in groups.items()
-    }
-    view = dataclasses.make_dataclass(
-        "MostUsed", [(group, part, dataclasses.field(default_factory=part)) for group, part in parts.items()]
-    )
-    return view, len(known) - sum(map(len, groups.values()))
+    view = []
+    for group, names in groups.items():
+        fields = [field_of(known[name], operator.attrgetter(known[name].attribute)(default)) for name in names]
+        part = dataclasses.make_dataclass(group, fields, frozen=True)
+        view.append((group, part, dataclasses.field(default_factory=part)))
+    return dataclasses.make_dataclass("MostUsed", view), len(known) - sum(map(len, groups.values()))
 
 
-def _field(flag: Flag, default: Any) -> tuple[str, Any, Any]:
+def field_of(flag: Flag, default: Any) -> tuple[str, Any, Any]:
     """The flag as a field for `make_dataclass`; its help is one sentence, or everything where it has choices."""
     documented = docstring_parser.parse_from_object(flag.owner).params
     field = flag.attribute.rpartition(".")[2]
@@ -153,17 +160,4 @@ def _field(flag: Flag, default: Any) -> tuple[str, Any, Any]:
     if typing.get_origin(flag.hint) is not Literal:
         text = re.split(r"(?<=[\w)'])\.\s", text)[0].rstrip(".") + "."
     shown = tyro.conf.arg(name=flag.name, prefix_name=False, help=text)
-    return re.sub(r"\W", "_", flag.name), Annotated[flag.hint, shown], operator.attrgetter(flag.attribute)(default)
-
-
-@contextlib.contextmanager
-def _room_for_help() -> Iterator[None]:
-    """In a `with`, a width that tyro's help fits into: on fewer than 6 columns it never ends."""
-    before, columns = os.environ.get("COLUMNS"), shutil.get_terminal_size().columns
-    os.environ["COLUMNS"] = str(min(max(columns, MIN_COLUMNS), MAX_COLUMNS))
-    try:
-        yield
-    finally:
-        os.environ.pop("COLUMNS")
-        if before is not None:
-            os.environ["COLUMNS"] = before
+    return re.sub(r"\W", "_", flag.name), Annotated[flag.hint, shown], default

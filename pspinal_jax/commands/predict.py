@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from pspinal_jax.commands import table
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import check_target, json_text, write_csv
@@ -24,7 +25,7 @@ STANDARD_INPUT = "-"
 
 @dataclasses.dataclass(frozen=True)
 class PredictArguments:
-    """Arguments of `predict`."""
+    """Classify images with the selected parameters of a run, or with an export."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run directory of a `train`, or the directory of an `export`; with --artifact the first image."""
@@ -46,65 +47,51 @@ class PredictArguments:
 
 def predict(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status: 1 if no image could be read."""
-    parsed = parse(
-        PredictArguments,
-        args,
-        prog="pspinal-jax predict",
-        description="Classify images with the selected parameters of a run, or with an export.",
-        example="pspinal-jax predict runs/folder new_pictures --csv predictions.csv",
-    )
-    source, given = _source_and_images(parsed)
+    parsed = parse(PredictArguments, args, "predict", "runs/folder new_pictures --csv predictions.csv")
+    source, given = parsed.run_dir, parsed.images
+    if parsed.artifact is not None:
+        source, given = parsed.artifact, (parsed.run_dir, *parsed.images)
+        if (parsed.run_dir / "config.json").is_file():
+            raise UsageError(f"{parsed.run_dir} is a run directory; with --artifact, predict takes images only")
+    if not given:
+        raise UsageError("predict takes a run directory, or --artifact DIR, and at least one image")
     if parsed.csv is not None:
         check_target(parsed.csv, "--csv")
+    given = _listed(given)
     from pspinal_jax.runs import predict as predictor
+    from pspinal_jax.runs.export import require_export
 
+    if parsed.artifact is not None:
+        require_export(source)
     start, images = time.perf_counter(), predictor.find_images(given)
     predictions = predictor.predict(source, images, parsed.top, parsed.seed_index, show_progress=True)
-    seconds = time.perf_counter() - start
-    good = [prediction for prediction in predictions if prediction.error is None]
+    seconds, count = time.perf_counter() - start, len(predictions)
+    failed = [prediction for prediction in predictions if prediction.error is not None]
+    rows = [
+        (printable(prediction.path) if rank == 0 else "", printable(name), f"{100 * probability:6.2f} %")
+        for prediction in predictions
+        for rank, (name, probability) in enumerate(prediction.classes)
+    ]
     if parsed.csv is not None:
         try:
             _write_csv(parsed.csv, predictions, parsed.top)
         except OSError as error:  # a disk that has become full
-            _print_table(good)
+            print(table(rows))
             raise RunError(f"{parsed.csv} cannot be written: {error.strerror or error}") from error
     if parsed.json:
         print(json_text([_as_json(prediction) for prediction in predictions], indent=2))
-    elif parsed.csv is None:
-        _print_table(good)
-    count, what = len(predictions), "images" if len(predictions) == len(images) else "rows"
+    elif parsed.csv is None and rows:
+        print(table(rows))
     if count > 1 or parsed.csv is not None:
-        where = "" if parsed.csv is None else f", written to {parsed.csv}"
+        what = "images" if count == len(images) else "rows"
         rate = f"loading and compiling included ({count / seconds:.1f} {what}/s)"
-        say(f"{len(good)} of {count} {what} classified in {seconds:.1f} s, {rate}{where}")
-    failed = [prediction for prediction in predictions if prediction.error is not None]
-    if failed and good:
-        warn(f"{len(failed)} of {count} images could not be read:")
+        written = "" if parsed.csv is None else f", written to {parsed.csv}"
+        say(f"{count - len(failed)} of {count} {what} classified in {seconds:.1f} s, {rate}{written}")
     for prediction in failed:
-        say(f"  {prediction.path}: {prediction.error}")
-    if not good:
+        warn(f"{prediction.path}: {prediction.error}")
+    if len(failed) == count:
         raise RunError("none of the images could be read")
     return 0
-
-
-def _source_and_images(parsed: PredictArguments) -> tuple[Path, list[Path]]:
-    """The directory to classify with, and the images.
-
-    Raises:
-      UsageError: if there are no images, or --artifact stands beside a run directory.
-      RunError: if --artifact is not an export.
-    """
-    if parsed.artifact is None:
-        if not parsed.images:
-            raise UsageError("predict takes a run directory, or --artifact DIR, and at least one image")
-        return parsed.run_dir, _listed(parsed.images)
-    images = (parsed.run_dir, *parsed.images)
-    if (parsed.run_dir / "config.json").is_file():
-        raise UsageError(f"{parsed.run_dir} is a run directory; with --artifact, predict takes images only")
-    from pspinal_jax.runs.export import require_export
-
-    require_export(parsed.artifact)
-    return parsed.artifact, _listed(images)
 
 
 def _listed(images: Sequence[Path]) -> list[Path]:
@@ -153,14 +140,3 @@ def _write_csv(path: Path, predictions: Sequence["Prediction"], top: int) -> Non
 def _as_json(prediction: "Prediction") -> dict[str, object]:
     classes = [{"class": name, "probability": round(probability, 6)} for name, probability in prediction.classes]
     return {"image": str(prediction.path), "classes": classes, "error": prediction.error}
-
-
-def _print_table(predictions: Sequence["Prediction"]) -> None:
-    rows = [
-        (printable(prediction.path) if rank == 0 else "", printable(name), f"{100 * probability:.2f} %")
-        for prediction in predictions
-        for rank, (name, probability) in enumerate(prediction.classes)
-    ]
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-    for path, name, probability in rows:
-        print(f"{path.ljust(widths[0])}  {name.ljust(widths[1])}  {probability.rjust(widths[2])}")

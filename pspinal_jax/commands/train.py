@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from pspinal_jax.commands import naming_flags
-from pspinal_jax.commands.parse import HELP, HELP_ALL, parse
+from pspinal_jax.commands import naming_flags, table
+from pspinal_jax.commands.parse import HELP, HELP_ALL, NoArguments, parse
 from pspinal_jax.distributed import is_primary, joined
 from pspinal_jax.errors import UsageError, printable
 from pspinal_jax.files import check_target, expanded
@@ -36,6 +36,12 @@ MOST_USED = {
     "run": ("workdir", "num-seeds", "seed", "init-from", "dtype", "tensorboard", "protocol"),
 }
 """What `--help` shows, by what people do and the most used first; `--help-all` shows every flag."""
+
+_EXAMPLES = {
+    "folder": "--data.path my_pictures --freeze backbone --cache-features",
+    "features": "--data.path features.npz --num-seeds 3",
+}
+"""Flags of the example in a recipe's help, by its data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +71,13 @@ def train(args: Sequence[str]) -> int:
     name, recipe, flags = _take_recipe("train", args)
 
     def parsed(recipe: Recipe) -> TrainArguments:
+        card = recipe.card
         arguments: TrainArguments = parse(
             TrainArguments,
             flags,
-            prog=f"pspinal-jax train {name}",
-            description=f"Train {recipe.card.name}: {recipe.card.model}, row {recipe.card.row} of the paper's table.",
-            example=_example(name, recipe),
+            f"train {name}",
+            _EXAMPLES.get(recipe.data.name, "--num-seeds 3"),
+            description=f"Train {card.name}: {card.model}, row {card.row} of the paper's table.",
             groups=MOST_USED,
             default=TrainArguments(recipe, RunOptions(), ProcessOptions()),
         )
@@ -104,9 +111,9 @@ def extract_features(args: Sequence[str]) -> int:
     parsed = parse(
         ExtractArguments,
         flags,
-        prog=f"pspinal-jax extract-features {name}",
+        f"extract-features {name}",
+        "--data.path my_pictures --output features.npz",
         description=f"Write the features that the backbone of {name} gives for its data, for `train features`.",
-        example="pspinal-jax extract-features folder --data.path my_pictures --output features.npz",
         default=ExtractArguments(recipe),
     )
     from pspinal_jax.data import load_data
@@ -138,51 +145,31 @@ def extract_features(args: Sequence[str]) -> int:
 
 def recipes(args: Sequence[str]) -> int:
     """Print a table of the recipes; returns the exit status."""
-    if args and args[0] in HELP:
-        print("usage: pspinal-jax recipes\n\nPrints name, row of the paper's table, model, and the paper's accuracy.")
-        print("\nexample: pspinal-jax recipes")
-        return 0
-    if args:
-        raise UsageError(f"recipes takes no arguments, got {' '.join(args)}")
+    description = "Print each recipe's name, row of the paper's table, model, and the paper's accuracy."
+    parse(NoArguments, args, "recipes", "", description=description)
     rows = [("recipe", "row", "model", "protocol", "paper's accuracy")]
     for name in list_recipes():
         recipe = load_recipe(name)
         published = recipe.card.published_accuracy
         accuracy = "-" if published is None else f"{published} %"
         rows.append((name, recipe.card.row, recipe.card.model, recipe.protocol, accuracy))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print(table(rows))
     return 0
 
 
 def _take_recipe(command: str, args: Sequence[str]) -> tuple[str, Recipe, Sequence[str]]:
-    """The recipe's name, the recipe and the flags in `args`; 'RECIPE' and the default one where help is asked for.
+    """The recipe's name, the recipe and the flags in `args`; the default recipe where help is asked for.
 
     Raises:
-      UsageError: if there is no recipe in front of the flags, or data stands in its place or after it.
+      UsageError: if there is no recipe in front of the flags, or data stands in its place.
     """
     if args and args[0] in (*HELP, HELP_ALL):
-        return "RECIPE", load_recipe(DEFAULT_RECIPE), args
-    if not args:
-        raise UsageError(f"{command} takes a recipe: {', '.join(list_recipes())}, or a path to your own .py file")
+        return DEFAULT_RECIPE, load_recipe(DEFAULT_RECIPE), args
+    if not args or args[0].startswith("-"):
+        names = ", ".join(list_recipes())
+        raise UsageError(f"{command} takes a recipe before its flags: {names}, or a path to your own .py file")
     name, *flags = args
-    if name.startswith("-"):
-        raise UsageError(f"{command} takes a recipe before its flags: pspinal-jax {command} RECIPE {shlex.join(args)}")
-    path, data = expanded(name), name if name not in list_recipes() and not name.endswith(".py") else ""
-    if data and path.exists():
-        kind, name, flags = ("a folder", "folder", [data]) if path.is_dir() else ("a file", "RECIPE", [data])
-        found = f"{printable(data)} is not a recipe but {kind}"
-    elif flags and not flags[0].startswith("-"):
-        found = f"{printable(flags[0])} is not a flag"
-    else:
-        return name, load_recipe(name), flags
-    meant = shlex.join(["pspinal-jax", command, name, "--data.path", flags[0]])
-    raise UsageError(f"{found}; did you mean {printable(meant)}?")
-
-
-def _example(name: str, recipe: Recipe) -> str:
-    if recipe.data.name == "folder":
-        return f"pspinal-jax train {name} --data.path my_pictures --freeze backbone --cache-features"
-    data = " --data.path features.npz" if recipe.data.name == "features" else ""
-    return f"pspinal-jax train {DEFAULT_RECIPE if name == 'RECIPE' else shlex.quote(name)}{data} --num-seeds 3"
+    if name not in list_recipes() and not name.endswith(".py") and expanded(name).exists():
+        data = printable(shlex.quote(name))
+        raise UsageError(f"{data} is not a recipe; give its name first, and then the data: --data.path {data}")
+    return name, load_recipe(name), flags

@@ -17,10 +17,7 @@ from pspinal_jax.layers.linear import (
     Linear,
     Norm,
     as_rows,
-    check_activation,
-    check_count,
-    check_rate,
-    checked_norm,
+    check_head,
     declare_linear,
     joined,
     relu,
@@ -105,12 +102,7 @@ class SpinalHead(nn.Module):
     bias_init: Initializer | None = None
 
     def __post_init__(self) -> None:
-        check_count("num_classes", self.num_classes)
-        check_count("layer_width", self.layer_width)
-        check_count("num_layers", self.num_layers)
-        check_rate("dropout_rate", self.dropout_rate, arrays=True)
-        self.norm = checked_norm(self.norm)
-        check_activation(self.activation)
+        check_head(self)
         super().__post_init__()
 
     @nn.compact
@@ -178,11 +170,7 @@ class MLPHead(nn.Module):
     bias_init: Initializer | None = None
 
     def __post_init__(self) -> None:
-        check_count("num_classes", self.num_classes)
-        check_count("layer_width", self.layer_width)
-        check_rate("dropout_rate", self.dropout_rate, arrays=True)
-        self.norm = checked_norm(self.norm)
-        check_activation(self.activation)
+        check_head(self)
         super().__post_init__()
 
     @nn.compact
@@ -238,8 +226,7 @@ class DenseHead(nn.Module):
     bias_init: Initializer | None = None
 
     def __post_init__(self) -> None:
-        check_count("num_classes", self.num_classes)
-        check_rate("dropout_rate", self.dropout_rate, arrays=True)
+        check_head(self)
         super().__post_init__()
 
     @nn.compact

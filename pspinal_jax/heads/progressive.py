@@ -27,11 +27,8 @@ from pspinal_jax.layers.linear import (
     Norm,
     Tree,
     as_rows,
-    check_activation,
     check_choice,
-    check_count,
-    check_rate,
-    checked_norm,
+    check_head,
     relu,
 )
 from pspinal_jax.layers.norm import check_mutable, check_rows
@@ -122,13 +119,7 @@ class ProgressiveSpinalHead(nn.Module):
     bias_init: Initializer | None = None
 
     def __post_init__(self) -> None:
-        check_count("num_classes", self.num_classes)
-        check_count("layer_width", self.layer_width)
-        check_count("num_layers", self.num_layers)
-        check_rate("dropout_rate", self.dropout_rate, arrays=True)
-        check_rate("layer_dropout_rate", self.layer_dropout_rate)
-        self.norm = checked_norm(self.norm)
-        check_activation(self.activation)
+        check_head(self)
         check_choice("implementation", self.implementation, ("auto", *NATIVE_LAYOUT))
         super().__post_init__()
 

@@ -1,6 +1,7 @@
 """The progressive head as two pure functions, for hand-written JAX; the other modules here are built on them."""
 
-from typing import NamedTuple, Protocol, Unpack
+from collections.abc import Callable
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +12,18 @@ from pspinal_jax.layers.dropout import drops
 from pspinal_jax.layers.linear import Tree
 
 
-class Init(Protocol):
-    """``init(key, num_features) -> (params, batch_stats)``."""
-
-    def __call__(self, key: jax.Array, num_features: int) -> tuple[Tree, Tree]:
-        """Draw the parameters for features [..., num_features]; `batch_stats` is {} without batch norm."""
-        ...
-
-
-class Apply(Protocol):
-    """``apply(params, batch_stats, features, *, train, key=None) -> (logits, batch_stats)``."""
-
-    def __call__(
-        self, params: Tree, batch_stats: Tree, features: jax.Array, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Tree]:
-        """Logits [..., C] of features [..., D], and the running statistics after them; see `apply_head`."""
-        ...
-
-
 class HeadFunctions(NamedTuple):
-    """A head as ``init, apply``."""
+    """A head as ``init, apply``.
 
-    init: Init
-    apply: Apply
+    Attributes:
+      init: ``init(key, num_features) -> (params, batch_stats)`` draws the parameters for features [..., num_features];
+        `batch_stats` is {} without batch norm.
+      apply: ``apply(params, batch_stats, features, *, train, key=None) -> (logits, batch_stats)``, logits [..., C] of
+        features [..., D] and the running statistics after them; see `apply_head`.
+    """
+
+    init: Callable[..., tuple[Tree, Tree]]
+    apply: Callable[..., tuple[jax.Array, Tree]]
 
 
 def progressive_head(num_classes: int, layer_width: int, **options: Unpack[HeadOptions]) -> HeadFunctions:

@@ -104,6 +104,27 @@ class LinearVariables(nn.Module):
         return declare_linear(self, self.fan_in, self.linear)
 
 
+def check_floating(name: str, array: Any, advice: str) -> None:
+    """Raise TypeError unless `array` is a floating-point array."""
+    if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.floating):
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise TypeError(f"{name} must be a floating-point array, got {kind}; {advice}")
+
+
+def check_images(images: Any, name: str, min_side: int) -> None:
+    """Raise TypeError or ValueError unless `images` are floating-point [N, H, W, 3] with sides of `min_side` or more.
+
+    Args:
+      images: what a backbone is given.
+      name: of the backbone.
+      min_side: its smallest side.
+    """
+    check_floating("images", images, "normalise them first")
+    if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < min_side:
+        expected = f"[N, H, W, 3] with H and W at least {min_side}"
+        raise ValueError(f"{name} takes images of shape {expected}, got {images.shape}")
+
+
 def as_rows(features: jax.Array, dtype: Any, param_dtype: Any) -> jax.Array:
     """`features` [..., D] as rows [N, D] of the dtype to compute in.
 
@@ -116,11 +137,7 @@ def as_rows(features: jax.Array, dtype: Any, param_dtype: Any) -> jax.Array:
       TypeError: if `features` is not a floating-point array.
       ValueError: if it has no last axis, or an empty one.
     """
-    if not hasattr(features, "dtype") or not jnp.issubdtype(features.dtype, jnp.floating):
-        kind = getattr(features, "dtype", type(features).__name__)
-        raise TypeError(
-            f"features must be a floating-point array, got {kind}; convert it, e.g. images.astype('float32') / 255"
-        )
+    check_floating("features", features, "convert it, e.g. images.astype('float32') / 255")
     if features.ndim < 1 or features.shape[-1] < 1:
         raise ValueError(f"features must have shape [..., D] with D >= 1, got {features.shape}")
     features = jnp.asarray(features)  # NumPy's float64 becomes what JAX computes in
@@ -134,33 +151,28 @@ def relu(values: jax.Array) -> jax.Array:
     return jax.nn.relu(values)
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `least`."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+def check_head(head: Any) -> None:
+    """Raise ValueError for the first attribute of a linen head that is outside its range; its norm 'none' becomes None.
 
-
-def check_rate(name: str, value: float | jax.Array, arrays: bool = False) -> None:
-    """Raise ValueError unless `value` is a probability below 1 or, with `arrays`, a scalar array, taken as it is."""
-    if isinstance(value, jax.Array):
-        if not arrays or value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
-            expected = "a number or a floating-point array of no axes" if arrays else "a number"
-            raise ValueError(f"{name} must be {expected}, got an array {value.dtype}{list(value.shape)}")
-        return
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-
-
-def checked_norm(norm: Norm) -> Norm:
-    """`norm`, None or 'batch'; None also for the command line's 'none'; ValueError for anything else."""
-    check_choice("norm", norm, (None, "none", "batch"))
-    return None if norm == "none" else norm
-
-
-def check_activation(activation: Any) -> None:
-    """Raise ValueError unless `activation` can be called."""
-    if not callable(activation):
-        raise ValueError(f"activation must be a function of an array, as jax.nn.relu is one, got {activation!r}")
+    Rates are probabilities below 1, and `dropout_rate` may be a scalar array, which is taken as it is.
+    """
+    for name in ("num_classes", "layer_width", "num_layers"):
+        value = getattr(head, name, 1)
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    for name in ("dropout_rate", "layer_dropout_rate"):
+        rate, arrays = getattr(head, name, 0.0), name == "dropout_rate"
+        if isinstance(rate, jax.Array):
+            if not arrays or rate.ndim or not jnp.issubdtype(rate.dtype, jnp.floating):
+                expected = "a number or a floating-point array of no axes" if arrays else "a number"
+                raise ValueError(f"{name} must be {expected}, got an array {rate.dtype}{list(rate.shape)}")
+        elif not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+    if hasattr(head, "norm"):
+        check_choice("norm", head.norm, (None, "none", "batch"))
+        head.norm = None if head.norm == "none" else head.norm
+        if not callable(head.activation):
+            raise ValueError(f"activation must be a function of an array, as jax.nn.relu is, got {head.activation!r}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -100,6 +100,34 @@ def check_rows(shape: tuple[int, ...]) -> int:
     return rows
 
 
+def train_norm(
+    module: nn.Module,
+    inputs: jax.Array,
+    affine: dict[str, jax.Array],
+    running: dict[str, nn.Variable],
+    *,
+    relu: bool = True,
+    epsilon: float = EPSILON,
+    cap: float = math.inf,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """A training pass over maps: batch norm of `inputs`, then ReLU if `relu`; `module` learns the running statistics.
+
+    Batch norm subtracts the batch mean, and with it the `bias` [C] of a convolution before it: that reaches the running
+    mean and nothing else, and its gradient is exactly zero (torch's is rounding noise of about 1e-9 of the others').
+    """
+    if relu:
+        outputs, mean, variance = norm_relu(inputs, affine["scale"], affine["bias"], epsilon, cap)
+    else:
+        outputs, mean, variance = batch_norm(inputs, affine["scale"], affine["bias"], epsilon)
+    check_mutable(module)
+    if bias is not None:
+        mean = mean + lax.stop_gradient(bias).astype(mean.dtype)
+    old, count = (running["mean"].value, running["var"].value), outputs.size // outputs.shape[-1]
+    running["mean"].value, running["var"].value = update_running(*old, mean, variance, count)
+    return outputs
+
+
 _AXES = (0, 1, 2)
 _Results = tuple[jax.Array, jax.Array, jax.Array]
 

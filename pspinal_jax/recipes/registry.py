@@ -1,7 +1,6 @@
 """Recipes by name or from a user's own file, and as which of them a head trains on cached features."""
 
 import dataclasses
-import difflib
 import operator
 import runpy
 from collections.abc import Callable
@@ -32,11 +31,7 @@ def load_recipe(name: str) -> Recipe:
     path, names = expanded(name), list_recipes()
     if not name.endswith(".py"):
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UsageError(
-                f"unknown recipe {name!r}; {hint}There are: {', '.join(names)}, or a path to your own .py file"
-            )
+            raise UsageError(f"unknown recipe {name!r}; there are: {', '.join(names)}, or a path to your own .py file")
         path = shipped("configs") / f"{name.replace('-', '_')}.py"
     elif not path.is_file():
         raise UsageError(f"recipe file {name} does not exist")

@@ -243,7 +243,7 @@ class AugmentConfig:
     """Mixing of examples, and strengths; everything here is off, or without effect, by default."""
 
     mixup: Annotated[float, Range(0, 100)] = 0.0
-    """Alpha of mixup: every training batch is blended with itself in another order, by a share drawn from Beta(alpha,
+    """Alpha of mixup: every training batch is blended with itself in another order, by a weight drawn from Beta(alpha,
     alpha); 0 for none. Images and features."""
     cutmix: Annotated[float, Range(0, 100)] = 0.0
     """Alpha of cutmix: a box of every training image comes from another one, of an area drawn from Beta(alpha, alpha);

@@ -45,9 +45,10 @@ def fetch(source: str) -> Path:
             raise problem
         path = Path(huggingface_hub.hf_hub_download(repository, _FILE))
     except Exception as error:  # of the hub, or of whichever HTTP library this version of its client is built on
+        reason = printable(str(error) or type(error).__name__)
         raise DataError(
-            f"weights: {source} is not in the hub's cache and cannot be fetched ({printable(str(error) or type(error).__name__)}); fetch {_FILE} of "
-            "it elsewhere and give that file, or run again with a network"
+            f"weights: {source} is not in the hub's cache and cannot be fetched ({reason}); fetch {_FILE} of it "
+            "elsewhere and give that file, or run again with a network"
         ) from error
     # The cache names a large file's content after the SHA-256 that the hub announced.
     content = path.resolve()

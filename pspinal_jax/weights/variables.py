@@ -1,6 +1,5 @@
 """A model's variables as one .safetensors file, in our own names."""
 
-import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,17 +28,10 @@ def save_variables(path: Path, variables: Mapping[str, Any]) -> None:
     Raises:
       OSError: if it cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with atomic_file(path) as part:
-        part.touch()
-        mode = part.stat().st_mode  # what the user's umask gives; safetensors gives the owner alone access
-        try:
-            save_file(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR)), part)
-        except SafetensorError as error:  # of a disk that is full
-            raise OSError(errno.EIO, str(error), str(path)) from error
-        part.chmod(mode)
+        part.write_bytes(save(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR))))
 
 
 def read_variables(path: Path) -> dict[str, dict[str, Any]]:
@@ -56,16 +48,12 @@ def read_variables(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
       DataError: if the file is missing or damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        tensors: dict[str, np.ndarray] = load_file(path)
-        tree: dict[str, dict[str, Any]] = unflatten_dict(tensors, sep=SEPARATOR)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read as a .safetensors file: {error}") from error
-    except (AttributeError, IndexError, TypeError) as error:  # dtypes that NumPy lacks, a name below that of a tensor
-        raise DataError(f"{path} holds no variables of ours: {error}") from error
+        tree: dict[str, dict[str, Any]] = unflatten_dict(load_file(path), sep=SEPARATOR)
+    except Exception as error:  # a damaged file, dtypes that NumPy lacks, a name below that of a tensor
+        raise DataError(f"{path} cannot be read as variables in a .safetensors file: {error}") from error
     return tree
 
 

@@ -73,10 +73,10 @@ def test_recipes_are_listed_with_row_model_and_published_accuracy(capsys):
 @pytest.mark.parametrize(
     ("args", "status", "fragments"),
     [
-        (["trian", "digits"], 2, ["unknown command 'trian'", "did you mean train?"]),
+        (["trian", "digits"], 2, ["unknown command 'trian'", "there are: prepare, train"]),
         (["train"], 2, ["train takes a recipe", "mnist-paper"]),
         (["train", "--epochs", "3"], 2, ["recipe before its flags"]),
-        (["train", "mnits"], 2, ["unknown recipe 'mnits'", "did you mean mnist?"]),
+        (["train", "mnits"], 2, ["unknown recipe 'mnits'", "there are: ", "mnist,"]),
         (["train", "digits", "--epocs", "3"], 2, ["--epocs", "--epochs"]),
         (["train", "digits", "--model.layer-widht", "3"], 2, ["--model.layer-width"]),
         (["train", "digits", "--epochs", "many"], 2, ["--epochs", "many"]),
@@ -85,7 +85,7 @@ def test_recipes_are_listed_with_row_model_and_published_accuracy(capsys):
         (["train", "mnist", "--data.path", "none.npz"], 1, ["none.npz cannot be read", "No such file"]),
         (["evaluate", "nowhere"], 1, ["nowhere is not a run directory"]),
         (["evaluate"], 2, ["Missing from pspinal-jax evaluate", "Run directory"]),
-        (["recipes", "all"], 2, ["takes no arguments"]),
+        (["recipes", "all"], 2, ["Unrecognized options: all"]),
     ],
 )
 def test_a_wrong_command_gets_one_line(capsys, tmp_path, monkeypatch, args, status, fragments):

@@ -48,7 +48,7 @@ def test_help_ends_however_narrow_the_terminal(columns, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(parse.tyro, "cli", lambda *_, **__: (seen.append(os.environ["COLUMNS"]), []))
     monkeypatch.setattr(parse, "quiet_absl", lambda: None)
-    parse.parse(object, [], prog="p", description="d", example="p")
+    parse.parse(object, [], "p", "")
     assert parse.MIN_COLUMNS <= int(seen[0]) <= parse.MAX_COLUMNS
     assert os.environ["COLUMNS"] == columns, "the caller's own is left as it was"
 

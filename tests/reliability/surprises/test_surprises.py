@@ -123,7 +123,7 @@ def test_home_is_understood_in_every_path(run, npz_path, tmp_path, monkeypatch, 
     places = {"data__path": "~/d.npz", "workdir": "~/next", "init_from": "~/run"}
     pspinal_jax.train("mnist", data__num_validation=20, data__num_classes=3, retrain=False, **SMALL, **places)
     assert (home / "next" / "result.json").is_file()
-    parsed = parse(EvaluateArguments, ["~/a", "--data.path", "~/b"], prog="p", description="d", example="p")
+    parsed = parse(EvaluateArguments, ["~/a", "--data.path", "~/b"], "evaluate", "")
     assert (parsed.run_dir, parsed.data_path) == (home / "a", home / "b")
 
 
