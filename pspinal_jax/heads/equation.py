@@ -6,6 +6,7 @@
 import dataclasses
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from pspinal_jax.layers import norm
 from pspinal_jax.layers.dropout import Rate, dropout, dropout_scale
@@ -107,29 +108,20 @@ def read_layers(params: Tree, caller: str) -> tuple[list[Tree], Tree]:
     Raises:
       ValueError: if `params` is not such a tree.
     """
-    layers = [params[layer_name(i)] for i in range(1, len(params) + 1) if layer_name(i) in params]
-    wrong = _what_is_wrong(params, layers)
+    found = {name: getattr(leaf, "shape", None) for name, leaf in flatten_dict(params, sep="/").items()}
+    num_features, width = found.get("layer_1/kernel") or (0, 0)
+    _, num_classes = found.get("output/kernel") or (0, 0)
+    names = [layer_name(i) for i in range(1, max(len(params), 2))]
+    expected: dict[str, tuple[int, ...]] = {}
+    for index, name in enumerate([*names, "output"]):
+        fan_out = num_classes if name == "output" else width
+        expected |= {f"{name}/kernel": (num_features + index * width, fan_out), f"{name}/bias": (fan_out,)}
+        if name != "output" and "norm" in params.get(layer_name(1), {}):
+            expected |= {f"{name}/norm/scale": (width,), f"{name}/norm/bias": (width,)}
+    wrong = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
     if wrong:
         raise ValueError(
-            f"{caller} expects layer_1 .. layer_L and output, each with kernel and bias, of one progressive head: "
-            f"{wrong}; pass the head's own entry of the params collection"
+            f"{caller} expects layer_1 .. layer_L and output, each with kernel and bias, of one progressive head; "
+            f"wrong: {', '.join(wrong)}; pass the head's own entry of the params collection"
         )
-    return layers, params["output"]
-
-
-def _what_is_wrong(params: Tree, layers: list[Tree]) -> str:
-    names = [layer_name(i + 1) for i in range(len(layers))] + ["output"]
-    if not layers or set(params) != set(names):
-        return f"got {', '.join(sorted(params)) or 'nothing'}"
-    entries = {"kernel", "bias", "norm"} if "norm" in layers[0] else {"kernel", "bias"}
-    for name in names:
-        expected = entries if name != "output" else {"kernel", "bias"}
-        if set(params[name]) != expected:
-            return f"{name} has {', '.join(sorted(params[name]))}, expected {', '.join(sorted(expected))}"
-    num_features, width = layers[0]["kernel"].shape
-    for index, name in enumerate(names):
-        fan_in, fan_out = params[name]["kernel"].shape
-        if fan_in != num_features + index * width or (name != "output" and fan_out != width):
-            expected_shape = f"[{num_features + index * width}, {'C' if name == 'output' else width}]"
-            return f"{name}/kernel is [{fan_in}, {fan_out}], expected {expected_shape}"
-    return ""
+    return [params[name] for name in names], params["output"]

@@ -160,23 +160,17 @@ class DataConfig:
         return self.augment in ("rotation_crop_flip", "resized_crop_flip")
 
 
+BackboneName = Literal[
+    "none", "vgg5", "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2",
+    "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2",
+]  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Backbone and head."""
 
-    backbone: Literal[
-        "none",
-        "vgg5",
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "resnet101",
-        "wide_resnet50_2",
-        "wide_resnet101_2",
-        "efficientnet_lite0",
-        "efficientnet_lite1",
-        "efficientnet_lite2",
-    ] = "none"
+    backbone: BackboneName = "none"
     """'none': the head sees the pixels or features as they are; 'vgg5': 28x28 grey images to 256 features; the others:
     colour images of any size to 512 (resnet18, resnet34), 1280 (efficientnet_lite) or 2048 features."""
     weights: str | None = None

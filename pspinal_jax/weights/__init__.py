@@ -17,18 +17,10 @@ from pspinal_jax.weights.resnet import (
 from pspinal_jax.weights.state_dict import read_state_dict
 from pspinal_jax.weights.variables import read_variables, save_variables
 
+# fmt: off
 __all__ = [
-    "LAYOUTS",
-    "PRETRAINED",
-    "backbone_variables",
-    "classifier_state_dict",
-    "classifier_variables",
-    "efficientnet_state_dict",
-    "efficientnet_variables",
-    "pretrained_efficientnet",
-    "read_state_dict",
-    "read_variables",
-    "resnet_state_dict",
-    "resnet_variables",
-    "save_variables",
+    "LAYOUTS", "PRETRAINED", "backbone_variables", "classifier_state_dict", "classifier_variables",
+    "efficientnet_state_dict", "efficientnet_variables", "pretrained_efficientnet", "read_state_dict", "read_variables",
+    "resnet_state_dict", "resnet_variables", "save_variables",
 ]
+# fmt: on
