@@ -26,11 +26,3 @@ def problem_reaching(url: str, seconds: float) -> Exception | None:
         return answer.get(timeout=seconds)
     except queue.Empty:
         return TimeoutError(f"no answer within {seconds:g} s")
-
-
-def reason(problem: Exception) -> str:
-    """The reason of a network error, for a message."""
-    # An HTTPError is a URLError too, and says more than its reason: the status.
-    if isinstance(problem, urllib.error.URLError) and not isinstance(problem, urllib.error.HTTPError):
-        return str(problem.reason)
-    return str(problem)

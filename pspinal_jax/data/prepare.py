@@ -20,7 +20,7 @@ from pspinal_jax.data.raw import read_raw
 from pspinal_jax.data.tfds import check_name, default_data_dir, find_prepared, import_tfds
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import check_target, expanded, locked
-from pspinal_jax.network import problem_reaching, reason
+from pspinal_jax.network import problem_reaching
 from pspinal_jax.progress import progress_bar
 
 NUM_TEST_DIGITS = 360
@@ -79,7 +79,7 @@ def prepare_data_set(
         if data is None and (missing := _missing(data_set, downloads)):
             problem = problem_reaching(missing[0].url, _SECONDS_TO_ANSWER)
             if problem is not None:
-                raise _unreachable(data_set, missing[0], reason(problem))
+                raise _unreachable(data_set, missing[0], str(problem))
         try:
             with locked(root, f"preparing data in {root}") as held:
                 if prepared := find_prepared(root, data_set.name):
