@@ -131,24 +131,22 @@ def _build_backbone(recipe: Recipe, input_shape: tuple[int, ...], dtype: Any) ->
     return ResNet(cast(ResNetName, name), dtype=dtype, remat=recipe.model.remat)
 
 
+HEADS: dict[str, Any] = {"progressive": ProgressiveSpinalHead, "spinal": SpinalHead, "mlp": MLPHead, "dense": DenseHead}
+
+
 def _build_head(recipe: Recipe, num_features: int, num_classes: int, dtype: Any) -> nn.Module:
-    model = recipe.model
-    if model.head == "dense":
-        return DenseHead(num_classes, model.dropout_rate, dtype=dtype)
-    if model.head == "spinal":
-        return SpinalHead(num_classes, model.layer_width, model.num_layers, model.dropout_rate, model.norm, dtype=dtype)
-    progressive = ProgressiveSpinalHead(
-        num_classes,
-        model.layer_width,
-        num_layers=model.num_layers,
-        dropout_rate=model.dropout_rate,
-        layer_dropout_rate=model.layer_dropout_rate,
-        norm=model.norm,
-        implementation=model.implementation,
-        dtype=dtype,
-    )
-    if model.head == "progressive":
-        return progressive
-    params = abstract_variables(progressive, (num_features,), dtype)["params"]
-    width = matching_width(count_parameters(params), num_features, num_classes, model.norm == "batch")
-    return MLPHead(num_classes, width, model.dropout_rate, model.norm, dtype=dtype)
+    """The head, whose attributes are the settings of the model that have the same names."""
+
+    def make(kind: Any) -> nn.Module:
+        names = {field.name for field in dataclasses.fields(kind)}
+        settings = {name: value for name, value in vars(recipe.model).items() if name in names}
+        head: nn.Module = kind(num_classes, dtype=dtype, **settings)
+        return head
+
+    head = make(HEADS[recipe.model.head])
+    if isinstance(head, MLPHead):
+        params = abstract_variables(make(ProgressiveSpinalHead), (num_features,), dtype)["params"]
+        has_norm = recipe.model.norm == "batch"
+        width = matching_width(count_parameters(params), num_features, num_classes, has_norm)
+        head = head.clone(layer_width=width)
+    return head

@@ -12,6 +12,9 @@ from pspinal_jax.layers import norm
 from pspinal_jax.layers.dropout import Rate, dropout, dropout_scale
 from pspinal_jax.layers.linear import Activation, Tree, joined, product
 
+NORM_PARAMS = {"norm_scale": "scale", "norm_bias": "bias"}
+"""Batch norm's parameters: the name of a layout that holds all layers in one array -> the name in the tree."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:

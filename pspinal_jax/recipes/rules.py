@@ -67,12 +67,8 @@ def check_settings_for(recipe: Recipe, source: str, example_shape: Sequence[int]
     """
     data = recipe.data
     if len(example_shape) == 1:
-        settings = {
-            "data.augment": "none",
-            "data.transposed": False,
-            "augment.cutmix": 0.0,
-            "augment.color_jitter": 0.0,
-        }
+        settings = {"data.augment": "none", "data.transposed": False}
+        settings |= {"augment.cutmix": 0.0, "augment.color_jitter": 0.0}
         settings |= {} if data.mean is None else {"data.mean": 0.0}
         settings |= {} if data.std is None else {"data.std": 1.0}
         for name, default in settings.items():

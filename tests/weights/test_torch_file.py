@@ -49,7 +49,7 @@ def test_chance_gives_an_error_or_arrays(tmp_path, refusal, write, seed):
     """An archive has checksums: then it gives an error or the same arrays."""
     path, accepted = tmp_path / "x.pt", 0
     whole = write(entries(a=tensor(), b=tensor((3,), (2,), 1)))
-    for content in changed(whole, 1000, np.random.default_rng(seed)):
+    for content in changed(whole, 300, np.random.default_rng(seed)):
         path.write_bytes(content)
         try:
             read = read_state_dict(path)
@@ -60,7 +60,7 @@ def test_chance_gives_an_error_or_arrays(tmp_path, refusal, write, seed):
         assert all(isinstance(array, np.ndarray) and array.size <= 100 for array in read.values())
         if write is as_zip:
             np.testing.assert_array_equal(read["a"], NUMBERS.reshape(2, 3))
-    assert accepted < 900
+    assert accepted < 270
 
 
 def arrays_of(value, torch):
@@ -130,7 +130,7 @@ def test_what_both_read_of_damaged_files_is_the_same(tmp_path):
     path, both = tmp_path / "x.pt", 0
     tensors = {"a": torch.arange(240.0).reshape(20, 12), "b": torch.arange(70)}  # about half of the file
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
-    for content in changed(path.read_bytes(), 1000, np.random.default_rng(0)):
+    for content in changed(path.read_bytes(), 300, np.random.default_rng(0)):
         path.write_bytes(content)
         try:
             ours = read_state_dict(path)
@@ -145,7 +145,7 @@ def test_what_both_read_of_damaged_files_is_the_same(tmp_path):
             ours,
             {name: each.float().numpy() if each.is_floating_point() else each.numpy() for name, each in theirs.items()},
         )
-    assert both > 150
+    assert both > 40
 
 
 @pytest.mark.parametrize("variant", ["lite0", "lite1", "lite2"])
