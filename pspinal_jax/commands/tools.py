@@ -99,7 +99,8 @@ def _findings() -> Iterator[tuple[str, str]]:
 
 def requirements() -> Iterator[tuple[str, str]]:
     """The packages that this one names, each with its extra or "", and without extras for developers."""
-    for requirement in importlib.metadata.requires("pspinal-jax") or ():
+    named = importlib.metadata.requires("pspinal-jax") if _version("pspinal-jax") else None
+    for requirement in named or ():  # nothing in a checkout that is not installed
         package = re.split(r"[^\w.-]", requirement)[0]
         extra = "".join(re.findall(r"extra == ['\"]([\w-]+)", requirement))
         if extra not in _DEVELOPERS:
