@@ -298,9 +298,9 @@ def _eval_step(model: Model, loss: Any, metrics: Metrics | None) -> EvalStep:
         metrics = {"accuracy": CLASSIFICATION["correct"]} if classifies else {}
     for name, function in metrics.items():
         if name in _RESERVED or not callable(function):
+            names = ", ".join(_RESERVED)
             raise UsageError(
-                f"metrics has {name!r}, expected functions of (logits, labels) by names other than "
-                f"{', '.join(_RESERVED)}"
+                f"metrics has {name!r}, expected functions of (logits, labels) by names other than {names}"
             )
     return EvalStep(model.apply, cross_entropy if classifies else loss, dict(metrics), classifies)
 

@@ -20,11 +20,6 @@ def step_key(seed: Seed, step: jax.Array | int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
 
 
-def step_keys(seed: Seed, first: jax.Array | int, count: int) -> jax.Array:
-    """`step_key` of `count` steps from step `first` on, [count]."""
-    return jax.vmap(step_key, (None, 0))(seed, first + jnp.arange(count))
-
-
 def augment_key(step_key: jax.Array) -> jax.Array:
     """Key of a step's augmentation, apart from the one of its dropout masks."""
     return jax.random.fold_in(step_key, 1 << 20)

@@ -230,7 +230,7 @@ class _Group:
     state: TrainState
     totals: EpochMetrics
     best: Any
-    plan: EpochPlan | None = None
+    plan: Any = None
 
 
 class SeedStates:
@@ -295,7 +295,7 @@ class SeedStates:
 
     def orders(self) -> np.ndarray:
         """The planned epoch's order of each seed, int32 [K, N], on the host."""
-        return self._gather([group.plan.order for group in self._groups if group.plan is not None])
+        return self._gather([group.plan.order for group in self._groups])
 
     def variables(self, *, best: bool) -> dict[str, Any]:
         """The best or the current parameters and statistics, of one seed, or of K with a leading axis."""
@@ -319,19 +319,15 @@ class SeedStates:
         taken = 0
         if chunk.data is not None:
             taken = chunk.steps
-            program = self._programs.tail(chunk.tail_size) if chunk.tail_size else self._programs.chunk
-            steps = np.int32(chunk.first), np.int32(taken)
+            take = self._programs.tail(chunk.tail_size) if chunk.tail_size else self._programs.chunk
+            rest = np.int32(chunk.first), np.int32(taken), chunk.data
             for group in self._groups:
-                group.state, group.totals = program(
-                    group.state, group.totals, group.seed, group.plan, *steps, chunk.data
-                )
+                group.state, group.totals = take(group.state, group.totals, group.seed, group.plan, *rest)
         for batches in chunk.batches:
-            step = min(chunk.first + taken, self.rates.shape[1] - 1)
+            take, step = self._programs.batch_step, min(chunk.first + taken, self.rates.shape[1] - 1)
             for group, batch in zip(self._groups, batches, strict=True):
                 rate = self.rates[group.which, step]
-                group.state, group.totals = self._programs.batch_step(
-                    group.state, group.totals, group.seed, rate, batch
-                )
+                group.state, group.totals = take(group.state, group.totals, group.seed, rate, batch)
             taken += 1
         jax.block_until_ready([group.totals for group in self._groups])
         return taken
@@ -380,9 +376,8 @@ class SeedStates:
             picked = dict(trees)
             if len(self._groups) > 1:
                 picked = jax.tree.map(lambda leaf, index=group.which: leaf[index], trees)
-            group.best = self._programs.place(picked.pop("best"))
-            steps = jnp.full_like(group.state.step, step)
-            group.state = self._programs.place(TrainState(step=steps, **picked))
+            best, steps = picked.pop("best"), jnp.full_like(group.state.step, step)
+            group.best, group.state = self._programs.place((best, TrainState(step=steps, **picked)))
 
     def _gather(self, values: list[jax.Array]) -> np.ndarray:
         arrays = [np.asarray(value) for value in values]

@@ -367,7 +367,8 @@ def run_chunk(
       (state, totals) after the chunk.
     """
     # All keys of the epoch at once: on CPU the few dozen tiny kernels of a key cost as much as a layer's product.
-    step_keys = keys.step_keys(seed, state.step - first, len(plan.learning_rates))
+    steps = state.step - first + jnp.arange(len(plan.learning_rates))
+    step_keys = jax.vmap(keys.step_key, (None, 0))(seed, steps)
 
     def body(index: jax.Array, carry: tuple[TrainState, EpochMetrics]) -> tuple[TrainState, EpochMetrics]:
         state, totals = carry
