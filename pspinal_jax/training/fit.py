@@ -216,9 +216,7 @@ class CompiledTraining:
         )
         platform = mesh.devices.flat[0].platform
         convolves = any(leaf.ndim > 3 for leaf in jax.tree.leaves(params))
-        on_device = options.on_device
-        if on_device is None:
-            on_device = not (convolves and platform == "cpu")
+        on_device = not (convolves and platform == "cpu") if options.on_device is None else options.on_device
         together = options.seed_mode == "vmap" or (options.seed_mode == "auto" and platform != "cpu")
         layouts = _layouts(adapted, params, batch, step, rows // num_batch_shards(mesh))
         self.programs = Programs(
@@ -299,9 +297,7 @@ def _eval_step(model: Model, loss: Any, metrics: Metrics | None) -> EvalStep:
     for name, function in metrics.items():
         if name in _RESERVED or not callable(function):
             names = ", ".join(_RESERVED)
-            raise UsageError(
-                f"metrics has {name!r}, expected functions of (logits, labels) by names other than {names}"
-            )
+            raise UsageError(f"metrics has {name!r}, expected functions of (logits, labels) not called {names}")
     return EvalStep(model.apply, cross_entropy if classifies else loss, dict(metrics), classifies)
 
 
