@@ -79,7 +79,7 @@ class Setup:
     labels: np.ndarray | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Trainer:
     """One run, from its start or its newest checkpoint to its end.
 
