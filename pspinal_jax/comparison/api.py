@@ -10,7 +10,7 @@ from pspinal_jax.backbones.efficientnet import SCALES
 from pspinal_jax.comparison.report import format_table, format_terminal, make_result, plot, write_report
 from pspinal_jax.comparison.search import Comparer
 from pspinal_jax.comparison.settings import CompareConfig
-from pspinal_jax.comparison.trial_log import TrialLog, read_json_object
+from pspinal_jax.comparison.trial_log import TrialLog
 from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.dataset import ArraySplit, Dataset, cut_test
@@ -24,6 +24,7 @@ from pspinal_jax.models import build_model, with_default_preprocessing
 from pspinal_jax.progress import warn
 from pspinal_jax.recipes import load_recipe
 from pspinal_jax.recipes.schema import TABLES, DataConfig
+from pspinal_jax.runs.directory import read_checked
 from pspinal_jax.runs.start import complete_backbone, extract_features, save_features, start_variables
 
 MAX_PIXELS = 64 * 64 * 3
@@ -107,11 +108,9 @@ def compare(
       RunError: if `workdir` is damaged, in use or not writable.
       OSError: if `workdir` cannot be written to the end.
     """
-    for name in settings:
-        if name not in CompareConfig.__dataclass_fields__:
-            raise UsageError(
-                f"compare has no setting {name!r}; there are: {', '.join(CompareConfig.__dataclass_fields__)}"
-            )
+    known = CompareConfig.__dataclass_fields__
+    if unknown := settings.keys() - known:
+        raise UsageError(f"compare has no setting {unknown.pop()!r}; there are: {', '.join(known)}")
     if isinstance(settings.get("heads"), str):
         settings["heads"] = (settings["heads"],)
     config = CompareConfig(**settings)
@@ -136,7 +135,7 @@ def compare_data(
         text += f"{'; ' if text else ''}of the splits that are drawn, {drawn:,} test examples are also in train"
     if text:
         warn(f"{data.source}: {text}")
-    with log.opened(comparer.identity(), len(comparer.splits[0].test)):
+    with log.opened(comparer.identity()):
         comparer.run()
         result = make_result(comparer, command)
         if log.workdir is not None:
@@ -202,7 +201,7 @@ def _features_of_images(folder: Path, log: TrialLog, backbone: str | None, weigh
     identity["image_size"] = recipe.data.image_size
     path, record = workdir / "features.npz", workdir / "features.json"
     if record.exists() and path.exists():
-        if read_json_object(record) != identity:
+        if read_checked(record, dict) != identity:
             raise UsageError(f"{workdir} holds features of other images or another backbone; choose another --workdir")
         return read_npz(path, images.num_classes)
     model = build_model(recipe, images.example_shape, images.num_classes)

@@ -1,5 +1,6 @@
 """The outcome of a comparison: paired differences, the table, a summary; compare.json, compare.md and compare.png."""
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ DRAWS = 4000
 _BLOCK = 500
 
 
-def bootstrap_means(hits: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+def bootstrap_means(correct: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Mean accuracies [draws, M] of the M methods, all under the same draws.
 
     Splits, seeds within a split and test examples within a split are drawn with replacement. Of K splits K - 1 are
@@ -27,24 +28,22 @@ def bootstrap_means(hits: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.n
     as it should. One split, or one seed, stays as it is, and adds nothing to the interval.
 
     Args:
-      hits: bool or float [M, K, S, T], whether a method's seed was right on a test example of a split.
+      correct: bool or float [M, K, S, T], whether a method's seed was right on a test example of a split.
       draws: how many.
       seed: of the draws.
     """
-    methods, splits, seeds, examples = hits.shape
+    methods, splits, seeds, examples = correct.shape
     rng = np.random.default_rng(seed)
-    drawn_splits = max(1, splits - 1)
-    hits = hits.astype(np.float32)
-    means = np.zeros((draws, methods))
+    correct, means, drawn_splits = correct.astype(np.float32), np.zeros((draws, methods)), max(1, splits - 1)
     for start in range(0, draws, _BLOCK):
         size = min(_BLOCK, draws - start)
         for _ in range(drawn_splits):
-            chosen = rng.integers(splits, size=size) if splits > 1 else np.zeros(size, int)
+            chosen = rng.integers(splits, size=size)
             weights = _weights(rng, size, examples, examples)
-            seed_weights = _weights(rng, size, seeds, max(1, seeds - 1)) if seeds > 1 else np.ones((size, 1))
+            seed_weights = _weights(rng, size, seeds, max(1, seeds - 1))
             for split in np.unique(chosen):
                 among = chosen == split
-                accuracies = (hits[:, split].reshape(-1, examples) @ weights[among].T).reshape(methods, seeds, -1)
+                accuracies = (correct[:, split].reshape(-1, examples) @ weights[among].T).reshape(methods, seeds, -1)
                 drawn_means = np.einsum("msb,bs->bm", accuracies, seed_weights[among])
                 means[start : start + size][among] += drawn_means / drawn_splits
     return means
@@ -64,35 +63,28 @@ def interval_95(values: np.ndarray) -> tuple[float, float]:
 
 def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
     """The contents of compare.json; all but 'execution' is the same however often the work was interrupted."""
-    config, methods, data = comparer.config, comparer.methods, comparer.data
+    config, methods, data, trainer = comparer.config, comparer.methods, comparer.data, comparer.trainer
     num_test = len(comparer.splits[0].test)
-    rows: dict[str, Any] = {}
-    hits: list[Any] = []
-    for method in methods:
-        seeds = [
-            [comparer.record("seed", split, method, seed) for seed in range(config.num_seeds)]
-            for split in range(config.splits)
-        ]
-        hits.append([[unpacked(record["test_hits"], num_test) for record in split] for split in seeds])
-        rows[method] = _method(comparer, method, [record for split in seeds for record in split])
+    runs = list(itertools.product(range(config.splits), range(config.num_seeds)))
+    seeds = {name: [comparer.record("seed", split, name, seed) for split, seed in runs] for name in methods}
+    rows = {name: _method(comparer, name, records) for name, records in seeds.items()}
     best = max(methods, key=lambda method: rows[method]["validation_accuracy"]["mean"])
-    means = dict(zip(methods, bootstrap_means(np.asarray(hits)).T, strict=True))
+    correct = np.asarray([[unpacked(record["test_hits"], num_test) for record in seeds[name]] for name in methods])
+    correct = correct.reshape(len(methods), config.splits, config.num_seeds, num_test)
+    means = dict(zip(methods, bootstrap_means(correct).T, strict=True))
 
     def difference(method: str, goal: str) -> dict[str, Any]:
         low, high = interval_95(means[method] - means[goal])
         mean = rows[method]["test_accuracy"]["mean"] - rows[goal]["test_accuracy"]["mean"]
         return {"mean": mean, "interval_95": [low, high], "beyond_the_noise": low > 0 or high < 0}
 
-    pairs = {
-        f"to_{goal}": {method: difference(method, goal) for method in methods if method != goal} for goal in methods
-    }
+    pairs = {f"to_{goal}": {name: difference(name, goal) for name in methods if name != goal} for goal in methods}
     differences = {f"to_{goal}": pairs[f"to_{goal}"] for goal in dict.fromkeys((best, "dense")) if goal in methods}
     train, validation = comparer.rows[0, 0]
-    trainer, counts, seconds = comparer.trainer, {"trial": config.trials, "seed": config.num_seeds}, dict[str, float]()
-    for method in methods:  # of all its trainings, whichever process did them
-        used = [key for key in comparer.log.records if key.method == method and key.number < counts[key.kind]]
-        each = [comparer.log.records[key]["seconds"] for key in used if key.split < config.splits]
-        seconds[method] = round(sum(each), 2)
+    counts, seconds = {"trial": config.trials, "seed": config.num_seeds}, dict.fromkeys(methods, 0.0)
+    for key, record in comparer.log.records.items():  # of all its trainings, whichever process did them
+        if key.method in seconds and key.number < counts[key.kind] and key.split < config.splits:
+            seconds[key.method] += record["seconds"]
     return {
         "command": command,
         "data": {
@@ -112,12 +104,12 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
         "all_differences": pairs,
         "in_words": summarize(rows, differences, best),
         "execution": {
-            "seconds": seconds,
+            "seconds": {method: round(value, 2) for method, value in seconds.items()},
             "wall_seconds_of_the_last_start": comparer.seconds,
             "compilations": trainer.compilations,
             "mode": trainer.mode,
             "workers": trainer.workers if trainer.mode == "loop" else None,
-            "slots": trainer.slots,
+            "slots": dict.fromkeys(config.heads, trainer.slots),
             "device": device(),
             "versions": versions(),
         },
@@ -150,24 +142,23 @@ def _method(comparer: Comparer, method: str, seeds: list[dict[str, Any]]) -> dic
 def summarize(rows: Mapping[str, Any], differences: Mapping[str, Any], best: str) -> str:
     """The result as sentences."""
     heads = {name: each for name, each in differences.get("to_dense", {}).items() if name not in BASELINE_NAMES}
-    better, worse = (
-        {name: each for name, each in heads.items() if each["beyond_the_noise"] and (each["mean"] > 0) == positive}
-        for positive in (True, False)
-    )
-    sentences = [f"Better than dense beyond the noise: {_listed(better)}."] if better else []
-    sentences += [f"Worse than dense beyond the noise: {_listed(worse)}."] if worse else []
-    sentences += ["No head is better than dense beyond the noise."] if heads and not better else []
-    others = differences[f"to_{best}"]
-    level = ", ".join(name for name, each in others.items() if not each["beyond_the_noise"])
-    beyond = {name: each for name, each in others.items() if each["interval_95"][0] > 0}
-    words = f"Best on validation is {best}, with {100 * rows[best]['test_accuracy']['mean']:.2f} % on the test"
-    words += f"; within the noise of it: {level}" if level else "; nothing else is within the noise of it"
-    words += f"; on the test beyond it: {_listed(beyond)}" if beyond else ""
-    return " ".join([*sentences, f"{words}."])
+    better, worse = _listed(heads, 1), _listed(heads, -1)
+    level, beyond = (_listed(differences[f"to_{best}"], sign) for sign in (0, 1))
+    sentences = [
+        better and f"Better than dense beyond the noise: {better}.",
+        worse and f"Worse than dense beyond the noise: {worse}.",
+        "No head is better than dense beyond the noise." if heads and not better else "",
+        f"Best on validation is {best}, with {100 * rows[best]['test_accuracy']['mean']:.2f} % on the test.",
+        f"Within the noise of it: {level or 'nothing else'}.",
+        beyond and f"On the test beyond it: {beyond}.",
+    ]
+    return " ".join(filter(None, sentences))
 
 
-def _listed(differences: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} ({_points(each)})" for name, each in differences.items())
+def _listed(differences: Mapping[str, Any], sign: int) -> str:
+    """What lies beyond the noise above (1) or below (-1), or within it (0)."""
+    found = {n: each for n, each in differences.items() if each["beyond_the_noise"] * np.sign(each["mean"]) == sign}
+    return ", ".join(f"{name} ({_points(each)})" for name, each in found.items())
 
 
 def _points(difference: Mapping[str, Any]) -> str:

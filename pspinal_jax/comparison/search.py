@@ -5,20 +5,13 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from pspinal_jax.comparison.settings import (
-    BASELINES,
-    CompareConfig,
-    Scaling,
-    Trial,
-    draw_trial,
-    training_seed,
-)
+from pspinal_jax.comparison.settings import BASELINES, CompareConfig, Scaling, draw_trial, training_seed
 from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head
 from pspinal_jax.comparison.trial_log import Key, TrialLog, packed
 from pspinal_jax.data.dataset import ArraySplit, Dataset, copies_of_a_class, draw_together, split_by_class
@@ -26,11 +19,13 @@ from pspinal_jax.errors import UsageError
 from pspinal_jax.progress import progress_bar
 
 MIN_STEPS = 600
-"""Of a training whose epochs are not given: little data is seen more often."""
-NEIGHBOURS = (1, 3, 5, 10, 20, 50)
-METRICS = ("euclidean", "cosine")
-PENALTIES = tuple(float(10.0**exponent) for exponent in np.arange(-2, 7.5, 0.5))
-"""Of the sum of squares over all training examples."""
+"""A training whose number of epochs is not given has at least so many: little data is seen more often."""
+BASELINE_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "knn": [{"metric": metric, "k": k} for metric in ("euclidean", "cosine") for k in (1, 3, 5, 10, 20, 50)],
+    # The penalty is on the sum of squares over all training examples.
+    "ridge": [{"penalty": float(10.0**exponent)} for exponent in np.arange(-2, 7.5, 0.5)],
+}
+"""All that is tried; what does best on validation is taken, of equals the first."""
 
 
 class Split(NamedTuple):
@@ -54,18 +49,12 @@ def make_split(labels: np.ndarray, num_pool: int, number: int, seed: int, copies
     rows = np.arange(len(labels))
     if number == 0:
         return Split(rows[:num_pool], rows[num_pool:])
-    test = draw_like(labels, labels[num_pool:], [seed, number], copies)
-    return Split(np.setdiff1d(rows, test), test)
-
-
-def draw_like(labels: np.ndarray, test: np.ndarray, seed: list[int], copies: np.ndarray | None) -> np.ndarray:
-    """Sorted indices: of each class as many, drawn without replacement, as `test` has."""
     drawn = []
-    for label, count in zip(*np.unique(test, return_counts=True), strict=True):
-        members = np.flatnonzero(labels == label)
-        order = np.random.default_rng([*seed, int(label)]).permutation(members)
+    for label, count in zip(*np.unique(labels[num_pool:], return_counts=True), strict=True):
+        order = np.random.default_rng([seed, number, int(label)]).permutation(np.flatnonzero(labels == label))
         drawn.append(draw_together(order, count, copies, exact=True))
-    return np.sort(np.concatenate(drawn))
+    test = np.sort(np.concatenate(drawn))
+    return Split(np.setdiff1d(rows, test), test)
 
 
 def standardisation(inputs: np.ndarray, scaling: Scaling) -> tuple[np.ndarray, np.ndarray]:
@@ -85,13 +74,6 @@ def standardisation(inputs: np.ndarray, scaling: Scaling) -> tuple[np.ndarray, n
     return mean.astype(np.float32), np.where(constant, 0.0, 1 / np.where(constant, 1.0, deviation)).astype(np.float32)
 
 
-def baseline_settings(name: str, scaling: Scaling) -> list[dict[str, Any]]:
-    """All that is tried on features standardised so; what does best on validation is taken, of equals the first."""
-    if name == "ridge":
-        return [{"penalty": penalty, "standardize": scaling} for penalty in PENALTIES]
-    return [{"metric": metric, "k": k, "standardize": scaling} for metric in METRICS for k in NEIGHBOURS]
-
-
 def predict_baseline(
     settings: list[dict[str, Any]], train: tuple[np.ndarray, np.ndarray], inputs: np.ndarray, num_classes: int
 ) -> list[np.ndarray]:
@@ -104,7 +86,7 @@ def predict_baseline(
             warnings.simplefilter("ignore")  # of a penalty too small for the data, which validation will not choose
             ridges = [RidgeClassifier(alpha=each["penalty"], solver="cholesky").fit(*train) for each in settings]
         return [np.asarray(ridge.predict(inputs)) for ridge in ridges]
-    largest, nearest = min(len(train[1]), max(setting["k"] for setting in settings)), dict[str, np.ndarray]()
+    largest, nearest = min(len(train[1]), max(setting["k"] for setting in settings)), {}
     for metric in {setting["metric"] for setting in settings}:  # one search for every k
         model = NearestNeighbors(n_neighbors=largest, metric=metric, algorithm="brute").fit(train[0])
         nearest[metric] = train[1][model.kneighbors(inputs, return_distance=False)]
@@ -171,6 +153,7 @@ class Comparer:
         epochs = config.epochs or max(20, math.ceil(MIN_STEPS / steps))
         evaluated = len(validation) + len(self.splits[0].test)
         self.schedule = Schedule(epochs, steps, config.batch_size, min(500, evaluated))
+        self._num_evaluated = evaluated + -evaluated % self.schedule.eval_batch_size
         sizes = (self.data.example_shape[0], data.num_classes, config.layer_width, config.num_layers, config.match)
         built = {name: build_head(name, *sizes) for name in config.heads}
         self.heads: dict[str, Any] = {name: head for name, (head, _) in built.items()}
@@ -196,15 +179,6 @@ class Comparer:
         """How many test examples have a copy in the pool, of those that splits keep together where they can."""
         return 0 if self._copies is None else int(np.isin(self._copies[split.test], self._copies[split.pool]).sum())
 
-    def _examples(self, split: Split, with_test: bool) -> Examples:
-        """What a training gets: no label of the test, and without `with_test` zeros in place of its inputs."""
-        inputs, labels = self.inputs, self.labels.astype(np.int32)
-        labels[split.test] = 0
-        if not with_test:
-            inputs = inputs.copy()
-            inputs[split.test] = 0
-        return Examples(inputs, labels)
-
     def identity(self) -> dict[str, Any]:
         """What decides every record; kept in config.json."""
         deciding = ("seed", "match", "layer_width", "num_layers", "batch_size", "validation_fraction", "standardize")
@@ -229,8 +203,7 @@ class Comparer:
         config = self.config
         baselines = BASELINES if config.floors else ()
         each = len(config.heads) * (config.trials + config.num_seeds) + len(baselines) * (1 + config.num_seeds)
-        total = config.splits * each
-        with progress_bar(total, "compare", "training", self._shown, unit_scale=False) as self._bar:
+        with progress_bar(config.splits * each, "compare", "training", self._shown, unit_scale=False) as self._bar:
             for split in range(config.splits):
                 start = time.perf_counter()
                 for baseline in baselines:
@@ -251,89 +224,87 @@ class Comparer:
 
     def _train(self, kind: str, split: int, count: int) -> None:
         """The first `count` trials, or seeds of the best trial, of every head."""
-        start, with_test = time.perf_counter(), kind == "seed"
-        tasks, parts, trials = list[Task](), dict[tuple[int, Scaling], Part](), dict[Key, Trial]()
+        start, with_test, tasks = time.perf_counter(), kind == "seed", list[Task]()
+
+        @cache
+        def part(number: int, scaling: Scaling) -> Part:
+            train, evaluated = self._rows(Key(kind, split, "", number))
+            padded = np.pad(evaluated, (0, self._num_evaluated - len(evaluated))).astype(np.int32)
+            return Part(train.astype(np.int32), padded, *standardisation(self.inputs[train], scaling))
+
         for head in sorted(self.sizes, key=lambda head: -self.sizes[head]):  # the longest begin first
             for number in range(count):
                 key = Key(kind, split, head, number)
-                choice = self.choices[split, head] if with_test else number
-                trial = trials[key] = draw_trial(self.config, choice, self.scalings)
+                trial = draw_trial(self.config, self.choices[split, head] if with_test else number, self.scalings)
                 if self._is_done(key, [trial.as_json()]):
                     self._bar.update(1)
                     continue
-                cut = number if with_test else 0, trial.standardize
-                if cut not in parts:
-                    parts[cut] = self._part(split, *cut, with_test)
                 seed = training_seed(self.config.seed, kind, number)
-                tasks.append(Task(key, head, trial.hparams, seed, parts[cut]))
+                tasks.append(Task(key, head, trial, seed, part(number if with_test else 0, trial.standardize)))
         if not tasks:
             return
-        for task, outcome, seconds in self.trainer.run(tasks, self._examples(self.splits[split], with_test)):
+        inputs, labels, test = self.inputs, self.labels.astype(np.int32), self.splits[split].test
+        labels[test] = 0  # no training gets a label of the test, and no trial its inputs
+        if not with_test:
+            inputs = inputs.copy()
+            inputs[test] = 0
+        for task, outcome, seconds in self.trainer.run(tasks, Examples(inputs, labels)):
             key = task.key
-            validation = self.rows[split, key.number if with_test else 0][1]
-            right = self._right(split, validation, np.asarray(outcome.predictions), with_test)
-            losses = np.asarray(outcome.losses)[: len(validation)]
-            record = {"setting": trials[key].as_json(), **right, "validation_loss": round(float(losses.mean()), 5)}
-            record |= {"train_loss": float(outcome.loss), "finite": bool(outcome.finite), "seconds": round(seconds, 3)}
-            self.log.add(key, record)
+            losses = outcome.losses[: len(self.rows[split, 0][1])]
+            record = {"setting": task.trial.as_json(), **self._scores(key, outcome.predictions)}
+            record |= {"validation_loss": round(float(losses.mean()), 5), "train_loss": float(outcome.loss)}
+            self.log.add(key, record | {"finite": bool(outcome.finite), "seconds": round(seconds, 3)})
             self._advance(key)
         self.seconds[f"{kind}s"] += time.perf_counter() - start
 
-    def _part(self, split: int, seed: int, scaling: Scaling, with_test: bool) -> Part:
-        """What a training works on, and which rows are predicted: validation, then the test."""
-        train, validation = self.rows[split, seed]
-        evaluated = np.concatenate([validation, self.splits[split].test])
-        count = len(evaluated) if with_test else len(validation)
-        padded = np.pad(evaluated, (0, -len(evaluated) % self.schedule.eval_batch_size)).astype(np.int32)
-        return Part(train.astype(np.int32), padded, np.int32(count), *standardisation(self.inputs[train], scaling))
+    def _rows(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
+        """Rows to train on, and rows to predict: validation and then, for a seed, the test."""
+        train, validation = self.rows[key.split, key.number if key.kind == "seed" else 0]
+        test = self.splits[key.split].test if key.kind == "seed" else validation[:0]
+        return train, np.concatenate([validation, test])
 
-    def _is_done(self, key: Key, settings: Sequence[dict[str, Any]]) -> bool:
+    def _is_done(self, key: Key, settings: list[dict[str, Any]]) -> bool:
         """Whether the log has its record, of one of `settings`."""
         record = self.log.records.get(key)
         # As text: in Python, 1 is 1.0 and True.
-        return record is not None and _text(record["setting"]) in map(_text, settings)
+        texts = (json.dumps(setting, sort_keys=True) for setting in settings)
+        return record is not None and json.dumps(record["setting"], sort_keys=True) in texts
 
     def _advance(self, key: Key) -> None:
         validation = self.log.records[key]["validation_accuracy"]
         self._bar.set_postfix({key.method: f"{100 * validation:.1f} % of validation"}, refresh=False)
         self._bar.update(1)
 
-    def _right(self, split: int, validation: np.ndarray, predictions: np.ndarray, with_test: bool) -> dict[str, Any]:
-        """Accuracies, from predictions of the validation rows and then the test rows."""
-        held_out = predictions[: len(validation)] == self.labels[validation]
-        right: dict[str, Any] = {"validation_accuracy": float(held_out.mean())}
-        if with_test:
-            test = self.labels[self.splits[split].test]
-            hits = predictions[len(validation) : len(validation) + len(test)] == test
-            right |= {"test_accuracy": float(hits.mean()), "test_hits": packed(hits)}
-        return right
+    def _scores(self, key: Key, predictions: np.ndarray) -> dict[str, Any]:
+        """Accuracies on validation and, for a seed, on the test, from predictions of the rows of `key`."""
+        rows = self._rows(key)[1]
+        validation, test = np.split(predictions[: len(rows)] == self.labels[rows], [len(self.rows[key.split, 0][1])])
+        scores: dict[str, Any] = {"validation_accuracy": float(validation.mean())}
+        return scores | ({"test_accuracy": float(test.mean()), "test_hits": packed(test)} if len(test) else {})
 
     def _baseline(self, split: int, baseline: str) -> None:
         """All settings of a baseline as one record (the one that did best), then that one on every seed's split."""
+        grid = BASELINE_SETTINGS[baseline]
+        settings = [{**each, "standardize": scaling} for scaling in self.scalings for each in grid]
         tuned = Key("trial", split, baseline, 0)
-        settings = [baseline_settings(baseline, scaling) for scaling in self.scalings]
-        if not self._is_done(tuned, [each for alike in settings for each in alike]):
-            tried = [self._try_baseline(tuned, alike) for alike in settings]
-            best = max(tried, key=lambda record: record["validation_accuracy"])
-            self.log.add(tuned, {**best, "seconds": round(sum(record["seconds"] for record in tried), 3)})
-        self._advance(tuned)
-        for seed in range(self.config.num_seeds):
-            key, setting = Key("seed", split, baseline, seed), self.log.records[tuned]["setting"]
-            if not self._is_done(key, [setting]):
-                self.log.add(key, self._try_baseline(key, [setting]))
+        for key in (tuned, *(Key("seed", split, baseline, seed) for seed in range(self.config.num_seeds))):
+            if not self._is_done(key, settings):
+                self.log.add(key, self._try_baseline(key, settings))
             self._advance(key)
+            settings = [self.log.records[tuned]["setting"]]
 
     def _try_baseline(self, key: Key, settings: list[dict[str, Any]]) -> dict[str, Any]:
-        """The record of the one of `settings`, standardised alike, that does best on validation."""
-        start, with_test = time.perf_counter(), key.kind == "seed"
-        train, validation = self.rows[key.split, key.number]
-        shift, scale = standardisation(self.inputs[train], settings[0]["standardize"])
-        evaluated = np.concatenate([validation, self.splits[key.split].test]) if with_test else validation
-        fitted, inputs = ((self.inputs[rows].astype(np.float32) - shift) * scale for rows in (train, evaluated))
-        predictions = predict_baseline(settings, (fitted, self.labels[train]), inputs, self.data.num_classes)
-        rights = [self._right(key.split, validation, each, with_test) for each in predictions]
-        best = int(np.argmax([right["validation_accuracy"] for right in rights]))
-        return {"setting": settings[best], **rights[best], "seconds": round(time.perf_counter() - start, 3)}
+        """The record of the one of `settings` that does best on validation."""
+        start, tried = time.perf_counter(), []
+        train, evaluated = self._rows(key)
+        for scaling in dict.fromkeys(setting["standardize"] for setting in settings):
+            alike = [setting for setting in settings if setting["standardize"] == scaling]
+            shift, scale = standardisation(self.inputs[train], scaling)
+            fitted, inputs = ((self.inputs[rows].astype(np.float32) - shift) * scale for rows in (train, evaluated))
+            found = predict_baseline(alike, (fitted, self.labels[train]), inputs, self.data.num_classes)
+            tried += [{"setting": each, **self._scores(key, found[i])} for i, each in enumerate(alike)]
+        best = max(tried, key=lambda record: record["validation_accuracy"])
+        return {**best, "seconds": round(time.perf_counter() - start, 3)}
 
 
 def rank(record: dict[str, Any]) -> tuple[float, float]:
@@ -343,7 +314,3 @@ def rank(record: dict[str, Any]) -> tuple[float, float]:
     """
     loss = record.get("validation_loss")
     return record["validation_accuracy"], -np.inf if loss is None else -loss
-
-
-def _text(setting: dict[str, Any]) -> str:
-    return json.dumps(setting, sort_keys=True)

@@ -10,12 +10,12 @@ is cut over the devices of the mesh; the devices exchange nothing.
 
 import bisect
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,7 +26,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pspinal_jax.comparison.settings import HeadName, Hparams, Match, Mode
+from pspinal_jax.comparison.settings import HeadName, Hparams, Match, Mode, Trial
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.heads.baselines import matching_width
 from pspinal_jax.heads.layouts import training_layout
@@ -101,14 +101,12 @@ class Part(NamedTuple):
     Attributes:
       train: int32 [N], rows of the examples that are trained on.
       evaluated: int32 [E], rows of those to predict, padded to a multiple of `eval_batch_size`.
-      count: int32 scalar, how many of these are predicted.
       shift: float32 [D], subtracted from every example ..
       scale: .. and what it is multiplied with after that.
     """
 
     train: Any
     evaluated: Any
-    count: Any
     shift: Any
     scale: Any
 
@@ -124,8 +122,8 @@ class Outcome(NamedTuple):
     """The result of a training.
 
     Attributes:
-      predictions: int32 [E], of the rows `Part.evaluated`; past `Part.count`, -1.
-      losses: float32 [E], negative log-likelihood of what `Examples.labels` says of these rows; past `Part.count`, 0.
+      predictions: int32 [E], of the rows `Part.evaluated`.
+      losses: float32 [E], negative log-likelihood of these rows' `Examples.labels`.
       loss: float32, mean training loss over the last epoch.
       finite: whether loss and gradients stayed finite.
     """
@@ -174,28 +172,16 @@ def train_head(
 
     state, totals = lax.scan(epoch, state, (jnp.arange(schedule.epochs), jnp.asarray(schedule.rates())))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    predictions, losses = _predict(partial(apply, variables, train=False), schedule.eval_batch_size, part, examples)
+
+    def predict(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs, labels = (array.at[rows].get(mode="promise_in_bounds") for array in examples)
+        logits = apply(variables, inputs, train=False).astype(jnp.float32)
+        return jnp.argmax(logits, -1), optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    batches = lax.map(predict, part.evaluated.reshape(-1, schedule.eval_batch_size))
+    predictions, losses = (values.reshape(-1) for values in batches)
     loss = totals.loss[-1] / totals.count[-1]
     return state, Outcome(predictions, losses, loss, jnp.all(totals.bad_step < 0) & jnp.isfinite(loss))
-
-
-def _predict(apply: Any, batch_size: int, part: Part, examples: Examples) -> tuple[jax.Array, jax.Array]:
-    """The most probable class of each evaluated row, and its label's negative log-likelihood."""
-
-    def body(index: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        start = index * batch_size
-        rows = lax.dynamic_slice_in_dim(part.evaluated, start, batch_size)
-        inputs, labels = (array.at[rows].get(mode="promise_in_bounds") for array in examples)
-        logits = apply(inputs).astype(jnp.float32)
-        batch = jnp.argmax(logits, -1), optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        update = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return jax.tree.map(lambda rows, new: update(rows, new.astype(rows.dtype)), found, batch)
-
-    shape = part.evaluated.shape
-    batches = (part.count + batch_size - 1) // batch_size
-    predictions, losses = lax.fori_loop(0, batches, body, (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
-    counted = jnp.arange(len(predictions)) < part.count
-    return jnp.where(counted, predictions, -1), jnp.where(counted, losses, 0.0)
 
 
 class Task(NamedTuple):
@@ -204,18 +190,19 @@ class Task(NamedTuple):
     Attributes:
       key: whose it is; handed back.
       head: name of its head.
-      hparams: hyper-parameters.
+      trial: its hyper-parameters.
       seed: of all random numbers.
-      part: which examples; tasks that run together have parts of the same shapes and counts.
+      part: which examples; all parts have the same shapes.
     """
 
     key: Any
     head: str
-    hparams: Hparams
+    trial: Trial
     seed: int
     part: Part
 
 
+MAX_SLOTS = 64
 _SLOTS, _WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
@@ -226,7 +213,7 @@ class Trainer:
       mode: 'loop' or 'vmap'.
       workers: trainings at a time with 'loop'.
       compilations: how many programs were compiled, by head.
-      slots: how many trainings are one program, by head; 1 with 'loop'.
+      slots: how many trainings are one program; 1 with 'loop'.
     """
 
     def __init__(
@@ -237,100 +224,72 @@ class Trainer:
         mode: Mode = "auto",
         workers: int | None = None,
     ) -> None:
-        self._heads, self._schedule, self._max_slots = heads, schedule, max_slots
+        self._heads, self._schedule, self._mesh = heads, schedule, make_mesh()
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
         self.mode = ("loop" if one_cpu else "vmap") if mode == "auto" else mode
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         self.workers = workers or len(cores)
         self.compilations: dict[str, int] = dict.fromkeys(heads, 0)
-        self.slots: dict[str, int] = dict.fromkeys(heads, 1)
-        self._mesh = make_mesh()
+        devices = self._mesh.size
+        self.slots = 1 if self.mode == "loop" else -(-min(max_slots, MAX_SLOTS) // devices) * devices
         self._programs: dict[str, Callable[..., Outcome]] = {}
 
     def run(self, tasks: Sequence[Task], examples: Examples) -> Iterator[tuple[Task, Outcome, float]]:
         """Yield (task, outcome on the host, seconds of its own) as trainings end.
 
         Args:
-          tasks: what to train; with 'loop' they begin in this order.
+          tasks: what to train; the heads begin in this order.
           examples: all examples, of the same shapes in every call.
         """
-        place = replicated_on(self._mesh) if self.mode == "vmap" else jax.devices()[0]
-        resident = Examples(*jax.device_put(tuple(examples), place))
-        yield from (self._loop if self.mode == "loop" else self._vectorised)(tasks, resident)
+        device = replicated_on(self._mesh) if self.mode == "vmap" else jax.devices()[0]
+        resident = Examples(*jax.device_put(tuple(examples), device))
+        by_head = [[task for task in tasks if task.head == head] for head in dict.fromkeys(t.head for t in tasks)]
+        groups = [same[i : i + self.slots] for same in by_head for i in range(0, len(same), self.slots)]
 
-    def _loop(self, tasks: Sequence[Task], examples: Examples) -> Iterator[tuple[Task, Outcome, float]]:
-        def work(task: Task) -> tuple[Task, Outcome, float]:
+        def work(group: list[Task]) -> tuple[list[Task], Outcome, float]:
             start = time.perf_counter()
-            outcome = jax.device_get(self._programs[task.head](*_operands(task), examples))
-            return task, outcome, time.perf_counter() - start
+            outcome = jax.device_get(self._programs[group[0].head](*self._operands(group), resident))
+            return group, outcome, (time.perf_counter() - start) / len(group)
 
-        pool = ThreadPoolExecutor(self.workers)
+        pool = ThreadPoolExecutor(self.workers if self.mode == "loop" else 1)
         try:
-            first = {task.head: task for task in reversed(tasks)}
-            list(pool.map(lambda task: self._compile(task, examples), first.values()))
-            for future in as_completed([pool.submit(work, task) for task in tasks]):
-                yield future.result()
+            list(pool.map(lambda same: self._compile(same[0], resident), by_head))
+            for future in as_completed([pool.submit(work, group) for group in groups]):
+                group, outcomes, seconds = future.result()
+                for index, task in enumerate(group):
+                    outcome = outcomes if self.mode == "loop" else jax.tree.map(itemgetter(index), outcomes)
+                    yield task, outcome, seconds
         finally:  # on an error, or where nobody asks for more: what has begun is all that still runs
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _vectorised(self, tasks: Sequence[Task], examples: Examples) -> Iterator[tuple[Task, Outcome, float]]:
-        for head in dict.fromkeys(task.head for task in tasks):
-            waiting = [task for task in tasks if task.head == head]
-            self._compile(waiting[0], examples)
-            while waiting:
-                group, waiting = waiting[: self.slots[head]], waiting[self.slots[head] :]
-                start = time.perf_counter()
-                # What is left of the slots does the last task again.
-                operands = _stacked(group + group[-1:] * (self.slots[head] - len(group)))
-                outcomes = jax.device_get(self._programs[head](*operands, examples))
-                seconds = (time.perf_counter() - start) / len(group)
-                for index, task in enumerate(group):
-                    yield task, jax.tree.map(lambda leaf, i=index: leaf[i], outcomes), seconds
-
     def _compile(self, task: Task, examples: Examples) -> None:
-        """Compile the program of a task's head: with 'vmap' over as many slots as asked for, or as memory holds."""
         if task.head in self._programs:
             return
-        head, schedule, devices = self._heads[task.head], self._schedule, self._mesh.size
 
         def train(hparams: Hparams, seed: Any, part: Part, examples: Examples) -> Outcome:
-            return train_head(head, schedule, hparams, seed, part, examples)[1]
+            return train_head(self._heads[task.head], self._schedule, hparams, seed, part, examples)[1]
 
+        options: dict[str, Any] = {}
         if self.mode == "loop":
-            # The other threads have the other cores.
-            options: dict[str, Any] = {"xla_cpu_multi_thread_eigen": False} if jax.default_backend() == "cpu" else {}
-            self._programs[task.head] = jax.jit(train).lower(*_operands(task), examples).compile(options)
-            self.compilations[task.head] += 1
-            return
-        mapped = jax.vmap(train, (0, 0, Part(0, 0, None, 0, 0), None))
-        specs = (_SLOTS, _SLOTS, Part(_SLOTS, _SLOTS, _WHOLE, _SLOTS, _SLOTS), _WHOLE)
-        # The devices exchange nothing, so there is nothing for shard_map to check.
-        sharded = jax.shard_map(mapped, mesh=self._mesh, in_specs=specs, out_specs=_SLOTS, check_vma=False)
-        program = jax.jit(sharded, in_shardings=jax.tree.map(partial(NamedSharding, self._mesh), specs))
-        memory, slots = _memory_for_slots(examples), -(-self._max_slots // devices) * devices
-        while True:
-            compiled = program.lower(*_stacked([task] * slots), examples).compile()
-            self.compilations[task.head] += 1
-            analysis = compiled.memory_analysis()
-            needed = 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-            if needed <= memory or slots == devices:
-                break
-            slots = max(devices, slots // 2 // devices * devices)
-        self._programs[task.head], self.slots[task.head] = compiled, slots
+            program = jax.jit(train)
+            if jax.default_backend() == "cpu":  # the other threads have the other cores
+                options["xla_cpu_multi_thread_eigen"] = False
+        else:
+            specs = (_SLOTS, _SLOTS, _SLOTS, _WHOLE)
+            mapped = jax.vmap(train, (0, 0, 0, None))
+            # The devices exchange nothing, so there is nothing for shard_map to check.
+            sharded = jax.shard_map(mapped, mesh=self._mesh, in_specs=specs, out_specs=_SLOTS, check_vma=False)
+            program = jax.jit(sharded, in_shardings=jax.tree.map(partial(NamedSharding, self._mesh), specs))
+        self._programs[task.head] = program.lower(*self._operands([task]), examples).compile(options)
+        self.compilations[task.head] += 1
 
-
-def _operands(task: Task) -> tuple[Hparams, Any, Part]:
-    hparams: Any = Hparams(*map(np.float32, task.hparams))  # type: ignore[arg-type]
-    return hparams, np.uint32(task.seed), task.part
-
-
-def _stacked(tasks: Sequence[Task]) -> tuple[Hparams, Any, Part]:
-    """The operands with a leading axis of slots, but for the count, which is everyone's."""
-    hparams, seeds, part = jax.tree.map(lambda *leaves: np.stack(leaves), *map(_operands, tasks))
-    return hparams, seeds, part._replace(count=tasks[0].part.count)
-
-
-def _memory_for_slots(examples: Examples) -> float:
-    """Bytes on a device for slots: nine tenths of what the examples leave; a CPU reports no limit."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    return float(0.9 * (limit - sum(array.nbytes for array in examples)))
+    def _operands(self, group: list[Task]) -> tuple[Hparams, Any, Part]:
+        """The operands of the program of a group; with 'vmap' along an axis of slots, the last task in those left."""
+        as_array: Any = np.float32
+        made = [(Hparams(*map(as_array, t.trial.hparams)), np.uint32(t.seed), t.part) for t in group]
+        if self.mode == "loop":
+            return made[0]
+        stacked: tuple[Hparams, Any, Part] = jax.tree.map(
+            lambda *leaves: np.stack(leaves), *made, *made[-1:] * (self.slots - len(made))
+        )
+        return stacked

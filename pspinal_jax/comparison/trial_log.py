@@ -12,20 +12,13 @@ import numpy as np
 
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import (
-    MAX_JSON_BYTES,
-    check_target,
-    differences,
-    held,
-    json_text,
-    read_bytes,
-    write_json,
-    write_text,
-)
+from pspinal_jax.files import check_target, differences, held, json_text, read_bytes, write_json, write_text
 from pspinal_jax.progress import warn
+from pspinal_jax.runs.directory import read_checked
 
 MAX_LOG_BYTES = 2**30
-_OURS = {".lock", "features.npz", "features.json"}
+_BEFORE_CONFIG = {".lock", "features.npz", "features.json"}
+"""What a comparison writes into its work directory before config.json."""
 
 
 class Key(NamedTuple):
@@ -42,6 +35,9 @@ class Key(NamedTuple):
     split: int
     method: str
     number: int
+
+
+_REQUIRED = {*Key._fields, "setting", "validation_accuracy", "seconds"}
 
 
 class TrialLog:
@@ -67,19 +63,16 @@ class TrialLog:
             return
         check_target(workdir, "work directory", "trials.jsonl", "compare.json", "compare.md")
         if (workdir / "config.json").exists():
-            self.keep_copies_together = "keep_copies_together" in read_json_object(workdir / "config.json")
-        elif workdir.exists() and any(
-            entry.name not in _OURS and not entry.name.endswith(".part") for entry in workdir.iterdir()
-        ):
+            self.keep_copies_together = "keep_copies_together" in read_checked(workdir / "config.json", dict)
+        elif workdir.exists() and {p.name for p in workdir.iterdir() if p.suffix != ".part"} - _BEFORE_CONFIG:
             raise UsageError(f"{workdir} holds something else than a comparison; choose another --workdir")
 
     @contextlib.contextmanager
-    def opened(self, identity: dict[str, Any], num_test: int) -> Iterator[None]:
+    def opened(self, identity: dict[str, Any]) -> Iterator[None]:
         """Read the finished records, and keep other processes out while in the `with`.
 
         Args:
           identity: of the comparison, for config.json.
-          num_test: examples of a test split; a seed's record holds for each whether it was right.
 
         Raises:
           UsageError: if the folder holds another comparison.
@@ -95,15 +88,11 @@ class TrialLog:
                 raise RunError(f"{self.workdir} is in use by {other}; wait until it has ended, or choose another")
             if not config.exists():
                 write_json(config, identity)
-            changed = differences(
-                read_json_object(config),
-                json.loads(json.dumps(identity)),
-                lambda name, old, new: f"{name} was {old!r} and is now {new!r}",
-            )
-            if changed:
+            was, now = read_checked(config, dict), json.loads(json.dumps(identity))
+            if changed := differences(was, now, lambda name, old, new: f"{name} was {old!r} and is now {new!r}"):
                 raise UsageError(f"{self.workdir} holds another comparison: {', '.join(changed)}; choose another")
             if log.exists():
-                self._read(log, num_test)
+                self._read(log)
             with log.open("a", encoding="utf-8") as self._file:
                 yield
 
@@ -115,54 +104,31 @@ class TrialLog:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _read(self, path: Path, num_test: int) -> None:
+    def _read(self, path: Path) -> None:
         """Take the records that are whole, and drop the others from the file; a kill cuts off the last one."""
-        *lines, rest = read_bytes(path, MAX_LOG_BYTES).decode("utf-8", errors="replace").split("\n")
-        found = [(line, parse_record(line, num_test)) for line in lines]
-        if damaged := sum(record is None for _, record in found):
+        lines = read_bytes(path, MAX_LOG_BYTES).decode("utf-8", errors="replace").splitlines()
+        records = [parse_record(line) for line in lines]
+        self.records |= {Key(*(record[name] for name in Key._fields)): record for record in records if record}
+        if damaged := records.count(None):
             warn(f"{path}: damaged lines, {damaged} of {len(lines)}, are computed again")
-        found += [(rest, parse_record(rest, num_test))] if rest else []
-        whole = [(line, record) for line, record in found if record is not None]
-        self.records |= {Key(*(record[name] for name in Key._fields)): record for _, record in whole}
-        if damaged or rest:
-            write_text(path, "".join(f"{line}\n" for line, _ in whole))
+        write_text(path, "".join(f"{line}\n" for line, record in zip(lines, records, strict=True) if record))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a work directory; RunError if it holds something else."""
-    try:
-        found = json.loads(read_bytes(path, MAX_JSON_BYTES))
-        return dict(found.items())
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise RunError(f"{path} is damaged: {error}; choose another --workdir") from error
-
-
-def parse_record(line: str, num_test: int) -> dict[str, Any] | None:
-    """The record in a line, or None where it does not match its checksum.
-
-    Older records have none: their accuracies must be such, and that of the test the one of its hits.
-    """
-    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError, AttributeError):
+def parse_record(line: str) -> dict[str, Any] | None:
+    """The record in a line, or None where it lacks a field or does not match its checksum; older ones have none."""
+    with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
         record: dict[str, Any] = json.loads(line)
         checksum = record.pop("checksum", None)
-        if checksum is not None:
-            return record if checksum == json_checksum(record) else None
-        needed = {*Key._fields, "setting", "validation_accuracy", "seconds"}
-        accuracy = record.get("test_accuracy")
-        right = accuracy is None or unpacked(record["test_hits"], num_test).mean() == accuracy
-        if needed <= {*record} and right and 0 <= record["validation_accuracy"] <= 1:
+        if record.keys() >= _REQUIRED and checksum in (None, json_checksum(record)):
             return record
     return None
 
 
-def packed(hits: np.ndarray) -> str:
+def packed(correct: np.ndarray) -> str:
     """Bools [T] as text."""
-    return base64.b64encode(np.packbits(hits).tobytes()).decode()
+    return base64.b64encode(np.packbits(correct).tobytes()).decode()
 
 
 def unpacked(text: str, count: int) -> np.ndarray:
-    """The `count` bools that `packed` made `text` of; ValueError if it did not."""
-    octets = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
-    if len(octets) != -(-count // 8):
-        raise ValueError(f"{len(octets)} bytes, expected those of {count} bits")
-    return np.unpackbits(octets, count=count).astype(bool)
+    """The `count` bools that `packed` made `text` of."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)
