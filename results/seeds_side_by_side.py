@@ -21,8 +21,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pspinal_jax.benchmark.steps import Data, EpochStep, benchmark_recipe, check_equal, torch_steps
-from pspinal_jax.benchmark.torch_reference import EAGER
+from pspinal_jax.benchmark.steps import Data, Steps, benchmark_recipe, check_equal, torch_steps
+from pspinal_jax.benchmark.timing import EAGER
 from pspinal_jax.data import load_data
 from pspinal_jax.environment import processor, versions
 from pspinal_jax.recipes import load_recipe
@@ -66,8 +66,8 @@ def main() -> None:
     train_split = load_data(dataclasses.replace(recipe.data, path=given.data)).train
     data = Data(np.asarray(train_split.inputs), train_split.labels, 10)
     if recipe.optimizer.name == "sgd":
-        check_equal(recipe, data, EAGER)
-    eager = torch_steps(recipe, data, EpochStep(recipe, data).variables, [EAGER])[EAGER]
+        check_equal(recipe, data, [EAGER])
+    eager = torch_steps(recipe, data, Steps(recipe, data).variables, [EAGER])[EAGER]
     steps = given.epochs * (len(data.labels) // recipe.batch_size)
     eager(20)
     runs: dict[str, list[dict[str, object]]] = {"loop": [], "processes": []}

@@ -12,25 +12,18 @@ class Benchmark(NamedTuple):
       cases: ``module.function`` of this package that makes its cases, called with `Settings` and options.
       share: of the time of `benchmark all`, which passes on what a section leaves; 0 if it is not a section of that.
       against_peak: whether its products are compared with the machine's best.
-      options: always given to `cases`.
     """
 
     title: str
     cases: str
     share: float = 0.0
     against_peak: bool = False
-    options: tuple[tuple[str, Any], ...] = ()
 
     def make_cases(self, settings: Any, **options: Any) -> list[Any]:
         """Its cases; see timing.py for `Case` and `Settings`."""
         module, function = self.cases.split(".")
-        make = getattr(import_module(f"pspinal_jax.benchmark.{module}"), function)
-        made: list[Any] = make(settings, **dict(self.options), **options)
+        made: list[Any] = getattr(import_module(f"pspinal_jax.benchmark.{module}"), function)(settings, **options)
         return made
-
-
-def _backbone(title: str, share: float, name: str) -> Benchmark:
-    return Benchmark(f"{title} and head", "steps.backbone", share, True, (("backbone", name),))
 
 
 BENCHMARKS = {
@@ -39,9 +32,9 @@ BENCHMARKS = {
     "head": Benchmark("The head alone, forward and backward, dropout on", "head.head", 2.2, True),
     "vgg5": Benchmark("VGG-5: the KMNIST row", "steps.vgg5", 1.5, True),
     "seeds": Benchmark("Seeds side by side", "steps.seeds", 1.2),
-    "efficientnet_lite0": _backbone("EfficientNet-Lite0", 1.0, "efficientnet_lite0"),
-    "resnet50": _backbone("ResNet-50", 0.8, "resnet50"),
-    "wide_resnet101_2": _backbone("Wide-ResNet-101-2", 1.2, "wide_resnet101_2"),
+    "efficientnet_lite0": Benchmark("EfficientNet-Lite0 and head", "steps.efficientnet_lite0", 1.0, True),
+    "resnet50": Benchmark("ResNet-50 and head", "steps.resnet50", 0.8, True),
+    "wide_resnet101_2": Benchmark("Wide-ResNet-101-2 and head", "steps.wide_resnet101_2", 1.2, True),
     "depth": Benchmark("Depth: compile time and run time", "head.depth", 0.6),
     "epoch": Benchmark("A whole epoch of the MNIST row", "steps.epoch", 0.7, True),
     "augmentation": Benchmark("Augmentation", "steps.augmentation", 0.2),

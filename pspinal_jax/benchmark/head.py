@@ -1,6 +1,5 @@
 """`benchmark head` and `benchmark depth`: the head alone, forward and backward, in training mode."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,21 +7,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pspinal_jax.benchmark.timing import (
+    MODES,
     Case,
     Entry,
     Precision,
     Settings,
     Work,
     calls,
-    checked,
     has_torch,
-    in_precisions,
     layer_dtype,
-    set_precision,
-    table,
+    looped,
     timed,
     torch_device,
 )
@@ -115,28 +111,24 @@ class HeadGradient:
           layout: of parameters and gradients; None for the implementation's own.
         """
         gradient = self.gradient(implementation, _DROPOUT_RATE)
-        params = jax.jit(lambda tree: convert_params(tree, layout or NATIVE_LAYOUT[implementation]))(self.params)
+        params = self._params(implementation, layout)
 
-        @jax.jit
-        def run(params: Any, features: jax.Array, count: jax.Array) -> Any:
-            keys = jax.random.split(jax.random.key(0), 64)
+        def body(index: jax.Array, carry: Any) -> Any:
+            params, keys, features, _ = carry
+            grads, grad_features = gradient(params, features, keys[index % 64])
+            # The next pass depends on this one, so that none can be left out.
+            return params, keys, features + 1e-12 * grad_features, grads
 
-            def body(index: jax.Array, carry: Any) -> Any:
-                features, _ = carry
-                grads, grad_features = gradient(params, features, keys[index % 64])
-                # The next pass depends on this one, so that none can be left out.
-                return features + 1e-12 * grad_features, grads
+        keys = jax.random.split(jax.random.key(0), 64)
+        return looped(body, (params, keys, jnp.asarray(self.features), jax.tree.map(jnp.zeros_like, params)))
 
-            return lax.fori_loop(0, count, body, (features, jax.tree.map(jnp.zeros_like, params)))
-
-        features = jnp.asarray(self.features)
-        return lambda count: jax.block_until_ready(run(params, features, np.int32(count)))
-
-    def by_call(self, implementation: Computed) -> Work:
+    def by_call(self, implementation: Computed, layout: Layout | None = None) -> Work:
         """The same passes, each a jitted call from Python."""
         gradient = jax.jit(self.gradient(implementation, _DROPOUT_RATE))
-        params = jax.jit(lambda tree: convert_params(tree, NATIVE_LAYOUT[implementation]))(self.params)
-        return calls(gradient, params, jnp.asarray(self.features), jax.random.key(0))
+        return calls(gradient, self._params(implementation, layout), jnp.asarray(self.features), jax.random.key(0))
+
+    def _params(self, implementation: Computed, layout: Layout | None) -> Any:
+        return jax.jit(lambda tree: convert_params(tree, layout or NATIVE_LAYOUT[implementation]))(self.params)
 
     def op_by_op(self) -> Work:
         """The same passes without compilation: every operation a call of its own."""
@@ -153,31 +145,28 @@ class HeadGradient:
 def head(settings: Settings) -> list[Case]:
     """The head at several sizes, beside PyTorch's."""
 
-    def case(shape: Shape, precision: Precision) -> list[Entry]:
+    def case(shape: Shape, precision: Precision) -> Entry:
         gradient = HeadGradient(shape, jnp.dtype(layer_dtype(precision)))
         work = alternatives(gradient, settings.quick) | (torch_alternatives(gradient) if has_torch() else {})
-        title, rows = f"{shape}, {precision}", shape.batch_size
-        return [timed(title, work, shape.flops, precision, settings, examples=rows)]
+        return timed(f"{shape}, {precision}", work, shape.flops, precision, settings, examples=shape.batch_size)
 
     cases = [
-        (f"{shape}, {name}", run)
+        Case(f"{shape}, {precision}", partial(case, shape, precision), precision)
         for shape in SHAPES
-        for name, run in in_precisions(settings.precisions, partial(case, shape))
+        for precision in settings.precisions
     ]
     smallest = min(SHAPES, key=lambda shape: shape.flops)
-    return checked(lambda: check_equal(HeadGradient(smallest)), cases) if has_torch() else cases
+    return [Case("same gradients", lambda: check_equal(HeadGradient(smallest)))] * has_torch() + cases
 
 
 def alternatives(head: HeadGradient, quick: bool = False) -> dict[str, Work]:
     """Our alternatives, by name; the first is what the others are compared with, and `quick` are only a few."""
-    if quick:
-        loops = {f"{name}, compiled loop": head.in_loop(name) for name in IMPLEMENTATIONS[:2]}
-        return loops | {"fused, call by call": head.by_call("fused")}
-    return {f"{name}, compiled loop": head.in_loop(name) for name in IMPLEMENTATIONS} | {
-        "fused from the documented tree": head.in_loop("fused", "tree"),
-        "fused, call by call": head.by_call("fused"),
-        "unrolled, op by op": head.op_by_op(),
-    }
+    work = {f"{name}, compiled loop": head.in_loop(name) for name in IMPLEMENTATIONS[: 2 if quick else None]}
+    work["fused, call by call"] = head.by_call("fused")
+    if not quick:
+        work["fused from the documented tree"] = head.in_loop("fused", "tree")
+        work["unrolled, op by op"] = head.op_by_op()
+    return work
 
 
 def torch_alternatives(head: HeadGradient) -> dict[str, Work]:
@@ -188,23 +177,20 @@ def torch_alternatives(head: HeadGradient) -> dict[str, Work]:
     """
     import torch
 
-    from pspinal_jax.benchmark.torch_reference import MODES, load_head, repeated
+    from pspinal_jax.benchmark.torch_reference import load_head, repeated, training_step
 
     device, dtype = torch_device(), torch.bfloat16 if head.dtype == jnp.bfloat16 else torch.float32
     weights = torch.from_numpy(head.weights).to(device)
-    work: dict[str, Work] = {}
-    for mode, make_step in MODES.items():
+
+    def work(mode: str) -> Work:
         features = torch.from_numpy(head.features).to(device, dtype).requires_grad_()
         model = load_head(head.params, _DROPOUT_RATE).to(device, dtype)
         # The features take part as a parameter does: both gradients are computed in full, and cleared.
         leaves = torch.optim.SGD([features, *model.parameters()])
+        loss_of: Any = lambda features: (model(features).float() * weights).sum()  # noqa: E731
+        return repeated(training_step(mode, loss_of, leaves.zero_grad, lambda: None), lambda _: features)
 
-        def loss_of(features: Any, model: Any = model) -> Any:
-            return (model(features).float() * weights).sum()
-
-        step = make_step(loss_of, leaves.zero_grad, lambda: None)
-        work[mode] = repeated(step, lambda _, features=features: features)  # type: ignore[misc]
-    return work
+    return {mode: work(mode) for mode in MODES}
 
 
 def check_equal(head: HeadGradient) -> None:
@@ -220,21 +206,18 @@ def check_equal(head: HeadGradient) -> None:
 
     from pspinal_jax.benchmark.torch_reference import load_head
 
-    set_precision("float32")
     model = load_head(head.params, 0.0).double()
     features = torch.from_numpy(head.features).double().requires_grad_()
     (model(features) * torch.from_numpy(head.weights)).sum().backward()
-    theirs = {"features": features.grad, "output": model.output.weight.grad.T}
-    theirs |= {f"layer_{index + 1}": layer.weight.grad.T for index, layer in enumerate(model.layers)}
+    expected = {"features": features.grad, "output": model.output.weight.grad.T}
+    expected |= {f"layer_{index + 1}": layer.weight.grad.T for index, layer in enumerate(model.layers)}
     with jax.enable_x64(True):
         exact = HeadGradient(head.shape, jnp.float64)
         inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (head.params, head.features))
         for implementation in IMPLEMENTATIONS:
-            gradient = jax.jit(exact.gradient(implementation, 0.0))
-            grads, grad_features = gradient(*inputs, jax.random.key(0))
-            ours = {"features": grad_features} | {name: layer["kernel"] for name, layer in grads.items()}
-            for name, expected in theirs.items():
-                difference = float(np.abs(expected.numpy() - ours[name]).max() / np.abs(ours[name]).max())
+            grads, found = jax.jit(exact.gradient(implementation, 0.0))(*inputs, jax.random.key(0))
+            for name, value in ({"features": found} | {name: layer["kernel"] for name, layer in grads.items()}).items():
+                difference = float(np.abs(expected[name].numpy() - value).max() / np.abs(value).max())
                 if not difference <= _TOLERANCE:
                     raise RunError(
                         f"benchmark: {implementation}'s gradient of {name} differs from PyTorch's by {difference:.1e}"
@@ -242,33 +225,18 @@ def check_equal(head: HeadGradient) -> None:
 
 
 def depth(settings: Settings, depths: Sequence[int] = ()) -> list[Case]:
-    """Compile time and run time of the head's gradient, by number of layers."""
-    rounds = 1 if settings.quick else settings.rounds
-    return [(f"{layers} layers", partial(_depth, layers, rounds)) for layers in depths or settings.depths]
+    """The head's gradient by number of layers: the first call, which compiles, and later ones."""
 
+    def case(layers: int) -> Entry:
+        jax.config.update("jax_enable_compilation_cache", False)  # of this process, which measures nothing else
+        shape = Shape(256, 16, layers, 10, 64)
+        head = HeadGradient(shape)
+        work = {
+            name: head.by_call(how, layout) for name, (how, layout, deepest) in AT_DEPTH.items() if layers <= deepest
+        }
+        title, rounds = f"gradient of the head, {shape}, float32", 1 if settings.quick else settings.rounds
+        entry = timed(title, work, shape.flops, "float32", settings, examples=shape.batch_size, rounds=rounds)
+        first = {name: [timing["first_call"]] for name, timing in entry["alternatives"].items()}
+        return entry | {"bars": entry["bars"] | {"s of the first call": first}}
 
-def _depth(layers: int, rounds: int) -> list[Entry]:
-    """Seconds to compile (tracing and lowering included, no cache) and milliseconds a call, medians."""
-    head = HeadGradient(Shape(256, 16, layers, 10, 64))
-    measured: dict[str, list[tuple[float, float]]] = {
-        name: [] for name, (*_, deepest) in AT_DEPTH.items() if layers <= deepest
-    }
-    jax.config.update("jax_enable_compilation_cache", False)  # of this process, which measures nothing else
-    for _ in range(rounds):
-        for name, values in measured.items():
-            implementation, layout, _ = AT_DEPTH[name]
-            params = jax.jit(lambda tree, layout=layout: convert_params(tree, layout))(head.params)
-            arguments = (params, head.features, jax.random.key(0))
-            jax.clear_caches()
-            start = time.perf_counter()
-            compiled = jax.jit(head.gradient(implementation, _DROPOUT_RATE)).lower(*arguments).compile()
-            compile_seconds = time.perf_counter() - start
-            jax.block_until_ready(compiled(*arguments))
-            start = time.perf_counter()
-            jax.block_until_ready([compiled(*arguments) for _ in range(20)])
-            values.append((compile_seconds, 1e3 * (time.perf_counter() - start) / 20))
-    medians = {name: np.median(values, 0).tolist() for name, values in measured.items()}
-    units = ("s to compile", "ms a call")
-    bars = {unit: {f"{name}, L {layers}": [each[i]] for name, each in medians.items()} for i, unit in enumerate(units)}
-    title = "gradient of the head, D 256, W 16, C 10, batch 64, float32"
-    return [table(title, ["", "layers", *units], [[name, layers, *each] for name, each in medians.items()], bars)]
+    return [Case(f"{layers} layers", partial(case, layers)) for layers in depths or settings.depths]

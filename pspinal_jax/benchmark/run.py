@@ -21,7 +21,7 @@ import jax
 
 from pspinal_jax.benchmark import BENCHMARKS, SECTIONS
 from pspinal_jax.benchmark.report import format_record, plot_entries, write_suite_report
-from pspinal_jax.benchmark.timing import Case, Precision, has_torch, machine_settings
+from pspinal_jax.benchmark.timing import Case, Precision, has_torch, machine_settings, set_precision
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import check_target, write_json
@@ -85,7 +85,7 @@ def measure(
 
     Args:
       name: a name out of `BENCHMARKS`.
-      cases: what is measured; those for which no time is left are left out.
+      cases: what is measured; those for which no time is left after the first are left out.
       save: called with the record before the first case and after every one.
       seconds: the time.
       keep_going: whether a case that fails is left out, too.
@@ -102,26 +102,27 @@ def measure(
 
     def update() -> None:
         record["seconds"], record["load_average"] = time.monotonic() - started, os.getloadavg()
-        record["peak_memory_mb"], record["torch_peak_memory_mb"] = peak_memory(), _torch_peak_memory()
+        record.update(_peak_memory())
         save(record)
 
     if not has_torch():
         left_out.append("PyTorch: torch is not installed (extra `torch`)")
         say(f"left out: {left_out[0]}")
     update()
-    for case, work in cases:
-        if time.monotonic() - started > seconds:
-            left_out.append(f"{case}: {_NO_TIME}")
+    for case in cases:
+        if entries and time.monotonic() - started > seconds:
+            left_out.append(f"{case.name}: {_NO_TIME}")
             continue
-        say(f"{name}: {case}")
+        say(f"{name}: {case.name}")
         try:
-            entries += work()
+            set_precision(case.precision)
+            entry = case.run()
+            entries += [] if entry is None else [entry]
         except Exception as error:
             if not keep_going or isinstance(error, RunError):
                 raise
             traceback.print_exc()
-            line = (str(error).strip().splitlines() or [""])[0]
-            left_out.append(f"{case}: {type(error).__name__}: {line[:200]}")
+            left_out.append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         update()
     record["status"] = _DONE
     update()
@@ -137,16 +138,13 @@ def _other_versions() -> dict[str, str]:
     return found
 
 
-def peak_memory() -> int | None:
-    """Megabytes that XLA held at most on the first device, where it reports them."""
+def _peak_memory() -> dict[str, int | None]:
+    """Megabytes that each library held at most on the first device, where that is reported."""
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return None if peak is None else round(peak / 1e6)
-
-
-def _torch_peak_memory() -> int | None:
-    """Megabytes that PyTorch held at most on its GPU, None without one."""
     torch = sys.modules.get("torch")
-    return round(torch.cuda.max_memory_allocated() / 1e6) if torch and torch.cuda.is_available() else None
+    torch_peak = torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else None
+    found = {"peak_memory_mb": peak, "torch_peak_memory_mb": torch_peak}
+    return {name: None if value is None else round(value / 1e6) for name, value in found.items()}
 
 
 def run_all(
@@ -216,14 +214,13 @@ def _run_section(workdir: Path, name: str, seconds: float, latest: float, precis
     process.start()
     # A case that has begun may end; what hangs may not take the others' time.
     patience = min(1.5 * seconds + 45.0, left)
-    try:
-        process.join(patience)
-        if process.exitcode is None:
-            return f"{_NO_TIME + ': ' if patience == left else ''}stopped after {patience:.0f} s"
-    finally:
-        process.kill()
-        process.join()
-    return _DONE if process.exitcode == 0 else f"failed with exit status {process.exitcode}, see {name}.log"
+    process.join(patience)
+    status = process.exitcode
+    process.kill()
+    process.join()
+    if status is None:
+        return f"{_NO_TIME + ': ' if patience == left else ''}stopped after {patience:.0f} s"
+    return _DONE if status == 0 else f"failed with exit status {status}, see {name}.log"
 
 
 def section(

@@ -4,7 +4,7 @@ All 60,000 images of 28x28 lie on the device, and of photographs a batch.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,20 +14,19 @@ import numpy as np
 
 from pspinal_jax.augment import augment
 from pspinal_jax.benchmark.timing import (
+    EAGER,
+    MODES,
     Case,
     Entry,
     Precision,
     Settings,
     Work,
     calls,
-    checked,
     count_flops,
     has_torch,
-    in_precisions,
     layer_dtype,
-    set_precision,
+    looped,
     table,
-    time_interleaved,
     timed,
     torch_device,
 )
@@ -100,41 +99,33 @@ def step_flops(recipe: Recipe, data: Data) -> int:
     return flops
 
 
-class Step:
-    """Our training step: its programs and its state."""
+class Steps:
+    """Our training step, its programs and its state: on data in memory, or on one batch of photographs."""
 
     def __init__(self, recipe: Recipe, data: Data) -> None:
-        shape = data.images.shape[1:]
-        model = build_model(recipe, shape, data.num_classes)
-        self.programs = build_run_programs(recipe, model, shape, np.uint8)
-        seeds = np.arange(recipe.num_seeds, dtype=np.uint32) if self.programs.vectorized else np.uint32(0)
-        self.seed = self.programs.replicate(seeds)
-        self.state = self.programs.init(self.seed)
-        self.totals = self.programs.zero_totals(self.seed)
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """Parameters, as the documented tree, and running statistics, copied to the host."""
-        return jax.tree.map(np.array, {"params": self.state.params, "batch_stats": self.state.batch_stats})
-
-
-class EpochStep(Step):
-    """Steps on data in memory, in compiled chunks of an epoch or one by one."""
-
-    def __init__(self, recipe: Recipe, data: Data) -> None:
-        super().__init__(recipe, data)
-        count, vectorized = len(data.labels), self.programs.vectorized
+        shape, count = data.images.shape[1:], len(data.labels)
+        self.programs = build_run_programs(recipe, build_model(recipe, shape, data.num_classes), shape, np.uint8)
+        vectorized, self._streams = self.programs.vectorized, _takes_batches(recipe)
+        seeds = np.arange(recipe.num_seeds, dtype=np.uint32)
+        self.seed = self.programs.replicate(seeds if vectorized else seeds[0])
+        self.state, self.totals = self.programs.init(self.seed), self.programs.zero_totals(self.seed)
         self.num_steps = count // recipe.batch_size
-        self._draw_order = make_order(np.arange(count), count, vectorized)
+        self._draw_order = make_order(np.arange(count), count, vectorized, shuffle=not self._streams)
         rates = np.full(self.num_steps, recipe.optimizer.learning_rate, np.float32)
         self._rates = np.tile(rates, (recipe.num_seeds, 1)) if vectorized else rates
-        self._data = self.programs.replicate((data.images, data.labels))
+        place = self.programs.shard_batch if self._streams else self.programs.replicate
+        self._data = place((data.images, data.labels))
         self.begin_epoch(0)
 
     def begin_epoch(self, number: int) -> None:
         """Draw the order of epoch `number`."""
         self.order = self._draw_order(self.seed, np.int32(number))
         self._plan = self.programs.replicate(EpochPlan(self.order, self._rates))
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Parameters, as the documented tree, and running statistics, copied to the host."""
+        return jax.tree.map(np.array, {"params": self.state.params, "batch_stats": self.state.batch_stats})
 
     def run(self, num_steps: int) -> None:
         """`num_steps` steps in compiled chunks of up to an epoch; returns when they are done."""
@@ -143,70 +134,47 @@ class EpochStep(Step):
         jax.block_until_ready(self.state)
 
     def run_one_by_one(self, num_steps: int) -> None:
-        """The same steps, each a call of its own."""
+        """The same steps, each a call of its own; on photographs it is the one that `train` makes for a batch."""
         for index in range(num_steps):
             self._advance(index % self.num_steps, 1)
         jax.block_until_ready(self.state)
 
     def _advance(self, first: int, count: int) -> None:
-        self.state, self.totals = self.programs.chunk(
-            self.state, self.totals, self.seed, self._plan, np.int32(first), np.int32(count), self._data
-        )
-
-
-class BatchStep(Step):
-    """Steps on one batch, each the call that `train` makes for every batch it reads."""
-
-    def __init__(self, recipe: Recipe, data: Data) -> None:
-        super().__init__(recipe, data)
-        self.order = np.arange(recipe.batch_size)
-        self._rate = self.programs.replicate(np.float32(recipe.optimizer.learning_rate))
-        self._batch = self.programs.shard_batch((data.images, data.labels))
-
-    def run(self, num_steps: int) -> None:
-        """`num_steps` steps; returns when they are done."""
-        for _ in range(num_steps):
-            self.state, self.totals = self.programs.batch_step(
-                self.state, self.totals, self.seed, self._rate, self._batch
-            )
-        jax.block_until_ready(self.state)
+        sums, programs = (self.state, self.totals, self.seed), self.programs
+        if self._streams:
+            self.state, self.totals = programs.batch_step(*sums, self._rates[0], self._data)
+        else:
+            self.state, self.totals = programs.chunk(*sums, self._plan, np.int32(first), np.int32(count), self._data)
 
 
 def our_steps(recipe: Recipe, data: Data) -> tuple[dict[str, Work], dict[str, Any]]:
     """Ways to run our step, by name, and the variables that they start from."""
+    by_call = Steps(recipe, data)
     if _takes_batches(recipe):
-        batch = BatchStep(recipe, data)
-        return {BATCH: batch.run}, batch.variables
-    epoch, by_call = EpochStep(recipe, data), EpochStep(recipe, data)
+        return {BATCH: by_call.run_one_by_one}, by_call.variables
+    epoch = Steps(recipe, data)
     return {EPOCH: epoch.run, CALL: by_call.run_one_by_one}, epoch.variables
 
 
-def torch_steps(recipe: Recipe, data: Data, variables: dict[str, Any], modes: list[str]) -> dict[str, Work]:
-    """PyTorch's step in each of `modes`, from our initial variables."""
+def torch_steps(recipe: Recipe, data: Data, variables: dict[str, Any], modes: Sequence[str]) -> dict[str, Work]:
+    """PyTorch's step in each of `modes`, from our initial variables; every epoch has an order of its own."""
     import torch
 
     from pspinal_jax.benchmark.torch_reference import recipe_step, repeated
 
-    size, last = recipe.batch_size, max(1, len(data.labels) - recipe.batch_size)
-    order = torch.randperm(len(data.labels), device=torch_device())
+    size, device = recipe.batch_size, torch_device()
+    num_steps = len(data.labels) // size
+    order = torch.arange(len(data.labels), device=device)
 
     def rows(index: int) -> Any:
-        start = index * size % last
-        return order[start : start + size]
+        nonlocal order
+        order = torch.randperm(len(order), device=device) if index % num_steps == 0 else order
+        return order[index % num_steps * size :][:size]
 
     return {mode: repeated(recipe_step(recipe, data, variables, mode)[0], rows) for mode in modes}
 
 
-def _torch_modes(recipe: Recipe, settings: Settings) -> list[str]:
-    if not has_torch():
-        return []
-    from pspinal_jax.benchmark.torch_reference import EAGER, MODES
-
-    convolves_long = recipe.model.backbone != "none" and (_takes_batches(recipe) or jax.default_backend() == "cpu")
-    return [EAGER] if settings.quick and convolves_long else list(MODES)
-
-
-def check_equal(recipe: Recipe, data: Data, mode: str) -> None:
+def check_equal(recipe: Recipe, data: Data, modes: Sequence[str]) -> None:
     """In float32 and without dropout, the losses of the first steps must be the same on both sides.
 
     Every loss after the first depends on all updates before it. (Adam turns rounding into steps of full length where a
@@ -216,25 +184,24 @@ def check_equal(recipe: Recipe, data: Data, mode: str) -> None:
     Raises:
       RunError: if they are not: the timings would compare different work.
     """
-    import torch
-
-    from pspinal_jax.benchmark.torch_reference import recipe_step
-
-    set_precision("float32")
     count, largest = (3, 1e-5) if _takes_batches(recipe) else (5, 1e-3 if recipe.optimizer.name == "sgd" else 1e-4)
     optimizer = dataclasses.replace(recipe.optimizer, learning_rate=min(recipe.optimizer.learning_rate, largest))
     model = dataclasses.replace(recipe.model, dropout_rate=0.0)
-    plain = dataclasses.replace(recipe, dtype="float32", model=model, optimizer=optimizer)
-    ours = (BatchStep if _takes_batches(plain) else EpochStep)(plain, data)
-    step, _ = recipe_step(plain, data, ours.variables, mode)
-    order, size = torch.from_numpy(np.array(ours.order)).long().to(torch_device()), recipe.batch_size
-    rows = [order[index * size % len(order) :][:size] for index in range(count)]
-    theirs = np.mean([float(step(batch).detach()) for batch in rows])
-    ours.run(count)
-    mean = float(ours.totals.loss) / (count * size)
-    difference = abs(theirs - mean) / mean
-    if not difference <= _TOLERANCE:
-        raise RunError(f"benchmark: PyTorch's loss differs from ours by {difference:.1e} of it after {count} steps")
+    plain, size = dataclasses.replace(recipe, dtype="float32", model=model, optimizer=optimizer), recipe.batch_size
+    for mode in modes:
+        import torch
+
+        from pspinal_jax.benchmark.torch_reference import recipe_step
+
+        ours = Steps(plain, data)
+        step, _ = recipe_step(plain, data, ours.variables, mode)
+        order = torch.from_numpy(np.array(ours.order)).long().to(torch_device())
+        losses = [float(step(order[index * size % len(order) :][:size]).detach()) for index in range(count)]
+        ours.run_one_by_one(count)
+        mean = float(ours.totals.loss) / (count * size)
+        difference = abs(np.mean(losses) - mean) / mean
+        if not difference <= _TOLERANCE:
+            raise RunError(f"benchmark: {mode}'s loss differs from ours by {difference:.1e} of it after {count} steps")
 
 
 def step(settings: Settings, recipe: str = "mnist-paper", batch_size: int | None = None) -> list[Case]:
@@ -244,26 +211,22 @@ def step(settings: Settings, recipe: str = "mnist-paper", batch_size: int | None
 
 def _step_cases(settings: Settings, recipe_in: Callable[[str], Recipe], name: str) -> list[Case]:
     recipe = recipe_in("float32")
-    data, modes = fake_data(recipe), _torch_modes(recipe, settings)
-    what = f"one training step of {name}, batch {recipe.batch_size}"
+    data, photographs = fake_data(recipe), _takes_batches(recipe)
+    convolves_long = recipe.model.backbone != "none" and (photographs or jax.default_backend() == "cpu")
+    modes = (MODES[:1] if settings.quick and convolves_long else MODES) if has_torch() else ()
 
-    def check() -> None:
-        for mode in modes:
-            check_equal(recipe, data, mode)
-
-    def case(precision: Precision) -> list[Entry]:
+    def case(precision: Precision) -> Entry:
         recipe = recipe_in(layer_dtype(precision))
         work, variables = our_steps(recipe, data)
-        if modes:
-            work |= torch_steps(recipe, data, variables, modes)
-        flops, size = step_flops(recipe, data), recipe.batch_size
-        return [timed(f"{what}, {precision}", work, flops, precision, settings, examples=size)]
+        work |= torch_steps(recipe, data, variables, modes) if modes else {}
+        title = f"one training step of {name}, batch {recipe.batch_size}, {precision}"
+        return timed(title, work, step_flops(recipe, data), precision, settings, examples=recipe.batch_size)
 
-    cases = in_precisions(settings.precisions, case)
-    return cases if settings.quick and _takes_batches(recipe) else checked(check, cases)
+    check = [] if settings.quick and photographs else [Case("same losses", partial(check_equal, recipe, data, modes))]
+    return check + [Case(precision, partial(case, precision), precision) for precision in settings.precisions]
 
 
-def backbone(settings: Settings, backbone: str) -> list[Case]:
+def _backbone(backbone: str, settings: Settings) -> list[Case]:
     """One training step of a backbone and the head on photographs, and the features alone."""
     batch, side = settings.image_batch, settings.image_side
     recipe_in = partial(benchmark_recipe, "caltech101-paper", batch, backbone=backbone, side=side)
@@ -271,15 +234,20 @@ def backbone(settings: Settings, backbone: str) -> list[Case]:
     # Full float32 on a GPU runs beside the matrix units, which nobody trains images with; it comes last.
     settings = dataclasses.replace(settings, precisions=tuple(reversed(settings.precisions)))
 
-    def features(precision: Precision) -> list[Entry]:
+    def features(precision: Precision) -> Entry:
         recipe = recipe_in(dtype=layer_dtype(precision))
         work, flops = feature_passes(recipe, fake_data(recipe))
         title = f"features of {what}, batch {batch}, {precision}"
-        return [timed(title, work, flops, precision, settings, examples=batch)]
+        return timed(title, work, flops, precision, settings, examples=batch)
 
-    passes = [(f"features, {name}", run) for name, run in in_precisions(settings.precisions[:2], features)]
+    passes = [Case(f"features, {name}", partial(features, name), name) for name in settings.precisions[:2]]
     steps = _step_cases(settings, lambda dtype: recipe_in(dtype=dtype), what)
     return [*steps[:2], *passes, *steps[2:]]
+
+
+efficientnet_lite0, resnet50, wide_resnet101_2 = (
+    partial(_backbone, name) for name in ("efficientnet_lite0", "resnet50", "wide_resnet101_2")
+)
 
 
 def feature_passes(recipe: Recipe, data: Data) -> tuple[dict[str, Work], int]:
@@ -294,7 +262,7 @@ def feature_passes(recipe: Recipe, data: Data) -> tuple[dict[str, Work], int]:
     call = jit_with(convolution_options(jax.default_backend()), features)
     work: dict[str, Work] = {"jitted features": calls(call, variables, images)}
     if has_torch():
-        from pspinal_jax.benchmark.torch_reference import EAGER, backbone_features
+        from pspinal_jax.benchmark.torch_reference import backbone_features
 
         work[EAGER] = backbone_features(recipe, data)
     return work, count_flops(features, variables, images)
@@ -305,18 +273,18 @@ def vgg5(settings: Settings) -> list[Case]:
     data, steps = fake_data(benchmark_recipe("kmnist-paper")), settings.vgg5_steps
 
     def epoch_of(recipe: Recipe) -> Work:
-        ours = EpochStep(recipe, data)
-        return lambda count: ours.run(count * steps)
+        run = Steps(recipe, data).run
+        return lambda count: run(count * steps)
 
-    def case(precision: Precision) -> list[Entry]:
+    def case(precision: Precision) -> Entry:
         dtype = layer_dtype(precision)
         plain = benchmark_recipe("kmnist-paper", dtype=dtype)
         augmented = dataclasses.replace(load_recipe("kmnist-paper"), dtype=dtype)
         work = {f"{EPOCH}, augmented": epoch_of(augmented), f"{EPOCH}, not augmented": epoch_of(plain)}
         title, flops = f"{steps} steps of kmnist-paper in one program, {precision}", steps * step_flops(plain, data)
-        return [timed(title, work, flops, precision, settings, examples=64 * steps, rounds=3, warm=False)]
+        return timed(title, work, flops, precision, settings, examples=64 * steps, rounds=3, warm=False)
 
-    epochs = [(f"epoch, {name}", run) for name, run in in_precisions(settings.precisions, case)]
+    epochs = [Case(f"epoch, {precision}", partial(case, precision), precision) for precision in settings.precisions]
     return epochs + step(settings, "kmnist-paper")
 
 
@@ -325,24 +293,20 @@ def seeds(settings: Settings) -> list[Case]:
     data = fake_data(benchmark_recipe("mnist-paper"))
     base: dict[str, float] = {}
 
-    def case(count: int, precision: Precision) -> list[Entry]:
+    def case(count: int, precision: Precision) -> Entry:
         recipe = benchmark_recipe("mnist-paper", dtype=layer_dtype(precision))
         recipe = dataclasses.replace(recipe, num_seeds=count, seed_mode="vmap" if count > 1 else "loop")
-        run = {"all": EpochStep(recipe, data).run}
-        timing = time_interleaved(run, rounds=settings.rounds, seconds_per_round=settings.seconds_per_round)["all"]
-        median = float(np.median(timing.seconds))
-        rate = count * recipe.batch_size / median
-        base.setdefault(precision, rate)
-        row = [count, 1e3 * median, round(rate), rate / base[precision], timing.first_call]
-        columns = ["seeds", "ms a step of all", "examples/s", "times one seed's rate", "first call s"]
+        timing = settings.time(Steps(recipe, data).run)
+        rate = count * recipe.batch_size / timing.median
+        row = {"seeds": count, "ms a step of all": 1e3 * timing.median, "examples/s": round(rate)}
+        row |= {"times one seed's rate": rate / base.setdefault(precision, rate), "first call s": timing.first_call}
         title = f"Seeds as one program, mnist-paper, batch 64, {precision}"
-        return [table(title, columns, [row], {"examples/s": {f"{count} seeds": [rate]}})]
+        return table(title, [row], {"examples/s": {f"{count} seeds": [rate]}})
 
     return [
-        (f"{count} seeds, {name}", run)
+        Case(f"{count} seeds, {precision}", partial(case, count, precision), precision)
         for precision in settings.precisions[-2:]
         for count in settings.seeds
-        for name, run in in_precisions([precision], partial(case, count))
     ]
 
 
@@ -350,94 +314,66 @@ def epoch(settings: Settings) -> list[Case]:
     """A whole epoch of the MNIST row, data handling included."""
     recipe = benchmark_recipe("mnist-paper")
     data = fake_data(recipe)
+    modes = (MODES[:1] if settings.quick else MODES) if has_torch() else ()
 
-    def case(precision: Precision) -> list[Entry]:
-        work = our_epochs(recipe, data)
-        if has_torch():
-            from pspinal_jax.benchmark.torch_reference import EAGER, MODES
+    def case(precision: Precision) -> Entry:
+        work = our_epochs(recipe, data) | (torch_epochs(recipe, data, modes) if modes else {})
+        steps, size = len(data.labels) // recipe.batch_size, recipe.batch_size
+        title = f"an epoch of mnist-paper, {len(data.labels)} images, batch {size}, {precision}"
+        how: dict[str, Any] = {"rounds": min(2, settings.rounds), "warm": False} if settings.quick else {}
+        return timed(title, work, steps * step_flops(recipe, data), precision, settings, examples=steps * size, **how)
 
-            work |= torch_epochs(recipe, data, [EAGER] if settings.quick else list(MODES))
-        count, size = len(data.labels), recipe.batch_size
-        title = f"an epoch of mnist-paper, {count} images, batch {size}, {precision}"
-        rounds = min(2, settings.rounds) if settings.quick else settings.rounds
-        flops = count // size * step_flops(recipe, data)
-        warm, examples = not settings.quick, count // size * size
-        return [timed(title, work, flops, precision, settings, examples=examples, rounds=rounds, warm=warm)]
-
-    return in_precisions(settings.precisions[:1], case)
+    precision = settings.precisions[0]
+    check = Case("same losses", partial(check_equal, recipe, data, modes))
+    return [check, Case(precision, partial(case, precision), precision)]
 
 
 def our_epochs(recipe: Recipe, data: Data) -> dict[str, Work]:
     """Our epoch, from drawing its order to its last step: one compiled chunk, or a jitted step called from Python."""
 
-    def epochs(steps: EpochStep, run: Callable[[int], None]) -> Work:
-        def work(count: int) -> None:
-            for number in range(count):
-                steps.begin_epoch(number)
-                run(steps.num_steps)
+    def epochs(steps: Steps, run: Callable[[int], None], count: int) -> None:
+        for number in range(count):
+            steps.begin_epoch(number)
+            run(steps.num_steps)
 
-        return work
-
-    compiled, by_call = EpochStep(recipe, data), EpochStep(recipe, data)
-    return {EPOCH: epochs(compiled, compiled.run), CALL: epochs(by_call, by_call.run_one_by_one)}
+    compiled, by_call = Steps(recipe, data), Steps(recipe, data)
+    return {EPOCH: partial(epochs, compiled, compiled.run), CALL: partial(epochs, by_call, by_call.run_one_by_one)}
 
 
-def torch_epochs(recipe: Recipe, data: Data, modes: list[str]) -> dict[str, Work]:
-    """PyTorch's epochs: on tensors that lie on the device, in each of `modes`, and through a DataLoader."""
+def torch_epochs(recipe: Recipe, data: Data, modes: Sequence[str]) -> dict[str, Work]:
+    """PyTorch's epochs: on tensors on the device, in each of `modes`, and through a DataLoader."""
     import torch
-    from torch.nn import functional
 
-    from pspinal_jax.benchmark.torch_reference import EAGER, ImageExamples, recipe_step
+    from pspinal_jax.benchmark.torch_reference import ImageExamples, published_epoch, recipe_step
 
-    variables, size, device = EpochStep(recipe, data).variables, recipe.batch_size, torch_device()
-    work: dict[str, Work] = {}
-    for mode in modes:
-        check_equal(recipe, data, mode)
-        step, _ = recipe_step(recipe, data, variables, mode)
-
-        def on_device(count: int, step: Callable[..., Any] = step) -> None:
-            for _ in range(count):
-                order = torch.randperm(len(data.labels), device=device)
-                for start in range(0, len(order) - size + 1, size):
-                    loss = step(order[start : start + size])
-            float(loss.detach())  # waits for the device
-
-        work[mode] = on_device
+    variables, size = Steps(recipe, data).variables, recipe.batch_size
+    num_steps = len(data.labels) // size
     examples = ImageExamples(data.images[..., 0], data.labels, *normalisation(recipe))
     loader = torch.utils.data.DataLoader(examples, size, shuffle=True, drop_last=True)
-    _, model = recipe_step(recipe, data, variables, EAGER)
+    model = recipe_step(recipe, data, variables, EAGER)[1]
     optimizer = torch.optim.SGD(model.parameters(), recipe.optimizer.learning_rate, recipe.optimizer.momentum)
 
     def published(count: int) -> None:
         for _ in range(count):
-            for batch, targets in loader:
-                optimizer.zero_grad()
-                loss = functional.cross_entropy(model(batch.to(device)), targets.to(device))
-                loss.backward()
-                optimizer.step()
-        float(loss.detach())
+            published_epoch(model, optimizer, loader)
 
-    return work | {PUBLISHED: published}
+    steps = torch_steps(recipe, data, variables, modes)
+    work: dict[str, Work] = {mode: lambda count, mode=mode: steps[mode](count * num_steps) for mode in modes}  # type: ignore[misc]
+    return {**work, PUBLISHED: published}
 
 
 def augmentation(settings: Settings) -> list[Case]:
     """Perspective and rotation of 28x28 images inside a compiled loop, by batch size."""
 
-    def case(batch: int) -> list[Entry]:
+    def case(batch: int) -> Entry:
         images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, 28, 28, 1), np.uint8))
 
-        @jax.jit
-        def loop(images: jax.Array, count: jax.Array) -> jax.Array:
-            def body(index: jax.Array, state: jax.Array) -> jax.Array:
-                return augment(jax.random.fold_in(jax.random.key(0), index), state)
+        def body(index: jax.Array, images: jax.Array) -> jax.Array:
+            return augment(jax.random.fold_in(jax.random.key(0), index), images)
 
-            return jax.lax.fori_loop(0, count, body, images)
+        timing = settings.time(looped(body, images))
+        row = {"batch": batch, "ms": 1e3 * timing.median, "images/s": round(batch / timing.median)}
+        bars = {"images/s": {f"batch {batch}": (batch / timing.seconds).tolist()}}
+        return table("Perspective and rotation of 28x28 images", [row], bars)
 
-        work = {"loop": lambda count: jax.block_until_ready(loop(images, np.int32(count)))}
-        timing = time_interleaved(work, rounds=settings.rounds, seconds_per_round=settings.seconds_per_round)["loop"]
-        rates = batch / timing.seconds
-        row = [batch, 1e3 * float(np.median(timing.seconds)), round(float(np.median(rates)))]
-        bars = {"images/s": {f"batch {batch}": rates.tolist()}}
-        return [table("Perspective and rotation of 28x28 images", ["batch", "ms", "images/s"], [row], bars)]
-
-    return [(f"batch {batch}", partial(case, batch)) for batch in (64, 1024)]
+    return [Case(f"batch {batch}", partial(case, batch)) for batch in (64, 1024)]

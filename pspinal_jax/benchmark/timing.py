@@ -9,11 +9,11 @@ the same arithmetic only if both are set to it:
 """
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,24 @@ Work = Callable[[int], Any]
 """Does so many repetitions of the work, and returns when they are done."""
 Entry = dict[str, Any]
 """A table of the outcome: title, columns, rows, bars to plot, and the numbers behind them."""
-Case = tuple[str, Callable[[], list[Entry]]]
-"""A name, and what measures it."""
+EAGER, COMPILED = MODES = ("PyTorch eager", "torch.compile")
 Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+class Case(NamedTuple):
+    """A part of a benchmark.
+
+    Attributes:
+      name: what is measured, in a few words.
+      run: measures it; returns None if it only checks that alternatives do the same work.
+      precision: the arithmetic, which is set before.
+    """
+
+    name: str
+    run: Callable[[], Entry | None]
+    precision: Precision = "float32"
+
+
 _IN_JAX = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "tensorfloat32"}
 
 
@@ -58,6 +73,10 @@ class Settings:
     image_side: int = 224
     vgg5_steps: int = 2
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def time(self, work: "Work") -> "Timing":
+        """`work` timed by itself."""
+        return time_interleaved({"": work}, rounds=self.rounds, seconds_per_round=self.seconds_per_round)[""]
 
 
 def machine_settings(precisions: Sequence[Precision] = (), tiny: bool = False, **changes: Any) -> Settings:
@@ -101,30 +120,6 @@ def layer_dtype(precision: Precision) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if precision == "bfloat16" else "float32"
 
 
-def in_precisions(precisions: Sequence[Precision], case: Callable[[Precision], list[Entry]]) -> list[Case]:
-    """`case` in each of the precisions, to which both libraries are set before."""
-
-    def under(precision: Precision) -> Callable[[], list[Entry]]:
-        def run() -> list[Entry]:
-            set_precision(precision)
-            return case(precision)
-
-        return run
-
-    return [(precision, under(precision)) for precision in precisions]
-
-
-def checked(check: Callable[[], None], cases: list[Case]) -> list[Case]:
-    """`cases`, the first of which begins with `check`: a check alone would use up the time and measure nothing."""
-    (name, first), *others = cases
-
-    def run() -> list[Entry]:
-        check()
-        return first()
-
-    return [(name, run), *others]
-
-
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds per repetition of one alternative.
@@ -137,6 +132,11 @@ class Timing:
     seconds: np.ndarray
     first_call: float
 
+    @property
+    def median(self) -> float:
+        """Of the rounds."""
+        return float(np.median(self.seconds))
+
 
 def calls(function: Callable[..., Any], *args: Any) -> Work:
     """Calls of ``function(*args)`` from Python, waited for at the end."""
@@ -148,6 +148,12 @@ def calls(function: Callable[..., Any], *args: Any) -> Work:
         jax.block_until_ready(result)
 
     return work
+
+
+def looped(body: Callable[[Any, Any], Any], start: Any) -> Work:
+    """``value = body(index, value)`` from `start` on, as one compiled loop; returns the last value."""
+    run = jax.jit(lambda count, value: lax.fori_loop(0, count, body, value))
+    return lambda count: jax.block_until_ready(run(np.int32(count), start))
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:
@@ -243,100 +249,80 @@ def timed(
     timings = time_interleaved(
         work, rounds=rounds or settings.rounds, seconds_per_round=settings.seconds_per_round, warm=warm
     )
-    ours = next(iter(timings.values()))
+    first, peak = next(iter(timings.values())), settings.peaks.get(precision)
     rows, alternatives, bars = [], dict[str, Any](), dict[str, list[float]]()
     for name, timing in timings.items():
-        median, interval = float(np.median(timing.seconds)), median_interval(timing.seconds)
-        times, faster = None, "(ours)"
-        if timing is not ours:
-            times = ratio(timing, ours)
-            faster = "{:.2f} x ({:.2f} .. {:.2f})".format(times["median"], *times["interval_95"])
-        share = flops / median / settings.peaks[precision] if precision in settings.peaks else None
-        alternatives[name] = {"median": median, "interval_95": interval, "rounds": len(timing.seconds)}
-        alternatives[name] |= {"first_call": timing.first_call, "examples_per_second": examples / median}
-        alternatives[name] |= {"share_of_peak": share, "times_faster": times}
-        bars[name] = [1e3 * value for value in (interval[0], median, interval[1])]
-        rows.append(
-            [
-                name,
-                1e3 * median,
-                f"{bars[name][0]:.3f} .. {bars[name][2]:.3f}",
-                None if share is None else f"{100 * share:.0f} %",
-                timing.first_call,
-                round(examples / median),
-                faster,
-            ]
-        )
-    columns = ["alternative", "median ms", "95 % interval", "of peak", "first call s", "examples/s", "faster by"]
+        median, (low, high) = timing.median, median_interval(timing.seconds)
+        times = None if timing is first else ratio(timing, first)
+        share = None if peak is None else flops / median / peak
+        alternatives[name] = {
+            "median": median,
+            "interval_95": (low, high),
+            "rounds": len(timing.seconds),
+            "first_call": timing.first_call,
+            "examples_per_second": examples / median,
+            "share_of_peak": share,
+            "times_faster": times,
+        }
+        bars[name] = [1e3 * low, 1e3 * median, 1e3 * high]
+        row = {"alternative": name, "median ms": 1e3 * median, "95 % interval": f"{1e3 * low:.3f} .. {1e3 * high:.3f}"}
+        row |= {"of peak": None if share is None else f"{100 * share:.0f} %", "first call s": timing.first_call}
+        row["examples/s"] = round(examples / median)
+        row["faster by"] = "{:.2f} x ({:.2f} .. {:.2f})".format(times["median"], *times["interval_95"]) if times else ""
+        rows.append(row)
     numbers = {"precision": precision, "flops": flops, "alternatives": alternatives}
-    return table(title, columns, rows, {"ms (median, 95 % interval)": bars}, numbers)
+    return table(title, rows, {"ms (median, 95 % interval)": bars}, **numbers)
 
 
 def table(
     title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
+    rows: Sequence[Mapping[str, Any]],
     bars: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
-    numbers: Mapping[str, Any] | None = None,
+    **numbers: Any,
 ) -> Entry:
     """A table; tables of one title are shown as one.
 
     Args:
       title: its heading.
-      columns: their headings.
-      rows: the cells.
+      rows: the cells by their columns.
       bars: what is plotted: by unit and label, one or several values.
-      numbers: what else results.json holds of it.
+      **numbers: what else results.json holds of it.
     """
-    return {"title": title, "columns": columns, "rows": rows, "bars": bars or {}, **(numbers or {})}
+    cells = [list(row.values()) for row in rows]
+    return {"title": title, "columns": list(rows[0]), "rows": cells, "bars": bars or {}, **numbers}
 
 
 def machine(settings: Settings) -> list[Case]:
-    """The rates of products and of copies that the machine reaches at best, in JAX and in PyTorch."""
+    """The rates of a large matrix product in JAX and in PyTorch, and of copies (read and written)."""
+    size, length = (2048, 1 << 25) if jax.default_backend() == "cpu" else (8192, 1 << 28)
 
-    def case(precision: Precision) -> list[Entry]:
+    def case(precision: Precision) -> Entry:
         dtype = layer_dtype(precision)
-        ours, copied = peak_rates(jnp.dtype(dtype))
-        settings.peaks[precision] = ours
-        row = [precision, ours / 1e12, _torch_product_rate(dtype), round(copied / 1e9)]
-        columns = ["", "JAX, TFLOP/s", "PyTorch, TFLOP/s", "copies, GB/s"]
-        rates = {"precision": precision, "flops_per_second": ours, "bytes_per_second": copied}
-        return [table("Peak rates", columns, [row], numbers=rates)]
+        numbers = np.random.default_rng(0).standard_normal((size, size), np.float32) / size
+        matrix, vector = jnp.asarray(numbers, dtype), jnp.zeros(length, jnp.float32)
 
-    return in_precisions(settings.precisions, case)
+        work: dict[str, Work] = {
+            "products": looped(lambda _, pair: (pair[0] @ pair[1], pair[1]), (matrix, matrix)),
+            "copies": looped(lambda _, value: value + 1, vector),
+        }
+        if has_torch():
+            work["PyTorch"] = _torch_products(numbers, dtype)
+        seconds = {name: timing.median for name, timing in time_interleaved(work, rounds=5).items()}
+        rates = {name: 2 * size**3 / value for name, value in seconds.items()}
+        settings.peaks[precision], copied = rates["products"], 2 * vector.nbytes / seconds["copies"]
+        row: dict[str, Any] = {"": precision, "JAX, TFLOP/s": rates["products"] / 1e12}
+        row["PyTorch, TFLOP/s"] = rates["PyTorch"] / 1e12 if "PyTorch" in rates else None
+        row["copies, GB/s"] = round(copied / 1e9)
+        found: dict[str, Any] = {"flops_per_second": rates["products"], "bytes_per_second": copied}
+        return table("Peak rates", [row], precision=precision, **found)
 
-
-def peak_rates(dtype: Any = jnp.float32) -> tuple[float, float]:
-    """Operations a second of a large square matrix product, and bytes a second of a large copy (read and written)."""
-    big = jax.default_backend() != "cpu"
-    size = 8192 if big else 2048
-    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), dtype) / size
-    vector = jnp.zeros((1 << 28) if big else (1 << 25), jnp.float32)
-
-    @jax.jit
-    def products(count: jax.Array, matrix: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, count, lambda _, value: value @ matrix, matrix)
-
-    @jax.jit
-    def copies(count: jax.Array, vector: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, count, lambda _, value: value + 1, vector)
-
-    work: dict[str, Work] = {
-        "products": lambda count: jax.block_until_ready(products(np.int32(count), matrix)),
-        "copies": lambda count: jax.block_until_ready(copies(np.int32(count), vector)),
-    }
-    product, copy = (float(np.median(timing.seconds)) for timing in time_interleaved(work, rounds=5).values())
-    return 2 * size**3 / product, 2 * vector.nbytes / copy
+    return [Case(precision, partial(case, precision), precision) for precision in settings.precisions]
 
 
-def _torch_product_rate(dtype: str) -> float | None:
-    """TFLOP/s of PyTorch's product of the same matrices, None where torch is not installed."""
-    if not has_torch():
-        return None
+def _torch_products(numbers: np.ndarray, dtype: str) -> Work:
     import torch
 
-    size = 2048 if torch_device() == "cpu" else 8192
-    matrix = torch.randn(size, size, device=torch_device()).to(getattr(torch, dtype)) / size
+    matrix = torch.from_numpy(numbers).to(torch_device(), getattr(torch, dtype))
 
     def products(count: int) -> None:
         value = matrix
@@ -344,39 +330,15 @@ def _torch_product_rate(dtype: str) -> float | None:
             value = value @ matrix
         float(value[0, 0])  # waits for the device
 
-    timing = time_interleaved({"products": products}, rounds=5)["products"]
-    return 2 * size**3 / float(np.median(timing.seconds)) / 1e12
+    return products
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Two for every multiplication and addition of a product or convolution in ``function(*args)``.
-
-    What a loop repeats is counted once.
+    """Floating-point operations of ``function(*args)`` as XLA counts them; what a loop repeats counts once.
 
     Args:
       function: a function of arrays.
       args: arrays, or shapes as `jax.ShapeDtypeStruct`.
     """
-    return sum(map(_flops, _equations(jax.make_jaxpr(function)(*args).jaxpr)))
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner)
-
-
-def _flops(equation: Any) -> int:
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-    elif equation.primitive.name == "conv_general_dilated":
-        kernel, axes = equation.invars[1].aval, equation.params["dimension_numbers"].rhs_spec
-        terms = math.prod(kernel.shape) // kernel.shape[axes[0]]
-    else:
-        return 0
-    return 2 * terms * math.prod(equation.outvars[0].aval.shape)
+    analysis: Any = jax.jit(function).lower(*args).cost_analysis()
+    return int(analysis["flops"])

@@ -1,15 +1,15 @@
-"""The PyTorch side of the benchmarks: heads, VGG-5, ResNets, EfficientNet-Lite and training. Imports torch.
+"""The PyTorch side of the benchmarks: heads, backbones and training. Imports torch.
 
-The ResNets have torchvision's names for their tensors. Run as a program,
-``python -m pspinal_jax.benchmark.torch_reference MNIST.npz EPOCHS START``, it trains the MNIST row as published.
+Run as a program, ``python -m pspinal_jax.benchmark.torch_reference MNIST.npz EPOCHS START``, it trains the MNIST row as
+published.
 """
 
-import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial, reduce
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pspinal_jax.backbones import efficientnet
-from pspinal_jax.benchmark.timing import Work, torch_device
+from pspinal_jax.backbones import efficientnet, resnet, vgg5
+from pspinal_jax.benchmark.timing import COMPILED, EAGER, Work, torch_device
 from pspinal_jax.comparison.settings import HeadName, Hparams
 from pspinal_jax.comparison.train import Schedule
 from pspinal_jax.layers.depthwise import same_padding
@@ -26,11 +26,12 @@ from pspinal_jax.models import normalisation
 from pspinal_jax.recipes.schema import Recipe
 
 
-class TorchProgressiveHead(nn.Module):
-    """The progressive head in PyTorch, on features [N, D]: the equation of pspinal_jax/heads/equation.py."""
+class TorchHead(nn.Module):
+    """A head in PyTorch, on features [N, D]: the equations of pspinal_jax/heads, with ReLU."""
 
     def __init__(
         self,
+        name: HeadName,
         num_features: int,
         num_classes: int,
         layer_width: int,
@@ -39,33 +40,39 @@ class TorchProgressiveHead(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        widths = [num_features + index * layer_width for index in range(num_layers + 1)]
-        self.layers = nn.ModuleList(nn.Linear(width, layer_width) for width in widths[:-1])
-        self.norms = nn.ModuleList(nn.BatchNorm1d(layer_width) for _ in range(num_layers)) if batch_norm else None
-        self.output = nn.Linear(widths[-1], num_classes)
-        self.dropout_rate = dropout_rate
+        self.name, self.num_layers = name, {"dense": 0, "mlp": 1}.get(name, num_layers)
+        self.dropout = nn.Dropout(dropout_rate)
+        features, hidden = torch.empty(1, num_features), [torch.empty(1, layer_width)] * self.num_layers
+        fan_ins = [self._inputs(features, features, hidden[:i]).shape[1] for i in range(self.num_layers + 1)]
+        self.layers = nn.ModuleList(nn.Linear(fan_in, layer_width) for fan_in in fan_ins[:-1])
+        self.norms = nn.ModuleList(nn.BatchNorm1d(layer_width) if batch_norm else nn.Identity() for _ in self.layers)
+        self.output = nn.Linear(fan_ins[-1], num_classes)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits [N, C] of features [N, D]."""
-        dropped = functional.dropout(features, self.dropout_rate, self.training)
+        dropped = self.dropout(features) if self.name == "progressive" else features
         outputs: list[torch.Tensor] = []
-        for index, layer in enumerate(self.layers):
-            hidden = layer(torch.cat([dropped, *outputs], 1) if outputs else features)
-            if self.norms is not None:
-                hidden = self.norms[index](hidden)
-            outputs.append(functional.relu(hidden))
-        return self.output(torch.cat([dropped, *outputs], 1))
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            outputs.append(torch.relu(norm(layer(self._inputs(features, dropped, outputs)))))
+        return self.output(self._inputs(features, dropped, outputs))
+
+    def _inputs(self, features: torch.Tensor, dropped: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """What a layer, or the output, sees after the layers that gave `outputs`."""
+        if self.name == "progressive":
+            return torch.cat([dropped, *outputs], 1) if outputs else features
+        if self.name == "spinal" and len(outputs) < self.num_layers:
+            half = features.tensor_split([features.shape[1] // 2], 1)[len(outputs) % 2]
+            return self.dropout(torch.cat([half, *outputs[-1:]], 1))
+        return self.dropout(torch.cat(outputs, 1) if outputs else features)
 
 
-def load_head(params: dict[str, Any], dropout_rate: float) -> TorchProgressiveHead:
+def load_head(params: dict[str, Any], dropout_rate: float) -> TorchHead:
     """The head with the sizes and parameters of a `ProgressiveSpinalHead`, given as its documented tree."""
     layers = [params[f"layer_{index}"] for index in range(1, len(params))]
     (num_features, layer_width), num_classes = layers[0]["kernel"].shape, params["output"]["kernel"].shape[1]
-    head = TorchProgressiveHead(
-        num_features, num_classes, layer_width, len(layers), dropout_rate, batch_norm="norm" in layers[0]
-    )
-    norms = head.norms or [None] * len(layers)
-    for tree, layer, norm in zip(layers, head.layers, norms, strict=True):
+    sizes = (num_features, num_classes, layer_width, len(layers))
+    head = TorchHead("progressive", *sizes, dropout_rate, batch_norm="norm" in layers[0])
+    for tree, layer, norm in zip(layers, head.layers, head.norms, strict=True):
         _copy(tree, layer, norm)
     _copy(params["output"], head.output)
     return head
@@ -75,33 +82,165 @@ def _copy(tree: dict[str, Any], layer: Any, norm: Any = None) -> None:
     """Take over kernel, bias and batch norm of one of our layers, given as its documented tree."""
     kernel = np.asarray(tree["kernel"])
     pairs = [(layer.weight, kernel.transpose((1, 0) if kernel.ndim == 2 else (3, 2, 0, 1)))]
-    if layer.bias is not None:
-        pairs.append((layer.bias, tree["bias"]))
-    if norm is not None:
-        pairs += [(norm.weight, tree["norm"]["scale"]), (norm.bias, tree["norm"]["bias"])]
+    pairs += [(layer.bias, tree["bias"])] if "bias" in tree else []
+    pairs += [(norm.weight, tree["norm"]["scale"]), (norm.bias, tree["norm"]["bias"])] if "norm" in tree else []
     for tensor, array in pairs:
         tensor.data.copy_(torch.from_numpy(np.array(array)))
 
 
-class TorchClassifier(nn.Module):
-    """Logits [N, C] of standardised images [N, H, W, 1]: VGG-5 (channels last in memory) or none, then the head."""
+class Unit(nn.Module):
+    """activation(batch_norm(conv(x))), padded as torch does it, or for EfficientNet as TensorFlow does."""
 
-    def __init__(self, backbone: nn.Module | None, head: TorchProgressiveHead) -> None:
+    def __init__(
+        self,
+        fan_in: int,
+        channels: int,
+        side: int = 1,
+        stride: int = 1,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = torch.relu,
+        *,
+        bias: bool = False,
+        groups: int = 1,
+        tensorflow: bool = False,
+    ) -> None:
         super().__init__()
-        self.backbone = backbone if backbone is None else backbone.to(memory_format=torch.channels_last)
-        self.head = head
+        padding = 0 if tensorflow else side // 2
+        self.conv = nn.Conv2d(fan_in, channels, side, stride, padding, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(channels, eps=efficientnet.EPSILON if tensorflow else 1e-5)
+        self.side, self.stride, self.activation, self.tensorflow = side, stride, activation, tensorflow
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """The unit's maps."""
+        if self.tensorflow and self.side > 1:
+            (top, bottom), (left, right) = same_padding(tuple(maps.shape[2:]), (self.side,) * 2, self.stride)
+            maps = functional.pad(maps, (left, right, top, bottom))
+        maps = self.norm(self.conv(maps))
+        return maps if self.activation is None else self.activation(maps)
+
+
+class Block(nn.Module):
+    """Units in a row, by the names of our parameters; then what they began with is added, or its shortcut."""
+
+    def __init__(self, units: dict[str, Unit], adds: bool = False, end: nn.Module | None = None) -> None:
+        super().__init__()
+        self.units, self.adds, self.end = nn.ModuleDict(units), adds, end or nn.Identity()
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """The block's maps."""
+        outputs = maps
+        for name, unit in self.units.items():
+            if name.endswith("shortcut"):
+                maps = unit(maps)
+            else:
+                outputs = unit(outputs)
+        return self.end(outputs + maps if self.adds else outputs)
+
+
+def vgg5_blocks() -> Iterator[Block]:
+    """Our `VGG5`."""
+    fan_in = 1
+    for stage, widths in enumerate(vgg5.STAGES, start=1):
+        units = {}
+        for index, width in enumerate(widths, start=1):
+            units[f"stage_{stage}/conv_{index}"] = Unit(fan_in, width, 3, bias=True)
+            fan_in = width
+        yield Block(units, end=nn.MaxPool2d(2))
+
+
+def resnet_blocks(name: str) -> Iterator[Block]:
+    """Our `ResNet`."""
+    variant, fan_in = resnet.VARIANTS[name], 64
+    yield Block({"stem": Unit(3, fan_in, 7, 2)}, end=nn.MaxPool2d(3, 2, padding=1))
+    for stage, depth in enumerate(variant.depths, start=1):
+        for number in range(1, depth + 1):
+            block, stride, width = f"stage_{stage}/block_{number}", 2 if stage > 1 and number == 1 else 1, fan_in
+            convs = resnet.block_convs(variant, resnet.STAGE_CHANNELS[stage - 1], stride)
+            units = {}
+            for index, conv in enumerate(convs, start=1):
+                units[f"{block}/conv_{index}"] = Unit(width, *conv, torch.relu if index < len(convs) else None)
+                width = conv.channels
+            if stride > 1 or fan_in != width:
+                units[f"{block}/shortcut"] = Unit(fan_in, width, 1, stride, None)
+            yield Block(units, adds=True, end=nn.ReLU())
+            fan_in = width
+
+
+_LiteUnit = partial(Unit, activation=functional.relu6, tensorflow=True)
+
+
+def efficientnet_block(number: int, config: efficientnet.BlockConfig) -> Block:
+    """Our `InvertedBottleneck`."""
+    kernel, stride, expansion, fan_in, channels = config
+    block, width = f"block_{number}", fan_in * expansion
+    units = {f"{block}/expand": _LiteUnit(fan_in, width)} if expansion > 1 else {}
+    units[f"{block}/depthwise"] = _LiteUnit(width, width, kernel, stride, groups=width)
+    units[f"{block}/project"] = _LiteUnit(width, channels, activation=None)
+    return Block(units, adds=stride == 1 and fan_in == channels)
+
+
+def efficientnet_blocks(name: str) -> Iterator[Block]:
+    """Our `EfficientNetLite`."""
+    configs = efficientnet.block_configs(name)
+    yield Block({"stem": _LiteUnit(3, 32, 3, 2)})
+    for number, config in enumerate(configs, start=1):
+        yield efficientnet_block(number, config)
+    yield Block({"top": _LiteUnit(configs[-1].channels, efficientnet.NUM_FEATURES)})
+
+
+class TorchBackbone(nn.Module):
+    """Images [N, C, H, W] to features [N, D], by the name of one of our backbones; channels last in memory."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        build = efficientnet_blocks if name.startswith("efficientnet") else resnet_blocks
+        blocks = vgg5_blocks() if name == "vgg5" else build(name)
+        self.blocks = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
+
+    @property
+    def units(self) -> dict[str, Unit]:
+        """By the names of our parameters."""
+        return {name: unit for block in self.blocks for name, unit in block.units.items()}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The features."""
+        return self.blocks(images).mean((2, 3))
+
+
+def load_units(units: Mapping[str, Unit], params: dict[str, Any]) -> None:
+    """Take over the parameters of our backbone, or block."""
+    for name, unit in units.items():
+        _copy(reduce(getitem, name.split("/"), params), unit.conv, unit.norm)
+
+
+class TorchClassifier(nn.Module):
+    """Logits [N, C] of standardised images [N, H, W, 1 or 3]: the backbone or none, then the head."""
+
+    def __init__(self, backbone: TorchBackbone | None, head: TorchHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The logits."""
-        # A view of [N, H, W, 1] as [N, 1, H, W] is channels-last as it lies.
-        features = images.flatten(1) if self.backbone is None else self.backbone(images.permute(0, 3, 1, 2))
-        return self.head(features)
+        # A view of [N, H, W, C] as [N, C, H, W] is channels-last as it lies.
+        return self.head(images.flatten(1) if self.backbone is None else self.backbone(images.permute(0, 3, 1, 2)))
+
+
+def build_classifier(recipe: Recipe, variables: dict[str, Any]) -> TorchClassifier:
+    """The PyTorch classifier of `recipe` with our variables."""
+    params, name = variables["params"], recipe.model.backbone
+    backbone = None if name == "none" else TorchBackbone(name)
+    if backbone is not None:
+        load_units(backbone.units, params["backbone"])
+    return TorchClassifier(backbone, load_head(params["head"], recipe.model.dropout_rate))
 
 
 Step = Callable[..., torch.Tensor]
 
 
-def _eager(loss_of: Step, clear: Callable[[], Any], update: Callable[[], Any]) -> Step:
+def training_step(mode: str, loss_of: Step, clear: Callable[[], Any], update: Callable[[], Any]) -> Step:
+    """The step that clears the gradients, computes them anew, updates by them, and returns the loss."""
+    loss_of = torch.compile(loss_of) if mode == COMPILED else loss_of
+
     def step(*inputs: torch.Tensor) -> torch.Tensor:
         clear()
         loss = loss_of(*inputs)
@@ -110,18 +249,6 @@ def _eager(loss_of: Step, clear: Callable[[], Any], update: Callable[[], Any]) -
         return loss
 
     return step
-
-
-def _compiled(loss_of: Step, clear: Callable[[], Any], update: Callable[[], Any]) -> Step:
-    return _eager(torch.compile(loss_of), clear, update)
-
-
-EAGER = "PyTorch eager"
-MODES: dict[str, Callable[[Step, Callable[[], Any], Callable[[], Any]], Step]] = {
-    EAGER: _eager,
-    "torch.compile": _compiled,
-}
-"""By name, from a loss, what clears the gradients and what updates with them to a step that returns the loss."""
 
 
 def repeated(step: Step, inputs: Callable[[int], Any]) -> Work:
@@ -142,47 +269,28 @@ def recipe_step(recipe: Recipe, data: Any, variables: dict[str, Any], mode: str)
       recipe: the recipe.
       data: `images`, `labels`; they are copied to the device.
       variables: our initial parameters and running statistics.
-      mode: out of `MODES`.
+      mode: `EAGER` or `COMPILED`.
     """
     device, config = torch_device(), recipe.optimizer
     model = build_classifier(recipe, variables).to(device).train()
     images, labels = torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).long().to(device)
     shift, scale = (torch.as_tensor(value, device=device) for value in normalisation(recipe))
-    if config.name == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            model.parameters(), config.learning_rate, config.momentum, fused=True
-        )
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, (config.momentum, 0.999), fused=True)
+    made: Any = partial(torch.optim.SGD, momentum=config.momentum)
+    if config.name != "sgd":
+        made = partial(torch.optim.Adam, betas=(config.momentum, 0.999))
+    optimizer = made(model.parameters(), lr=config.learning_rate, fused=True)
     forward = computing_in(recipe.dtype, model)
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(forward((images[rows].float() / 255 - shift) / scale), labels[rows])
 
-    return MODES[mode](loss_of, partial(optimizer.zero_grad, set_to_none=True), optimizer.step), model
-
-
-def build_classifier(recipe: Recipe, variables: dict[str, Any]) -> TorchClassifier:
-    """The PyTorch classifier of `recipe` with our variables."""
-    params, name = variables["params"], recipe.model.backbone
-    if name == "none":
-        backbone: nn.Module | None = None
-    elif name.startswith("resnet") or name.startswith("wide_resnet"):
-        from pspinal_jax.weights import resnet_state_dict  # loads safetensors, which not every benchmark needs
-
-        own = {collection: tree["backbone"] for collection, tree in variables.items()}
-        backbone = torch_resnet(name, resnet_state_dict(own, name))
-    else:
-        backbone = TorchVGG5() if name == "vgg5" else TorchEfficientNetLite(name)
-        backbone.load(params["backbone"])
-    return TorchClassifier(backbone, load_head(params["head"], recipe.model.dropout_rate))
+    return training_step(mode, loss_of, optimizer.zero_grad, optimizer.step), model
 
 
 def backbone_features(recipe: Recipe, data: Any) -> Work:
     """Passes of the backbone of `recipe` over ``data.images``, without training and with random parameters."""
-    name, device = recipe.model.backbone, torch_device()
-    backbone = TorchEfficientNetLite(name) if name.startswith("efficientnet") else TorchResNet(*VARIANTS[name])
-    forward = computing_in(recipe.dtype, backbone.to(device, memory_format=torch.channels_last).eval())
+    device = torch_device()
+    forward = computing_in(recipe.dtype, TorchBackbone(recipe.model.backbone).to(device).eval())
     images = torch.from_numpy(data.images).to(device)
 
     def run(count: int) -> None:
@@ -196,15 +304,13 @@ def backbone_features(recipe: Recipe, data: Any) -> Work:
 
 def computing_in(dtype: str, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """`model` with its products in `dtype` (by autocast for bfloat16) and logits in float32."""
-    if dtype == "float32":
-        return model
 
     def forward(inputs: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(inputs.device.type, getattr(torch, dtype)):
+        with torch.autocast(inputs.device.type, torch.bfloat16):
             logits: torch.Tensor = model(inputs)
         return logits.float()
 
-    return forward
+    return model if dtype == "float32" else forward
 
 
 class ImageExamples(torch.utils.data.Dataset):
@@ -220,180 +326,21 @@ class ImageExamples(torch.utils.data.Dataset):
         """A standardised image [H, W, 1] and its label."""
         from PIL import Image
 
-        pixels = np.array(Image.fromarray(self._images[index]))
-        return (torch.from_numpy(pixels).float().div(255).unsqueeze(-1) - self._mean) / self._std, int(
-            self._labels[index]
-        )
+        pixels = torch.from_numpy(np.array(Image.fromarray(self._images[index]))).float().div(255).unsqueeze(-1)
+        return (pixels - self._mean) / self._std, int(self._labels[index])
 
 
-DEPTHS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-VARIANTS = {"resnet18": (18, 1), "resnet50": (50, 1), "resnet101": (101, 1), "wide_resnet101_2": (101, 2)}
-"""Depth and width factor by name."""
+def published_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any]) -> None:
+    """An epoch as the published scripts have it, over the batches of a DataLoader."""
+    device = next(model.parameters()).device
 
+    def loss_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(model(images.to(device)), labels.to(device))
 
-class Block(nn.Module):
-    """relu(f(x) + x), or of downsample(x) where f changes the shape; f is two or three convolutions."""
-
-    def __init__(self, fan_in: int, convs: list[tuple[int, int, int]]) -> None:
-        super().__init__()
-        self.count, width, total = len(convs), fan_in, 1
-        for index, (channels, side, stride) in enumerate(convs, start=1):
-            conv = nn.Conv2d(width, channels, side, stride, padding=side // 2, bias=False)
-            setattr(self, f"conv{index}", conv)
-            setattr(self, f"bn{index}", nn.BatchNorm2d(channels))
-            width, total = channels, total * stride
-        self.downsample = None
-        if total > 1 or fan_in != width:
-            self.downsample = nn.Sequential(nn.Conv2d(fan_in, width, 1, total, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """The block's maps."""
-        y = maps
-        for index in range(1, self.count + 1):
-            y = getattr(self, f"bn{index}")(getattr(self, f"conv{index}")(y))
-            y = torch.relu(y) if index < self.count else y
-        return torch.relu(y + (maps if self.downsample is None else self.downsample(maps)))
-
-
-class TorchResNet(nn.Module):
-    """Images [N, 3, H, W] to what `fc` makes of the features: logits, or the features themselves if there is none."""
-
-    def __init__(self, depth: int, width_factor: int = 1, fc: Callable[[int], nn.Module] | None = None) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64)
-        fan_in = 64
-        for stage, count in enumerate(DEPTHS[depth], start=1):
-            channels, blocks = 32 * 2**stage, []
-            for number in range(count):
-                stride = 2 if stage > 1 and number == 0 else 1
-                if depth < 50:
-                    convs = [(channels, 3, stride), (channels, 3, 1)]
-                else:
-                    width = channels * width_factor
-                    convs = [(width, 1, 1), (width, 3, stride), (4 * channels, 1, 1)]
-                blocks.append(Block(fan_in, convs))
-                fan_in = convs[-1][0]
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.num_features = fan_in
-        self.fc = nn.Identity() if fc is None else fc(fan_in)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The logits or features."""
-        maps = functional.max_pool2d(torch.relu(self.bn1(self.conv1(images))), 3, 2, padding=1)
-        for stage in range(1, 5):
-            maps = getattr(self, f"layer{stage}")(maps)
-        return self.fc(maps.mean((2, 3)))
-
-
-def torch_resnet(variant: str, state_dict: dict[str, np.ndarray]) -> TorchResNet:
-    """The backbone `variant` with the tensors of `state_dict`, as `resnet_state_dict` gives them."""
-    model = TorchResNet(*VARIANTS[variant])
-    tensors: dict[str, Any] = {name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()}
-    counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
-    model.load_state_dict(tensors | counters)
-    return model
-
-
-STAGES = ((64, 64), (128, 128), (256, 256, 256), (256, 256, 256))
-
-
-class TorchVGG5(nn.Module):
-    """Images [N, 1, 28, 28] to features [N, 256]; stages of 3x3 convolution, batch norm and ReLU, each then pooled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList()
-        fan_in = 1
-        for widths in STAGES:
-            layers = nn.ModuleList()
-            for width in widths:
-                conv, norm = nn.Conv2d(fan_in, width, 3, padding=1), nn.BatchNorm2d(width)
-                layers.append(nn.ModuleDict({"conv": conv, "norm": norm}))
-                fan_in = width
-            self.stages.append(layers)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The features."""
-        maps = images
-        for layers in self.stages:
-            for layer in layers:
-                maps = torch.relu(layer["norm"](layer["conv"](maps)))
-            maps = functional.max_pool2d(maps, 2, 2)
-        return maps.flatten(1)
-
-    def load(self, params: dict[str, Any]) -> None:
-        """Take over the parameters of our `VGG5`."""
-        for s, layers in enumerate(self.stages, start=1):
-            for i, layer in enumerate(layers, start=1):
-                _copy(params[f"stage_{s}"][f"conv_{i}"], layer["conv"], layer["norm"])
-
-
-class TorchEfficientNetLite(nn.Module):
-    """Images [N, 3, H, W] to features [N, 1280]: our `EfficientNetLite`, with TensorFlow's padding."""
-
-    def __init__(self, variant: str) -> None:
-        super().__init__()
-        self.num_features = efficientnet.NUM_FEATURES
-        self.blocks = efficientnet.block_configs(variant)
-        self.units = nn.ModuleDict({"stem": ConvNormRelu6(3, 32, 3, 2)})
-        for number, config in enumerate(self.blocks, start=1):
-            self.units.update(self.units_of(number, config))
-        self.units["top"] = ConvNormRelu6(self.blocks[-1].channels, self.num_features)
-
-    @staticmethod
-    def units_of(number: int, config: efficientnet.BlockConfig) -> dict[str, nn.Module]:
-        """The convolutions of a block, by name."""
-        kernel, stride, expansion, fan_in, channels = config
-        width = fan_in * expansion
-        units: dict[str, nn.Module] = {}
-        if expansion > 1:
-            units[f"block_{number}/expand"] = ConvNormRelu6(fan_in, width)
-        units[f"block_{number}/depthwise"] = ConvNormRelu6(width, width, kernel, stride, groups=width)
-        units[f"block_{number}/project"] = ConvNormRelu6(width, channels, relu=False)
-        return units
-
-    def block(self, number: int, maps: torch.Tensor) -> torch.Tensor:
-        """The maps after block `number`."""
-        outputs = maps
-        for name in ("expand", "depthwise", "project"):
-            if f"block_{number}/{name}" in self.units:
-                outputs = self.units[f"block_{number}/{name}"](outputs)
-        return maps + outputs if outputs.shape == maps.shape else outputs
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The features."""
-        maps = self.units["stem"](images)
-        for number in range(1, len(self.blocks) + 1):
-            maps = self.block(number, maps)
-        return self.units["top"](maps).mean((2, 3))
-
-    def load(self, params: dict[str, Any]) -> None:
-        """Take over the parameters of our `EfficientNetLite`."""
-        for name, unit in self.units.items():
-            tree = params
-            for part in name.split("/"):
-                tree = tree[part]
-            _copy(tree, unit.conv, unit.norm)
-
-
-class ConvNormRelu6(nn.Module):
-    """relu6(batch_norm(conv(x))) with TensorFlow's SAME padding; `relu` False leaves the last step out."""
-
-    def __init__(
-        self, fan_in: int, channels: int, side: int = 1, stride: int = 1, groups: int = 1, relu: bool = True
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(fan_in, channels, side, stride, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(channels, eps=efficientnet.EPSILON)
-        self.side, self.stride, self.relu = side, stride, relu
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """The unit's maps."""
-        if self.side > 1:
-            (top, bottom), (left, right) = same_padding(tuple(maps.shape[2:]), (self.side,) * 2, self.stride)
-            maps = functional.pad(maps, (left, right, top, bottom))
-        maps = self.norm(self.conv(maps))
-        return functional.relu6(maps) if self.relu else maps
+    step = training_step(EAGER, loss_of, optimizer.zero_grad, optimizer.step)
+    for batch in batches:
+        loss = step(*batch)
+    float(loss.detach())  # waits for the device
 
 
 def train_published(arrays: dict[str, np.ndarray], epochs: int, start: float) -> None:
@@ -412,52 +359,15 @@ def train_published(arrays: dict[str, np.ndarray], epochs: int, start: float) ->
     )
     train_loader = torch.utils.data.DataLoader(train, 64, shuffle=True)
     test_loader = torch.utils.data.DataLoader(test, 1000)
-    model = TorchClassifier(None, TorchProgressiveHead(784, 10, 128, batch_norm=True))
+    model = TorchClassifier(None, TorchHead("progressive", 784, 10, 128, batch_norm=True))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.5)
     for epoch in range(1, epochs + 1):
-        model.train()
-        for images, labels in train_loader:
-            optimizer.zero_grad()
-            functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
+        published_epoch(model.train(), optimizer, train_loader)
         model.eval()
         with torch.no_grad():
             correct = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in test_loader)
         line = {"epoch": epoch, "test": 100 * correct / len(test), "seconds": time.time() - start}
         print(json.dumps(line), flush=True)
-
-
-class TorchSpinalHead(nn.Module):
-    """SpinalNet's head in PyTorch, with four hidden layers."""
-
-    def __init__(self, num_features: int, num_classes: int, layer_width: int, rate: float) -> None:
-        super().__init__()
-        self.half = num_features // 2
-        widths = [self.half] + [self.half + layer_width] * 3
-        self.layers = nn.ModuleList(nn.Linear(width, layer_width) for width in widths)
-        self.output = nn.Linear(4 * layer_width, num_classes)
-        self.dropout = nn.Dropout(rate)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits [N, C] of features [N, D]."""
-        halves, outputs = features.split(self.half, 1), list[torch.Tensor]()
-        for index, layer in enumerate(self.layers):
-            inputs = torch.cat([halves[index % 2], *outputs[-1:]], 1)
-            outputs.append(torch.relu(layer(self.dropout(inputs))))
-        return self.output(self.dropout(torch.cat(outputs, 1)))
-
-
-def torch_head(name: HeadName, num_features: int, num_classes: int, layer_width: int, rate: float) -> nn.Module:
-    """The PyTorch module of a head with four hidden layers of `layer_width`, or one (mlp), or none (dense)."""
-    if name == "progressive":
-        return TorchProgressiveHead(num_features, num_classes, layer_width, 4, rate)
-    if name == "spinal":
-        return TorchSpinalHead(num_features, num_classes, layer_width, rate)
-    widths = [num_features, num_classes] if name == "dense" else [num_features, layer_width, num_classes]
-    layers: list[nn.Module] = []
-    for fan_in, width in itertools.pairwise(widths):
-        layers += [nn.ReLU()] * bool(layers) + [nn.Dropout(rate), nn.Linear(fan_in, width)]
-    return nn.Sequential(*layers)
 
 
 def train_head(
@@ -469,15 +379,16 @@ def train_head(
     kernels, biases = ([p for p in model.parameters() if (p.ndim == 2) == two] for two in (True, False))
     groups = [{"params": kernels, "weight_decay": hparams.weight_decay}, {"params": biases, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate)
+    smoothed = partial(functional.cross_entropy, label_smoothing=hparams.label_smoothing)
+    step = training_step(
+        EAGER, lambda rows: smoothed(model(features[rows]), targets[rows]), optimizer.zero_grad, optimizer.step
+    )
     for rates in schedule.rates():
         order = torch.randperm(len(features))
         for rate, rows in zip(rates.tolist(), order.split(schedule.batch_size), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = hparams.learning_rate * rate
-            optimizer.zero_grad(set_to_none=True)
-            logits = model(features[rows])
-            functional.cross_entropy(logits, targets[rows], label_smoothing=hparams.label_smoothing).backward()
-            optimizer.step()
+            step(rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Benchmarks of whole commands: `train` from start to end, decoded images a second, and trials of `compare`."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -8,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from pspinal_jax.benchmark.timing import Case, Entry, Settings, has_torch, table
 from pspinal_jax.comparison.settings import CompareConfig, HeadName, draw_trial, training_seed
@@ -40,41 +41,32 @@ def train(
     """
     words = [train[0], *(f"--{flag}" for flag in train[1:])]
 
-    def case() -> list[Entry]:
-        seconds = train_seconds(words, settings.rounds)
-        rows = [
-            [name, float(np.median(values)), ", ".join(f"{value:.1f}" for value in values)]
-            for name, values in seconds.items()
-        ]
-        title = printable(f"seconds of `pspinal-jax train {' '.join(words)}`, process start to end")
-        bars = {"s": {f"{name} cache": values for name, values in seconds.items()}}
-        return [table(title, ["compilation cache", "median s", "each"], rows, bars, {"seconds": seconds})]
-
-    def published() -> list[Entry]:
-        lines = train_published(Path(str(published_data)), published_epochs)
-        title, last = "the published settings in PyTorch", lines[-1]
-        bars = {"s": {f"{last['epoch']} epochs: {last['test']:.2f} %": [last["seconds"]]}}
-        return [table(title, ["epochs", "test accuracy %", "s"], [list(last.values())], bars, {"epochs": lines})]
-
-    return [("train", case)] + ([("published settings in PyTorch", published)] if published_data else [])
-
-
-def train_seconds(words: list[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of `pspinal-jax train WORDS`: cold (empty cache) and warm (the one that the cold run filled), in turn.
-
-    Raises:
-      RunError: if a run fails.
-    """
-    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            for name, values in seconds.items():
+    def case() -> Entry:
+        """The cache is empty for 'cold', and for 'warm' the one that it filled; the two take turns."""
+        seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+        for _ in range(settings.rounds):
+            with tempfile.TemporaryDirectory() as folder:
                 environment = os.environ | {"PSPINAL_JAX_CACHE": f"{folder}/cache"}
                 environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cache of the user's would never be cold
-                start = time.perf_counter()
-                _run(["pspinal_jax", "train", *words, "--workdir", f"{folder}/{name}"], environment)
-                values.append(time.perf_counter() - start)
-    return seconds
+                for name, values in seconds.items():
+                    start = time.perf_counter()
+                    _run(["pspinal_jax", "train", *words, "--workdir", f"{folder}/{name}"], environment)
+                    values.append(time.perf_counter() - start)
+        rows = [
+            {"compilation cache": name, "median s": float(np.median(each)), "each": ", ".join(f"{s:.1f}" for s in each)}
+            for name, each in seconds.items()
+        ]
+        title = printable(f"seconds of `pspinal-jax train {' '.join(words)}`, process start to end")
+        return table(title, rows, {"s": {f"{name} cache": each for name, each in seconds.items()}}, seconds=seconds)
+
+    def published() -> Entry:
+        lines = train_published(Path(str(published_data)), published_epochs)
+        last = lines[-1]
+        row = {"epochs": last["epoch"], "test accuracy %": last["test"], "s": last["seconds"]}
+        bars = {"s": {f"{last['epoch']} epochs: {last['test']:.2f} %": [last["seconds"]]}}
+        return table("the published settings in PyTorch", [row], bars, epochs=lines)
+
+    return [Case("train", case), *([Case("published settings in PyTorch", published)] if published_data else [])]
 
 
 def train_published(data: Path, epochs: int) -> list[dict[str, float]]:
@@ -84,10 +76,10 @@ def train_published(data: Path, epochs: int) -> list[dict[str, float]]:
       RunError: if it fails, as without torch.
     """
     words = ["pspinal_jax.benchmark.torch_reference", str(data), str(epochs), str(time.time())]
-    return [json.loads(line) for line in _run(words, dict(os.environ)).splitlines()]
+    return [json.loads(line) for line in _run(words, os.environ).splitlines()]
 
 
-def _run(words: list[str], environment: dict[str, str]) -> str:
+def _run(words: list[str], environment: Mapping[str, str]) -> str:
     done = subprocess.run([sys.executable, "-m", *words], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -101,11 +93,11 @@ BATCH_SIZE = 16
 """What the image recipes train with."""
 _WARM_UP = 8
 """Batches that do not count: the first of each worker wait for its start."""
-Batches = Iterator[tuple[np.ndarray, np.ndarray]]
+Batches = Generator[tuple[np.ndarray, np.ndarray]]
 
 
 def images(settings: Settings, pictures: int = 4800, workers: int = 2) -> list[Case]:
-    """Passes over drawn JPEGs.
+    """Passes over JPEGs.
 
     Args:
       settings: how much is measured.
@@ -119,7 +111,7 @@ def images(settings: Settings, pictures: int = 4800, workers: int = 2) -> list[C
     if pictures < least or workers < 1 or settings.rounds < 1:
         raise UsageError(f"give at least --pictures {least}, --workers 1 and --rounds 1")
 
-    def case() -> list[Entry]:
+    def case() -> Entry:
         with tempfile.TemporaryDirectory() as folder:
             split = write_images(Path(folder), NUM_FILES)
             order = np.random.default_rng(0).integers(0, len(split), pictures)
@@ -127,49 +119,49 @@ def images(settings: Settings, pictures: int = 4800, workers: int = 2) -> list[C
             check_same_batches(passes)
             measured = measure_passes(passes, settings.rounds)
         rates = {name: np.asarray(values["images_per_second"]) for name, values in measured.items()}
-        ours = next(iter(rates.values()))
+        first = next(iter(rates.values()))
         rows = [
-            [
-                name,
-                round(float(np.median(rate))),
-                ", ".join(f"{value:.0f}" for value in rate),
-                float(np.median(measured[name]["seconds_to_first_batch"])),
-                float(np.median(measured[name]["seconds_to_end"])),
+            {
+                "alternative": name,
+                "images/s, median": round(float(np.median(rate))),
+                "each": ", ".join(f"{value:.0f}" for value in rate),
+                "s to the first batch": float(np.median(measured[name]["seconds_to_first_batch"])),
+                "s to end": float(np.median(measured[name]["seconds_to_end"])),
                 # Within a round, so that a slow spell of the machine hits both sides.
-                "(ours)" if rate is ours else f"{np.median(ours / rate):.2f} x",
-            ]
+                "the first is faster by": "" if rate is first else f"{np.median(first / rate):.2f} x",
+            }
             for name, rate in rates.items()
         ]
-        columns = ["alternative", "images/s, median", "each", "s to the first batch", "s to end", "ours is faster by"]
         title = f"{pictures} JPEGs of about 500x375, decoded and resized to {SIZE[0]}x{SIZE[1]}, batch {BATCH_SIZE}"
         bars = {"images/s": {name: rate.tolist() for name, rate in rates.items()}}
-        return [table(title, columns, rows, bars, {"alternatives": measured})]
+        return table(title, rows, bars, alternatives=measured)
 
-    return [("passes", case)]
+    return [Case("passes", case)]
 
 
-def draw_image(seed: int) -> bytes:
-    """A JPEG of about 500x375, some 50 kB: soft colours, noise, and shapes with edges, all decided by `seed`."""
-    rng = np.random.default_rng(seed)
-    width, height = 500 + int(rng.integers(-40, 41)), 375 + int(rng.integers(-30, 31))
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
-    soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
-    noisy = soft + rng.normal(0, 8, (height, width, 1))
-    image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    for _ in range(25):
-        x, y, side = int(rng.integers(width)), int(rng.integers(height)), int(rng.integers(10, 120))
-        draw.ellipse((x, y, x + side, y + side // 2), fill=tuple(rng.integers(0, 256, 3).tolist()))
+@cache
+def _photographs() -> list[np.ndarray]:
+    from sklearn.datasets import load_sample_images
+
+    found: list[np.ndarray] = load_sample_images().images
+    return found
+
+
+def cut_image(seed: int) -> bytes:
+    """A JPEG of about 500x375, some 50 kB: a part of one of scikit-learn's two photographs, decided by `seed`."""
+    rng, photograph = np.random.default_rng(seed), _photographs()[seed % 2]
+    height, width = 375 + int(rng.integers(-30, 31)), 500 + int(rng.integers(-40, 41))
+    top, left = int(rng.integers(photograph.shape[0] - height)), int(rng.integers(photograph.shape[1] - width))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
+    Image.fromarray(photograph[top : top + height, left : left + width]).save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
 
 
 def write_images(folder: Path, count: int) -> ImageSplit:
-    """`count` drawn images as files in `folder`."""
+    """`count` images as files in `folder`."""
     names = [f"{number:04d}.jpg" for number in range(count)]
     for number, name in enumerate(names):
-        (folder / name).write_bytes(draw_image(number))
+        (folder / name).write_bytes(cut_image(number))
     return ImageSplit(Files(folder, names), np.arange(count, dtype=np.int32))
 
 
@@ -195,14 +187,9 @@ def image_passes(images: ImageSplit, order: np.ndarray, workers: int) -> dict[st
     def torch_batches() -> Batches:
         import torch
 
-        # As with ours: this process runs JAX's threads, and must not be forked.
-        examples, start = TorchExamples(images, order), "spawn" if workers else None
-        loader: Any = torch.utils.data.DataLoader(
-            examples,
-            BATCH_SIZE,
-            num_workers=workers,
-            multiprocessing_context=start,
-        )
+        # This process runs JAX's threads, and must not be forked.
+        how: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": "spawn" if workers else None}
+        loader: Any = torch.utils.data.DataLoader(TorchExamples(images, order), BATCH_SIZE, **how)
         for pixels, labels in loader:
             yield pixels.numpy(), labels.numpy()
 
@@ -222,9 +209,8 @@ def check_same_batches(passes: dict[str, Callable[[], Batches]]) -> None:
     """
     first = {}
     for name, start in passes.items():
-        batches = start()
-        first[name] = next(batches)
-        batches.close()  # type: ignore[attr-defined]
+        with contextlib.closing(start()) as batches:
+            first[name] = next(batches)
     reference = next(iter(first))
     for name, batch in first.items():
         if not all(map(np.array_equal, batch, first[reference])):
@@ -281,19 +267,19 @@ def compare(
         raise UsageError("benchmark compare has nothing to compare with: torch is not installed (extra `torch`)")
     schedule = Schedule(epochs, NUM_TRAIN // batch_size, batch_size, 500)
 
-    def case(name: HeadName) -> list[Entry]:
+    def case(name: HeadName) -> Entry:
         first, ours, theirs = trial_seconds(name, trials, schedule)
-        columns = ["head", "compare, s", "first trial, compilation included, s", "PyTorch eager, s", "times as long"]
+        row = {"head": name, "compare, s": ours, "first trial, compilation included, s": first}
+        row |= {"PyTorch eager, s": theirs, "times as long": theirs / ours}
         bars = {"s": {f"{name}, compare": [ours], f"{name}, PyTorch eager": [theirs]}}
-        title = f"{trials} trials of {epochs} epochs a head, batch {batch_size}"
-        return [table(title, columns, [[name, ours, first, theirs, theirs / ours]], bars)]
+        return table(f"{trials} trials of {epochs} epochs a head, batch {batch_size}", [row], bars)
 
-    return [(name, partial(case, name)) for name in heads]
+    return [Case(name, partial(case, name)) for name in heads]
 
 
 def trial_seconds(name: HeadName, trials: int, schedule: Schedule) -> tuple[float, float, float]:
     """Seconds of the first trial, which compiles, of so many trials, and of the same ones in PyTorch."""
-    from pspinal_jax.benchmark.torch_reference import torch_head, train_head
+    from pspinal_jax.benchmark.torch_reference import TorchHead, train_head
 
     rng = np.random.default_rng(0)
     count = NUM_TRAIN + NUM_VALIDATION
@@ -302,9 +288,9 @@ def trial_seconds(name: HeadName, trials: int, schedule: Schedule) -> tuple[floa
     rows, validation = np.split(np.arange(count, dtype=np.int32), [NUM_TRAIN])
     padded = np.pad(validation, (0, -NUM_VALIDATION % schedule.eval_batch_size))
     shift, scale = np.zeros(NUM_FEATURES, np.float32), np.ones(NUM_FEATURES, np.float32)
-    part = Part(rows, padded, np.int32(NUM_VALIDATION), shift, scale)
-    hparams = [draw_trial(CompareConfig(), number, ("all",)).hparams for number in range(trials)]
-    tasks = [Task(i, name, each, training_seed(0, "trial", i), part) for i, each in enumerate(hparams)]
+    part = Part(rows, padded, shift, scale)
+    drawn = [draw_trial(CompareConfig(), number, ("all",)) for number in range(trials)]
+    tasks = [Task(i, name, trial, training_seed(0, "trial", i), part) for i, trial in enumerate(drawn)]
     head: Any = build_head(name, NUM_FEATURES, NUM_CLASSES, 256, 4, "published")[0]
     trainer, seconds = Trainer({name: head}, schedule, trials), list[float]()
     for some in (tasks[:1], tasks):
@@ -313,6 +299,7 @@ def trial_seconds(name: HeadName, trials: int, schedule: Schedule) -> tuple[floa
         seconds.append(time.perf_counter() - start)
     start = time.perf_counter()
     for task in tasks:
-        model = torch_head(name, NUM_FEATURES, NUM_CLASSES, getattr(head, "layer_width", 0), task.hparams.dropout_rate)
-        train_head(model, schedule, task.hparams, task.seed, inputs[:NUM_TRAIN], examples.labels[:NUM_TRAIN])
+        width, hparams = getattr(head, "layer_width", 0), task.trial.hparams
+        model = TorchHead(name, NUM_FEATURES, NUM_CLASSES, width, dropout_rate=hparams.dropout_rate)
+        train_head(model, schedule, hparams, task.seed, inputs[:NUM_TRAIN], examples.labels[:NUM_TRAIN])
     return seconds[0], seconds[1], time.perf_counter() - start

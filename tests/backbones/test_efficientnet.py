@@ -125,10 +125,10 @@ def test_training_moves_the_running_statistics():
 @pytest.mark.torch
 def test_pytorchs_twin_gives_the_same_features(variables):
     torch = pytest.importorskip("torch")
-    from pspinal_jax.benchmark.torch_reference import TorchEfficientNetLite
+    from pspinal_jax.benchmark.torch_reference import TorchBackbone, load_units
 
-    twin = TorchEfficientNetLite("efficientnet_lite0").eval()
-    twin.load(variables["params"])
+    twin = TorchBackbone("efficientnet_lite0").eval()
+    load_units(twin.units, variables["params"])
     features = jax.jit(partial(EfficientNetLite("efficientnet_lite0").apply, train=False))(variables, images())
     with torch.no_grad():
         theirs = twin(torch.from_numpy(images()).permute(0, 3, 1, 2)).numpy()
@@ -139,7 +139,7 @@ def test_pytorchs_twin_gives_the_same_features(variables):
 @pytest.mark.parametrize("config", [(3, 2, 6, 4, 8), (5, 1, 6, 4, 4), (3, 1, 1, 4, 4)])
 def test_pytorchs_block_gives_the_same_gradients_in_training(config):
     torch = pytest.importorskip("torch")
-    from pspinal_jax.benchmark.torch_reference import TorchEfficientNetLite
+    from pspinal_jax.benchmark.torch_reference import efficientnet_block, load_units
 
     config = BlockConfig(*config)
     x = np.random.default_rng(0).standard_normal((2, 9, 8, 4))
@@ -152,10 +152,9 @@ def test_pytorchs_block_gives_the_same_gradients_in_training(config):
             return jnp.sum(jnp.sin(block.apply(given, jnp.asarray(x), train=True, mutable=["batch_stats"])[0]))
 
         value, grads = jax.value_and_grad(loss)(tree["params"])
-    twin = TorchEfficientNetLite("efficientnet_lite0").double()
-    twin.units = torch.nn.ModuleDict(twin.units_of(1, config)).double().train()
-    twin.load({"block_1": tree["params"]})
-    theirs = twin.block(1, torch.from_numpy(x).permute(0, 3, 1, 2)).sin().sum()
+    twin = efficientnet_block(1, config).double().train()
+    load_units(twin.units, {"block_1": tree["params"]})
+    theirs = twin(torch.from_numpy(x).permute(0, 3, 1, 2)).sin().sum()
     theirs.backward()
     np.testing.assert_allclose(value, theirs.item(), rtol=1e-9)
     for name, ours in grads.items():

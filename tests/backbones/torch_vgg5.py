@@ -1,10 +1,36 @@
-"""From the state of the PyTorch VGG-5 to ours. A helper, not a test."""
+"""VGG-5 in PyTorch, and from its state to ours. A helper, not a test."""
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
-from pspinal_jax.benchmark.torch_reference import TorchVGG5
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (256, 256, 256))
+
+
+class TorchVGG5(nn.Module):
+    """Images [N, 1, 28, 28] to features [N, 256]; stages of 3x3 convolution, batch norm and ReLU, each then pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        fan_in = 1
+        for widths in STAGES:
+            layers = nn.ModuleList()
+            for width in widths:
+                conv, norm = nn.Conv2d(fan_in, width, 3, padding=1), nn.BatchNorm2d(width)
+                layers.append(nn.ModuleDict({"conv": conv, "norm": norm}))
+                fan_in = width
+            self.stages.append(layers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The features."""
+        maps = images
+        for layers in self.stages:
+            for layer in layers:
+                maps = torch.relu(layer["norm"](layer["conv"](maps)))
+            maps = functional.max_pool2d(maps, 2, 2)
+        return maps.flatten(1)
 
 
 def randomised(seed: int) -> TorchVGG5:

@@ -19,9 +19,9 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark, "SIZE", (120, 130))  # smaller, and JPEG would be decoded at a half
 
 
-def test_photographs_are_drawn_the_same_every_time():
-    assert benchmark.draw_image(3) == benchmark.draw_image(3) != benchmark.draw_image(4)
-    data = benchmark.draw_image(3)
+def test_photographs_are_cut_the_same_every_time():
+    assert benchmark.cut_image(3) == benchmark.cut_image(3) != benchmark.cut_image(5)
+    data = benchmark.cut_image(3)
     with Image.open(io.BytesIO(data)) as image:
         assert image.format == "JPEG" and image.mode == "RGB"
         assert abs(image.width - 500) <= 40 and abs(image.height - 375) <= 30

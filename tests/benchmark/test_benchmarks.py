@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from pspinal_jax import weights
 from pspinal_jax.__main__ import main
 from pspinal_jax.benchmark import BENCHMARKS, head, run, steps
 from pspinal_jax.benchmark.report import format_record, plot_entries
 from pspinal_jax.benchmark.timing import (
+    EAGER,
+    Case,
     Settings,
     Timing,
-    checked,
     count_flops,
     median_interval,
     ratio,
@@ -58,8 +58,8 @@ def test_every_alternative_computes_the_gradient(monkeypatch):
         work(2)
     # A pass in the loop is a gradient: after none of them there is none.
     run = case.in_loop("fused")
-    assert not np.any(jax.tree.leaves(run(0)[1])[0])
-    assert np.any(jax.tree.leaves(run(1)[1])[0])
+    assert not np.any(jax.tree.leaves(run(0)[-1])[0])
+    assert np.any(jax.tree.leaves(run(1)[-1])[0])
 
 
 def test_flops_count_three_products_a_kernel():
@@ -77,7 +77,7 @@ def timings(monkeypatch):
 
 
 def test_results_hold_ratios_shares_of_the_peak_and_rates(timings, tmp_path):
-    cases = [("a", lambda: [timings("a")]), ("b", lambda: [timings("b")])]
+    cases = [Case("a", lambda: timings("a")), Case("b", lambda: timings("b"))]
     record = json.loads(json.dumps(run.measure("step", cases, lambda record: None)))
     assert record["status"] == "done" and [entry["title"] for entry in record["entries"]] == ["a", "b"]
     ours, peer = record["entries"][0]["alternatives"].values()
@@ -91,7 +91,7 @@ def test_results_hold_ratios_shares_of_the_peak_and_rates(timings, tmp_path):
 
 
 def test_tables_of_one_title_are_one():
-    cases = [(str(number), lambda number=number: [table("t", ["", "x"], [[number, 1.5]])]) for number in (1, 2)]
+    cases = [Case(str(number), lambda number=number: table("t", [{"": number, "x": 1.5}])) for number in (1, 2)]
     record = run.measure("depth", cases, lambda record: None)
     assert format_record(record).count("| --- |") == 1
 
@@ -100,7 +100,7 @@ def failing(error):
     def work():
         raise error
 
-    return [("first", work), ("second", lambda: [table("t", [""], [[1]])])]
+    return [Case("first", work), *(Case(name, lambda: table("t", [{"": 1}])) for name in ("second", "third"))]
 
 
 def test_a_case_that_fails_costs_the_others_nothing_in_a_suite():
@@ -108,8 +108,8 @@ def test_a_case_that_fails_costs_the_others_nothing_in_a_suite():
     record = run.measure(
         "machine", failing(ValueError("no\nmemory")), lambda r: saved.append(r["status"]), keep_going=True
     )
-    assert "first: ValueError: no" in record["left_out"] and len(record["entries"]) == 1
-    assert saved == ["running"] * 3 + ["done"]
+    assert "first: ValueError: no memory" in record["left_out"] and len(record["entries"]) == 2
+    assert saved == ["running"] * 4 + ["done"]
     with pytest.raises(ValueError, match="memory"):
         run.measure("machine", failing(ValueError("no memory")), lambda r: None)
 
@@ -119,16 +119,18 @@ def test_different_work_ends_a_section():
         run.measure("machine", failing(RunError("they differ")), lambda r: None, keep_going=True)
 
 
-def test_a_case_is_not_begun_after_its_time():
-    record = run.measure("machine", failing(ValueError()), lambda r: None, seconds=-1.0)
-    assert record["left_out"][-2:] == ["first: no time left", "second: no time left"] and not record["entries"]
+def test_no_case_but_the_first_is_begun_after_its_time():
+    """A check takes time and has no figures, so that it does not count as one."""
+    cases = [Case("check", lambda: None), *failing(ValueError())[1:]]
+    record = run.measure("machine", cases, lambda r: None, seconds=-1.0)
+    assert record["left_out"][-1] == "third: no time left" and len(record["entries"]) == 1
 
 
-def test_a_check_is_a_part_of_the_first_case():
-    calls = []
-    (_, first), (_, second) = checked(lambda: calls.append("check"), [("a", lambda: ["a"]), ("b", lambda: ["b"])])
-    assert second() == ["b"] and not calls
-    assert first() == ["a"] and calls == ["check"]
+def test_a_cases_precision_is_set_before_it_runs():
+    seen = []
+    note = lambda: seen.append(jax.config.jax_default_matmul_precision)  # noqa: E731
+    run.measure("machine", [Case(name, note, name) for name in ("tf32", "float32")], lambda record: None)
+    assert seen == ["tensorfloat32", "highest"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -139,14 +141,19 @@ def test_every_benchmark_makes_its_cases_without_torch(name, monkeypatch, withou
         with pytest.raises(UsageError, match="torch is not installed"):
             BENCHMARKS[name].make_cases(settings)
     else:
-        names = [case for case, _ in BENCHMARKS[name].make_cases(settings)]
+        names = [case.name for case in BENCHMARKS[name].make_cases(settings)]
         assert names and len(set(names)) == len(names)
 
 
 @pytest.mark.slow
 def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(without_torch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(head, "SHAPES", (SMALL,))
-    monkeypatch.setattr("pspinal_jax.benchmark.timing.peak_rates", lambda dtype: (1e11, 1e10))
+
+    def machine(settings):
+        settings.peaks["float32"] = 1e11
+        return [Case("float32", lambda: table("Peak rates", [{"": 1}], flops_per_second=1e11))]
+
+    monkeypatch.setattr("pspinal_jax.benchmark.timing.machine", machine)
     flags = ["--rounds", "1", "--seconds-per-round", "0.001", "--workdir", str(tmp_path)]
     assert main(["benchmark", "head", *flags]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -162,8 +169,10 @@ def test_without_torch_the_head_is_measured_and_what_is_missing_is_named(without
 def test_depth_reports_compile_and_run_time(tmp_path, capsys):
     assert main(["benchmark", "depth", "--rounds", "1", "--depths", "1", "2", "--workdir", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [[row[1] for row in entry["rows"]] for entry in results["entries"]] == [[1] * 4, [2] * 4]
-    assert all(value > 0 for entry in results["entries"] for row in entry["rows"] for value in row[2:])
+    assert ["L 1" in results["entries"][0]["title"], "L 2" in results["entries"][1]["title"]] == [True, True]
+    for entry in results["entries"]:
+        assert list(entry["alternatives"]) == list(head.AT_DEPTH) and "s of the first call" in entry["bars"]
+        assert all(each["first_call"] > each["median"] > 0 for each in entry["alternatives"].values())
     assert (tmp_path / "results.png").exists()
     assert "scan, packed parameters" in capsys.readouterr().out
 
@@ -208,8 +217,6 @@ def test_the_published_settings_are_trained_in_pytorch(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_an_epoch_is_an_epoch_for_everyone():
     pytest.importorskip("torch")
-    from pspinal_jax.benchmark.torch_reference import EAGER
-
     recipe = steps.benchmark_recipe("mnist-paper")
     images, labels, num_classes = steps.fake_data(recipe)
     data = steps.Data(images[:640], labels[:640], num_classes)
@@ -242,7 +249,8 @@ def test_flops_are_counted_in_traced_functions():
         return jax.jit(lambda y: y @ matrix)(maps)
 
     shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((2, 5, 5, 3), (3, 3, 3, 7), (7, 4))]
-    assert count_flops(function, *shapes) == 2 * 2 * 25 * (27 * 7 + 7 * 4)
+    products = 2 * 2 * 25 * (27 * 7 + 7 * 4)  # and fewer, since what a convolution pads with zeros is not counted
+    assert 0.7 * products < count_flops(function, *shapes) <= products
 
 
 def test_step_flops_leave_out_the_gradient_of_the_pixels():
@@ -250,7 +258,8 @@ def test_step_flops_leave_out_the_gradient_of_the_pixels():
     layers = [784 + 128 * number for number in range(4)]
     forward = 64 * 2 * (sum(layers) * 128 + (784 + 512) * 10)
     pixels = 64 * 2 * 784 * (4 * 128 + 10)
-    assert steps.step_flops(recipe, steps.Data(np.zeros((64, 28, 28, 1), np.uint8), None, 10)) == 3 * forward - pixels
+    counted = steps.step_flops(recipe, steps.Data(np.zeros((64, 28, 28, 1), np.uint8), None, 10))
+    assert counted == pytest.approx(3 * forward - pixels, rel=0.02)  # and what is not a product
 
 
 @pytest.mark.torch
@@ -258,7 +267,7 @@ def test_step_flops_leave_out_the_gradient_of_the_pixels():
 @pytest.mark.parametrize("backbone", ["resnet18", pytest.param("efficientnet_lite0", marks=pytest.mark.slow)])
 def test_a_step_on_photographs_is_the_same_in_pytorch(backbone, monkeypatch):
     pytest.importorskip("torch")
-    from pspinal_jax.benchmark.torch_reference import EAGER
+    from pspinal_jax.benchmark import torch_reference
 
     recipe = steps.benchmark_recipe("caltech101-paper", 4, backbone=backbone, side=64)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, layer_width=8))
@@ -268,9 +277,8 @@ def test_a_step_on_photographs_is_the_same_in_pytorch(backbone, monkeypatch):
     assert list(ours) == [steps.BATCH]
     for run_steps in (ours | steps.torch_steps(recipe, data, variables, [EAGER])).values():
         run_steps(1)
-    steps.check_equal(recipe, data, EAGER)
+    steps.check_equal(recipe, data, [EAGER])
     if backbone == "resnet18":
-        right = weights.resnet_state_dict
-        monkeypatch.setattr(weights, "resnet_state_dict", lambda *g: right(*g) | {"bn1.bias": np.ones(64, "f")})
-        with pytest.raises(RunError, match="PyTorch's loss differs from ours"):
-            steps.check_equal(recipe, data, EAGER)
+        monkeypatch.setattr(torch_reference, "load_units", lambda *given: None)
+        with pytest.raises(RunError, match="PyTorch eager's loss differs from ours"):
+            steps.check_equal(recipe, data, [EAGER])

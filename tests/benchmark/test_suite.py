@@ -24,7 +24,8 @@ ROWS = [
     ["ours", 2.0, "1 .. 3", "50 %", 1.5, 32_000, "(ours)"],
     ["theirs", 8.0, "", None, 1.5, 8_000, "4.00 x (3.00 .. 5.00)"],
 ]
-MEASUREMENT = table("a step, tf32", list("abcdefg"), ROWS, {"ms": {"ours": [1.0, 2.0, 3.0], "theirs": [8.0]}})
+CELLS = [dict(zip("abcdefg", row, strict=True)) for row in ROWS]
+MEASUREMENT = table("a step, tf32", CELLS, {"ms": {"ours": [1.0, 2.0, 3.0], "theirs": [8.0]}})
 RECORD = {
     "section": "step",
     "status": "done",

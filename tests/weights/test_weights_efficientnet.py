@@ -152,7 +152,7 @@ def test_the_packages_weights_fit(variant):
 def test_every_layer_is_pytorchs(variant, tmp_path):
     """Random weights go through a file of PyTorch's; the twin takes them by the package's names."""
     torch = pytest.importorskip("torch")
-    from pspinal_jax.benchmark.torch_reference import TorchEfficientNetLite
+    from pspinal_jax.benchmark.torch_reference import TorchBackbone
 
     variables = random_variables(variant)
     variables["params"] = jax.tree.map(  # of the size that keeps activations alive through all layers
@@ -162,9 +162,9 @@ def test_every_layer_is_pytorchs(variant, tmp_path):
     torch.save({name: torch.from_numpy(array) for name, array in state_dict.items()}, tmp_path / "x.pth")
     read = read_state_dict(tmp_path / "x.pth")
 
-    twin = TorchEfficientNetLite(variant).eval()
+    twin = TorchBackbone(variant).eval()
     assert {unit.norm.eps for unit in twin.units.values()} == {1e-3}
-    theirs, seen = {}, {}
+    seen = {}
     for name, unit in twin.units.items():
         block, _, part = name.partition("/")
         index = int(block.removeprefix("block_")) - 1 if part else 0
@@ -174,12 +174,12 @@ def test_every_layer_is_pytorchs(variant, tmp_path):
             "depthwise": (f"_blocks.{index}._depthwise_conv", f"_blocks.{index}._bn1"),
             "project": (f"_blocks.{index}._project_conv", f"_blocks.{index}._bn2"),
         }[part or block]  # fmt: skip
-        theirs |= {f"units.{name}.conv.weight": read[f"{conv}.weight"]}
+        theirs = {"conv.weight": read[f"{conv}.weight"]}
         for leaf in ("weight", "bias", "running_mean", "running_var"):
-            theirs[f"units.{name}.norm.{leaf}"] = read[f"{norm}.{leaf}"]
+            theirs[f"norm.{leaf}"] = read[f"{norm}.{leaf}"]
+        missing = unit.load_state_dict({name: torch.from_numpy(array) for name, array in theirs.items()}, strict=False)
+        assert missing.missing_keys == ["norm.num_batches_tracked"] and not missing.unexpected_keys
         unit.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output}))
-    missing = twin.load_state_dict({name: torch.from_numpy(array) for name, array in theirs.items()}, strict=False)
-    assert not missing.unexpected_keys and all("num_batches" in name for name in missing.missing_keys)
 
     images = np.random.default_rng(1).standard_normal((2, 65, 96, 3)).astype(np.float32)
 
