@@ -1,18 +1,20 @@
 """The files of a data set as published (IDX, STL-10's binary files, class folders), in a folder or an archive.
 
-Archives are read in place: nothing is extracted, and an archive with a path that points outside it is refused.
+Archives are read in place: nothing is extracted, so no path in them is ever written to.
 """
 
 import contextlib
 import gzip
 import hashlib
 import io
+import math
 import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import IO, TypeAlias
 
 import numpy as np
@@ -20,9 +22,9 @@ import numpy as np
 from pspinal_jax.data.catalogue import CATALOGUE, DataSet
 from pspinal_jax.data.dataset import ArraySplit, Dataset, Split, array_dataset, draw_by_class
 from pspinal_jax.data.folder import check, class_names, in_order
-from pspinal_jax.data.images import Encoded, Files, ImageSplit, Selected, is_image, list_images
+from pspinal_jax.data.images import Encoded, ImageSplit, Selected, is_image, list_images
 from pspinal_jax.errors import DataError
-from pspinal_jax.files import require_file
+from pspinal_jax.files import read_bytes, require_file
 
 MAX_BYTES = 2**30
 """The largest size of one file, or of all that is kept of a tar, once unpacked; a few MB of zip can become many GB."""
@@ -30,17 +32,34 @@ MAX_BYTES = 2**30
 UINT8, INT32 = np.dtype(np.uint8), np.dtype(">i4")
 _IDX_CODES = {UINT8: 0x08, INT32: 0x0C}
 _GZIP_MAGIC = b"\x1f\x8b"
-_STL10_CLASSES = "class_names.txt"
 _SEED = 0
-# RuntimeError and NotImplementedError: encrypted, or compressed in a way that Python cannot undo.
-_DAMAGED = (
-    *(OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, RuntimeError, NotImplementedError),
-    ValueError,
-)
+# RuntimeError: encrypted, or compressed in a way that Python cannot undo.
+_DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
 _CHUNK = 1 << 20
 
 _Classes: TypeAlias = dict[str, list[int]]
 """Class -> numbers of its images."""
+
+
+class _Members(Encoded):
+    """The files of a folder or an archive, by path, each given by a function."""
+
+    def __init__(self, members: Mapping[str, Callable[[], bytes]]) -> None:
+        self.paths, self._read = list(members), list(members.values())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._read[index]()
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def find(self, name: str) -> int | None:
+        """The number of the first file called `name`, compressed or not."""
+        names = (name, name.removesuffix(".gz"))
+        return next((index for index, path in enumerate(self.paths) if PurePosixPath(path).name in names), None)
 
 
 def read_raw(
@@ -57,29 +76,27 @@ def read_raw(
     Raises:
       DataError: if files are missing, damaged, or not those of the set.
     """
-    encoded, paths, source = _open(data_set, source, archives)
+    members, source = _open(data_set, source, archives)
     if data_set.in_folders:
-        return _read_class_folders(data_set, source, encoded, paths, show_progress)
-    files = {}
-    for name in data_set.file_names:
-        index = _find(paths, name)
-        if index is None:
-            raise DataError(f"{source} lacks {name}; {_expected(data_set)}")
-        files[name] = (encoded[index], f"{source}: {paths[index]}")
-    if data_set.layout == "stl10":
-        index = _find(paths, _STL10_CLASSES)
-        names = data_set.class_names if index is None else tuple(encoded[index].decode(errors="replace").split())
-        if names != data_set.class_names:
-            raise DataError(f"{source}: {_STL10_CLASSES} names {', '.join(names)}, expected the classes of STL-10")
+        return _read_class_folders(data_set, source, members, show_progress)
     read = _read_stl10 if data_set.layout == "stl10" else _read_idx_pair
-    splits = {split: read(data_set, *(files[name] for name in pair)) for split, pair in data_set.files.items()}
+    first, last = data_set.first_label, data_set.first_label + data_set.num_classes - 1
+    splits = {}
+    for split, names in data_set.files.items():
+        pair = []
+        for name in names:
+            index = members.find(name)
+            if index is None:
+                raise DataError(f"{source} lacks {name}; {_expected(data_set)}")
+            pair.append((members[index], f"{source}: {members.paths[index]}"))
+        images, labels = read(data_set, *pair)
+        if len(images) != len(labels):
+            raise DataError(f"{pair[0][1]} holds {len(images)} images but {pair[1][1]} {len(labels)} labels")
+        low, high = int(labels.min()), int(labels.max())
+        if low < first or high > last:
+            raise DataError(f"{pair[1][1]} holds labels from {low} to {high}, expected {first} .. {last}")
+        splits[split] = ArraySplit(images, labels.astype(np.int32) - first)
     return array_dataset(splits, data_set.class_names, str(source))
-
-
-def _find(paths: Sequence[str], name: str) -> int | None:
-    """The number of the first file called `name`, compressed or not."""
-    names = (name, name.removesuffix(".gz"))
-    return next((index for index, path in enumerate(paths) if PurePosixPath(path).name in names), None)
 
 
 def _expected(data_set: DataSet) -> str:
@@ -88,39 +105,24 @@ def _expected(data_set: DataSet) -> str:
     return f"{data_set.name} takes a folder with {archive}{', '.join(data_set.file_names)}{kind}"
 
 
-def _check_examples(
-    data_set: DataSet, images: np.ndarray, labels: np.ndarray, image_file: str, label_file: str
-) -> ArraySplit:
-    if len(images) != len(labels):
-        raise DataError(f"{image_file} holds {len(images)} images but {label_file} {len(labels)} labels")
-    first, last = data_set.first_label, data_set.first_label + data_set.num_classes - 1
-    low, high = int(labels.min()), int(labels.max())
-    if low < first or high > last:
-        raise DataError(f"{label_file} holds labels from {low} to {high}, expected {first} .. {last}")
-    return ArraySplit(images, labels.astype(np.int32) - first)
-
-
-def _read_idx_pair(data_set: DataSet, image_file: tuple[bytes, str], label_file: tuple[bytes, str]) -> ArraySplit:
-    _refuse_another_sets(data_set, *label_file)
+def _read_idx_pair(
+    data_set: DataSet, image_file: tuple[bytes, str], label_file: tuple[bytes, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    # MNIST, KMNIST and Fashion-MNIST have the same file names and shapes; only checksums tell them apart.
+    owners = {item.sha256: other.name for other in CATALOGUE.values() for item in other.downloads}
+    owner = owners.get(hashlib.sha256(label_file[0]).hexdigest(), data_set.name)
+    if owner != data_set.name:
+        raise DataError(f"{label_file[1]} is the file of {owner}, expected that of {data_set.name}")
     height, width, _ = data_set.image_shape
     images = read_idx(*image_file, UINT8, (height, width))
     if data_set.label_columns is None:
         labels = read_idx(*label_file, UINT8, ())
     else:
         labels = read_idx(*label_file, INT32, (data_set.label_columns,))[:, 0]
-    upright = images.swapaxes(1, 2) if data_set.transposed else images
-    return _check_examples(data_set, upright[..., None], labels, image_file[1], label_file[1])
+    return (images.swapaxes(1, 2) if data_set.transposed else images)[..., None], labels
 
 
-def _refuse_another_sets(data_set: DataSet, content: bytes, where: str) -> None:
-    """MNIST, KMNIST and Fashion-MNIST have the same file names and shapes; only checksums tell them apart."""
-    owners = {item.sha256: other.name for other in CATALOGUE.values() for item in other.downloads}
-    owner = owners.get(hashlib.sha256(content).hexdigest(), data_set.name)
-    if owner != data_set.name:
-        raise DataError(f"{where} is the file of {owner}, expected that of {data_set.name}; give its own folder")
-
-
-def read_idx(content: bytes, where: str, dtype: np.dtype, item_shape: tuple[int | None, ...]) -> np.ndarray:
+def read_idx(content: bytes, where: str, dtype: np.dtype, item_shape: tuple[int, ...]) -> np.ndarray:
     """The array in an IDX file: a magic number, big-endian sizes, then the values and nothing else.
 
     Args:
@@ -149,69 +151,69 @@ def read_idx(content: bytes, where: str, dtype: np.dtype, item_shape: tuple[int 
             f"{dtype.name} with {magic[3]} dimensions) and {magic[3]} sizes"
         )
     count, *found = map(int, np.frombuffer(content[4:header], ">u4"))
-    if tuple(found) != item_shape or not count:
-        raise DataError(f"{where} holds {count} items of shape {tuple(found)}, expected shape {item_shape}")
-    num_bytes = count * int(np.prod(found, dtype=np.int64)) * dtype.itemsize
-    if len(content) - header != num_bytes:
+    num_bytes = count * math.prod(found) * dtype.itemsize
+    if tuple(found) != item_shape or not count or len(content) - header != num_bytes:
         raise DataError(
-            f"{where} declares {count} items ({num_bytes} bytes) but has {len(content) - header} bytes; "
-            "get the file again"
+            f"{where} declares {count} items of shape {tuple(found)} ({num_bytes} bytes) and has "
+            f"{len(content) - header} bytes, expected shape {item_shape}; get the file again"
         )
     values = np.frombuffer(content, dtype, offset=header)
     return values.astype(dtype.newbyteorder("="), copy=False).reshape(count, *found)
 
 
-def _read_stl10(data_set: DataSet, image_file: tuple[bytes, str], label_file: tuple[bytes, str]) -> ArraySplit:
+def _read_stl10(
+    data_set: DataSet, image_file: tuple[bytes, str], label_file: tuple[bytes, str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Each image is stored as three planes (red, green, blue), a plane column by column."""
-    pixels, labels = np.frombuffer(image_file[0], np.uint8), np.frombuffer(label_file[0], np.uint8)
+    pixels, size = np.frombuffer(image_file[0], np.uint8), math.prod(data_set.image_shape)
     height, width, channels = data_set.image_shape
-    size = int(np.prod(data_set.image_shape))
     if not len(pixels) or len(pixels) % size:
         raise DataError(f"{image_file[1]} has {len(pixels)} bytes, expected a multiple of {size}; get the file again")
     images = pixels.reshape(-1, channels, width, height).transpose(0, 3, 2, 1)
-    return _check_examples(data_set, images, labels, image_file[1], label_file[1])
+    return images, np.frombuffer(label_file[0], np.uint8)
 
 
-def _read_class_folders(
-    data_set: DataSet, source: Path, encoded: Encoded, paths: Sequence[str], show_progress: bool
-) -> Dataset[ImageSplit]:
+def _read_class_folders(data_set: DataSet, source: Path, members: _Members, show_progress: bool) -> Dataset[ImageSplit]:
     """Images that cannot be decoded are left out; `num_train` of each class are drawn where there is one folder."""
-    found = _find_classes(data_set, source, paths)
-    where = {split: f"{source}: {folder}" for split, (folder,) in data_set.files.items()}
-    names = class_names(found, where)
+    roots = _roots(data_set, members)
+    if len(roots) != 1:
+        where = ", ".join(root.strip("/") or "its top" for root in roots) or "no folder"
+        raise DataError(f"{source}: {where} holds all of {data_set.name}, expected one folder; {_expected(data_set)}")
+    (found,) = roots.values()
+    folders = {split: f"{source}: {folder}" for split, (folder,) in data_set.files.items()}
+    names = class_names(found, folders)
     if len(names) != data_set.num_classes:
         raise DataError(
             f"{source} holds {len(names)} classes, but {data_set.name} has {data_set.num_classes}; get that release, "
             "or train on the folder itself"
         )
-    indices = [index for classes in found.values() for each in classes.values() for index in each]
-    checks = check(encoded, indices, f"check {data_set.name}", show_progress)
+    indices = [index for split in folders for each in found[split].values() for index in each]
+    checks = check(members, indices, f"check {data_set.name}", show_progress)
     bad = {index for index, checked in zip(indices, checks, strict=True) if checked.problem is not None}
     splits = {}
-    for split, classes in found.items():
-        good = {name: [index for index in classes[name] if index not in bad] for name in names}
-        numbers, labels = in_order(good, names, where[split])
-        splits[split] = ImageSplit(Selected(encoded, np.asarray(numbers)), labels)
+    for split, folder in folders.items():
+        good = {name: sorted(set(found[split][name]) - bad, key=lambda index: members.paths[index]) for name in names}
+        numbers, labels = in_order(good, names, folder)
+        splits[split] = ImageSplit(Selected(members, np.asarray(numbers)), labels)
     if data_set.num_train:
         (everything,) = splits.values()
-        fewest = int(np.bincount(everything.labels).min())
-        if fewest <= data_set.num_train:
-            name = names[int(np.bincount(everything.labels).argmin())]
+        counts = np.bincount(everything.labels)
+        if counts.min() <= data_set.num_train:
             raise DataError(
-                f"{source} holds {fewest} images of {name} that can be decoded, expected more than "
-                f"{data_set.num_train}; get the files again"
+                f"{source} holds {counts.min()} images of {names[counts.argmin()]} that can be decoded, expected more "
+                f"than {data_set.num_train}; get the files again"
             )
         test, train = draw_by_class(everything.labels, lambda count: data_set.num_train, _SEED)
         splits = {"train": everything.take(train), "test": everything.take(test)}
-    skipped = tuple(encoded.name(index) for index in indices if index in bad)
+    skipped = tuple(members.name(index) for index in indices if index in bad)
     return Dataset(splits, names, str(source), (0, 0, 3), skipped=skipped)
 
 
-def _roots(data_set: DataSet, paths: Sequence[str]) -> dict[str, dict[str, _Classes]]:
+def _roots(data_set: DataSet, members: _Members) -> dict[str, dict[str, _Classes]]:
     """Folder -> split -> class -> numbers of its images, for every folder that holds all splits' folders."""
     split_of = {folder.lower(): split for split, (folder,) in data_set.files.items()}
     roots: dict[str, dict[str, _Classes]] = {}
-    for index, path in enumerate(paths):
+    for index, path in enumerate(members.paths):
         *root, folder, name, _ = ["", "", *PurePosixPath(path).parts]
         if folder.lower() in split_of and name != data_set.left_out:
             classes = roots.setdefault("/".join(root), {}).setdefault(split_of[folder.lower()], {})
@@ -219,62 +221,24 @@ def _roots(data_set: DataSet, paths: Sequence[str]) -> dict[str, dict[str, _Clas
     return {root: splits for root, splits in roots.items() if len(splits) == len(data_set.files)}
 
 
-def _find_classes(data_set: DataSet, source: Path, paths: Sequence[str]) -> dict[str, _Classes]:
-    roots = _roots(data_set, paths)
-    if len(roots) != 1:
-        where = ", ".join(root.strip("/") or "its top" for root in roots) or "no folder"
-        raise DataError(f"{source}: {where} holds all of {data_set.name}, expected one folder; {_expected(data_set)}")
-    (splits,) = roots.values()
-    for classes in splits.values():
-        for indices in classes.values():
-            indices.sort(key=lambda index: paths[index])
-    return {split: splits[split] for split in data_set.files}
-
-
-class _Members(Encoded):
-    """The files `paths` of an archive, each given by `read`."""
-
-    def __init__(self, paths: Sequence[str], read: Callable[[str], bytes]) -> None:
-        self.paths, self.read = paths, read
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.read(self.paths[index])
-
-    def name(self, index: int) -> str:
-        return self.paths[index]
-
-
-def _open(data_set: DataSet, source: Path, archives: contextlib.ExitStack) -> tuple[Encoded, Sequence[str], Path]:
-    """The files of `source` that the set may need, the path of each with '/' in it, and the folder or archive read."""
+def _open(data_set: DataSet, source: Path, archives: contextlib.ExitStack) -> tuple[_Members, Path]:
+    """The files of `source` that the set may need, and the folder or archive that they are read from."""
     if not source.exists():
         raise DataError(f"{source} does not exist; {_expected(data_set)}")
-    if source.is_dir():
-        files = _list(data_set, source)
-        paths: Sequence[str] = files
-        if data_set.in_folders:
-            # `source` may be one of the class folders' folders itself, or a link to one.
-            spellings = (Path(os.path.abspath(source)).name, source.resolve().name)
-            top = next((name for name in spellings if name in data_set.file_names), spellings[0])
-            paths = [f"{top}/{file}" for file in files]
-            complete = bool(_roots(data_set, paths))
-        else:
-            complete = all(_find(paths, name) is not None for name in data_set.file_names)
-        archive = None if complete else _find_archive(data_set, source)
-        if archive is None:
-            return Files(source, files), paths, source
-        source = archive
-    members = _open_archive(data_set, source, archives)
-    return members, members.paths, source
-
-
-def _list(data_set: DataSet, source: Path) -> list[str]:
+    if not source.is_dir():
+        return _open_archive(data_set, source, archives), source
     if data_set.in_folders:
-        return list_images(source, linked=True)
-    folders = [folder for folder in (source, source / data_set.archive_folder) if folder.is_dir()]
-    return [path.relative_to(source).as_posix() for folder in folders for path in folder.iterdir() if path.is_file()]
+        # `source` may be one of the class folders' folders itself, or a link to one.
+        spellings = (Path(os.path.abspath(source)).name, source.resolve().name)
+        top = next((name for name in spellings if name in data_set.file_names), spellings[0])
+        files = {f"{top}/{file}": source / file for file in list_images(source, linked=True)}
+    else:
+        entries = [path for folder in (source, source / data_set.archive_folder) for path in folder.glob("*")]
+        files = {path.relative_to(source).as_posix(): path for path in entries if path.is_file()}
+    members = _Members({path: partial(read_bytes, file, MAX_BYTES) for path, file in files.items()})
+    found = _roots(data_set, members) if data_set.in_folders else None not in map(members.find, data_set.file_names)
+    archive = None if found else _find_archive(data_set, source)
+    return (members, source) if archive is None else (_open_archive(data_set, archive, archives), archive)
 
 
 def _find_archive(data_set: DataSet, source: Path) -> Path | None:
@@ -296,43 +260,27 @@ def _open_archive(data_set: DataSet, path: Path, archives: contextlib.ExitStack)
         parts, name = PurePosixPath(member).parts, PurePosixPath(member).name
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
             return False
-        return is_image(name) if data_set.in_folders else name in (*data_set.file_names, _STL10_CLASSES)
+        return is_image(name) if data_set.in_folders else name in data_set.file_names
 
     if path.name.endswith((".tar.gz", ".tgz")):
         with path.open("rb") as stream:
-            return _in_memory(read_tar(stream, str(path), needed))
+            return _Members(read_tar(stream, str(path), needed))
     archive = archives.enter_context(open_zip(path))
     for entry in archive.namelist():
         if PurePosixPath(entry).name in _tar_names(data_set) and not entry.startswith("__MACOSX"):
             content = io.BytesIO(read_zip_member(archive, path, entry))
-            return _in_memory(read_tar(content, f"{entry} in {path}", needed))
-    return _Members([entry for entry in archive.namelist() if needed(entry)], _zip_reader(archive, path))
+            return _Members(read_tar(content, f"{entry} in {path}", needed))
+    needed_entries = filter(needed, archive.namelist())
+    return _Members({entry: partial(read_zip_member, archive, path, entry) for entry in needed_entries})
 
 
-def _in_memory(members: Mapping[str, bytes]) -> _Members:
-    return _Members(list(members), members.__getitem__)
-
-
-def _zip_reader(archive: zipfile.ZipFile, path: Path) -> Callable[[str], bytes]:
-    return lambda entry: read_zip_member(archive, path, entry)
-
-
-@contextlib.contextmanager
-def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The zip file at `path`.
-
-    Raises:
-      DataError: if it is not a zip file, or holds a path that points outside it.
-    """
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """The zip file at `path`; DataError if it is not a zip file."""
     try:
         require_file(path)
-        archive = zipfile.ZipFile(path)
+        return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as a zip file: {error}; get the file again") from error
-    with archive:
-        for name in archive.namelist():
-            _refuse_outside(name, str(path))
-        yield archive
 
 
 def read_zip_member(archive: zipfile.ZipFile, path: Path, entry: str) -> bytes:
@@ -348,8 +296,8 @@ def read_zip_member(archive: zipfile.ZipFile, path: Path, entry: str) -> bytes:
         raise _unreadable(f"{entry} in {path}", error) from error
 
 
-def read_tar(stream: IO[bytes], where: str, needed: Callable[[str], bool]) -> dict[str, bytes]:
-    """The files of a tar.gz whose path is `needed`, as path -> contents; links and folders are passed over.
+def read_tar(stream: IO[bytes], where: str, needed: Callable[[str], bool]) -> dict[str, Callable[[], bytes]]:
+    """What gives the content of each file of a tar.gz whose path is `needed`; links and folders are passed over.
 
     Args:
       stream: the archive, from its start; read to its end, so that all checksums are.
@@ -357,20 +305,19 @@ def read_tar(stream: IO[bytes], where: str, needed: Callable[[str], bool]) -> di
       needed: whether to keep the member with that path.
 
     Raises:
-      DataError: if the archive is damaged, holds a path that points outside it, or more than `MAX_BYTES`.
+      DataError: if the archive is damaged, or holds more than `MAX_BYTES`.
     """
-    members: dict[str, bytes] = {}
+    members: dict[str, Callable[[], bytes]] = {}
     size = 0
     try:
         with gzip.GzipFile(fileobj=stream) as unzipped:
             with tarfile.open(fileobj=unzipped, mode="r|") as archive:
                 for member in archive:
-                    _refuse_outside(member.name, where)
                     file = archive.extractfile(member) if member.isfile() and needed(member.name) else None
                     if file is not None:
                         size += member.size
                         _refuse_large(size, where)
-                        members[member.name] = file.read()
+                        members[member.name] = partial(bytes, file.read())
             while piece := unzipped.read(_CHUNK):
                 size += len(piece)
                 _refuse_large(size, where)
@@ -382,12 +329,6 @@ def read_tar(stream: IO[bytes], where: str, needed: Callable[[str], bool]) -> di
 def _refuse_large(size: int, where: str) -> None:
     if size > MAX_BYTES:
         raise DataError(f"{where} has {size} bytes unpacked, expected at most {MAX_BYTES}; get the file again")
-
-
-def _refuse_outside(name: str, where: str) -> None:
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    if posix.is_absolute() or windows.anchor or ".." in posix.parts or ".." in windows.parts:
-        raise DataError(f"{where} holds the path {name!r}, which points outside it; get the file again")
 
 
 def _unreadable(where: str, error: Exception) -> DataError:

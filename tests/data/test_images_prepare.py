@@ -196,27 +196,12 @@ REFUSED = {
         "12 images but .*train_y.bin 2",
     ),
     "stl10: label 0": ("stl10", stl10_with(**{"train_y.bin": bytes(12)}), "labels from 0 to 0, expected 1 .. 10"),
-    "stl10: other classes": (
-        "stl10",
-        stl10_with(**{"class_names.txt": b"a\nb\n"}),
-        "names a, b, expected the classes of",
-    ),
     "stl10: cut archive": ("stl10", stl10_cut, r"stl10_binary.tar.gz cannot be read: .*; get the file again"),
     "stl10: checksum": ("stl10", stl10_bad_checksum, r"stl10_binary.tar.gz cannot be read: CRC check failed"),
     "stl10: lacking": (
         "stl10",
         lambda raw: write_files(raw, {"stl10_binary.tar.gz": tar_gz({"stl10_binary/train_X.bin": b""})}),
         "lacks train_y.bin",
-    ),
-    "caltech101: outside": (
-        "caltech101",
-        tar_of(caltech_members(), **{"../evil.jpg": b"x"}),
-        "'../evil.jpg', which po",
-    ),
-    "caltech101: absolute": (
-        "caltech101",
-        tar_of(caltech_members(), **{"/evil.jpg": b"x"}),
-        "'/evil.jpg', which points",
     ),
     "caltech101: too few": (
         "caltech101",
@@ -233,11 +218,6 @@ REFUSED = {
         "caltech101",
         lambda raw: write_files(raw, {"caltech-101.zip": b"no zip"}),
         "caltech-101.zip cannot be read as a zip file",
-    ),
-    "fruits360: outside": (
-        "fruits360",
-        zip_of(fruits_members(), **{"../evil.jpg": b"x"}),
-        "'../evil.jpg', which points",
     ),
     "fruits360: no test": (
         "fruits360",

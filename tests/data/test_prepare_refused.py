@@ -35,11 +35,11 @@ BAD_MNIST = [
     pytest.param(MNIST_NAMES[0], CUT, "cannot be read: Compressed file ended", id="truncated gzip"),
     pytest.param(MNIST_NAMES[0], gzip.compress(b"\0\0\x08\x02" + idx(IMAGES)[4:]), "00 00 08 02", id="magic number"),
     pytest.param(MNIST_NAMES[0], packed(IMAGES[:39]), "39 images but", id="counts differ"),
-    pytest.param(MNIST_NAMES[0], packed(IMAGES[:, :, :27]), "(28, 27), expected shape (28, 28)", id="shape"),
+    pytest.param(MNIST_NAMES[0], packed(IMAGES[:, :, :27]), "items of shape (28, 27)", id="shape"),
     pytest.param(
         MNIST_NAMES[0],
         gzip.compress(idx(IMAGES) + b"x"),
-        "(31360 bytes) but has 31361",
+        "(31360 bytes) and has 31361",
         id="trailing data",
     ),
     pytest.param(MNIST_NAMES[1], packed(np.full(40, 10, np.uint8)), "from 10 to 10, expected 0 .. 9", id="label"),
@@ -63,7 +63,7 @@ def test_bad_mnist_files(tmp_path, file, content, message):
     [
         (np.full((40, 8), -1, np.int32), "from -1 to -1, expected 0 .. 9"),
         (np.full((40, 8), 70_000, np.int32), "from 70000 to 70000"),
-        (np.zeros((40, 7), np.int32), "items of shape (7,), expected shape (8,)"),
+        (np.zeros((40, 7), np.int32), "items of shape (7,)"),
     ],
 )
 def test_bad_qmnist_labels(tmp_path, labels, message):
@@ -88,11 +88,6 @@ TRAIN_IMAGES, TRAIN_LABELS = (f"gzip/{name}" for name in emnist_names("letters")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"../evil.txt": b"x"}, "'../evil.txt', which points outside it", id="up"),
-        pytest.param({"gzip/../../evil.txt": b"x"}, "which points outside it", id="down and up"),
-        pytest.param({"/tmp/evil.txt": b"x"}, "'/tmp/evil.txt', which points outside it", id="absolute"),
-        pytest.param({"..\\evil.txt": b"x"}, "which points outside it", id="windows, up"),
-        pytest.param({"C:\\evil.txt": b"x"}, "which points outside it", id="windows, absolute"),
         pytest.param({TRAIN_IMAGES: None}, f"lacks {emnist_names('letters')[0]}", id="entry missing"),
         pytest.param({TRAIN_IMAGES: CUT}, f"{emnist_names('letters')[0]} cannot be read", id="entry cut short"),
         pytest.param({TRAIN_LABELS: packed(np.zeros(40, np.uint8))}, "from 0 to 0, expected 1 .. 26", id="label 0"),
@@ -104,7 +99,15 @@ def test_bad_emnist_zips(tmp_path, changes, message):
     raw = write_raw(tmp_path / "raw", "emnist_letters", examples(26))
     rewrite_zip(raw / "gzip.zip", changes)
     assert_refused("emnist_letters", tmp_path, "gzip.zip", message, raw=raw)
-    assert not list(tmp_path.rglob("evil*")) and len(list(tmp_path.rglob("*"))) == 2
+    assert len(list(tmp_path.rglob("*"))) == 2
+
+
+def test_paths_that_point_outside_an_archive_are_never_written(tmp_path):
+    raw = write_raw(tmp_path / "raw", "emnist_letters", examples(26))
+    evil = {"../evil.txt", "gzip/../../evil.txt", f"{tmp_path}/evil.txt", "..\\evil.txt", "C:\\evil.txt"}
+    rewrite_zip(raw / "gzip.zip", dict.fromkeys(evil, b"x"))
+    prepare_data_set(CATALOGUE["emnist_letters"], tmp_path / "data", raw=raw)
+    assert not list(tmp_path.rglob("*evil*"))
 
 
 def test_damaged_zips(tmp_path):
