@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from pspinal_jax.augment.pipeline import Warp, augment, draw_warp
+from pspinal_jax.augment import Warp, augment, draw_warp
 from pspinal_jax.augment.warp import image_corners, perspective_coefficients, rotate, warp_perspective
 
 _PER_PROCESS = 2048

@@ -21,10 +21,14 @@ from pspinal_jax.augment.crop import (
     rotate_crop_flip,
 )
 from pspinal_jax.augment.mixing import Mixed, mix
-from pspinal_jax.augment.pipeline import Augmentation, Warp, apply_warp, augment, draw_warp
 from pspinal_jax.augment.warp import (
+    Augmentation,
+    Warp,
+    apply_warp,
+    augment,
     draw_angles,
     draw_perspective,
+    draw_warp,
     perspective_coefficients,
     rotate,
     warp_perspective,

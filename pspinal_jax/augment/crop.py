@@ -11,16 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pspinal_jax.augment.warp import (
-    check_fraction,
-    check_images,
-    check_shape,
-    draw_angles,
-    per_image,
-    rotation_sources_at,
-    sample_bilinear,
-    sample_nearest,
-)
+from pspinal_jax.augment import warp
 
 _MAX_TRIES = 10
 """As torchvision: a box that does not fit is drawn again, so often; after that it is cut to the image."""
@@ -71,11 +62,11 @@ def draw_view(
     """
     if not 1 <= size <= min(height, width):
         raise ValueError(f"size must be between 1 and the images' {height} x {width}, got {size}")
-    check_fraction("flip_probability", settings.flip_probability)
+    warp.check_fraction("flip_probability", settings.flip_probability)
     angle_key, corner_key, flip_key = jax.random.split(key, 3)
     spare = jnp.array([height - size + 1, width - size + 1], jnp.int32)
     return View(
-        angles=draw_angles(angle_key, count, degrees=settings.degrees),
+        angles=warp.draw_angles(angle_key, count, degrees=settings.degrees),
         corners=jax.random.randint(corner_key, (count, 2), 0, spare, jnp.int32),
         flips=jax.random.uniform(flip_key, (count,)) < settings.flip_probability,
     )
@@ -97,16 +88,16 @@ def apply_view(images: jax.Array, view: View, size: int) -> jax.Array:
       TypeError: if `images` is not uint8.
       ValueError: if an array has another shape.
     """
-    check_images(images)
+    warp.check_images(images)
     count, height, width, _ = images.shape
-    check_shape("angles", view.angles, count)
-    check_shape("corners", view.corners, count, 2)
-    check_shape("flips", view.flips, count)
+    warp.check_shape("angles", view.angles, count)
+    warp.check_shape("corners", view.corners, count, 2)
+    warp.check_shape("flips", view.flips, count)
     along = jnp.arange(size, dtype=jnp.int32)
     across = jnp.where(view.flips[:, None], size - 1 - along, along)
-    x = per_image(view.corners[:, 1]) + across[:, None, :]
-    y = per_image(view.corners[:, 0]) + along[None, :, None]
-    return sample_nearest(images, *rotation_sources_at(view.angles, height, width, x, y))
+    x = warp.per_image(view.corners[:, 1]) + across[:, None, :]
+    y = warp.per_image(view.corners[:, 0]) + along[None, :, None]
+    return warp.sample_nearest(images, *warp.rotation_sources_at(view.angles, height, width, x, y))
 
 
 @functools.partial(jax.jit, static_argnames=("size", "settings"))
@@ -138,7 +129,7 @@ def rotate_crop_flip(
       TypeError: if `images` is not uint8.
       ValueError: if it has another shape or is smaller than the crop, or on a setting outside its range.
     """
-    check_images(images)
+    warp.check_images(images)
     count, height, width, _ = images.shape
     return apply_view(images, draw_view(key, count, height, width, size, settings), size)
 
@@ -185,7 +176,7 @@ def draw_boxes(key: jax.Array, count: int, settings: ResizedCrop = USUAL) -> Box
         raise ValueError(f"min_area must be above 0 and at most 1, got {settings.min_area!r}")
     if not settings.aspect >= 1.0:
         raise ValueError(f"aspect must be at least 1, got {settings.aspect!r}")
-    check_fraction("flip_probability", settings.flip_probability)
+    warp.check_fraction("flip_probability", settings.flip_probability)
     box_key, corner_key, flip_key = jax.random.split(key, 3)
     numbers = jax.random.uniform(box_key, (count * _MAX_TRIES * 2,)).reshape(count, _MAX_TRIES, 2)
     area = settings.min_area + (1 - settings.min_area) * numbers[..., 0]
@@ -216,16 +207,16 @@ def apply_boxes(images: jax.Array, boxes: Boxes, size: int) -> jax.Array:
       TypeError: if `images` is not uint8.
       ValueError: if an array has another shape.
     """
-    check_images(images)
+    warp.check_images(images)
     count, height, width, _ = images.shape
-    check_shape("corners", boxes.corners, count, 2)
-    check_shape("sides", boxes.sides, count, 2)
-    check_shape("flips", boxes.flips, count)
+    warp.check_shape("corners", boxes.corners, count, 2)
+    warp.check_shape("sides", boxes.sides, count, 2)
+    warp.check_shape("flips", boxes.flips, count)
     along = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
     across = jnp.where(boxes.flips[:, None], 1 - along, along)
-    y = per_image(boxes.corners[:, 0]) + along[None, :, None] * per_image(boxes.sides[:, 0])
-    x = per_image(boxes.corners[:, 1]) + across[:, None, :] * per_image(boxes.sides[:, 1])
-    return sample_bilinear(images, *jnp.broadcast_arrays(x * width, y * height))
+    y = warp.per_image(boxes.corners[:, 0]) + along[None, :, None] * warp.per_image(boxes.sides[:, 0])
+    x = warp.per_image(boxes.corners[:, 1]) + across[:, None, :] * warp.per_image(boxes.sides[:, 1])
+    return warp.sample_bilinear(images, *jnp.broadcast_arrays(x * width, y * height))
 
 
 @functools.partial(jax.jit, static_argnames=("size", "settings"))
@@ -248,5 +239,5 @@ def resized_crop_flip(key: jax.Array, images: jax.Array, size: int, settings: Re
       TypeError: if `images` is not uint8.
       ValueError: if it has another shape, or on a setting outside its range.
     """
-    check_images(images)
+    warp.check_images(images)
     return apply_boxes(images, draw_boxes(key, len(images), settings), size)
