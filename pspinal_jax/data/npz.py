@@ -1,4 +1,4 @@
-"""Reading a data set from one .npz file; its headers are checked before anything is allocated."""
+"""Reading a data set from one .npz file."""
 
 import dataclasses
 import math
@@ -19,8 +19,8 @@ from pspinal_jax.progress import warn
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _VALIDATION = ("validation_images", "validation_labels")
 _NAMES = "class_names"
-# NotImplementedError and RuntimeError: compressed in a way that Python cannot undo, and encrypted.
-_DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError)
+# RuntimeError: compressed in a way that Python cannot undo, or encrypted. MemoryError: a header that promises too much.
+_DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError, MemoryError)
 
 
 def read_npz(path: Path, classes: Classes) -> Dataset[ArraySplit]:
@@ -37,12 +37,13 @@ def read_npz(path: Path, classes: Classes) -> Dataset[ArraySplit]:
     try:
         require_file(path)
         with zipfile.ZipFile(path) as archive:
-            held = [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
-            needed = [*ARRAYS, *(_VALIDATION if {*_VALIDATION} & {*held} else ())]
-            if missing := [name for name in needed if name not in held]:
-                raise DataError(f"{path} lacks {', '.join(missing)}; it has: {', '.join(held) or 'none'}")
-            needed += [_NAMES] if _NAMES in held else []
-            _check_headers(archive, needed)
+            sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+        needed = [*ARRAYS, *(_VALIDATION if {*_VALIDATION} & {*sizes} else ())]
+        if missing := [name for name in needed if name not in sizes]:
+            raise DataError(f"{path} lacks {', '.join(missing)}; it has: {', '.join(sizes) or 'none'}")
+        needed += [_NAMES] if _NAMES in sizes else []
+        if (total := sum(sizes[name] for name in needed)) > (memory := _memory()):
+            raise ValueError(f"its arrays take {total} bytes, and this machine has {memory}")
         # Never unpickle: object arrays are refused by allow_pickle=False, the default.
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in needed}
@@ -55,7 +56,7 @@ def read_npz(path: Path, classes: Classes) -> Dataset[ArraySplit]:
         if f"{name}_images" in arrays
     }
     data = make_dataset(splits, str(path), classes, _class_names(path, arrays.get(_NAMES)))
-    unused = sorted(set(held) - set(needed))
+    unused = sorted(set(sizes) - set(needed))
     if not unused:
         return data
     line = f"{path} holds arrays that are not used: {', '.join(unused)}; used are {', '.join(needed)}"
@@ -64,37 +65,18 @@ def read_npz(path: Path, classes: Classes) -> Dataset[ArraySplit]:
     return dataclasses.replace(data, passed_over=(line,))
 
 
-def _check_headers(archive: zipfile.ZipFile, names: list[str]) -> None:
-    """Raise ValueError unless each array's header promises what follows it, and all fit into the memory."""
-    total, memory = 0, math.inf
-    if hasattr(os, "sysconf"):  # not on Windows
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in names:
-        entry = archive.getinfo(f"{name}.npy")
-        with archive.open(entry) as member:
-            version = np.lib.format.read_magic(member)
-            if version not in ((1, 0), (2, 0)):
-                raise ValueError(f"{name} has a header of version {version}, expected a plain array of numbers or text")
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(member)
-            promised, follow = math.prod(shape) * dtype.itemsize, entry.file_size - member.tell()
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects, which are never unpickled; save plain numbers or text")
-        if min(shape, default=0) < 0 or promised != follow:
-            raise ValueError(f"{name} should have shape {shape} ({dtype}), {promised} bytes, but {follow} follow")
-        total += promised
-    if total > memory:
-        raise ValueError(f"its arrays take {total} bytes, and this machine has {memory}")
+def _memory() -> float:
+    """Bytes of memory of this machine, infinity where that is not known."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 def _class_names(path: Path, names: np.ndarray | None) -> tuple[str, ...] | None:
     if names is None:
         return None
+    names = np.asarray(names)  # NumPy gives the bytes of what is not an array
+    if names.ndim != 1 or names.dtype.kind not in "US":
+        raise DataError(f"{path}: class_names have shape {names.shape} and dtype {names.dtype}, expected text [C]")
     try:
-        if names.ndim == 1 and names.dtype.kind in "US":
-            return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist())
+        return tuple(np.char.decode(names, "utf-8").tolist() if names.dtype.kind == "S" else names.tolist())
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: class_names are bytes that are not UTF-8 ({error}); save them as text") from error
-    raise DataError(
-        f"{path}: class_names have shape {names.shape} and dtype {names.dtype}, expected text, one name a class, [C]"
-    )

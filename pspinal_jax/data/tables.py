@@ -163,15 +163,9 @@ def _columns(given: Any) -> list[tuple[str, np.ndarray]] | None:
 
 def _array(where: str, what: str, given: Any, dtype: Any = None) -> np.ndarray:
     """`given` as an array; DataError if a part of it is masked, or rows have different lengths."""
-    if isinstance(given, list | tuple):
-        masked = np.array([np.ma.is_masked(each) for each in given], bool)
-    else:
-        masked = np.ma.getmaskarray(given) if np.ma.isMaskedArray(given) else np.zeros(0, bool)
-    if masked.any():
-        raise DataError(
-            f"{where}: {masked.sum():,} of {masked.size:,} {what} are masked, the first in row "
-            f"{np.argwhere(masked)[0][0]}; fill them in, or leave those examples out"
-        )
+    rows = given if isinstance(given, list | tuple) else [given]
+    if any(np.ma.is_masked(row) for row in rows):
+        raise DataError(f"{where}: {what} are masked; fill them in, or leave those examples out")
     try:
         return np.asarray(given, dtype)
     except (ValueError, TypeError) as error:
@@ -253,9 +247,26 @@ def _labels(where: str, given: Any) -> np.ndarray:
     if values.ndim != 1:
         raise DataError(f"{where}_labels have shape {values.shape}, expected one label an example, [N]")
     if values.dtype.kind in "OSUT":
-        values = _of_cells(where, values.tolist())
+        try:
+            cells = [cell.decode() if isinstance(cell, bytes) else cell for cell in values.tolist()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}_labels are bytes that are not UTF-8 ({error}); save them as text") from error
+        missing: Any = [
+            cell.strip() in _WRITTEN_MISSING if isinstance(cell, str) else _is_missing(cell) for cell in cells
+        ]
+        kinds = {type(cell).__name__ for cell in cells}
+        is_text, is_numeric = kinds == {"str"}, all(isinstance(cell, numbers.Real | np.bool_) for cell in cells)
+        if not any(missing) and not is_text and not is_numeric:
+            raise DataError(f"{where}_labels hold {' and '.join(sorted(kinds))}, expected integers or text")
+        values = values if any(missing) else np.array(cells)
+    else:
+        missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(1, bool)
+    if np.any(missing):
+        raise DataError(
+            f"{where}: {np.sum(missing):,} of {len(values):,} labels are missing (NaN, None or empty), the first in "
+            f"row {np.argmax(missing)}; fill them in, or leave those examples out"
+        )
     if values.dtype.kind == "f":
-        _check_complete(where, np.isnan(values))
         wrong = values[~np.isfinite(values) | (values != np.round(values)) | (np.abs(values) > _MAX_EXACT)]
         if len(wrong):
             raise DataError(f"{where}_labels hold {wrong[0]:g}, expected integers or text: a class for each example")
@@ -263,29 +274,6 @@ def _labels(where: str, given: Any) -> np.ndarray:
     if values.dtype.kind not in "iubU":
         raise DataError(f"{where}_labels have dtype {values.dtype}, expected integers or text [N]")
     return values
-
-
-def _of_cells(where: str, cells: list[Any]) -> np.ndarray:
-    try:
-        cells = [cell.decode() if isinstance(cell, bytes) else cell for cell in cells]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}_labels are bytes that are not UTF-8 ({error}); save them as text") from error
-    missing = [cell.strip() in _WRITTEN_MISSING if isinstance(cell, str) else _is_missing(cell) for cell in cells]
-    _check_complete(where, np.array(missing, bool))
-    kinds = {type(cell).__name__ for cell in cells}
-    if kinds == {"str"}:
-        return np.array(cells)
-    if not all(isinstance(cell, numbers.Real | np.bool_) for cell in cells):
-        raise DataError(f"{where}_labels hold {' and '.join(sorted(kinds))}, expected integers or text")
-    return np.array(cells)
-
-
-def _check_complete(where: str, missing: np.ndarray) -> None:
-    if missing.any():
-        raise DataError(
-            f"{where}: {missing.sum():,} of {len(missing):,} labels are missing (NaN, None or empty), the first in row "
-            f"{missing.argmax()}; fill them in, or leave those examples out"
-        )
 
 
 def _find_classes(
@@ -303,13 +291,14 @@ def _find_classes(
     by_name = any(values.dtype.kind not in "iu" for values in labels.values()) or (names and not class_names)
     if by_name:
         labels = {name: values.astype(str) for name, values in labels.items()}
-    else:
-        for name, values in labels.items():
-            _check_range(f"{source}: {name}", values)
     lengths = [len(values) for values in labels.values()]
     found, numbered = np.unique(np.concatenate(list(labels.values())), return_inverse=True)
+    limits = np.iinfo(np.int32)
+    if not by_name and (found[0] < limits.min or found[-1] > limits.max):
+        raise DataError(f"{source}: labels go from {found[0]} to {found[-1]}, expected 0 .. C-1 for C classes")
     inferred = names is None and (by_name or count is None)
-    plain = not by_name and found[0] >= 0 and found[-1] < (len(names) if names else count or len(found))
+    size = len(names) if names else count or len(found)
+    plain = not by_name and found[0] >= 0 and found[-1] < size
     if by_name:
         names = names or tuple(found.tolist())
         unknown = [label for label in found.tolist() if label not in set(names)]
@@ -320,7 +309,7 @@ def _find_classes(
         if count not in (None, len(names)):
             raise DataError(f"{source}: the labels name {len(names)} classes, but data.num_classes is {count}")
         numbered = np.array([names.index(label) for label in found.tolist()])[numbered]
-    elif not plain and (len(names) if names else count or len(found)) == len(found):
+    elif not plain and size == len(found):
         _check_plausible(source, labels["train"])
         names = names or tuple(map(str, found.tolist()))
         if is_primary():
@@ -328,8 +317,7 @@ def _find_classes(
     else:
         names = names or tuple(map(str, range(count or int(labels["train"].max()) + 1)))
         numbered = found[numbered]
-    parts = np.split(numbered, np.cumsum(lengths)[:-1])
-    by_split = dict(zip(labels, parts, strict=True))
+    by_split = dict(zip(labels, np.split(numbered, np.cumsum(lengths)[:-1]), strict=True))
     for name, values in by_split.items():
         check_labels(f"{source}: {name}", values, len(names))
     if inferred:
@@ -346,14 +334,6 @@ def _check_trained(source: str, labels: dict[str, np.ndarray], names: tuple[str,
         unseen = [names[label] for label in np.setdiff1d(values, trained)] if every_class else []
         if unseen:
             raise DataError(f"{source}: {name} has classes of which train has no example: {first_names(unseen)}")
-
-
-def _check_range(where: str, labels: np.ndarray) -> None:
-    """Raise DataError unless the labels fit into int32, before a cast would make others of them."""
-    limits = np.iinfo(np.int32)
-    low, high = int(labels.min()), int(labels.max())
-    if low < limits.min or high > limits.max:
-        raise DataError(f"{where}_labels go from {low} to {high}, expected 0 .. C-1, the numbers of C classes")
 
 
 def _check_plausible(source: str, labels: np.ndarray) -> None:
