@@ -1,7 +1,6 @@
 """The data sets that we can prepare ourselves; catalogue.toml says what they are made of. Imports nothing heavy."""
 
 import dataclasses
-import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,11 +108,9 @@ def find_data_set(name: str) -> DataSet:
     """The entry `name`; a recipe's spelling with hyphens is understood too.
 
     Raises:
-      UsageError: if there is none; the message suggests one.
+      UsageError: if there is none.
     """
     key = name.replace("-", "_")
-    if key in CATALOGUE:
-        return CATALOGUE[key]
-    close = difflib.get_close_matches(key, CATALOGUE, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise UsageError(f"unknown data set {name!r}; {hint}There are: {', '.join(CATALOGUE)}")
+    if key not in CATALOGUE:
+        raise UsageError(f"unknown data set {name!r}, expected one of {', '.join(CATALOGUE)}")
+    return CATALOGUE[key]

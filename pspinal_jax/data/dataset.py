@@ -12,7 +12,6 @@ import numpy as np
 
 from pspinal_jax.errors import DataError, UsageError
 
-_NAMED = 3
 _MAX_NAMES = 5
 
 
@@ -117,9 +116,8 @@ class Contents:
     name: Callable[[int], str]
 
     def named(self, places: np.ndarray) -> str:
-        """The first of the examples at `places`, and how many more there are."""
-        names = ", ".join(self.name(int(index)) for index in places[:_NAMED])
-        return names + (f" and {len(places) - _NAMED:,} more" if len(places) > _NAMED else "")
+        """The first of the examples at `places`."""
+        return first_names([self.name(int(index)) for index in places[: _MAX_NAMES + 1]])
 
     def find_copies(self, train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> tuple[dict[str, int], str]:
         """Count the examples that are there on both sides of a split, or in several classes.

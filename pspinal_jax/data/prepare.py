@@ -62,7 +62,13 @@ def prepare_data_set(
       UsageError: if `raw` or `npz` is given for a set that needs no files, or both are.
       DataError: if the files are missing, damaged, not reachable, or the folder cannot be written.
     """
-    _check_sources(data_set, raw, npz)
+    if raw is not None and npz is not None:
+        raise UsageError("give --raw or --npz, not both")
+    given = raw is not None or npz is not None
+    if given and not data_set.files:
+        raise UsageError(f"{data_set.name} comes with scikit-learn and takes neither --raw nor --npz")
+    if npz is not None and data_set.in_folders:
+        raise UsageError(f"{data_set.name} is made of images of different sizes and takes --raw, not --npz")
     root = default_data_dir() if data_dir is None else expanded(data_dir)
     check_name(root)
     directory = root / data_set.name / OUR_VERSION
@@ -74,9 +80,15 @@ def prepare_data_set(
     check_target(root, "data folder", f"{data_set.name}/dataset_info.json")
     with contextlib.ExitStack() as archives:
         # All that can be wrong with the input is found before anything is written.
-        data = _read(data_set, raw, npz, archives, show_progress)
-        downloads = root / "downloads" / "manual" / (data_set.folder or data_set.name)
-        if data is None and (missing := _missing(data_set, downloads)):
+        downloads, data = root / "downloads" / "manual" / (data_set.folder or data_set.name), None
+        if given or not data_set.files:
+            data = _read(data_set, raw, npz, archives, show_progress)
+        elif not data_set.downloads:
+            raise DataError(
+                f"{data_set.name} cannot be downloaded; get it ({data_set.origin}) and run: pspinal-jax prepare "
+                f"{data_set.name} --raw DIR"
+            )
+        elif missing := _missing(data_set, downloads):
             problem = problem_reaching(missing[0].url, _SECONDS_TO_ANSWER)
             if problem is not None:
                 raise _unreachable(data_set, missing[0], str(problem))
@@ -88,7 +100,7 @@ def prepare_data_set(
                     _clear_leftovers(root / data_set.name, downloads)
                 if data is None:
                     _download(data_set, downloads, show_progress)
-                    data = _with_parts(data_set, read_raw(data_set, downloads, archives, show_progress))
+                    data = _read(data_set, downloads, None, archives, show_progress)
                 _write(data_set, root, data, show_progress)
         except OSError as error:
             problem_text = f"{data_set.name} cannot be prepared in {root}: {error}; choose another data folder"
@@ -112,50 +124,31 @@ def read_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (images[part], labels[part]) for name, part in parts.items()}
 
 
-def _check_sources(data_set: DataSet, raw: Path | None, npz: Path | None) -> None:
-    if raw is not None and npz is not None:
-        raise UsageError("give --raw or --npz, not both")
-    if not data_set.files and (raw is not None or npz is not None):
-        raise UsageError(f"{data_set.name} comes with scikit-learn and takes neither --raw nor --npz")
-    if data_set.in_folders and npz is not None:
-        raise UsageError(f"{data_set.name} is made of images of different sizes and takes --raw, not --npz")
-
-
 def _read(
     data_set: DataSet, raw: Path | None, npz: Path | None, archives: contextlib.ExitStack, show_progress: bool
-) -> Dataset[Any] | None:
-    """The examples from the user's files or scikit-learn; None if they have to be downloaded."""
-    if not data_set.files:
-        splits = {name: ArraySplit(*arrays) for name, arrays in read_digits().items()}
-        return array_dataset(splits, data_set.class_names, data_set.name)
+) -> Dataset[Any]:
+    """The examples from files as published, an .npz file or scikit-learn, with the parts that are splits too."""
     if raw is not None:
-        return _with_parts(data_set, read_raw(data_set, expanded(raw), archives, show_progress))
-    if npz is not None:
-        data = read_npz(expanded(npz), data_set.num_classes)
-        if data.example_shape != data_set.image_shape or data.example_dtype != "uint8":
+        data: Dataset[Any] = read_raw(data_set, expanded(raw), archives, show_progress)
+    elif npz is not None:
+        read = read_npz(expanded(npz), data_set.num_classes)
+        if read.example_shape != data_set.image_shape or read.example_dtype != "uint8":
             raise DataError(
-                f"{npz} holds {data.example_dtype} of shape {data.example_shape}, expected uint8 {data_set.image_shape}"
+                f"{npz} holds {read.example_dtype} of shape {read.example_shape}, expected uint8 {data_set.image_shape}"
             )
-        splits = {name: data.splits[name] for name in ("train", "test")}
-        return _with_parts(data_set, array_dataset(splits, data_set.class_names, data.source))
-    if not data_set.downloads:
-        raise DataError(
-            f"{data_set.name} cannot be downloaded from here; get it ({data_set.origin}) and run: pspinal-jax prepare "
-            f"{data_set.name} --raw DIR"
-        )
-    return None
-
-
-def _with_parts(data_set: DataSet, data: Dataset[Split]) -> Dataset[Split]:
-    """`data` with the further splits that `data_set` cuts from it."""
-    splits = dict(data.splits)
+        splits = {name: read.splits[name] for name in ("train", "test")}
+        data = array_dataset(splits, data_set.class_names, read.source)
+    else:
+        splits = {name: ArraySplit(*arrays) for name, arrays in read_digits().items()}
+        data = array_dataset(splits, data_set.class_names, data_set.name)
+    parts = {}
     for name, part in data_set.parts.items():
         whole = data.splits[part["split"]]
         indices = np.arange(len(whole))[part["start"] : part.get("end")]
         # TFDS has no empty splits; one arises where a file holds fewer examples than the published one.
         if len(indices):
-            splits[name] = whole.take(indices)
-    return dataclasses.replace(data, splits=splits)
+            parts[name] = whole.take(indices)
+    return dataclasses.replace(data, splits={**data.splits, **parts})
 
 
 def _missing(data_set: DataSet, folder: Path) -> list[Download]:
@@ -216,7 +209,8 @@ def _write(data_set: DataSet, root: Path, data: Dataset[Split], show_progress: b
     with progress_bar(total, f"prepare {data_set.name}", "image", show_progress) as bar:
         builder = _make_builder(data_set, root, data, bar.update)
         try:
-            with _quiet(tfds):
+            with contextlib.redirect_stdout(io.StringIO()):
+                tfds.disable_progress_bar()
                 builder.download_and_prepare(file_format="array_record", download_config=config)
         except OSError:
             # Without locks, another process may have finished first: its folder is in place, and our rename fails.
@@ -225,18 +219,9 @@ def _write(data_set: DataSet, root: Path, data: Dataset[Split], show_progress: b
         except RuntimeError as error:  # array_record's, of a full disk
             raise OSError(str(error)) from error
         finally:
+            tfds.enable_progress_bar()
             with contextlib.suppress(OSError):
                 (root / data_set.name).rmdir()  # if it is empty
-
-
-@contextlib.contextmanager
-def _quiet(tfds: Any) -> Iterator[None]:
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()
 
 
 def _make_builder(data_set: DataSet, root: Path, data: Dataset[Split], on_example: Callable[[], object]) -> Any:

@@ -99,11 +99,9 @@ class ImageSplit:
 
     def take(self, indices: np.ndarray) -> "ImageSplit":
         """See `Split`."""
-        indices = np.asarray(indices)
+        selected = Selected(self.encoded, np.asarray(indices))
         if isinstance(self.encoded, Selected):
             selected = Selected(self.encoded.encoded, self.encoded.indices[indices])
-        else:
-            selected = Selected(self.encoded, indices)
         centering = None if self.centering is None else self.centering[indices]
         return ImageSplit(selected, self.labels[indices], self.resize_mode, centering)
 
@@ -155,29 +153,22 @@ class Selected(Encoded):
         return self.encoded.digests()[self.indices]
 
 
-@dataclasses.dataclass(frozen=True)
 class _Joined(Encoded):
-    """The images of `first`, then those of `second`."""
+    """The images of several, one after the other."""
 
-    first: Encoded
-    second: Encoded
+    def __init__(self, *parts: Encoded) -> None:
+        self._items = [(part, index) for part in parts for index in range(len(part))]
 
     def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    def _find(self, index: int) -> tuple[Encoded, int]:
-        return (self.first, index) if index < len(self.first) else (self.second, index - len(self.first))
+        return len(self._items)
 
     def __getitem__(self, index: int) -> bytes:
-        part, at = self._find(index)
+        part, at = self._items[index]
         return part[at]
 
     def name(self, index: int) -> str:
-        part, at = self._find(index)
+        part, at = self._items[index]
         return part.name(at)
-
-    def digests(self) -> np.ndarray:
-        return np.concatenate([self.first.digests(), self.second.digests()])
 
 
 class Files(Encoded):
