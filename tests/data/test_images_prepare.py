@@ -256,7 +256,7 @@ def test_what_is_wrong_gets_one_line_and_nothing_is_written(tmp_path, case):
 def test_what_cannot_be_downloaded_says_where_it_comes_from(tmp_path):
     for name, place in (("fruits360", "moltean/fruits"), ("birds225", "gpiosenka/100-bird-species")):
         with pytest.raises(
-            DataError, match=rf"{name} cannot be downloaded .*{place}.* run: .* prepare {name} --raw DIR"
+            DataError, match=rf"{name} cannot be downloaded.*{place}.* run: .* prepare {name} --raw DIR"
         ):
             prepare_data_set(CATALOGUE[name], tmp_path / "data")
         with pytest.raises(UsageError, match="takes --raw, not --npz"):
