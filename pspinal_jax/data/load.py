@@ -18,7 +18,6 @@ from pspinal_jax.data.tfds import (
     STOCK_EMNIST,
     default_data_dir,
     find_prepared,
-    find_versions,
     read_image_records,
     read_prepared,
 )
@@ -101,18 +100,13 @@ def _load_images(config: DataConfig, image_size: int, needs_test: bool) -> Datas
 
 def _find_directory(config: DataConfig) -> Path:
     root = default_data_dir() if config.data_dir is None else expanded(config.data_dir)
-    # Where no version is readable, reading the newest says why.
-    directory = find_prepared(root, config.name) or next(reversed(find_versions(root, config.name)), None)
-    if directory is None:
-        raise _not_prepared(config, root)
-    return directory
-
-
-def _not_prepared(config: DataConfig, root: Path) -> DataError:
+    directory = find_prepared(root, config.name, any_format=True)  # reading another format says what is wrong
+    if directory is not None:
+        return directory
     folder = "" if config.data_dir is None else f" --data-dir {shlex.quote(str(config.data_dir))}"
     first = f"run: pspinal-jax prepare {config.name}{folder}; or " if config.name in CATALOGUE else ""
     takes = "an .npz or .csv file" if config.image_size is None else "a folder of class folders"
-    return DataError(
+    raise DataError(
         f"data set {config.name} is not prepared in {root}; {first}give --data.path {takes} or a directory that "
         "TFDS prepared as array_record, or set --data.data-dir"
     )

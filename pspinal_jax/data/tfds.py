@@ -31,7 +31,7 @@ STOCK_EMNIST = (
     "TFDS's own emnist cannot be used: its images are transposed, and its letters count 37 classes and hold 88,800 of "
     "the 124,800 training images; prepare ours with: pspinal-jax prepare emnist_letters (or emnist_digits)"
 )
-_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VALIDATION = ("validation", "valid", "val")
 _STAMP = "stamp"
 _OPENING = threading.Lock()
@@ -54,21 +54,16 @@ def default_data_dir() -> Path:
     return expanded(import_tfds().core.constants.DATA_DIR)
 
 
-def find_versions(data_dir: Path, name: str) -> list[Path]:
-    """The prepared versions of data set `name` in `data_dir`, oldest first.
+def find_prepared(data_dir: Path, name: str, any_format: bool = False) -> Path | None:
+    """The newest version of data set `name` in `data_dir` that is stored as array_record, or None.
 
-    A folder that TFDS was still writing has another kind of name, whatever it holds.
+    With `any_format`, the newest of another format where there is none. A folder that TFDS was still writing has
+    another kind of name, whatever it holds.
     """
-    found = []
-    for path in (data_dir / name).glob("*/dataset_info.json"):
-        if match := _VERSION.fullmatch(path.parent.name):
-            found.append((tuple(map(int, match.groups())), path.parent))
-    return [directory for _, directory in sorted(found)]
-
-
-def find_prepared(data_dir: Path, name: str) -> Path | None:
-    """The newest version of data set `name` in `data_dir` that is stored as array_record, or None."""
-    return next(filter(_is_array_record, reversed(find_versions(data_dir, name))), None)
+    found = [path.parent for path in (data_dir / name).glob("*/dataset_info.json")]
+    versions = [directory for directory in found if _VERSION.fullmatch(directory.name)]
+    versions.sort(key=lambda directory: tuple(map(int, directory.name.split("."))), reverse=True)
+    return next(iter([*filter(_is_array_record, versions), *(versions if any_format else ())]), None)
 
 
 def _is_array_record(directory: Path) -> bool:
