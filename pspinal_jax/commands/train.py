@@ -116,23 +116,17 @@ def extract_features(args: Sequence[str]) -> int:
         description=f"Write the features that the backbone of {name} gives for its data, for `train features`.",
         default=ExtractArguments(recipe),
     )
-    from pspinal_jax.data import load_data
     from pspinal_jax.environment import enable_compilation_cache
-    from pspinal_jax.models import build_model, with_default_preprocessing
-    from pspinal_jax.recipes.rules import check_settings, check_settings_for
+    from pspinal_jax.models import build_model
     from pspinal_jax.runs.start import complete_backbone, extract_features, save_features, start_variables
+    from pspinal_jax.runs.train import load_examples
 
-    recipe = parsed.recipe
-    if recipe.model.backbone == "none":
+    if parsed.recipe.model.backbone == "none":
         raise UsageError(f"{name} has no backbone; extract-features takes a recipe of images with one")
     check_target(parsed.output, "--output")
-    check_settings(recipe)
-    recipe = with_default_preprocessing(recipe)
-    data = load_data(recipe.data)
+    recipe, data = load_examples(parsed.recipe, RunOptions(init_from=parsed.init_from, workers=parsed.workers))
     if data.in_memory:
         raise UsageError(f"{name} holds its data in memory; extract-features takes a recipe of images")
-    check_settings_for(recipe, data.source, data.example_shape)
-    data = data.with_validation(recipe.data.validation_fraction, recipe.data.split_seed)
     enable_compilation_cache()
     model = build_model(recipe, data.example_shape, data.num_classes)
     variables = complete_backbone(recipe, model, start_variables(recipe, model, parsed.init_from, data), data)

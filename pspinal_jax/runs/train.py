@@ -70,7 +70,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if is_primary() and not directory.result_path.exists():
         check_target(directory.path, "work directory", directory.config_path.name, directory.metrics_path.name)
     resuming = broadcast_from_primary(directory.config_path.exists)
-    recipe, data = _load(recipe, options, directory, resuming)
+    recipe, data = load_examples(recipe, options, directory.config() if resuming else None)
     rows = split_examples(recipe, data)  # what does not fit is refused before anything is written
     config = _config(recipe, options, data)
     everywhere = {**config["identity"], "mesh": config["mesh"], "workdir": str(directory.path)}
@@ -120,20 +120,19 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     return result
 
 
-def _load(
-    recipe: Recipe, options: RunOptions, directory: RunDirectory, resuming: bool
+def load_examples(
+    recipe: Recipe, options: RunOptions, began: dict[str, Any] | None = None
 ) -> tuple[Recipe, Dataset[Split]]:
-    """The recipe with all its values, and its data, found to fit each other."""
+    """The recipe with all its values, and its data, found to fit each other; `began` is a run's config.json."""
     whole, classes = with_default_preprocessing(recipe), None
-    if resuming:  # a run of an earlier version goes on as it began
-        config = directory.config()
-        together = config["identity"]["data"].get("keep_copies_together", False)
+    if began is not None:  # a run of an earlier version goes on as it began
+        together = began["identity"]["data"].get("keep_copies_together", False)
         whole = dataclasses.replace(whole, data=dataclasses.replace(whole.data, keep_copies_together=together))
-        classes = config["class_names"]
+        classes = began["class_names"]
     else:
         check_settings(recipe)
     data = primary_first(lambda: load_data(whole.data, classes))
-    if not resuming:
+    if began is None:
         check_settings_for(recipe, data.source, data.example_shape)
         if recipe.seed_mode == "processes" and recipe.num_seeds > 1 and not can_use_processes(whole, options):
             raise UsageError(
