@@ -1,10 +1,14 @@
 """Progress and warnings on standard error, which may be closed, full, or a pipe that nobody reads.
 
-Progress is live on a terminal, and a line every ten seconds elsewhere.
+Progress is live on a terminal, and a line every ten seconds elsewhere. What TFDS and Orbax log at every start is
+filtered: users cannot act on any of that.
 """
 
 import contextlib
+import logging
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pspinal_jax.errors import printable
@@ -65,3 +69,30 @@ def progress_bar(total: int | None, description: str, unit: str, shown: bool, **
     interval = 0.1 if stream.isatty() else _SECONDS_BETWEEN_LINES
     fixed = {"unit": unit, "file": stream, "dynamic_ncols": True, "mininterval": interval, "disable": not shown}
     return tqdm(total=total, desc=printable(description), **{"unit_scale": True, **fixed, **options})
+
+
+def quiet_absl() -> None:
+    """Let only errors of absl's logger through, and none of Orbax, which raises them too; for the command line."""
+    _absl_logger().addFilter(_is_news)
+
+
+@contextlib.contextmanager
+def absl_quietened() -> Iterator[None]:
+    """The same within a `with`, for a process that is the user's own."""
+    logger = _absl_logger()
+    before = list(logger.filters)
+    logger.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        logger.filters[:] = before
+
+
+def _absl_logger() -> logging.Logger:
+    import absl.logging  # noqa: F401  # makes the logger, whose class finds where a message comes from
+
+    return logging.getLogger("absl")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR and "orbax" not in Path(record.pathname).parts

@@ -18,7 +18,7 @@ import tyro
 from pspinal_jax.commands import FLAGS
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
-from pspinal_jax.log_filter import quiet_absl
+from pspinal_jax.progress import quiet_absl
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 MIN_COLUMNS, MAX_COLUMNS = 40, 400

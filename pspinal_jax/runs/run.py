@@ -10,8 +10,8 @@ import numpy as np
 
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import expanded
-from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models import build_model
+from pspinal_jax.progress import absl_quietened
 from pspinal_jax.recipes import Recipe, load_recipe
 from pspinal_jax.recipes.registry import on_cached_features
 from pspinal_jax.recipes.schema import RunOptions

@@ -19,9 +19,8 @@ from pspinal_jax.distributed import assert_same, broadcast_from_primary, is_prim
 from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
 from pspinal_jax.errors import PSpinalError, UsageError, printable
 from pspinal_jax.files import check_target, expanded
-from pspinal_jax.log_filter import absl_quietened
 from pspinal_jax.models import build_model, with_default_preprocessing
-from pspinal_jax.progress import say, warn
+from pspinal_jax.progress import absl_quietened, say, warn
 from pspinal_jax.recipes.rules import check_settings, check_settings_for
 from pspinal_jax.recipes.schema import Recipe, RunOptions
 from pspinal_jax.runs.build import run_mesh, set_up, split_examples

@@ -5,7 +5,7 @@ import logging
 import sys
 from types import SimpleNamespace
 
-from pspinal_jax import checkpoints, log_filter
+from pspinal_jax import checkpoints, progress
 
 
 def test_only_late_reads_are_dropped(monkeypatch):
@@ -33,7 +33,7 @@ def test_only_errors_of_arrays_that_nobody_waited_for_are_dropped(caplog):
 
 
 def test_orbax_is_quiet_and_others_are_heard(caplog):
-    log_filter.quiet_absl()
+    progress.quiet_absl()
     logger = logging.getLogger("absl")
     for folder, level in (("orbax", logging.ERROR), ("grain", logging.ERROR), ("grain", logging.WARNING)):
         path = f"/site-packages/{folder}/file.py"
