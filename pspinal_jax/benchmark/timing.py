@@ -163,12 +163,12 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def ratio(other: Timing, ours: Timing) -> dict[str, Any]:
-    """How many times faster `ours` is than `other`: median over rounds of the ratio, and its 95 % interval.
+def ratio(other: Timing, reference: Timing) -> dict[str, Any]:
+    """How many times faster `reference` is than `other`: median over rounds of the ratio, and its 95 % interval.
 
     Both were timed in every round, so a slow spell of the machine hits both sides of a ratio.
     """
-    ratios = other.seconds / ours.seconds
+    ratios = other.seconds / reference.seconds
     return {"median": float(np.median(ratios)), "interval_95": median_interval(ratios)}
 
 

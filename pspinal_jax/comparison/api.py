@@ -10,7 +10,7 @@ from pspinal_jax.backbones.efficientnet import SCALES
 from pspinal_jax.comparison.report import format_table, format_terminal, make_result, plot, write_report
 from pspinal_jax.comparison.search import Comparer
 from pspinal_jax.comparison.settings import CompareConfig
-from pspinal_jax.comparison.trial_log import TrialLog
+from pspinal_jax.comparison.trial_log import ADVICE, TrialLog
 from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.dataset import ArraySplit, Dataset, cut_test
@@ -201,7 +201,7 @@ def _features_of_images(folder: Path, log: TrialLog, backbone: str | None, weigh
     identity["image_size"] = recipe.data.image_size
     path, record = workdir / "features.npz", workdir / "features.json"
     if record.exists() and path.exists():
-        if read_checked(record, dict) != identity:
+        if read_checked(record, dict, advice=ADVICE) != identity:
             raise UsageError(f"{workdir} holds features of other images or another backbone; choose another --workdir")
         return read_npz(path, images.num_classes)
     model = build_model(recipe, images.example_shape, images.num_classes)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pspinal_jax.comparison.settings import BASELINES, CompareConfig, Scaling, draw_trial, training_seed
+from pspinal_jax.comparison.settings import CompareConfig, Scaling, draw_trial, training_seed
 from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head
 from pspinal_jax.comparison.trial_log import Key, TrialLog, packed
 from pspinal_jax.data.dataset import ArraySplit, Dataset, copies_of_a_class, draw_together, split_by_class
@@ -160,7 +160,7 @@ class Comparer:
         self.sizes: dict[str, int] = {name: size for name, (_, size) in built.items()}
         most = max(config.trials, config.num_seeds)
         self.trainer = Trainer(self.heads, self.schedule, most, config.mode, config.workers)
-        self.methods: list[str] = [*config.heads, *(BASELINES if config.floors else ())]
+        self.methods: list[str] = [*config.heads, *(BASELINE_SETTINGS if config.floors else ())]
         self.choices: dict[tuple[int, str], int] = {}
         self.seconds = {"floors": 0.0, "trials": 0.0, "seeds": 0.0}
 
@@ -201,7 +201,7 @@ class Comparer:
     def run(self) -> None:
         """Do what is not yet done."""
         config = self.config
-        baselines = BASELINES if config.floors else ()
+        baselines = tuple(BASELINE_SETTINGS) if config.floors else ()
         each = len(config.heads) * (config.trials + config.num_seeds) + len(baselines) * (1 + config.num_seeds)
         with progress_bar(config.splits * each, "compare", "training", self._shown, unit_scale=False) as self._bar:
             for split in range(config.splits):

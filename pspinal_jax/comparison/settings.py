@@ -15,8 +15,6 @@ from pspinal_jax.errors import UsageError
 
 HeadName = Literal["progressive", "spinal", "mlp", "dense"]
 HEADS: tuple[HeadName, ...] = get_args(HeadName)
-BaselineName = Literal["knn", "ridge"]
-BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)
 Match = Literal["published", "parameters"]
 Mode = Literal["auto", "loop", "vmap"]
 Range = tuple[float, float]

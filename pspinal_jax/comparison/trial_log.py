@@ -17,6 +17,7 @@ from pspinal_jax.progress import warn
 from pspinal_jax.runs.directory import read_checked
 
 MAX_LOG_BYTES = 2**30
+ADVICE = "choose another --workdir"
 _BEFORE_CONFIG = {".lock", "features.npz", "features.json"}
 """What a comparison writes into its work directory before config.json."""
 
@@ -62,8 +63,9 @@ class TrialLog:
         if workdir is None:
             return
         check_target(workdir, "work directory", "trials.jsonl", "compare.json", "compare.md")
-        if (workdir / "config.json").exists():
-            self.keep_copies_together = "keep_copies_together" in read_checked(workdir / "config.json", dict)
+        config = workdir / "config.json"
+        if config.exists():
+            self.keep_copies_together = "keep_copies_together" in read_checked(config, dict, advice=ADVICE)
         elif workdir.exists() and {p.name for p in workdir.iterdir() if p.suffix != ".part"} - _BEFORE_CONFIG:
             raise UsageError(f"{workdir} holds something else than a comparison; choose another --workdir")
 
@@ -88,7 +90,7 @@ class TrialLog:
                 raise RunError(f"{self.workdir} is in use by {other}; wait until it has ended, or choose another")
             if not config.exists():
                 write_json(config, identity)
-            was, now = read_checked(config, dict), json.loads(json.dumps(identity))
+            was, now = read_checked(config, dict, advice=ADVICE), json.loads(json.dumps(identity))
             if changed := differences(was, now, lambda name, old, new: f"{name} was {old!r} and is now {new!r}"):
                 raise UsageError(f"{self.workdir} holds another comparison: {', '.join(changed)}; choose another")
             if log.exists():

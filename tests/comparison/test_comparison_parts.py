@@ -1,4 +1,4 @@
-"""What a comparison is made of: trials drawn, one program for all, floors, intervals."""
+"""What a comparison is made of: trials drawn, one program for all, baselines, intervals."""
 
 import dataclasses
 import os
