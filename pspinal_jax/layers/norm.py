@@ -95,7 +95,7 @@ def check_rows(shape: tuple[int, ...]) -> int:
     if rows < 2:
         raise ValueError(
             f"batch norm in training needs at least 2 rows, got features of shape {shape}; "
-            "use a larger batch or call the head with train=False"
+            "use a larger batch or train=False"
         )
     return rows
 
