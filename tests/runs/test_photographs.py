@@ -337,7 +337,7 @@ def test_predictions_see_images_as_training_and_evaluation_do(pictures, tmp_path
     assert main(["train", "folder", *tiny_flags, *flags]) == 0
     assert main(["export", str(run)]) == 0
     long = Image.open(next(pictures.rglob("*.jpg"))).resize((120, 40))
-    seen = [_read(long, load_predictor(source)) for source in (run, run / "export")]
+    seen = [_read(load_predictor(source), long) for source in (run, run / "export")]
     wanted = decode(long, (32, 32), fit)
     np.testing.assert_array_equal(seen[0], wanted)
     np.testing.assert_array_equal(seen[1], wanted)
