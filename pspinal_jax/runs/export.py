@@ -231,6 +231,12 @@ def _check_free(path: Path) -> None:
     names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     if names and not {PROGRAM, DESCRIPTION} <= {*names} <= {*_FILES}:
         raise RunError(f"{path} holds {', '.join(names[:3])} and is not an export; choose another output")
+    try:
+        held = read_checked(path / DESCRIPTION, dict[str, Any]) if names else {"format": FORMAT}
+    except RunError:  # damaged: a new export replaces it
+        return
+    if held.get("format") != FORMAT:
+        raise RunError(f"{path} holds an {DESCRIPTION} that is not an export's; choose another output")
 
 
 def read_export(path: Path) -> Artifact:

@@ -262,7 +262,7 @@ def test_nothing_but_an_export_is_replaced(trained, tmp_path, capsys):
     weights.unlink()
     assert main(["export", str(trained), "--output", str(output)]) == 0, "an empty directory is filled"
     (output / "export.json").write_text('{"format": "of another program"}')
-    refused(capsys, 1, "out holds export.json and is not an export", "export", trained, "--output", output)
+    refused(capsys, 1, "out holds an export.json that is not an export's", "export", trained, "--output", output)
 
 
 def test_a_kill_while_exporting_leaves_the_older_export_whole(trained, tmp_path, monkeypatch):
