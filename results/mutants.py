@@ -162,7 +162,7 @@ def copy_tree(folder: Path) -> Path:
     """The files that git knows or would add, with compiled files that follow their sources."""
     names = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=REPOSITORY, capture_output=True)
     for name in filter(None, names.stdout.decode().split("\0")):
-        if ((REPOSITORY / name).is_file() and not name.startswith("results/")) or name == "results/mutants.py":
+        if (REPOSITORY / name).is_file() and (name.endswith(".py") or not name.startswith("results/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, folder / name)
     flags = ["-q", "--invalidation-mode", "checked-hash", PACKAGE]

@@ -169,7 +169,7 @@ def test_settings_become_the_recipes_types(monkeypatch):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="is not a run directory"):
         pspinal_jax.load_run(tmp_path)
-    with pytest.raises(UsageError, match="unknown recipe 'digit'; did you mean digits"):
+    with pytest.raises(UsageError, match="unknown recipe 'digit'"):
         pspinal_jax.train("digit")
 
 
