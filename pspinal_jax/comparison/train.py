@@ -157,7 +157,7 @@ def train_head(
         return model.apply(variables, (rows.astype(jnp.float32) - part.shift) * part.scale, **options)
 
     step = TrainStep(apply, optimizer, partial(target_losses, label_smoothing=hparams.label_smoothing))
-    run = partial(run_chunk, step, schedule.batch_size, schedule.batch_size)
+    run = partial(run_chunk, step, schedule.batch_size, schedule.batch_size, 1)
     inputs = jax.ShapeDtypeStruct((2, *examples.inputs.shape[1:]), jnp.float32)
     state = step.init(model, inputs, seed)
     if isinstance(head, ProgressiveSpinalHead):

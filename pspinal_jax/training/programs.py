@@ -17,6 +17,8 @@ from pspinal_jax.training import keys, sharding
 from pspinal_jax.training.state import EpochMetrics, Layouts, Step, TrainState, in_layouts
 from pspinal_jax.training.step import Batch, EpochPlan, EvalStep, TrainStep, count_rows, evaluate_split, run_chunk
 
+_GPU_BLOCK = 32
+
 
 @dataclasses.dataclass(eq=False)
 class Programs:
@@ -38,6 +40,7 @@ class Programs:
       head_layouts: of heads' variables inside a chunk; what goes in and out is the documented tree.
       mesh: the devices; by default all of them on the axis data.
       compiler_options: XLA's, for the programs that train and evaluate.
+      block: steps whose number the compiler knows, see `run_chunk`; by default 32 on GPUs, where that matters, else 1.
       batch_norm_per_device: normalise each device's part of a training batch by itself; the last, smaller batch of an
         epoch is normalised whole. Parameters must not be sharded.
     """
@@ -53,10 +56,12 @@ class Programs:
     head_layouts: Layouts = dataclasses.field(default_factory=dict)
     mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
     compiler_options: Mapping[str, bool | str] = dataclasses.field(default_factory=dict)
+    block: int = 0
     batch_norm_per_device: bool = False
 
     def __post_init__(self) -> None:
         self.eval_batch_size = sharding.divisible_size(self.mesh, self.eval_batch_size)
+        self.block = self.block or (_GPU_BLOCK if self.mesh.devices.flat[0].platform == "gpu" else 1)
 
     @cached_property
     def init(self) -> Callable[..., TrainState]:
@@ -106,7 +111,7 @@ class Programs:
             def one(batch: Batch, mask: jax.Array) -> Any:
                 return self.eval_step(variables, self._sharded(batch), mask)
 
-            return evaluate_split(one, self.eval_batch_size, data, count)
+            return evaluate_split(one, self.eval_batch_size, data, count, whole=self.block > 1)
 
         program = self._over_seeds(evaluate, (0, None, None))
         return jit_with(self.compiler_options, program, out_shardings=self.replicated)
@@ -162,7 +167,7 @@ class Programs:
         return jit_with(self.compiler_options, function, donate_argnums=(0, 1), out_shardings=results)
 
     def _chunk(self, size: int, last: bool) -> Step:
-        run = partial(run_chunk, self._step(last), size, self.batch_size)
+        run = partial(run_chunk, self._step(last), size, self.batch_size, 1 if last else self.block)
         converted = in_layouts(self.head_layouts, self.train_step.frozen, run)
         return self._jit_steps(self._over_seeds(converted, (0, 0, 0, EpochPlan(0, 0), None, None, None)))
 

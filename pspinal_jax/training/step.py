@@ -337,6 +337,7 @@ def run_chunk(
     step: Step,
     batch_size: int,
     stride: int,
+    block: int,
     state: TrainState,
     totals: EpochMetrics,
     seed: jax.Array,
@@ -351,10 +352,15 @@ def run_chunk(
     every length runs the very same instructions, results do not depend on how an epoch is split into chunks. (A
     lax.scan is the same loop with its length compiled in.)
 
+    XLA's GPU runtime copies the condition of such a loop to the host at every step, and waits for it. In blocks, the
+    loop that takes the steps has a length that the compiler knows; what a last block computes beyond the chunk is
+    dropped, which costs a choice between the old and the new state at every step.
+
     Args:
       step: the training step.
       batch_size: examples per step.
       stride: where step i of the epoch starts in the order, divided by i; `batch_size` but for a smaller last batch.
+      block: steps in a block; 1 for a plain loop.
       state: state before the chunk.
       totals: the epoch's sums before the chunk.
       seed: uint32 scalar.
@@ -376,11 +382,22 @@ def run_chunk(
         batch = jax.tree.map(lambda array: array.at[rows].get(mode="promise_in_bounds"), data)
         return step(state, totals, batch, plan.learning_rates[index], step_keys[index])
 
-    return lax.fori_loop(first, first + num_steps, body, (state, totals))
+    end = first + num_steps
+    if block == 1:
+        return lax.fori_loop(first, end, body, (state, totals))
+
+    def take_block(number: jax.Array, carry: tuple[TrainState, EpochMetrics]) -> tuple[TrainState, EpochMetrics]:
+        def take(offset: jax.Array, carry: tuple[TrainState, EpochMetrics]) -> tuple[TrainState, EpochMetrics]:
+            index = first + number * block + offset
+            return jax.tree.map(partial(jnp.where, index < end), body(index, carry), carry)
+
+        return lax.fori_loop(0, block, take, carry)
+
+    return lax.fori_loop(0, (num_steps + block - 1) // block, take_block, (state, totals))
 
 
 def evaluate_split(
-    step: Callable[[Batch, jax.Array], Evaluation], batch_size: int, data: Batch, count: jax.Array
+    step: Callable[[Batch, jax.Array], Evaluation], batch_size: int, data: Batch, count: jax.Array, whole: bool = False
 ) -> Evaluation:
     """Exact evaluation of a split whose arrays are padded to whole batches.
 
@@ -388,7 +405,8 @@ def evaluate_split(
       step: evaluation of one batch (inputs, labels) under a mask bool [B].
       batch_size: B.
       data: (inputs [M, ...], labels [M]), M a multiple of B.
-      count: int32 scalar, how many of the M are real; batches without a real example are not computed.
+      count: int32 scalar, how many of the M are real; batches without a real example are not computed, unless
+      whole: compute all batches, so that the compiler knows how many there are; see `run_chunk`.
 
     Returns:
       Sums over the real examples, and the predictions [M].
@@ -409,4 +427,5 @@ def evaluate_split(
     sums = jax.eval_shape(step, first, jax.ShapeDtypeStruct((batch_size,), bool))
     metrics = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), sums.metrics)
     nothing = Evaluation(jnp.zeros((), jnp.float32), metrics, jnp.zeros(length, jnp.int32))
-    return lax.fori_loop(0, (count + batch_size - 1) // batch_size, body, nothing)
+    batches = length // batch_size if whole else (count + batch_size - 1) // batch_size
+    return lax.fori_loop(0, batches, body, nothing)

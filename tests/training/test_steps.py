@@ -27,7 +27,7 @@ def model() -> Classifier:
     return Classifier(head=head, mean=0.3, std=0.5)
 
 
-def programs(batch_size=8, vectorized=False, optimizer=None, label_smoothing=0.0, eval_batch_size=16):
+def programs(batch_size=8, vectorized=False, optimizer=None, label_smoothing=0.0, eval_batch_size=16, block=1):
     return make_programs(
         model(),
         optimizer or make_optimizer(),
@@ -37,6 +37,7 @@ def programs(batch_size=8, vectorized=False, optimizer=None, label_smoothing=0.0
         eval_batch_size,
         label_smoothing,
         vectorized=vectorized,
+        block=block,
     )
 
 
@@ -59,6 +60,38 @@ def test_results_do_not_depend_on_the_chunk_length():
     chex.assert_trees_all_equal(whole, train(run, [1, 2, 3, 4, 5]))
     chex.assert_trees_all_equal(whole, train(run, [4]))
     assert int(whole[0].step) == 6 and int(whole[1].count) == 48
+
+
+@pytest.mark.parametrize("vectorized", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_blocks_of_steps_have_a_known_length_and_change_no_bit(vectorized):
+    seed = np.asarray([3, 4], np.uint32) if vectorized else SEED
+    order = make_order(np.arange(NUM_EXAMPLES), NUM_EXAMPLES, vectorized)(seed, np.int32(0))
+    epoch = EpochPlan(order, np.full((2, 6) if vectorized else 6, 0.05, np.float32))
+    run = programs(vectorized=vectorized, block=4)
+    found = {}
+    for ends in ((), (1, 2), (4,), (5,)):
+        state, totals = run.init(seed), run.zero_totals(seed)
+        for first, end in zip([0, *ends], [*ends, 6], strict=True):
+            state, totals = run.chunk(state, totals, seed, epoch, np.int32(first), np.int32(end - first), DATA)
+        found[ends] = state, totals
+    for each in found.values():
+        chex.assert_trees_all_equal(found[()], each)
+    assert np.all(found[()][0].step == 6) and np.all(found[()][1].count == 48)
+    if not vectorized:  # the other program is another one, whose last bits may differ
+        chex.assert_trees_all_close(found[()], train(programs(), []), atol=1e-6)
+    arguments = run.init(seed), run.zero_totals(seed), seed, epoch, np.int32(0), np.int32(6), DATA
+    assert '"known_trip_count":{"n":"4"}' in run.chunk.lower(*arguments).compile().as_text()
+
+
+def test_evaluation_in_blocks_knows_its_batches_and_counts_every_example_once():
+    plain, blocks = programs(), programs(block=4)
+    variables = plain.init(SEED).variables
+    data = padded_split(DATA, 16)
+    chex.assert_trees_all_equal(
+        plain.evaluate(variables, data, np.int32(NUM_EXAMPLES)), blocks.evaluate(variables, data, np.int32(NUM_EXAMPLES))
+    )
+    compiled = blocks.evaluate.lower(variables, data, np.int32(NUM_EXAMPLES)).compile()
+    assert '"known_trip_count":{"n":"4"}' in compiled.as_text()
 
 
 def test_a_chunk_is_the_plain_loop_over_steps():
