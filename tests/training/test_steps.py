@@ -85,13 +85,9 @@ def test_blocks_of_steps_have_a_known_length_and_change_no_bit(vectorized):
 
 def test_evaluation_in_blocks_knows_its_batches_and_counts_every_example_once():
     plain, blocks = programs(), programs(block=4)
-    variables = plain.init(SEED).variables
-    data = padded_split(DATA, 16)
-    chex.assert_trees_all_equal(
-        plain.evaluate(variables, data, np.int32(NUM_EXAMPLES)), blocks.evaluate(variables, data, np.int32(NUM_EXAMPLES))
-    )
-    compiled = blocks.evaluate.lower(variables, data, np.int32(NUM_EXAMPLES)).compile()
-    assert '"known_trip_count":{"n":"4"}' in compiled.as_text()
+    arguments = plain.init(SEED).variables, padded_split(DATA, 16), np.int32(NUM_EXAMPLES)
+    chex.assert_trees_all_equal(plain.evaluate(*arguments), blocks.evaluate(*arguments))
+    assert '"known_trip_count":{"n":"4"}' in blocks.evaluate.lower(*arguments).compile().as_text()
 
 
 def test_a_chunk_is_the_plain_loop_over_steps():
