@@ -156,8 +156,6 @@ def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) ->
     Raises:
       RunError: if there is no checkpoint, or the newest is damaged.
     """
-    if not directory.is_dir():
-        raise RunError(f"{directory} holds no checkpoint")
     _check_files(directory)
     options = ocp.CheckpointManagerOptions(read_only=True)
     with plain_path(directory) as path, ocp.CheckpointManager(path, options=options) as manager:

@@ -104,6 +104,16 @@ def test_where_none_is_whole_each_is_named(copied, capsys):
     assert steps(copied) == [11, 12]
 
 
+def test_the_reason_why_a_checkpoint_is_damaged_is_of_readable_length(copied, monkeypatch):
+    def fail(*args, **options):
+        raise ValueError("broken\n" + "x" * 300)
+
+    monkeypatch.setattr(store, "_read", fail)
+    with pytest.raises(RunError) as caught:
+        read_newest(copied, abstract)
+    assert f"(broken {'x' * 193})" in str(caught.value)
+
+
 def test_nothing_is_overwritten_and_what_is_saved_is_not_saved_again(copied):
     with CheckpointStore(copied) as checkpoints:
         checkpoints.restore(abstract)

@@ -14,6 +14,7 @@ from pspinal_jax.comparison.settings import CompareConfig
 from pspinal_jax.comparison.train import Trainer
 from pspinal_jax.comparison.trial_log import TrialLog, packed, parse_record, unpacked
 from pspinal_jax.errors import DataError, RunError, UsageError
+from pspinal_jax.files import held
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +170,19 @@ def test_compare_refuses_the_folder_of_another_comparison(finished, tmp_path):
         run(tmp_path)
 
 
+def test_compare_refuses_a_folder_in_which_another_works(tmp_path):
+    with held(tmp_path / ".lock") as other:
+        assert other is None
+        with pytest.raises(RunError, match=f"{tmp_path} is in use by"):
+            run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_compare_result_matches_its_records(finished):
     workdir, result = finished
     assert list(result["methods"]) == ["progressive", "dense", "knn", "ridge"]
-    assert result["methods"]["dense"]["parameters"] == 6 * 3 + 3
+    sizes = {name: row["parameters"] for name, row in result["methods"].items()}
+    assert sizes["dense"] == sizes["ridge"] == 6 * 3 + 3 and sizes["knn"] is None
     for goal, differences in result["differences"].items():
         base = result["methods"][goal.removeprefix("to_")]["test_accuracy"]["mean"]
         for name, each in differences.items():
@@ -238,6 +248,7 @@ def test_several_splits_are_tuned_each_by_itself():
         ({"batch_size": 200}, "batch_size is 200, but only 96 examples are left to train on"),
         ({"validation_fraction": 0.001}, "no example is left to validate on"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**31}, "seed is 2147483648"),
     ],
 )
 def test_compare_config_refuses_in_one_line(settings, line):

@@ -37,7 +37,11 @@ def test_a_trial_is_a_function_of_seed_and_number_and_fills_its_ranges():
     fixed = draw_trial(CompareConfig(seed=3), 5, scalings)
     assert fixed.hparams._replace(label_smoothing=0) == trials[5].hparams._replace(label_smoothing=0)
     seeds = {training_seed(0, kind, number) for kind in ("trial", "seed") for number in range(500)}
-    assert len(seeds) == 1000
+    assert len(seeds) == 1000 and min(seeds) >= 0 and max(seeds) < 2**31
+    # Comparisons of earlier versions go on with the same trials.
+    known = [training_seed(0, "trial", 0), training_seed(0, "seed", 3), training_seed(7, "trial", 12)]
+    assert known == [1982462498, 1921341786, 1433290551]
+    assert training_seed(CompareConfig(seed=2**31 - 1).seed, "trial", 0) > 0
 
 
 def test_a_rate_in_an_array_gives_the_bits_of_the_number():
@@ -225,6 +229,7 @@ def test_neighbours_and_ridge_do_what_they_are_called():
     settings = BASELINE_SETTINGS["knn"]
     predictions = predict_baseline(settings, (inputs, labels), others, 3)
     assert len(settings) == len(predictions) == 12
+    assert [setting["k"] for setting in settings[:6]] == [1, 3, 5, 10, 20, 50]
     for setting, ours in zip(settings, predictions, strict=True):
         unit = setting["metric"] == "cosine"
         near, far = (each / np.linalg.norm(each, axis=1, keepdims=True) if unit else each for each in (others, inputs))

@@ -1,10 +1,13 @@
 """What TFDS's own builders prepared: mnist and its kin are read as they are, emnist is refused."""
 
+import io
+
 import numpy as np
 import pytest
 from raw_files import examples
 
 from pspinal_jax.data import load_data
+from pspinal_jax.data import tfds as tfds_reader
 from pspinal_jax.data.catalogue import CATALOGUE
 from pspinal_jax.data.prepare import prepare_data_set
 from pspinal_jax.errors import DataError
@@ -48,6 +51,17 @@ def prepare_as_tfds(data_dir, name, config=None, num_classes=10):
 
 def multiset(images, labels):
     return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 1), (4, 5, 3)])
+def test_encoded_images_have_a_channel_axis(shape):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(file, "PNG")
+    np.testing.assert_array_equal(tfds_reader._decode(file.getvalue()), pixels)
+    assert tfds_reader._decode(pixels) is pixels
 
 
 @pytest.mark.parametrize("name", ["mnist", "kmnist", "fashion_mnist"])

@@ -96,6 +96,9 @@ def test_the_matrix_has_its_counts_where_there_are_any_and_names_that_can_be_tol
     assert labels == [f"0: {cut}", f"1: {cut}", "2: c"] == [label.get_text() for label in axis.get_yticklabels()]
     assert drawn(scores.plot_confusion, np.eye(30, dtype=int), [f"c{i}" for i in range(30)])[0].texts
     assert not drawn(scores.plot_confusion, np.eye(31, dtype=int), [f"c{i}" for i in range(31)])[0].texts
+    for count, side in ((500, 500), (501, 251)):  # of more classes neighbours are drawn together
+        axis, _ = drawn(scores.plot_confusion, np.eye(count, dtype=int), [f"c{i}" for i in range(count)])
+        assert axis.images[0].get_array().shape == (side, side)
 
 
 def test_mistakes_stand_six_in_a_row_with_captions_that_fit(drawn):

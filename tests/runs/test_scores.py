@@ -183,4 +183,20 @@ def test_classes_without_examples_are_named_beside_balanced_accuracy(report):
     assert " % (without test examples: never there), macro F1" in describe_scores(report)[1]
     classes = [{"name": f"c{index}\x1b", "support": 0} for index in range(5)]
     assert without_examples(classes) == r" (without test examples: c0\x1b, c1\x1b, c2\x1b and 2 more)"
+    assert without_examples(classes[:4]).endswith("c2\\x1b and 1 more)")
+    assert without_examples(classes[:3]) == r" (without test examples: c0\x1b, c1\x1b, c2\x1b)"
     assert without_examples([{"name": "a", "support": 1}]) == ""
+
+
+def test_the_ten_pairs_that_are_confused_most_are_listed():
+    confusion = np.diag(np.full(6, 9))
+    confusion[0, 1:] = [5, 4, 3, 2, 1]
+    confusion[1:, 0] = [10, 9, 8, 7, 6]
+    confusion[2, 3] = 11
+    counts = [each["count"] for each in most_confused(confusion, tuple("abcdef"))]
+    assert counts == [11, 10, 9, 8, 7, 6, 5, 4, 3, 2]
+
+
+def test_the_bootstrap_draws_a_thousand_times():
+    balanced, macro = bootstrap(np.array([[30, 10, 0], [5, 12, 3], [2, 0, 1]]))
+    assert balanced.shape == macro.shape == (1000,) and len(np.unique(balanced)) > 500

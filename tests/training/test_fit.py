@@ -205,6 +205,7 @@ def test_fit_seeds_are_the_single_trainings(mode):
     alone = fit(Net(), (X, Y), seed=5, **arguments)
     assert together.predict(X[:3]).shape == (2, 3, 3) and len(together.variables) == 2
     np.testing.assert_allclose(together.predict(X)[1], alone.predict(X), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(together.variables[1], alone.variables, rtol=1e-4, atol=1e-5)
     assert together.history[-1]["validation_loss"][1] == pytest.approx(alone.history[-1]["validation_loss"], rel=1e-4)
 
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.models import Classifier
 from pspinal_jax.training import keys
 from pspinal_jax.training.keys import make_order
+from pspinal_jax.training.loop import CHUNK_SECONDS, Trainer
 from pspinal_jax.training.optimizers import Schedule, learning_rates, make_optimizer
 from pspinal_jax.training.programs import padded_split
 from pspinal_jax.training.step import EpochPlan, cross_entropy
@@ -81,6 +84,13 @@ def test_blocks_of_steps_have_a_known_length_and_change_no_bit(vectorized):
         chex.assert_trees_all_close(found[()], train(programs(), []), atol=1e-6)
     arguments = run.init(seed), run.zero_totals(seed), seed, epoch, np.int32(0), np.int32(6), DATA
     assert '"known_trip_count":{"n":"4"}' in run.chunk.lower(*arguments).compile().as_text()
+
+
+def test_a_chunk_takes_as_long_as_two_looks_at_the_clock_lie_apart():
+    setup = SimpleNamespace(examples=SimpleNamespace(first_chunk=8))
+    unknown, known, slow = (SimpleNamespace(setup=setup, _steps_per_second=rate) for rate in (None, 50.0, 0.01))
+    assert [Trainer._chunk_steps(each, 1000) for each in (unknown, known, slow)] == [8, int(50 * CHUNK_SECONDS), 1]
+    assert [Trainer._chunk_steps(each, 5) for each in (unknown, known, slow)] == [5, 5, 1]
 
 
 def test_evaluation_in_blocks_knows_its_batches_and_counts_every_example_once():
