@@ -217,8 +217,7 @@ def _check(options: ProcessOptions) -> dict[str, Any]:
     names = ("coordinator_address", "num_processes", "process_id")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if given and (len(given) < len(names) or not options.distributed):
-        expected = ", ".join(("distributed=True", *names))
-        raise UsageError(f"{', '.join(given)} given alone; give all of {expected}, or the first to ask the cluster")
+        raise UsageError(f"{', '.join(given)} given alone; give {', '.join(names)} and distributed")
     if given:
         host, _, port = given["coordinator_address"].rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:

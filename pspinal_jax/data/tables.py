@@ -163,9 +163,15 @@ def _columns(given: Any) -> list[tuple[str, np.ndarray]] | None:
 
 def _array(where: str, what: str, given: Any, dtype: Any = None) -> np.ndarray:
     """`given` as an array; DataError if a part of it is masked, or rows have different lengths."""
-    rows = given if isinstance(given, list | tuple) else [given]
-    if any(np.ma.is_masked(row) for row in rows):
-        raise DataError(f"{where}: {what} are masked; fill them in, or leave those examples out")
+    if isinstance(given, list | tuple):
+        masked = np.array([np.ma.is_masked(row) for row in given], bool)
+    else:
+        masked = np.ma.getmaskarray(given) if np.ma.isMaskedArray(given) else np.zeros(0, bool)
+    if masked.any():
+        raise DataError(
+            f"{where}: {masked.sum():,} of {masked.size:,} {what} are masked, the first in row "
+            f"{np.argwhere(masked)[0][0]}; fill them in, or leave those examples out"
+        )
     try:
         return np.asarray(given, dtype)
     except (ValueError, TypeError) as error:

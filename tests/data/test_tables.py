@@ -96,7 +96,7 @@ def test_a_class_that_only_other_splits_hold_is_refused():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.ma.masked_array(LABELS, LABELS == 1), "labels are masked; fill them in"),
+        (np.ma.masked_array(LABELS, LABELS == 1), "labels are masked, the first in row"),
         ([np.ma.masked, *LABELS[1:]], "labels are masked"),
         (np.where(LABELS == 2, np.nan, LABELS), "10 of 30 labels are missing"),
         (np.where(LABELS == 2, None, NAMES[LABELS]), "10 of 30 labels are missing"),
@@ -122,7 +122,7 @@ def test_labels_that_are_missing_or_mean_nothing_are_refused(labels, message):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (np.ma.masked_array(FEATURES, FEATURES > 2), "cells of the features are masked; fill them in"),
+        (np.ma.masked_array(FEATURES, FEATURES > 2), "1 of 120 cells of the features are masked"),
         ([np.ma.masked_array(row, row > 2) for row in FEATURES], "cells of the features are masked"),
         (FEATURES.astype(str), "column '0' of the features holds"),
         (np.where(FEATURES > 2, None, FEATURES), "lacks 1 of 30 values (NaN"),

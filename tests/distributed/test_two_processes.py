@@ -176,10 +176,10 @@ def test_processes_that_see_different_data_say_so(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--process-id 1", "--process-id given alone; give all of --distributed"),
+        ("--process-id 1", "--process-id given alone; give --coordinator-address, --num-processes"),
         (
             "--distributed --process-id 1",
-            "--process-id given alone; give all of --distributed, --coordinator-address",
+            "--process-id given alone; give --coordinator-address, --num-processes",
         ),
         (
             f"{TWO} --coordinator-address 10.0.0.1 --process-id 0",

@@ -19,6 +19,7 @@ from pspinal_jax.__main__ import main
 from pspinal_jax.checkpoints import CheckpointStore
 from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import RunError
+from pspinal_jax.runs import directory as directory_module
 from pspinal_jax.runs import train as train_module
 from pspinal_jax.runs.directory import MetricsWriter, RunDirectory
 from pspinal_jax.runs.result import load_variables
@@ -180,7 +181,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(run, undisturbed, tmp_path):
         assert said[0].startswith("error: ") and said[0].count(str(tmp_path / "run" / file)) == 1
         assert "cannot be written" in said[0] and os.strerror(27) in said[0]
 
-    fail(RunDirectory, "create", "config.json")
+    fail(directory_module, "write_checked", "config.json")
     assert not (tmp_path / "run" / "config.json").exists()
     # In the middle of a line; then at the next start, before the line that was cut off is taken away.
     fail(MetricsWriter, "append", "metrics.jsonl", call=2, size=after_the_first_save)

@@ -153,5 +153,5 @@ def test_a_last_batch_of_one_is_refused_where_batch_norm_learns_from_it():
     changed([norm, kept, ("model.head", "dense")])
     held_out = [norm, kept, ("data.num_validation", 8)]
     changed(held_out)
-    with pytest.raises(UsageError, match="leaves 1 of 31"):
+    with pytest.raises(UsageError, match="leaves 1 example"):
         changed([*held_out, ("retrain", True)])

@@ -315,7 +315,7 @@ def test_gradients_may_be_accumulated(pictures, tmp_path):
         (["--seed-mode", "vmap"], "--seed-mode is vmap, expected loop or auto for image files"),
         (["--model.weights", "missing.safetensors"], "missing.safetensors"),
         (["--data.num-classes", "7"], "has 3 classes, but --data.num-classes is 7"),
-        (["--batch-size", "64"], "--batch-size is 64, but only 27 examples are left"),
+        (["--batch-size", "64"], "--batch-size is 64, expected at most 27"),
         (["--data.resize", "16"], "--data.resize is 16"),
         (["--feature-views", "2"], "--feature-views is 2"),
     ],
