@@ -31,7 +31,10 @@ def gradient_and_logits(head, variables, features, key):
 
 
 @every_implementation
-@pytest.mark.parametrize(("norm", "layer_dropout_rate", "packed"), [(None, 0.0, False), ("batch", 0.5, True)])
+@pytest.mark.parametrize(
+    ("norm", "layer_dropout_rate", "packed"),
+    [(None, 0.0, False), pytest.param("batch", 0.5, True, marks=pytest.mark.slow)],
+)
 def test_bfloat16_compute_with_float32_parameters(implementation, norm, layer_dropout_rate, packed):
     rates = {"layer_dropout_rate": layer_dropout_rate}
     head = ProgressiveSpinalHead(

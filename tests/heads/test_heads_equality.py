@@ -161,7 +161,15 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "deep" else n for n in ENDS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("deep", "reference on packed", "fused with norm") else []
+        )
+        for name in ENDS
+    ],
+)
 def test_implementations_agree_at_the_ends(name):
     check_float64(ENDS[name])
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "pspinal_jax"
-# They initialise whole backbones, or compile in another framework, for seconds.
-SLOW = ("pspinal_jax.backbones.", "pspinal_jax.interop.")
+# They initialise whole backbones, compile in another framework, or train, for seconds.
+SLOW = tuple(f"pspinal_jax.{name}" for name in ("backbones.", "interop.", "training.fit", "sklearn", "comparison."))
 
 
 MODULES = [

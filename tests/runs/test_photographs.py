@@ -280,6 +280,7 @@ def test_pretrained_weights_that_are_nowhere(pictures, tmp_path, monkeypatch, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_feature_views_and_extracted_features(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [flag for flag in SHORT if flag not in ("--epochs", "2")]

@@ -181,6 +181,7 @@ def test_init_from_names_test_examples_that_the_earlier_run_was_trained_on(place
     assert len(read_seen(RunDirectory(again.path))["before"]) == 80
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_digests_is_warned_of_and_the_scores_stand(place, tmp_path, capsys):
     run = shutil.copytree(place / "rows", tmp_path / "run")
     (run / SEEN).write_bytes(b"damaged")
