@@ -65,6 +65,10 @@ def test_pointwise_convolution_and_gradients_equal_autodiff(stride, by_library, 
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
 
 
+def test_a_pointwise_convolution_looks_at_every_pixel_by_default():
+    assert conv.pointwise(jnp.ones((2, 5, 4, 3)), jnp.ones((3, 7))).shape == (2, 5, 4, 7)
+
+
 def test_no_transpose_is_copied_for_a_pointwise_gradient():
     """On CPU the copy takes longer than the product."""
     shapes = (jax.ShapeDtypeStruct((2, 56, 56, 24), jnp.float32), jax.ShapeDtypeStruct((24, 64), jnp.float32))

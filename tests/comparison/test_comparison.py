@@ -199,6 +199,7 @@ def test_compare_result_matches_its_records(finished):
             json.dumps(chosen["setting"])
         }
     assert result["execution"]["compilations"] == {"progressive": 1, "dense": 1}
+    assert result["execution"]["mode"] == "loop" and result["execution"]["workers"] >= 1
     table = (workdir / "compare.md").read_text()
     assert result["in_words"] in table and "| ridge |" in table
     assert (workdir / "compare.png").read_bytes()[:4] == b"\x89PNG"
@@ -228,6 +229,19 @@ def test_a_validation_split_of_the_datas_own_is_used():
         train, validation = comparer.rows[0, seed]
         assert train.tolist() == list(range(120)) and validation.tolist() == list(range(120, 150))
     np.testing.assert_array_equal(comparer.inputs[120:150], data.validation.inputs)
+
+
+def test_epochs_that_are_not_given_make_600_steps_at_least():
+    for batch_size, epochs in ((13, 86), (96, 600), (1, 20)):
+        config = CompareConfig(heads=("dense",), batch_size=batch_size)
+        assert Comparer(small_data(), config, TrialLog(None), shown=False).schedule.epochs == epochs
+
+
+def test_compare_shows_every_training_when_it_is_done(monkeypatch):
+    shown, advance = [], Comparer._advance
+    monkeypatch.setattr(Comparer, "_advance", lambda self, key: (shown.append(key), advance(self, key)))
+    run(heads=("dense",), trials=2, num_seeds=1)
+    assert len(shown) == len(set(shown)) == 2 + 1 + 2 * (1 + 1)
 
 
 def test_several_splits_are_tuned_each_by_itself():

@@ -220,6 +220,8 @@ def test_fit_takes_trees_frames_and_tensors():
     tree = {"a": pandas.DataFrame(X / 2), "b": (X / 2).tolist()}
     plain, found = fit((linear_init, linear), (X, Y)), fit((init, both), (tree, pandas.Series(Y)))
     np.testing.assert_allclose(found.predict(tree), plain.predict(X), rtol=1e-5, atol=1e-6)
+    with pytest.raises(DataError, match="first axis"):
+        found.predict({"a": X[:3], "b": X[:2]})
 
 
 def test_fit_options_do_what_they_say():
