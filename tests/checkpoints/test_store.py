@@ -114,6 +114,35 @@ def test_the_reason_why_a_checkpoint_is_damaged_is_of_readable_length(copied, mo
     assert f"(broken {'x' * 193})" in str(caught.value)
 
 
+def test_process_0_of_several_looks_for_the_newest_whole_checkpoint(copied, monkeypatch, capsys):
+    shutil.rmtree(copied / "12" / "params")
+    monkeypatch.setattr(store, "count", lambda: 2)
+    monkeypatch.setattr(store, "broadcast_from_primary", lambda find: find())
+    with CheckpointStore(copied) as checkpoints:
+        assert_holds(checkpoints.restore(abstract), 2.0, {"epoch": 1})
+    assert "checkpoint 12 in" in capsys.readouterr().err
+
+
+def test_a_reason_that_is_a_run_error_is_given_as_it_is(copied, monkeypatch):
+    def fail(*args, **options):
+        raise RunError("the disk is gone")
+
+    monkeypatch.setattr(store, "_read", fail)
+    with CheckpointStore(copied) as checkpoints, pytest.raises(RunError, match=r"^the disk is gone$"):
+        checkpoints.restore(abstract)
+
+
+def test_a_save_that_fails_when_the_store_is_closed_is_an_error_unless_there_is_one(copied, monkeypatch):
+    def close(self):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(store.ocp.CheckpointManager, "close", close)
+    with pytest.raises(RunError, match=os.strerror(28)), CheckpointStore(copied):
+        pass
+    with pytest.raises(ValueError, match="mine"), CheckpointStore(copied):
+        raise ValueError("mine")
+
+
 def test_nothing_is_overwritten_and_what_is_saved_is_not_saved_again(copied):
     with CheckpointStore(copied) as checkpoints:
         checkpoints.restore(abstract)

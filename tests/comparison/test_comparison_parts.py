@@ -116,7 +116,6 @@ def test_a_trial_alone_is_what_it_is_among_sixteen(name):
         np.testing.assert_allclose(ours[7], theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_more_trials_than_slots_go_in_groups(monkeypatch):
     tasks, examples = make_tasks("dense", 5)
     head, _ = build_head("dense", 6, 3, 4, 2, "published")
