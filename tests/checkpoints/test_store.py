@@ -123,6 +123,13 @@ def test_process_0_of_several_looks_for_the_newest_whole_checkpoint(copied, monk
     assert "checkpoint 12 in" in capsys.readouterr().err
 
 
+def test_reads_that_end_late_are_ignored_from_the_first_restore_on(copied, monkeypatch):
+    called = []
+    monkeypatch.setattr(store, "_ignore_late_reads", lambda: called.append(True))
+    read_newest(copied, abstract)
+    assert called
+
+
 def test_a_reason_that_is_a_run_error_is_given_as_it_is(copied, monkeypatch):
     def fail(*args, **options):
         raise RunError("the disk is gone")
