@@ -405,8 +405,8 @@ def evaluate_split(
       step: evaluation of one batch (inputs, labels) under a mask bool [B].
       batch_size: B.
       data: (inputs [M, ...], labels [M]), M a multiple of B.
-      count: int32 scalar, how many of the M are real; batches without a real example are not computed, unless
-      whole: compute all batches, so that the compiler knows how many there are; see `run_chunk`.
+      count: int32 scalar, how many of the M are real; batches without a real example are not computed.
+      whole: compute those too, so that the compiler knows the number of batches; see `run_chunk`.
 
     Returns:
       Sums over the real examples, and the predictions [M].
