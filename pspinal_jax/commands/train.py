@@ -20,7 +20,7 @@ from pspinal_jax.training.signals import Stopped, leave_at_once
 
 DEFAULT_RECIPE = "digits"
 
-MOST_USED = {
+COMMON_FLAGS = {
     "data": (
         *("data.path", "data.name", "data.augment", "data.image-size", "data.fit", "data.num-classes"),
         *("data.num-validation", "data.validation-fraction", "data.test-fraction"),
@@ -78,7 +78,7 @@ def train(args: Sequence[str]) -> int:
             f"train {name}",
             _EXAMPLES.get(recipe.data.name, "--num-seeds 3"),
             description=f"Train {card.name}: {card.model}, row {card.row} of the paper's table.",
-            groups=MOST_USED,
+            groups=COMMON_FLAGS,
             default=TrainArguments(recipe, RunOptions(), ProcessOptions()),
         )
         return arguments

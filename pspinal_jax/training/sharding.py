@@ -155,7 +155,7 @@ def shard_process_local(mesh: Mesh, batch: Any, size: int) -> Any:
     return jax.tree.map(place, batch)
 
 
-LEAST_SIZE = 4096
+MIN_SHARDED_SIZE = 4096
 """Smaller arrays are not sharded over fsdp: there is nothing to save, and every sharded array costs a message."""
 
 
@@ -163,7 +163,7 @@ def partition_spec(path: str, shape: tuple[int, ...], axes: Mapping[str, int]) -
     """How one array is sharded.
 
     The kernel [.., C] and the bias [C] of a head's output are sharded over ``model`` along the classes, so that logits,
-    their gradient and the softmax are sharded there too. Over ``fsdp``, any array of `LEAST_SIZE` entries or more is
+    their gradient and the softmax are sharded there too. Over ``fsdp``, any array of `MIN_SHARDED_SIZE` entries or more is
     sharded along the longest axis that is left and divides evenly; none such, and it stays whole.
 
     Args:
@@ -177,7 +177,7 @@ def partition_spec(path: str, shape: tuple[int, ...], axes: Mapping[str, int]) -
     spec: list[str | None] = [None] * len(shape)
     if axes["model"] > 1 and path.split("/")[-3:-1] == ["head", "output"]:
         spec[-1] = "model"
-    if axes["fsdp"] > 1 and math.prod(shape) >= LEAST_SIZE:
+    if axes["fsdp"] > 1 and math.prod(shape) >= MIN_SHARDED_SIZE:
         free = [index for index, axis in enumerate(spec) if axis is None and shape[index] % axes["fsdp"] == 0]
         if free:
             spec[max(free, key=lambda index: shape[index])] = "fsdp"

@@ -12,7 +12,7 @@ import pytest
 from pspinal_jax.__main__ import COMMANDS, main
 from pspinal_jax.commands import parse, train
 from pspinal_jax.commands.parse import ALIASES, flags_of
-from pspinal_jax.commands.train import MOST_USED, TrainArguments
+from pspinal_jax.commands.train import COMMON_FLAGS, TrainArguments
 
 NARROW = "80"
 HELPS = [
@@ -71,8 +71,8 @@ def test_every_help_ends_with_an_example_that_is_understood(words):
 
 def test_the_help_of_train_shows_the_most_used_by_what_people_do():
     text = help_of("train", "folder", "--help")
-    assert shown_flags(text) == [name for names in MOST_USED.values() for name in names]
-    assert re.findall(r"^ (\w+) options", text, re.MULTILINE) == list(MOST_USED)
+    assert shown_flags(text) == [name for names in COMMON_FLAGS.values() for name in names]
+    assert re.findall(r"^ (\w+) options", text, re.MULTILINE) == list(COMMON_FLAGS)
     flags = {flag.name for flag in flags_of(TrainArguments)}
     hidden = len(flags) - len(shown_flags(text))
     assert f"{hidden} more flags, and more about these: pspinal-jax train folder --help-all" in text

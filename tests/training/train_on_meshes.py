@@ -104,7 +104,7 @@ def main():
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")
-    sharding.LEAST_SIZE = 64  # or the small arrays here would all stay whole
+    sharding.MIN_SHARDED_SIZE = 64  # or the small arrays here would all stay whole
     results = {}
     for name in arguments.meshes:
         shape = tuple(map(int, name.split("x")))
