@@ -1,4 +1,4 @@
-"""What it is worth to select the epoch on few held-out examples: the second table of docs/photographs.md.
+"""What it is worth to select the epoch on few held-out examples: a table of docs/photographs_measured.md.
 
     python results/selection.py CALTECH_FEATURES.npz FRUITS_FEATURES.npz RECIPE SET ..
 

@@ -17,7 +17,7 @@ seeds together, without imports and compilation. Where seeds were runs of their 
 40 pictures of each to train and 20 to test, and caltech101-frozen tests on a fifth of each class: not the paper's.
 `caltech101/1.0.0` is what `pspinal-jax prepare caltech101 --raw DIR` makes: 30 photographs of each class to train.
 The commands with `--cache-features` are as they were given: the head was then progressive and trained by SGD; for
-today's default, a linear layer, and the flags that ask for the former, see docs/photographs.md.
+today's default, a linear layer, and the flags that ask for the former, see docs/photographs_measured.md.
 Not a run but a table of its own: [kills](kills/README.md), 50 moments at which runs were killed.
 """
 

@@ -44,7 +44,7 @@ def read_state_dict(source: str | Path) -> dict[str, np.ndarray]:
 
     Raises:
       DataError: if the source cannot be had or read, is damaged as far as checksums tell, or holds anything but dense
-        tensors of real numbers in 8-bit integers to float64 (docs/photographs.md has the table).
+        tensors of real numbers in 8-bit integers to float64 (docs/pretrained_weights.md has the table).
     """
     path = fetch(str(source)) if str(source).startswith(PREFIX) else expanded(source)
     if path.suffix not in (".safetensors", *_PYTORCH):

@@ -1,4 +1,4 @@
-"""Weights from strangers: the table of docs/photographs.md, row by row. Taken with the right numbers, or one line."""
+"""Weights from strangers: the table of docs/pretrained_weights.md, row by row. Taken with the right numbers, or one line."""
 
 import json
 import pickle
@@ -17,7 +17,7 @@ from pspinal_jax.weights import read_state_dict  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*:UserWarning")]
 
-PAGE = Path(__file__).parents[2] / "docs" / "photographs.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pretrained_weights.md"
 ROWS = {
     cells[0]: cells[1:]
     for line in PAGE.read_text().split("## Weights")[1].split("\n## ")[0].splitlines()
