@@ -163,8 +163,8 @@ def partition_spec(path: str, shape: tuple[int, ...], axes: Mapping[str, int]) -
     """How one array is sharded.
 
     The kernel [.., C] and the bias [C] of a head's output are sharded over ``model`` along the classes, so that logits,
-    their gradient and the softmax are sharded there too. Over ``fsdp``, any array of `MIN_SHARDED_SIZE` entries or more is
-    sharded along the longest axis that is left and divides evenly; none such, and it stays whole.
+    their gradient and the softmax are sharded there too. Over ``fsdp``, any array of `MIN_SHARDED_SIZE` entries or
+    more is sharded along the longest axis that is left and divides evenly; none such, and it stays whole.
 
     Args:
       path: of the array in its tree, e.g. ``head/output/kernel`` or ``0/trace/head/output/kernel``.

@@ -1,4 +1,4 @@
-"""Weights from strangers: the table of docs/pretrained_weights.md, row by row. Taken with the right numbers, or one line."""
+"""The table of docs/pretrained_weights.md, row by row: taken with the right numbers, or refused in one line."""
 
 import json
 import pickle
