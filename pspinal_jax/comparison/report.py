@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pspinal_jax.comparison.search import Comparer
+from pspinal_jax.comparison.intervals import LEVEL, MIN_UNITS, paired_intervals, winners_of_draws
+from pspinal_jax.comparison.search import Comparer, rank
 from pspinal_jax.comparison.trial_log import unpacked
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import printable
@@ -16,49 +17,6 @@ from pspinal_jax.files import write_json, write_text
 from pspinal_jax.pictures import drawable, drawn, plain_text
 
 BASELINE_NAMES = {"knn": "k nearest neighbours", "ridge": "ridge regression"}
-DRAWS = 4000
-_BLOCK = 500
-
-
-def bootstrap_means(correct: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Mean accuracies [draws, M] of the M methods, all under the same draws.
-
-    Splits, seeds within a split and test examples within a split are drawn with replacement. Of K splits K - 1 are
-    drawn, and of S seeds S - 1: a mean of n values drawn from n varies too little, by (n - 1) / n, and a mean of n - 1
-    as it should. One split, or one seed, stays as it is, and adds nothing to the interval.
-
-    Args:
-      correct: bool or float [M, K, S, T], whether a method's seed was right on a test example of a split.
-      draws: how many.
-      seed: of the draws.
-    """
-    methods, splits, seeds, examples = correct.shape
-    rng = np.random.default_rng(seed)
-    correct, means, drawn_splits = correct.astype(np.float32), np.zeros((draws, methods)), max(1, splits - 1)
-    for start in range(0, draws, _BLOCK):
-        size = min(_BLOCK, draws - start)
-        for _ in range(drawn_splits):
-            chosen = rng.integers(splits, size=size)
-            weights = _weights(rng, size, examples, examples)
-            seed_weights = _weights(rng, size, seeds, max(1, seeds - 1))
-            for split in np.unique(chosen):
-                among = chosen == split
-                accuracies = (correct[:, split].reshape(-1, examples) @ weights[among].T).reshape(methods, seeds, -1)
-                drawn_means = np.einsum("msb,bs->bm", accuracies, seed_weights[among])
-                means[start : start + size][among] += drawn_means / drawn_splits
-    return means
-
-
-def _weights(rng: np.random.Generator, size: int, items: int, drawn: int) -> np.ndarray:
-    """Float32 [size, items]: the share of each of `items` in `drawn` draws with replacement."""
-    counts = np.stack([np.bincount(rng.integers(items, size=drawn), minlength=items) for _ in range(size)])
-    return (counts / drawn).astype(np.float32)
-
-
-def interval_95(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of `values`."""
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
@@ -71,12 +29,17 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
     best = max(methods, key=lambda method: rows[method]["validation_accuracy"]["mean"])
     correct = np.asarray([[unpacked(record["test_hits"], num_test) for record in seeds[name]] for name in methods])
     correct = correct.reshape(len(methods), config.splits, config.num_seeds, num_test)
-    means = dict(zip(methods, bootstrap_means(correct).T, strict=True))
+    tests = np.stack([split.test for split in comparer.splits])
+    intervals = paired_intervals(correct, tests, _tuning_luck(comparer), 1 / num_test)
+    design = describe_design(config.splits, config.num_seeds, len(methods))
 
     def difference(method: str, goal: str) -> dict[str, Any]:
-        low, high = interval_95(means[method] - means[goal])
-        mean = rows[method]["test_accuracy"]["mean"] - rows[goal]["test_accuracy"]["mean"]
-        return {"mean": mean, "interval_95": [low, high], "beyond_the_noise": low > 0 or high < 0}
+        at = methods.index(method), methods.index(goal)
+        mean, half = (float(each[at]) for each in (intervals.mean, intervals.half_width))
+        beyond = design["claims"] and abs(mean) > half
+        error = float(intervals.standard_error[at])
+        ends = [mean - half, mean + half]
+        return {"mean": mean, "interval_95": ends, "beyond_the_noise": beyond, "standard_error": error}
 
     pairs = {f"to_{goal}": {name: difference(name, goal) for name in methods if name != goal} for goal in methods}
     differences = {f"to_{goal}": pairs[f"to_{goal}"] for goal in dict.fromkeys((best, "dense")) if goal in methods}
@@ -102,7 +65,8 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
         "best_on_validation": best,
         "differences": differences,
         "all_differences": pairs,
-        "in_words": summarize(rows, differences, best),
+        "intervals": design,
+        "in_words": summarize(rows, differences, best, design),
         "execution": {
             "seconds": {method: round(value, 2) for method, value in seconds.items()},
             "wall_seconds_of_the_last_start": comparer.seconds,
@@ -139,18 +103,47 @@ def _method(comparer: Comparer, method: str, seeds: list[dict[str, Any]]) -> dic
     }
 
 
-def summarize(rows: Mapping[str, Any], differences: Mapping[str, Any], best: str) -> str:
-    """The result as sentences."""
+def _tuning_luck(comparer: Comparer) -> np.ndarray:
+    """What validation says of the winners in draws of the trials, [B, M]; baselines try all that there is to try."""
+    config, shape = comparer.config, (len(comparer.methods), comparer.config.splits, comparer.config.trials)
+    scores, order = np.zeros(shape), np.zeros(shape, int) + np.arange(config.trials)
+    for method, split in itertools.product(config.heads, range(config.splits)):
+        tried = [comparer.record("trial", split, method, trial) for trial in range(config.trials)]
+        at = comparer.methods.index(method), split
+        scores[at] = [record["validation_accuracy"] for record in tried]
+        order[at] = sorted(range(config.trials), key=lambda trial: rank(tried[trial]), reverse=True)
+    return winners_of_draws(scores, order)
+
+
+def describe_design(splits: int, seeds: int, methods: int) -> dict[str, Any]:
+    """What intervals are of, and whether so few splits or seeds allow to claim anything; as in compare.json."""
+    units, of = (splits, "splits") if splits > 1 else (seeds, "seeds of one split")
+    pairs = methods * (methods - 1) // 2
+    return {"level": LEVEL, "pairs_at_once": pairs, "units": units, "of": of, "claims": units >= MIN_UNITS}
+
+
+def summarize(rows: Mapping[str, Any], differences: Mapping[str, Any], best: str, design: Mapping[str, Any]) -> str:
+    """The result as sentences; `design` as of `describe_design`."""
     heads = {name: each for name, each in differences.get("to_dense", {}).items() if name not in BASELINE_NAMES}
     better, worse = _listed(heads, 1), _listed(heads, -1)
     level, beyond = (_listed(differences[f"to_{best}"], sign) for sign in (0, 1))
+    winner = f"Best on validation is {best}, with {100 * rows[best]['test_accuracy']['mean']:.2f} % on the test."
+    if not design["claims"]:
+        few = f"{design['units']} {design['of']}".replace("1 seeds", "1 seed")
+        return (
+            f"{winner} Nothing is claimed of differences: {few} cannot tell luck from skill; "
+            f"it takes {MIN_UNITS} splits, or {MIN_UNITS} seeds of one."
+        )
     sentences = [
         better and f"Better than dense beyond the noise: {better}.",
         worse and f"Worse than dense beyond the noise: {worse}.",
         "No head is better than dense beyond the noise." if heads and not better else "",
-        f"Best on validation is {best}, with {100 * rows[best]['test_accuracy']['mean']:.2f} % on the test.",
+        winner,
         f"Within the noise of it: {level or 'nothing else'}.",
         beyond and f"On the test beyond it: {beyond}.",
+        ""
+        if design["of"] == "splits"
+        else f"This is of one split: other training examples may say otherwise, which {MIN_UNITS} splits or more show.",
     ]
     return " ".join(filter(None, sentences))
 
@@ -209,7 +202,8 @@ def format_table(result: Mapping[str, Any]) -> str:
         f"{data['validation']} to validate, {data['test']} to test; {validated}. Trials a head: {protocol['trials']}; "
         f"seeds of the best: {protocol['num_seeds']}; splits: {protocol['splits']}; epochs: {protocol['epochs']}; "
         f"batch: {protocol['batch_size']}; sizes: {protocol['match']}. In bold: best on validation. Differences in "
-        "points of test accuracy; bootstrap over splits, seeds and test examples.",
+        f"points of test accuracy; intervals of all {result['intervals']['pairs_at_once']} pairs hold at once, over "
+        f"{result['intervals']['of']}, test examples and the luck of the tuning.",
         f"{execution['device']['kind']}, jax {execution['versions']['jax']}; {_compiled(result)}. "
         f"`{result['command']}`",
     ]

@@ -188,7 +188,11 @@ def test_compare_result_matches_its_records(finished):
         for name, each in differences.items():
             assert each["mean"] == pytest.approx(result["methods"][name]["test_accuracy"]["mean"] - base)
             low, high = each["interval_95"]
-            assert low <= each["mean"] <= high and each["beyond_the_noise"] == (low > 0 or high < 0)
+            assert low <= each["mean"] <= high and each["standard_error"] > 0
+            assert not each["beyond_the_noise"]  # of two seeds of one split
+    assert result["intervals"] == {
+        "level": 0.95, "pairs_at_once": 6, "units": 2, "of": "seeds of one split", "claims": False
+    }  # fmt: skip
     lines = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
     for head in SMALL["heads"]:
         trials = [line for line in lines if line["kind"] == "trial" and line["method"] == head]

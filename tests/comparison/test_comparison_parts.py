@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from comparison_support import make_features
 
-from pspinal_jax.comparison.report import bootstrap_means, interval_95, summarize
+from pspinal_jax.comparison.report import describe_design, summarize
 from pspinal_jax.comparison.search import BASELINE_SETTINGS, predict_baseline, standardisation, vote
 from pspinal_jax.comparison.settings import CompareConfig, Hparams, Trial, _steps, draw_trial, training_seed
 from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head, train_head
@@ -193,8 +193,24 @@ def test_the_summary_says_what_is_better_than_dense(mean, interval, sentence):
     beyond = interval[0] > 0 or interval[1] < 0
     against = {"mean": mean, "interval_95": interval, "beyond_the_noise": beyond}
     rows = {name: {"test_accuracy": {"mean": 0.9}} for name in ("mlp", "dense")}
-    text = summarize(rows, {"to_dense": {"mlp": against}, "to_mlp": {"dense": against}}, "mlp")
-    assert re.search(sentence, text), text
+    differences = {"to_dense": {"mlp": against}, "to_mlp": {"dense": against}}
+    text = summarize(rows, differences, "mlp", describe_design(3, 1, 2))
+    assert re.search(sentence, text) and "one split" not in text, text
+    of_one = summarize(rows, differences, "mlp", describe_design(1, 3, 2))
+    assert re.search(sentence, of_one) and of_one.endswith("which 3 splits or more show."), of_one
+
+
+@pytest.mark.parametrize(
+    ("splits", "seeds", "few"),
+    [(1, 1, "1 seed of one split"), (1, 2, "2 seeds of one split"), (2, 5, "2 splits")],
+)
+def test_the_summary_claims_nothing_from_too_few_splits_or_seeds(splits, seeds, few):
+    against = {"mean": 0.02, "interval_95": [0.01, 0.03], "beyond_the_noise": False}
+    rows = {name: {"test_accuracy": {"mean": 0.9}} for name in ("mlp", "dense")}
+    differences = {"to_dense": {"mlp": against}, "to_mlp": {"dense": against}}
+    text = summarize(rows, differences, "mlp", describe_design(splits, seeds, 2))
+    assert f"Nothing is claimed of differences: {few} cannot tell luck from skill" in text
+    assert "etter than" not in text and "noise" not in text
 
 
 def test_heads_can_have_the_same_number_of_parameters():
@@ -251,46 +267,3 @@ def test_standardisation_sees_the_training_rows_alone():
     pixels = np.full((4, 3), 255, np.uint8)
     shift, scale = standardisation(pixels, "none")
     np.testing.assert_allclose((pixels - shift) * scale, 1, rtol=1e-6)
-
-
-def test_an_interval_of_95_percent_leaves_out_2_5_on_either_side():
-    assert interval_95(np.random.default_rng(0).permutation(np.arange(1001.0))) == (25.0, 975.0)
-
-
-def test_intervals_are_as_wide_as_the_spread_over_seeds_and_examples_asks_for():
-    """Many experiments with a known difference of 0: the interval holds it about as often as it says."""
-    held, rng = 0, np.random.default_rng(0)
-    for number in range(120):
-        skill = 0.8 + rng.normal(0, 0.03, (2, 1, 5, 1))  # of every seed
-        easy = rng.normal(0, 0.1, (1, 1, 1, 200))  # the same examples for both methods
-        hits = rng.random((2, 1, 5, 200)) < skill + easy
-        means = bootstrap_means(hits, draws=500, seed=number)
-        low, high = interval_95(means[:, 0] - means[:, 1])
-        held += low <= 0 <= high
-    # 116 of 120, and 119 or 107 were the interval one of 99.8 or of 80 %.
-    assert 0.93 <= held / 120 <= 0.985
-    same = bootstrap_means(np.repeat(hits[:1], 2, axis=0))
-    np.testing.assert_array_equal(same[:, 0], same[:, 1])
-    certain = bootstrap_means(np.ones((1, 3, 2, 50), bool))
-    np.testing.assert_allclose(certain, 1, rtol=1e-5)
-
-
-def test_one_training_spreads_by_its_test_examples_alone_and_as_a_share_does():
-    hits = np.arange(12) < 9
-    found = bootstrap_means(hits.reshape(1, 1, 1, 12), draws=20000)[:, 0]
-    assert found.mean() == pytest.approx(0.75, abs=0.003)
-    assert found.std() == pytest.approx(np.sqrt(0.75 * 0.25 / 12), rel=0.02)
-    # Two methods right on the same examples differ in none of the draws; right on the others, in opposite ways.
-    both = bootstrap_means(np.stack([hits, hits, ~hits]).reshape(3, 1, 1, 12), draws=50)
-    np.testing.assert_array_equal(both[:, 0], both[:, 1])
-    np.testing.assert_allclose(both[:, 0] + both[:, 2], 1, rtol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 5, 30), (1, 4, 1, 30)])
-def test_few_seeds_or_splits_spread_as_a_mean_of_so_many_does(shape):
-    """By the sample's standard deviation over the root of their number, which an ordinary bootstrap falls short of."""
-    each = np.array([1.0, 1.0, 0.0, 1.0, 0.0])[: max(shape[1:3])]
-    hits = np.broadcast_to(each.reshape(1, shape[1], shape[2], 1), shape)
-    found = bootstrap_means(hits, draws=20000)[:, 0]
-    assert found.std() == pytest.approx(each.std(ddof=1) / np.sqrt(len(each)), rel=0.03)
-    assert found.mean() == pytest.approx(each.mean(), abs=0.01)
