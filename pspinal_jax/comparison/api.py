@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def compare(
     class_names: Sequence[str] | None = None,
     workdir: str | Path | None = None,
     progress: bool = True,
+    also: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Comparison:
     """Compare heads on arrays: which one, tuned alike, is better than a linear layer by more than the noise?
@@ -80,7 +81,7 @@ def compare(
         >>> small = dict(heads=("mlp", "dense"), trials=2, num_seeds=2, epochs=1, batch_size=16, layer_width=4)
         >>> comparison = pspinal_jax.compare(features, labels, progress=False, **small)
         >>> sorted(comparison.result["methods"])
-        ['dense', 'knn', 'mlp', 'ridge']
+        ['dense', 'dense_average', 'knn', 'lda', 'logistic', 'mlp', 'mlp_average', 'nearest_mean', 'ridge']
 
     Args:
       features: numbers [N, D], as an array or a frame (pandas, Polars, PyArrow), or images uint8 [N, H, W] or
@@ -95,9 +96,12 @@ def compare(
       workdir: folder for trials.jsonl, compare.json, compare.md and compare.png; called again with it, finished trials
         are not run again. None: nothing is written.
       progress: whether to show progress on standard error.
-      **settings: fields of `pspinal_jax.comparison.settings.CompareConfig`: heads, floors, trials, num_seeds, splits,
-        seed, match ('published' or 'parameters'), layer_width, num_layers, epochs, batch_size, validation_fraction,
-        standardize, mode, workers; and learning_rate, weight_decay, dropout_rate and label_smoothing as (low, high).
+      also: scikit-learn classifiers by the names of their rows, each one setting, on the features as they are; those
+        with a random state are fitted with `num_seeds` of them.
+      **settings: fields of `pspinal_jax.comparison.settings.CompareConfig`: heads, floors, trials, num_seeds, refit,
+        splits, seed, match ('published' or 'parameters'), layer_width, num_layers, epochs, batch_size,
+        validation_fraction, standardize, mode, workers; and learning_rate, weight_decay, dropout_rate and
+        label_smoothing as (low, high).
 
     Returns:
       A `Comparison`.
@@ -121,15 +125,20 @@ def compare(
     data = make_dataset(splits, "arrays", None, None if class_names is None else tuple(map(str, class_names)))
     if test_features is None:
         data = cut_test(data, test_fraction, config.seed, log.keep_copies_together)
-    return compare_data(data, config, log, "pspinal_jax.compare(features, labels, ..)", progress)
+    return compare_data(data, config, log, "pspinal_jax.compare(features, labels, ..)", progress, also)
 
 
 def compare_data(
-    data: Dataset[ArraySplit], config: CompareConfig, log: TrialLog, command: str, progress: bool = True
+    data: Dataset[ArraySplit],
+    config: CompareConfig,
+    log: TrialLog,
+    command: str,
+    progress: bool = True,
+    also: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """The comparison on `data`, or what is left of it in the work directory of `log`; raises as `compare`."""
     enable_compilation_cache()
-    comparer = Comparer(data, config, log, progress)
+    comparer = Comparer(data, config, log, progress, also)
     counts, text = comparer.copies
     if drawn := counts["test_in_train_of_drawn_splits"]:
         text += f"{'; ' if text else ''}of the splits that are drawn, {drawn:,} test examples are also in train"

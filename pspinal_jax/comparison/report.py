@@ -10,27 +10,31 @@ import numpy as np
 
 from pspinal_jax.comparison.intervals import LEVEL, MIN_UNITS, paired_intervals, winners_of_draws
 from pspinal_jax.comparison.search import Comparer, rank
-from pspinal_jax.comparison.trial_log import unpacked
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import printable
 from pspinal_jax.files import write_json, write_text
 from pspinal_jax.pictures import drawable, drawn, plain_text
 
-BASELINE_NAMES = {"knn": "k nearest neighbours", "ridge": "ridge regression"}
+BASELINE_NAMES = {
+    "logistic": "logistic regression",
+    "lda": "linear discriminants",
+    "nearest_mean": "nearest class mean",
+    "knn": "k nearest neighbours",
+    "ridge": "ridge regression",
+}
+_LINEAR = ("logistic", "lda", "nearest_mean", "ridge")
 
 
 def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
     """The contents of compare.json; all but 'execution' is the same however often the work was interrupted."""
-    config, methods, data, trainer = comparer.config, comparer.methods, comparer.data, comparer.trainer
-    num_test = len(comparer.splits[0].test)
-    runs = list(itertools.product(range(config.splits), range(config.num_seeds)))
-    seeds = {name: [comparer.record("seed", split, name, seed) for split, seed in runs] for name in methods}
-    rows = {name: _method(comparer, name, records) for name, records in seeds.items()}
-    best = max(methods, key=lambda method: rows[method]["validation_accuracy"]["mean"])
-    correct = np.asarray([[unpacked(record["test_hits"], num_test) for record in seeds[name]] for name in methods])
-    correct = correct.reshape(len(methods), config.splits, config.num_seeds, num_test)
+    config, methods, data, trainer = comparer.config, comparer.methods, comparer.data, comparer.trainers["seed"]
+    answers = {name: comparer.answers(name) for name in methods}
+    rows = {name: _method(comparer, name) for name in methods}
+    chosen_from = [name for name in methods if name not in comparer.averages]
+    best = max(chosen_from, key=lambda method: rows[method]["validation_accuracy"]["mean"])
+    correct = np.stack([answers[name].correct for name in methods])
     tests = np.stack([split.test for split in comparer.splits])
-    intervals = paired_intervals(correct, tests, _tuning_luck(comparer), 1 / num_test)
+    intervals = paired_intervals(correct, tests, _tuning_luck(comparer), 1 / correct.shape[-1])
     design = describe_design(config.splits, config.num_seeds, len(methods))
 
     def difference(method: str, goal: str) -> dict[str, Any]:
@@ -44,10 +48,12 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
     pairs = {f"to_{goal}": {name: difference(name, goal) for name in methods if name != goal} for goal in methods}
     differences = {f"to_{goal}": pairs[f"to_{goal}"] for goal in dict.fromkeys((best, "dense")) if goal in methods}
     train, validation = comparer.rows[0, 0]
-    counts, seconds = {"trial": config.trials, "seed": config.num_seeds}, dict.fromkeys(methods, 0.0)
+    counts = dict.fromkeys(comparer.trainers, config.num_seeds) | {"trial": config.trials}
+    seconds = dict.fromkeys(methods, 0.0)
     for key, record in comparer.log.records.items():  # of all its trainings, whichever process did them
-        if key.method in seconds and key.number < counts[key.kind] and key.split < config.splits:
+        if key.method in seconds and key.number < counts.get(key.kind, 0) and key.split < config.splits:
             seconds[key.method] += record["seconds"]
+    each = [trainer for kind, trainer in comparer.trainers.items() if kind != "trial"]
     return {
         "command": command,
         "data": {
@@ -57,10 +63,12 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
             "classes": data.num_classes,
             "train": len(train),
             "validation": len(validation),
-            "test": num_test,
+            "test": len(comparer.splits[0].test),
         },
         "copies": comparer.copies[0],
-        "protocol": comparer.identity() | {name: getattr(config, name) for name in ("trials", "num_seeds", "splits")},
+        "protocol": comparer.identity()
+        | {name: getattr(config, name) for name in ("trials", "num_seeds", "splits")}
+        | {"refit": comparer.final == "refit"},
         "methods": rows,
         "best_on_validation": best,
         "differences": differences,
@@ -70,7 +78,7 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
         "execution": {
             "seconds": {method: round(value, 2) for method, value in seconds.items()},
             "wall_seconds_of_the_last_start": comparer.seconds,
-            "compilations": trainer.compilations,
+            "compilations": {head: sum(one.compilations[head] for one in each) for head in config.heads},
             "mode": trainer.mode,
             "workers": trainer.workers if trainer.mode == "loop" else None,
             "slots": dict.fromkeys(config.heads, trainer.slots),
@@ -80,26 +88,42 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
     }
 
 
-def _method(comparer: Comparer, method: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """A method's row in compare.json, from the records of its seeds."""
+def _method(comparer: Comparer, method: str) -> dict[str, Any]:
+    """A method's row in compare.json."""
+    config, data, head = comparer.config, comparer.data, comparer.averages.get(method, method)
     chosen = []
-    for split in range(comparer.config.splits):
-        trial = comparer.choices.get((split, method), 0)
-        record = comparer.record("trial", split, method, trial)
-        chosen.append({"trial": trial} | {name: record[name] for name in ("setting", "validation_accuracy")})
-    ridge_size = (comparer.data.example_shape[0] + 1) * comparer.data.num_classes
-    head = comparer.heads.get(method)
-    layers, width = getattr(head, "num_layers", 1), getattr(head, "layer_width", None)
+    for split in range(config.splits):
+        record = comparer.record("trial", split, head, comparer.choices.get((split, head), 0))
+        fields = ("setting", "validation_accuracy")
+        chosen.append({"trial": record["number"]} | {name: record[name] for name in fields})
+    runs = [
+        comparer.record("seed", split, head, seed)
+        for split, seed in itertools.product(range(config.splits), range(config.num_seeds))
+    ]
+    finals = [record for each in comparer.final_records(method) for record in each]
+    module, size = comparer.heads.get(head), comparer.sizes.get(head)
+    layers, width = getattr(module, "num_layers", 1), getattr(module, "layer_width", None)
     hidden = f"{layers} hidden layer{'s' if layers > 1 else ''} of {width}" if width else "no hidden layer"
-    validation, tests = ([record[name] for record in seeds] for name in ("validation_accuracy", "test_accuracy"))
+    averaged, refitted = method in comparer.averages, comparer.final == "refit"
+    if head in _LINEAR:
+        size = (data.example_shape[0] + 1) * data.num_classes
+    elif averaged and size is not None:
+        size *= config.num_seeds
+    accuracies = {name: [record[f"{name}_accuracy"] for record in runs] for name in ("validation", "test")}
+    before = {name: {"mean": float(np.mean(each)), "each": each} for name, each in accuracies.items()}
+    tests = [record["test_accuracy"] for record in finals]
     std = float(np.std(tests, ddof=1)) if len(tests) > 1 else 0.0
     return {
-        "parameters": ridge_size if method == "ridge" else comparer.sizes.get(method),
-        "hidden": BASELINE_NAMES.get(method, hidden),
+        "parameters": size,
+        "hidden": BASELINE_NAMES.get(method, "estimator" if head in comparer.grids else hidden),
         "chosen": chosen,
-        "validation_accuracy": {"mean": float(np.mean(validation)), "each": validation},
+        "settings_tried": len(comparer.grids.get(head, range(config.trials))),
+        "train_examples": len(comparer.splits[0].pool if refitted else comparer.rows[0, 0][0]),
+        "validation_accuracy": None if averaged else before["validation"],
         "test_accuracy": {"mean": float(np.mean(tests)), "std": std, "each": tests},
-        "finite": all(record.get("finite", True) for record in seeds),
+        # What the trainings on the training part alone have on the test.
+        **({"test_accuracy_before_refit": before["test"]} if refitted and not averaged else {}),
+        "finite": all(record.get("finite", True) for record in runs + finals),
     }
 
 
@@ -172,17 +196,20 @@ def describe_setting(chosen: list[dict[str, Any]]) -> str:
 
 def _table(result: Mapping[str, Any], goals: Sequence[str], best_name: str) -> list[list[str]]:
     """Header and rows; `best_name` formats the name of what did best on validation."""
-    header = ["", "hidden layers", "parameters", "chosen setting", "validation %", "test %", "seconds"]
-    rows = [header + [f"difference to {goal.removeprefix('to_')}, 95 % interval" for goal in goals]]
+    header = ["", "hidden layers", "parameters", "tried", "chosen setting", "trained on", "validation %", "test %"]
+    rows = [[*header, "seconds", *(f"difference to {goal.removeprefix('to_')}, 95 % interval" for goal in goals)]]
     for name, row in result["methods"].items():
         test, differences = row["test_accuracy"], [result["differences"][goal].get(name) for goal in goals]
+        validation = row["validation_accuracy"]
         rows.append(
             [
                 best_name.format(name) if name == result["best_on_validation"] else name,
-                "-" if name in BASELINE_NAMES else row["hidden"],
+                row["hidden"] if "hidden layer" in row["hidden"] else "-",
                 "-" if row["parameters"] is None else f"{row['parameters']:,}",
+                str(row["settings_tried"]),
                 describe_setting(row["chosen"]),
-                f"{100 * row['validation_accuracy']['mean']:.2f}",
+                f"{row['train_examples']:,}",
+                "-" if validation is None else f"{100 * validation['mean']:.2f}",
                 f"{100 * test['mean']:.2f} ± {100 * test['std']:.2f}",
                 f"{result['execution']['seconds'][name]:.0f}",
                 *("" if each is None else _points(each) for each in differences),

@@ -4,28 +4,31 @@ import dataclasses
 import json
 import math
 import time
-import warnings
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from pspinal_jax.comparison.answers import (
+    MIN_PROBABILITY,
+    Answers,
+    as_record,
+    calibrated,
+    find_temperature,
+    read_records,
+)
+from pspinal_jax.comparison.baselines import BASELINES, FIRST_BASELINES, fit_baseline, fit_estimator, random_states
 from pspinal_jax.comparison.settings import CompareConfig, Scaling, draw_trial, training_seed
 from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head
-from pspinal_jax.comparison.trial_log import Key, TrialLog, packed
+from pspinal_jax.comparison.trial_log import Key, TrialLog
 from pspinal_jax.data.dataset import ArraySplit, Dataset, copies_of_a_class, draw_together, split_by_class
 from pspinal_jax.errors import UsageError
-from pspinal_jax.progress import progress_bar
+from pspinal_jax.progress import progress_bar, say
 
 MIN_STEPS = 600
 """A training whose number of epochs is not given has at least so many: little data is seen more often."""
-BASELINE_SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "knn": [{"metric": metric, "k": k} for metric in ("euclidean", "cosine") for k in (1, 3, 5, 10, 20, 50)],
-    # The penalty is on the sum of squares over all training examples.
-    "ridge": [{"penalty": float(10.0**exponent)} for exponent in np.arange(-2, 7.5, 0.5)],
-}
-"""All that is tried; what does best on validation is taken, of equals the first."""
 
 
 class Split(NamedTuple):
@@ -74,57 +77,36 @@ def standardisation(inputs: np.ndarray, scaling: Scaling) -> tuple[np.ndarray, n
     return mean.astype(np.float32), np.where(constant, 0.0, 1 / np.where(constant, 1.0, deviation)).astype(np.float32)
 
 
-def predict_baseline(
-    settings: list[dict[str, Any]], train: tuple[np.ndarray, np.ndarray], inputs: np.ndarray, num_classes: int
-) -> list[np.ndarray]:
-    """Predictions int [M] of `inputs` [M, D] under each of `settings`, from `train` (inputs [N, D], labels [N])."""
-    from sklearn.linear_model import RidgeClassifier
-    from sklearn.neighbors import NearestNeighbors
-
-    if "penalty" in settings[0]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a penalty too small for the data, which validation will not choose
-            ridges = [RidgeClassifier(alpha=each["penalty"], solver="cholesky").fit(*train) for each in settings]
-        return [np.asarray(ridge.predict(inputs)) for ridge in ridges]
-    largest, nearest = min(len(train[1]), max(setting["k"] for setting in settings)), {}
-    for metric in {setting["metric"] for setting in settings}:  # one search for every k
-        model = NearestNeighbors(n_neighbors=largest, metric=metric, algorithm="brute").fit(train[0])
-        nearest[metric] = train[1][model.kneighbors(inputs, return_distance=False)]
-    return [vote(nearest[setting["metric"]][:, : setting["k"]], num_classes) for setting in settings]
-
-
-def vote(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """The most frequent of each row of `labels` [M, k], nearest first.
-
-    Of equals it is the one with nearer neighbours (the smaller sum of ranks), then the first class; scikit-learn's
-    classifier takes the first class.
-    """
-    rows, k = labels.shape
-    votes = np.zeros((rows, num_classes), int)
-    for rank in range(k):
-        votes[np.arange(rows), labels[:, rank]] += k * k - rank  # all deductions of a row are less than one vote
-    return votes.argmax(1)
-
-
 class Comparer:
     """One comparison on its way from data to records in a trial log.
 
     Attributes:
       sizes: parameters of each head, by name.
-      methods: heads and baselines, in the order of the table.
+      averages: rows that are the mean probabilities of the seeds of a head, and that head.
+      grids: the settings that are tried of each baseline and estimator, by name.
+      methods: heads, averages, baselines and estimators, in the order of the table.
       inputs: float32 or uint8 [N, D], of train, validation and test, one after the other.
       labels: integers [N].
       splits: rows of each split.
       own_validation: how many at the end of the pool are a validation split of the data's own; 0 for none.
       rows: (split, seed) -> rows (train, validation); trials have those of seed 0.
+      final: kind of the trainings that the table is of: 'refit', or 'seed' without refits.
+      trainers: by kind of training.
       copies: see `pspinal_jax.data.dataset.Contents.find_copies`, of the data's own split and the first seed; and
         how many test examples of the splits that are drawn are in their pools too.
       choices: (split, method) -> number of the trial that did best on validation.
       seconds: wall time of what this process did, by stage.
     """
 
-    def __init__(self, data: Dataset[ArraySplit], config: CompareConfig, log: TrialLog, shown: bool) -> None:
-        self.config, self.log, self._shown = config, log, shown
+    def __init__(
+        self,
+        data: Dataset[ArraySplit],
+        config: CompareConfig,
+        log: TrialLog,
+        shown: bool,
+        estimators: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config, self.log, self._shown, self._estimators = config, log, shown, dict(estimators or {})
         flat = {name: ArraySplit(s.inputs.reshape(len(s), -1), s.labels) for name, s in data.splits.items()}
         self.data = dataclasses.replace(data, splits=flat, example_shape=flat["train"].inputs.shape[1:])
         contents = self.data.contents()
@@ -153,16 +135,30 @@ class Comparer:
         epochs = config.epochs or max(20, math.ceil(MIN_STEPS / steps))
         evaluated = len(validation) + len(self.splits[0].test)
         self.schedule = Schedule(epochs, steps, config.batch_size, min(500, evaluated))
-        self._num_evaluated = evaluated + -evaluated % self.schedule.eval_batch_size
         sizes = (self.data.example_shape[0], data.num_classes, config.layer_width, config.num_layers, config.match)
         built = {name: build_head(name, *sizes) for name in config.heads}
         self.heads: dict[str, Any] = {name: head for name, (head, _) in built.items()}
         self.sizes: dict[str, int] = {name: size for name, (_, size) in built.items()}
+        self.final = "refit" if config.refit and not log.earlier else "seed"
         most = max(config.trials, config.num_seeds)
-        self.trainer = Trainer(self.heads, self.schedule, most, config.mode, config.workers)
-        self.methods: list[str] = [*config.heads, *(BASELINE_SETTINGS if config.floors else ())]
+        trainer = Trainer(self.heads, self.schedule, most, config.mode, config.workers)
+        self.trainers = {"trial": trainer, "seed": trainer}
+        if self.final == "refit":
+            whole = dataclasses.replace(self.schedule, steps=num_pool // config.batch_size)
+            self.trainers["refit"] = Trainer(self.heads, whole, config.num_seeds, config.mode, config.workers)
+        averaged = config.heads if config.num_seeds > 1 and not log.earlier else ()
+        self.averages: dict[str, str] = {f"{head}_average": head for head in averaged}
+        names = () if not config.floors else FIRST_BASELINES if log.earlier else tuple(BASELINES)
+        grids = {name: BASELINES[name] for name in names}
+        self.grids = {
+            name: [{**each, "standardize": scaling} for scaling in self.scalings for each in grid]
+            for name, grid in grids.items()
+        }
+        for name, estimator in self._estimators.items():
+            self.grids[name] = [{"estimator": " ".join(repr(estimator).split()), "standardize": "none"}]
+        self.methods: list[str] = [*config.heads, *self.averages, *self.grids]
         self.choices: dict[tuple[int, str], int] = {}
-        self.seconds = {"floors": 0.0, "trials": 0.0, "seeds": 0.0}
+        self.seconds = {"floors": 0.0, "trials": 0.0, "seeds": 0.0, "refits": 0.0}
 
     def _cut(self, pool: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (train, validation) of a pool; where the data brings no validation split, `seed` cuts it by class.
@@ -184,6 +180,8 @@ class Comparer:
         deciding = ("seed", "match", "layer_width", "num_layers", "batch_size", "validation_fraction", "standardize")
         return {
             "data_fingerprint": self.data.fingerprint(),
+            # Earlier versions had no such entry, and fewer rows.
+            **({} if self.log.earlier else {"format": 2}),
             **{name: getattr(self.config, name) for name in deciding},
             "ranges": {name: list(value) for name, value in self.config.ranges.items()},
             "epochs": self.schedule.epochs,
@@ -198,22 +196,44 @@ class Comparer:
         """A finished record of the log."""
         return self.log.records[Key(kind, split, method, number)]
 
+    def final_numbers(self, method: str) -> list[tuple[str, int]]:
+        """Kind and number of the records on each split that the row of `method` is of."""
+        if method in self.averages:
+            return [("average", self.config.num_seeds)]
+        # On all examples, what draws no random numbers does the same every time.
+        drawn = method in self.heads or (method in self._estimators and random_states(self._estimators[method]))
+        return [(self.final, n) for n in range(self.config.num_seeds if drawn or self.final == "seed" else 1)]
+
+    def final_records(self, method: str) -> list[list[dict[str, Any]]]:
+        """The records that the row of `method` is of: of each split, of each training."""
+        return [
+            [self.record(kind, split, method, number) for kind, number in self.final_numbers(method)]
+            for split in range(self.config.splits)
+        ]
+
+    def answers(self, method: str) -> Answers:
+        """What the row of `method` answers; where there is one training for all seeds, so often."""
+        records, seeds = self.final_records(method), self.config.num_seeds
+        repeated = [each if len(each) == seeds else each * seeds for each in records]
+        return read_records(repeated, np.stack([self.labels[split.test] for split in self.splits]))
+
     def run(self) -> None:
         """Do what is not yet done."""
-        config = self.config
-        baselines = tuple(BASELINE_SETTINGS) if config.floors else ()
-        each = len(config.heads) * (config.trials + config.num_seeds) + len(baselines) * (1 + config.num_seeds)
+        config, kinds = self.config, list(self.trainers)
+        if self.log.earlier:
+            say(f"{self.log.workdir} was begun by an earlier version and goes on so, without refits and new rows")
+        each = len(config.heads) * (config.trials + config.num_seeds * (len(kinds) - 1))
+        each += sum(1 + config.num_seeds + len(self.final_numbers(name)) * (len(kinds) - 2) for name in self.grids)
         with progress_bar(config.splits * each, "compare", "training", self._shown, unit_scale=False) as self._bar:
             for split in range(config.splits):
                 start = time.perf_counter()
-                for baseline in baselines:
-                    self._baseline(split, baseline)
+                for name in self.grids:
+                    self._baseline(split, name)
                 self.seconds["floors"] += time.perf_counter() - start
-                self._train("trial", split, config.trials)
-                for head in config.heads:
-                    tried = [self.record("trial", split, head, trial) for trial in range(config.trials)]
-                    self.choices[split, head] = max(range(config.trials), key=lambda trial: rank(tried[trial]))
-                self._train("seed", split, config.num_seeds)
+                for kind in kinds:
+                    self._train(kind, split, config.trials if kind == "trial" else config.num_seeds)
+                for name, head in self.averages.items():
+                    self._average(split, name, head)
 
     @property
     def scalings(self) -> tuple[Scaling, ...]:
@@ -224,23 +244,30 @@ class Comparer:
 
     def _train(self, kind: str, split: int, count: int) -> None:
         """The first `count` trials, or seeds of the best trial, of every head."""
-        start, with_test, tasks = time.perf_counter(), kind == "seed", list[Task]()
+        start, with_test, tasks = time.perf_counter(), kind != "trial", list[Task]()
 
         @cache
         def part(number: int, scaling: Scaling) -> Part:
             train, evaluated = self._rows(Key(kind, split, "", number))
-            padded = np.pad(evaluated, (0, self._num_evaluated - len(evaluated))).astype(np.int32)
+            # As many as a seed has, validation and test.
+            size = self.schedule.eval_batch_size
+            whole = len(evaluated) if kind == "refit" else len(self.rows[0, 0][1]) + len(self.splits[0].test)
+            padded = np.pad(evaluated, (0, whole + -whole % size - len(evaluated))).astype(np.int32)
             return Part(train.astype(np.int32), padded, *standardisation(self.inputs[train], scaling))
 
         for head in sorted(self.sizes, key=lambda head: -self.sizes[head]):  # the longest begin first
+            if with_test:
+                tried = [self.record("trial", split, head, trial) for trial in range(self.config.trials)]
+                self.choices[split, head] = max(range(len(tried)), key=lambda trial: rank(tried[trial]))
             for number in range(count):
                 key = Key(kind, split, head, number)
                 trial = draw_trial(self.config, self.choices[split, head] if with_test else number, self.scalings)
-                if self._is_done(key, [trial.as_json()]):
+                if self._is_done(key, [trial.as_json()]) and not self._is_missed(key):
                     self._bar.update(1)
                     continue
                 seed = training_seed(self.config.seed, kind, number)
-                tasks.append(Task(key, head, trial, seed, part(number if with_test else 0, trial.standardize)))
+                # Trials have one validation part, the first seed's; all refits have all examples.
+                tasks.append(Task(key, head, trial, seed, part(number if kind == "seed" else 0, trial.standardize)))
         if not tasks:
             return
         inputs, labels, test = self.inputs, self.labels.astype(np.int32), self.splits[split].test
@@ -248,20 +275,24 @@ class Comparer:
         if not with_test:
             inputs = inputs.copy()
             inputs[test] = 0
-        for task, outcome, seconds in self.trainer.run(tasks, Examples(inputs, labels)):
-            key = task.key
-            losses = outcome.losses[: len(self.rows[split, 0][1])]
-            record = {"setting": task.trial.as_json(), **self._scores(key, outcome.predictions)}
-            record |= {"validation_loss": round(float(losses.mean()), 5), "train_loss": float(outcome.loss)}
-            self.log.add(key, record | {"finite": bool(outcome.finite), "seconds": round(seconds, 3)})
+        for task, outcome, seconds in self.trainers[kind].run(tasks, Examples(inputs, labels)):
+            key, logits = task.key, self._parts(task.key, outcome.logits)
+            record = {"setting": task.trial.as_json(), **self._scores(key, *logits)}
+            if kind != "refit":
+                record["validation_loss"] = round(float(outcome.losses[: len(logits[0])].mean()), 5)
+            record |= {"train_loss": float(outcome.loss), "finite": bool(outcome.finite), "seconds": round(seconds, 3)}
+            averaged = kind == self.final and key.method in self.averages.values()
+            self.log.add(key, record, calibrated(logits[1], record["temperature"]) if averaged else None)
             self._advance(key)
         self.seconds[f"{kind}s"] += time.perf_counter() - start
 
     def _rows(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to train on, and rows to predict: validation and then, for a seed, the test."""
+        """Rows to train on, and rows to predict: validation but for a refit and then, but for a trial, the test."""
+        pool, test = self.splits[key.split]
+        if key.kind == "refit":
+            return pool, test
         train, validation = self.rows[key.split, key.number if key.kind == "seed" else 0]
-        test = self.splits[key.split].test if key.kind == "seed" else validation[:0]
-        return train, np.concatenate([validation, test])
+        return train, np.concatenate([validation, test if key.kind == "seed" else test[:0]])
 
     def _is_done(self, key: Key, settings: list[dict[str, Any]]) -> bool:
         """Whether the log has its record, of one of `settings`."""
@@ -270,41 +301,92 @@ class Comparer:
         texts = (json.dumps(setting, sort_keys=True) for setting in settings)
         return record is not None and json.dumps(record["setting"], sort_keys=True) in texts
 
+    def _is_missed(self, key: Key) -> bool:
+        """Whether an average that is not done lacks what this training said."""
+        name = f"{key.method}_average"
+        if key.kind != self.final or name not in self.averages:
+            return False
+        done = self._is_done(self._average_key(key.split, name), [self._average_setting(key.split, key.method)])
+        return not done and self.log.probabilities(key) is None
+
+    def _average_key(self, split: int, name: str) -> Key:
+        return Key("average", split, name, self.config.num_seeds)
+
+    def _average_setting(self, split: int, head: str) -> dict[str, Any]:
+        chosen = self.record("trial", split, head, self.choices[split, head])["setting"]
+        return {**chosen, "averaged": self.config.num_seeds, "refit": self.final == "refit"}
+
+    def _average(self, split: int, name: str, head: str) -> None:
+        """The mean probabilities of a head's seeds."""
+        key, setting = self._average_key(split, name), self._average_setting(split, head)
+        if self._is_done(key, [setting]):
+            return
+        keys = [Key(self.final, split, head, number) for number in range(self.config.num_seeds)]
+        mean = np.mean([np.asarray(self.log.probabilities(each), np.float32) for each in keys], 0)
+        scores = as_record(np.log(np.maximum(mean, MIN_PROBABILITY)), 1.0, self.labels[self.splits[split].test])
+        self.log.add(key, {"setting": setting, "validation_accuracy": None, **scores, "seconds": 0.0})
+
     def _advance(self, key: Key) -> None:
         validation = self.log.records[key]["validation_accuracy"]
         self._bar.set_postfix({key.method: f"{100 * validation:.1f} % of validation"}, refresh=False)
         self._bar.update(1)
 
-    def _scores(self, key: Key, predictions: np.ndarray) -> dict[str, Any]:
-        """Accuracies on validation and, for a seed, on the test, from predictions of the rows of `key`."""
-        rows = self._rows(key)[1]
-        validation, test = np.split(predictions[: len(rows)] == self.labels[rows], [len(self.rows[key.split, 0][1])])
-        scores: dict[str, Any] = {"validation_accuracy": float(validation.mean())}
-        return scores | ({"test_accuracy": float(test.mean()), "test_hits": packed(test)} if len(test) else {})
+    def _parts(self, key: Key, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of `scores` [M, C] of the rows of `key`, and perhaps more rows, those of validation and those of the test."""
+        train, evaluated = self._rows(key)
+        validation = len(self.splits[key.split].pool) - len(train)
+        return scores[:validation], scores[validation : len(evaluated)]
 
-    def _baseline(self, split: int, baseline: str) -> None:
+    def _scores(self, key: Key, validation: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+        """What a record holds of scores [V, C] and [T, C] of its examples."""
+        rows, true = self._rows(key)[1], self.labels[self.splits[key.split].test]
+        if key.kind == "refit":  # its validation, and its temperature, are those of the training before
+            seed = self.record("seed", key.split, key.method, key.number)
+            found = {name: seed[name] for name in ("validation_accuracy", "temperature")}
+        else:
+            labels = self.labels[rows[: len(validation)]]
+            found = {"validation_accuracy": float((validation.argmax(1) == labels).mean())}
+            if key.kind == "trial":
+                return found
+            found["temperature"] = find_temperature(validation, labels)
+        return found | as_record(test, found["temperature"], true)
+
+    def _baseline(self, split: int, name: str) -> None:
         """All settings of a baseline as one record (the one that did best), then that one on every seed's split."""
-        grid = BASELINE_SETTINGS[baseline]
-        settings = [{**each, "standardize": scaling} for scaling in self.scalings for each in grid]
-        tuned = Key("trial", split, baseline, 0)
-        for key in (tuned, *(Key("seed", split, baseline, seed) for seed in range(self.config.num_seeds))):
+        settings, tuned = self.grids[name], Key("trial", split, name, 0)
+        keys = [tuned, *(Key("seed", split, name, seed) for seed in range(self.config.num_seeds))]
+        if self.final == "refit":
+            keys += [Key(kind, split, name, number) for kind, number in self.final_numbers(name)]
+        for key in keys:
             if not self._is_done(key, settings):
                 self.log.add(key, self._try_baseline(key, settings))
             self._advance(key)
             settings = [self.log.records[tuned]["setting"]]
 
     def _try_baseline(self, key: Key, settings: list[dict[str, Any]]) -> dict[str, Any]:
-        """The record of the one of `settings` that does best on validation."""
-        start, tried = time.perf_counter(), []
+        """The record of the one of `settings` that does best on validation, of equals the first."""
+        start, best = time.perf_counter(), None
+        for setting, scores in self._fitted(key, settings):
+            found = self._scores(key, *self._parts(key, scores))
+            if best is None or found["validation_accuracy"] > best["validation_accuracy"]:
+                best = {"setting": setting, **found}
+        assert best is not None
+        return {**best, "seconds": round(time.perf_counter() - start, 3)}
+
+    def _fitted(self, key: Key, settings: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Each of `settings` with the scores [M, C] of the rows of `key` under it."""
         train, evaluated = self._rows(key)
         for scaling in dict.fromkeys(setting["standardize"] for setting in settings):
             alike = [setting for setting in settings if setting["standardize"] == scaling]
             shift, scale = standardisation(self.inputs[train], scaling)
-            fitted, inputs = ((self.inputs[rows].astype(np.float32) - shift) * scale for rows in (train, evaluated))
-            found = predict_baseline(alike, (fitted, self.labels[train]), inputs, self.data.num_classes)
-            tried += [{"setting": each, **self._scores(key, found[i])} for i, each in enumerate(alike)]
-        best = max(tried, key=lambda record: record["validation_accuracy"])
-        return {**best, "seconds": round(time.perf_counter() - start, 3)}
+            rows, inputs = ((self.inputs[each].astype(np.float32) - shift) * scale for each in (train, evaluated))
+            fitted, count = (rows, self.labels[train]), self.data.num_classes
+            if (estimator := self._estimators.get(key.method)) is not None:
+                seed = training_seed(self.config.seed, key.kind, key.number)
+                yield alike[0], fit_estimator(estimator, fitted, inputs, count, seed)
+                continue
+            for setting, found in zip(alike, fit_baseline(key.method, alike, fitted, inputs, count), strict=True):
+                yield setting, found.scores
 
 
 def rank(record: dict[str, Any]) -> tuple[float, float]:

@@ -49,11 +49,15 @@ class CompareConfig:
     heads: tuple[HeadName, ...] = HEADS
     """The heads."""
     floors: bool = True
-    """Also k nearest neighbours and ridge regression in closed form, k and penalty chosen on validation."""
+    """Also the baselines, their settings chosen on validation: logistic regression (45 values of C), linear
+    discriminants, the nearest class mean, k nearest neighbours and ridge regression."""
     trials: int = 16
     """Settings tried of every head: trial K is a function of (seed, K) and the ranges below alone."""
     num_seeds: int = 5
     """Trainings of the setting that did best on validation: other initialisation, order, masks and validation part."""
+    refit: bool = True
+    """Then train that setting on training and validation examples together, as many times, and look at the test with
+    these. Without, the test sees the trainings before."""
     splits: int = 1
     """1: the data's own test split. K: K splits, of which the first is the data's own; the others draw test examples
     anew, as many of each class. Each is tuned by itself."""
@@ -135,5 +139,5 @@ def _steps() -> np.ndarray:
 
 def training_seed(seed: int, kind: str, number: int) -> int:
     """Seed 0 .. 2**31 - 1 of all random numbers of a training: trial `number`, or final training `number`."""
-    words = np.random.SeedSequence([seed, {"trial": 1, "seed": 2}[kind], number]).generate_state(1)
+    words = np.random.SeedSequence([seed, {"trial": 1, "seed": 2, "refit": 3}[kind], number]).generate_state(1)
     return int(words[0] >> 1)

@@ -122,13 +122,13 @@ class Outcome(NamedTuple):
     """The result of a training.
 
     Attributes:
-      predictions: int32 [E], of the rows `Part.evaluated`.
+      logits: float32 [E, C], of the rows `Part.evaluated`.
       losses: float32 [E], negative log-likelihood of these rows' `Examples.labels`.
       loss: float32, mean training loss over the last epoch.
       finite: whether loss and gradients stayed finite.
     """
 
-    predictions: Any
+    logits: Any
     losses: Any
     loss: Any
     finite: Any
@@ -176,12 +176,12 @@ def train_head(
     def predict(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs, labels = (array.at[rows].get(mode="promise_in_bounds") for array in examples)
         logits = apply(variables, inputs, train=False).astype(jnp.float32)
-        return jnp.argmax(logits, -1), optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return logits, optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     batches = lax.map(predict, part.evaluated.reshape(-1, schedule.eval_batch_size))
-    predictions, losses = (values.reshape(-1) for values in batches)
+    logits, losses = (values.reshape(-1, *values.shape[2:]) for values in batches)
     loss = totals.loss[-1] / totals.count[-1]
-    return state, Outcome(predictions, losses, loss, jnp.all(totals.bad_step < 0) & jnp.isfinite(loss))
+    return state, Outcome(logits, losses, loss, jnp.all(totals.bad_step < 0) & jnp.isfinite(loss))
 
 
 class Task(NamedTuple):

@@ -1,9 +1,10 @@
 """The finished trainings of a comparison, a record each in trials.jsonl: a kill costs what was being computed."""
 
-import base64
 import contextlib
+import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,16 @@ import numpy as np
 
 from pspinal_jax.checkpoints.checksum import json_checksum
 from pspinal_jax.errors import RunError, UsageError
-from pspinal_jax.files import check_target, differences, held, json_text, read_bytes, write_json, write_text
+from pspinal_jax.files import (
+    atomic_file,
+    check_target,
+    differences,
+    held,
+    json_text,
+    read_bytes,
+    write_json,
+    write_text,
+)
 from pspinal_jax.progress import warn
 from pspinal_jax.runs.directory import read_checked
 
@@ -26,10 +36,11 @@ class Key(NamedTuple):
     """Whose a record is.
 
     Attributes:
-      kind: 'trial', with a look at validation, or 'seed', with a look at the test too.
+      kind: 'trial', with a look at validation; 'seed', with a look at the test too; 'refit', on train and validation;
+        or 'average', of several of the last two.
       split: number of the split.
-      method: a head or a baseline.
-      number: of the trial, or of the seed.
+      method: a row of the table.
+      number: of the trial, or of the seed; of an average how many.
     """
 
     kind: str
@@ -50,6 +61,7 @@ class TrialLog:
     Attributes:
       records: what is finished.
       keep_copies_together: whether the comparison cuts no copies apart, as those of earlier versions did.
+      earlier: whether it was begun by a version without refits, averages and most baselines, and goes on as it was.
 
     Raises:
       UsageError: if `workdir` holds something else than a comparison.
@@ -59,13 +71,15 @@ class TrialLog:
     def __init__(self, workdir: Path | None) -> None:
         self.workdir, self.records = workdir, dict[Key, dict[str, Any]]()
         self._file: Any = None
-        self.keep_copies_together = True
+        self._in_memory = dict[Key, np.ndarray]()
+        self.keep_copies_together, self.earlier = True, False
         if workdir is None:
             return
         check_target(workdir, "work directory", "trials.jsonl", "compare.json", "compare.md")
         config = workdir / "config.json"
         if config.exists():
-            self.keep_copies_together = "keep_copies_together" in read_checked(config, dict, advice=ADVICE)
+            began = read_checked(config, dict, advice=ADVICE)
+            self.keep_copies_together, self.earlier = "keep_copies_together" in began, "format" not in began
         elif workdir.exists() and {p.name for p in workdir.iterdir() if p.suffix != ".part"} - _BEFORE_CONFIG:
             raise UsageError(f"{workdir} holds something else than a comparison; choose another --workdir")
 
@@ -98,13 +112,42 @@ class TrialLog:
             with log.open("a", encoding="utf-8") as self._file:
                 yield
 
-    def add(self, key: Key, record: dict[str, Any]) -> None:
-        """Write down a result."""
+    def add(self, key: Key, record: dict[str, Any], probabilities: np.ndarray | None = None) -> None:
+        """Write down a result, and beside it the `probabilities` float16 [T, C] of the test examples."""
+        if probabilities is not None:
+            record = record | {"probabilities": self._keep(key, probabilities)}
         self.records[key] = json.loads(json_text({**key._asdict(), **record}))  # as it will be read back
         if self.workdir is not None:
             self._file.write(json_text(self.records[key] | {"checksum": json_checksum(self.records[key])}) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
+
+    def _keep(self, key: Key, probabilities: np.ndarray) -> str:
+        """Keep an array, and give the checksum of its file."""
+        content = io.BytesIO()
+        np.save(content, probabilities)
+        if self.workdir is None:
+            self._in_memory[key] = probabilities
+        else:
+            path = self._path(key)
+            path.parent.mkdir(exist_ok=True)
+            with atomic_file(path) as part:
+                part.write_bytes(content.getbuffer())
+        return f"{zlib.crc32(content.getbuffer()):08x}"
+
+    def _path(self, key: Key) -> Path:
+        assert self.workdir is not None
+        return self.workdir / "probabilities" / f"{key.kind}-{key.split}-{key.method}-{key.number}.npy"
+
+    def probabilities(self, key: Key) -> np.ndarray | None:
+        """What was added with a record, float16 [T, C]; None where it is missing or damaged."""
+        if self.workdir is None:
+            return self._in_memory.get(key)
+        with contextlib.suppress(OSError, KeyError):
+            content = read_bytes(self._path(key), MAX_LOG_BYTES)
+            if f"{zlib.crc32(content):08x}" == self.records[key].get("probabilities"):
+                return np.asarray(np.load(io.BytesIO(content)))
+        return None
 
     def _read(self, path: Path) -> None:
         """Take the records that are whole, and drop the others from the file; a kill cuts off the last one."""
@@ -124,13 +167,3 @@ def parse_record(line: str) -> dict[str, Any] | None:
         if record.keys() >= _REQUIRED and checksum in (None, json_checksum(record)):
             return record
     return None
-
-
-def packed(correct: np.ndarray) -> str:
-    """Bools [T] as text."""
-    return base64.b64encode(np.packbits(correct).tobytes()).decode()
-
-
-def unpacked(text: str, count: int) -> np.ndarray:
-    """The `count` bools that `packed` made `text` of."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)

@@ -17,6 +17,7 @@ SMALL = {
     "batch_size": 16,
     "layer_width": 4,
     "num_layers": 2,
+    "refit": False,
 }
 
 

@@ -29,10 +29,10 @@ def test_compare_writes_a_table_and_files(features_path, tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     assert main(["compare", str(features_path), *SMALL]) == 0
     said = capsys.readouterr().out
-    assert "programs compiled: mlp 1, dense 1" in said and "Best on validation is" in said
+    assert "programs compiled: mlp 2, dense 2" in said and "Best on validation is" in said
     folder = tmp_path / "runs" / "compare-features"
     assert {path.name for path in folder.iterdir()} == {
-        ".lock", "config.json", "trials.jsonl", "compare.json", "compare.md", "compare.png"
+        ".lock", "config.json", "trials.jsonl", "compare.json", "compare.md", "compare.png", "probabilities"
     }  # fmt: skip
     result = json.loads((folder / "compare.json").read_text())
     assert result["command"] == f"pspinal-jax compare {features_path} {' '.join(SMALL)}"
@@ -90,7 +90,7 @@ def test_compare_on_four_devices_chooses_as_on_one(tmp_path):
     finish(start(tmp_path, "four", devices=4))
     execution = json.loads((tmp_path / "four" / "compare.json").read_text())["execution"]
     assert execution["mode"] == "vmap" and execution["device"]["count"] == 4
-    assert set(execution["compilations"].values()) == {1}
+    assert set(execution["compilations"].values()) == {2}
     one, four = (result_of(tmp_path, name)["methods"] for name in ("one", "four"))
     assert one.keys() == four.keys()
     for name in one:

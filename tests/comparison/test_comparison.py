@@ -1,18 +1,20 @@
 """A comparison as a whole: what chooses, what is kept, what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from comparison_support import SMALL, lasting, make_features, run, small_data
 
 import pspinal_jax
+from pspinal_jax.comparison.answers import packed, unpacked
 from pspinal_jax.comparison.api import Comparison
 from pspinal_jax.comparison.report import write_report
 from pspinal_jax.comparison.search import Comparer, make_split, rank
 from pspinal_jax.comparison.settings import CompareConfig
 from pspinal_jax.comparison.train import Trainer
-from pspinal_jax.comparison.trial_log import TrialLog, packed, parse_record, unpacked
+from pspinal_jax.comparison.trial_log import TrialLog, parse_record
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import held
 
@@ -56,16 +58,17 @@ def test_trials_get_no_test_example_and_nobody_its_label(monkeypatch):
 
     ran = Trainer.run
     monkeypatch.setattr(Trainer, "run", spy)
-    run(heads=("dense",), floors=False)
+    run(heads=("dense",), floors=False, refit=True)
     assert not seen["trial"].inputs[120:].any() and seen["seed"].inputs[120:].any()
-    assert not seen["trial"].labels[120:].any() and not seen["seed"].labels[120:].any()
-    np.testing.assert_array_equal(seen["trial"].inputs[:120], seen["seed"].inputs[:120])
-    # All trials are cut as the first seed is, and every seed in its own way.
+    for kind in ("trial", "seed", "refit"):
+        assert not seen[kind].labels[120:].any()
+        np.testing.assert_array_equal(seen[kind].inputs[:120], seen["seed"].inputs[:120])
+    # All trials are cut as the first seed is, and every seed in its own way; a refit has all of both parts.
     comparer = Comparer(small_data(), CompareConfig(**SMALL), TrialLog(None), shown=False)
     cuts = [comparer.rows[0, seed][0].tolist() for seed in range(2)]
     assert rows == {("trial", 0): cuts[0], ("trial", 1): cuts[0], ("trial", 2): cuts[0]} | {
         ("seed", number): cut for number, cut in enumerate(cuts)
-    }
+    } | {("refit", number): list(range(120)) for number in range(2)}
     assert cuts[0] != cuts[1]
 
 
@@ -73,9 +76,7 @@ def test_trial_log_keeps_whole_lines_and_a_cut_one_is_done_again(finished, tmp_p
     workdir, result = finished
     lines = (workdir / "trials.jsonl").read_text().splitlines()
     for kept in (0, 1, 7, len(lines) - 1, len(lines)):
-        again = tmp_path / str(kept)
-        again.mkdir()
-        (again / "config.json").write_text((workdir / "config.json").read_text())
+        again = shutil.copytree(workdir, tmp_path / str(kept))
         cut = lines[kept][:40] if kept < len(lines) else ""
         (again / "trials.jsonl").write_text("\n".join([*lines[:kept], cut]))
         resumed = run(again)
@@ -106,7 +107,7 @@ def test_trial_log_notices_what_is_not_a_record(text):
 
 def test_trial_log_computes_damaged_lines_again_and_keeps_older_ones(finished, tmp_path, capsys):
     workdir, result = finished
-    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     (tmp_path / "compare.json.7-7.part").write_text("what a kill has left")
     lines = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
     seed = next(line for line in lines if line["kind"] == "seed" and line["method"] == "dense")
@@ -121,7 +122,7 @@ def test_trial_log_computes_damaged_lines_again_and_keeps_older_ones(finished, t
     resumed = run(tmp_path)
     assert lasting(resumed) == lasting(result)
     assert resumed["execution"]["compilations"] == {"progressive": 0, "dense": 1}
-    assert "trials.jsonl: damaged lines, 1 of 16" in capsys.readouterr().err
+    assert "trials.jsonl: damaged lines, 1 of 27" in capsys.readouterr().err
     assert lasting(run(tmp_path)) == lasting(result) and capsys.readouterr().err == ""
 
 
@@ -146,8 +147,7 @@ def test_a_source_of_any_name_is_drawn(finished, tmp_path, capsys):
 
 def test_more_trials_heads_and_seeds_go_on_with_what_is_there(finished, tmp_path):
     workdir, _ = finished
-    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
-    (tmp_path / "trials.jsonl").write_text((workdir / "trials.jsonl").read_text())
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     more = {"heads": ("progressive", "mlp", "dense"), "trials": 4, "num_seeds": 3}
     before = (workdir / "trials.jsonl").read_text().splitlines()
     extended = run(tmp_path, **more)
@@ -180,8 +180,10 @@ def test_compare_refuses_a_folder_in_which_another_works(tmp_path):
 
 def test_compare_result_matches_its_records(finished):
     workdir, result = finished
-    assert list(result["methods"]) == ["progressive", "dense", "knn", "ridge"]
+    averages, baselines = ["progressive_average", "dense_average"], ["logistic", "lda", "nearest_mean", "knn", "ridge"]
+    assert list(result["methods"]) == ["progressive", "dense", *averages, *baselines]
     sizes = {name: row["parameters"] for name, row in result["methods"].items()}
+    assert sizes["dense_average"] == 2 * sizes["dense"]
     assert sizes["dense"] == sizes["ridge"] == 6 * 3 + 3 and sizes["knn"] is None
     for goal, differences in result["differences"].items():
         base = result["methods"][goal.removeprefix("to_")]["test_accuracy"]["mean"]
@@ -244,8 +246,8 @@ def test_epochs_that_are_not_given_make_600_steps_at_least():
 def test_compare_shows_every_training_when_it_is_done(monkeypatch):
     shown, advance = [], Comparer._advance
     monkeypatch.setattr(Comparer, "_advance", lambda self, key: (shown.append(key), advance(self, key)))
-    run(heads=("dense",), trials=2, num_seeds=1)
-    assert len(shown) == len(set(shown)) == 2 + 1 + 2 * (1 + 1)
+    run(heads=("dense",), trials=2, num_seeds=2, refit=True)
+    assert len(shown) == len(set(shown)) == 2 + 2 + 2 + 5 * (1 + 2 + 1)
 
 
 def test_several_splits_are_tuned_each_by_itself():
@@ -281,7 +283,7 @@ def test_compare_takes_arrays():
     comparison = pspinal_jax.compare(
         inputs, labels, test_features=test_inputs, test_labels=test_labels, floors=False, **small
     )
-    assert list(comparison.result["methods"]) == ["dense"] and comparison.best == "dense"
+    assert list(comparison.result["methods"]) == ["dense", "dense_average"] and comparison.best == "dense"
     assert "dense *" in repr(comparison) and "| **dense** |" in comparison._repr_markdown_()
     cut = pspinal_jax.compare(inputs, labels, test_fraction=0.25, **small)
     assert cut.result["data"]["test"] == 30

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison_support import make_features
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
 
+from pspinal_jax.comparison.baselines import BASELINES, fit_baseline, votes
 from pspinal_jax.comparison.report import describe_design, summarize
-from pspinal_jax.comparison.search import BASELINE_SETTINGS, predict_baseline, standardisation, vote
+from pspinal_jax.comparison.search import standardisation
 from pspinal_jax.comparison.settings import CompareConfig, Hparams, Trial, _steps, draw_trial, training_seed
 from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head, train_head
 from pspinal_jax.layers.dropout import dropout_scale
@@ -98,7 +101,7 @@ def test_a_trial_alone_is_what_it_is_among_sixteen(name):
     for number in (0, 7, 15):
         ((_, single, _),) = alone.run([tasks[number]], examples)
         np.testing.assert_allclose(batch[number].loss, single.loss, rtol=1e-5)
-        np.testing.assert_array_equal(batch[number].predictions, single.predictions)
+        np.testing.assert_array_equal(batch[number].logits.argmax(-1), single.logits.argmax(-1))
         assert single.finite
     assert together.slots == 16
     assert alone.compilations == together.compilations == {name: 1}
@@ -127,7 +130,7 @@ def test_more_trials_than_slots_go_in_groups(monkeypatch):
     assert (whole.slots, small.slots, small.compilations) == (5, 2, {"dense": 1})
     assert sorted(found) == sorted(expected) == list(range(5))
     for number, outcome in found.items():
-        np.testing.assert_array_equal(outcome.predictions, expected[number].predictions)
+        np.testing.assert_array_equal(outcome.logits, expected[number].logits)
         np.testing.assert_allclose(outcome.loss, expected[number].loss, rtol=1e-5)
 
 
@@ -232,30 +235,96 @@ def elected(labels, num_classes):
 def test_votes_count_before_nearness_and_nearness_before_the_number_of_the_class():
     cases = {(0, 0, 1, 1, 1): 1, (2, 1, 2, 1, 0): 2, (1, 2, 1, 2, 0): 1, (2, 2, 1, 1): 2, (2, 1, 1, 2): 1, (2, 1): 2}
     for row, winner in cases.items():
-        assert vote(np.array([row]), 3).tolist() == elected([np.array(row)], 3) == [winner], row
+        assert votes(np.array([row]), 3).argmax(1).tolist() == elected([np.array(row)], 3) == [winner], row
     rng = np.random.default_rng(0)
     for k in (1, 4, 9, 50):
         rows = rng.integers(0, 3, (200, k))
-        assert vote(rows, 3).tolist() == elected(rows, 3)
+        assert votes(rows, 3).argmax(1).tolist() == elected(rows, 3)
+
+
+def fitted(name, settings=None, splits=None, num_classes=3):
+    """(settings, scores of the test examples under each, linear maps)."""
+    train, (others, _) = (splits or make_features()).values()
+    settings = settings or BASELINES[name]
+    found = list(fit_baseline(name, settings, train, others, num_classes))
+    return settings, [each.scores for each in found], [each.linear for each in found]
 
 
 def test_neighbours_and_ridge_do_what_they_are_called():
     (inputs, labels), (others, _) = make_features().values()
-    settings = BASELINE_SETTINGS["knn"]
-    predictions = predict_baseline(settings, (inputs, labels), others, 3)
-    assert len(settings) == len(predictions) == 12
+    settings, scores, _ = fitted("knn")
+    assert len(settings) == len(scores) == 12
     assert [setting["k"] for setting in settings[:6]] == [1, 3, 5, 10, 20, 50]
-    for setting, ours in zip(settings, predictions, strict=True):
+    for setting, ours in zip(settings, scores, strict=True):
         unit = setting["metric"] == "cosine"
         near, far = (each / np.linalg.norm(each, axis=1, keepdims=True) if unit else each for each in (others, inputs))
         order = ((near[:, None] - far[None]) ** 2).sum(-1).argsort(1)
-        np.testing.assert_array_equal(ours, elected(labels[order[:, : setting["k"]]], 3))
+        np.testing.assert_array_equal(ours.argmax(1), elected(labels[order[:, : setting["k"]]], 3))
 
     centred, targets = inputs - inputs.mean(0), 2 * np.eye(3)[labels] - 1
     weights = np.linalg.solve(centred.T @ centred + 10 * np.eye(6), centred.T @ (targets - targets.mean(0)))
-    expected = ((others - inputs.mean(0)) @ weights + targets.mean(0)).argmax(1)
-    (ours,) = predict_baseline([{"penalty": 10.0}], (inputs, labels), others, 3)
-    np.testing.assert_array_equal(ours, expected)
+    expected = (others - inputs.mean(0)) @ weights + targets.mean(0)
+    _, (ours,), _ = fitted("ridge", [{"penalty": 10.0}])
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def scaled(splits):
+    shift, scale = standardisation(splits["train"][0], "each")
+    return {name: (((inputs - shift) * scale).astype(np.float32), labels) for name, (inputs, labels) in splits.items()}
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_logistic_regression_ends_within_1e_5_of_scikit_learns_loss(num_classes):
+    splits = scaled(make_features(num_train=300))
+    splits = {
+        name: (inputs[labels < num_classes], labels[labels < num_classes]) for name, (inputs, labels) in splits.items()
+    }
+    inputs, labels = splits["train"]
+    settings, _, maps = fitted("logistic", splits=splits, num_classes=num_classes)
+    assert len(settings) == 45 and [settings[i]["C"] for i in (0, -1)] == [1e-6, 1e5]
+
+    def loss(scores, penalty, c):
+        each = np.logaddexp.reduce(scores, 1) - scores[np.arange(len(labels)), labels]
+        return each.mean() + penalty / (2 * c * len(labels))
+
+    for setting, linear in list(zip(settings, maps, strict=True))[::4]:
+        c = setting["C"]
+        theirs = LogisticRegression(C=c, tol=1e-9, max_iter=10_000).fit(inputs.astype(float), labels)
+        expected = theirs.decision_function(inputs)
+        expected = np.stack([0 * expected, expected], 1) if num_classes == 2 else expected
+        ours = inputs.astype(float) @ linear.weights + linear.bias
+        penalty = (linear.weights**2).sum() * (2 if num_classes == 2 else 1)
+        assert abs(loss(ours, penalty, c) - loss(expected, (theirs.coef_**2).sum(), c)) < 1e-5
+
+
+@pytest.mark.parametrize("num_train", [90, 12])
+def test_linear_discriminants_are_scikit_learns(num_train):
+    """Also of fewer examples than features."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(num_train) % 3
+    draw = lambda labels: (np.eye(3, 30)[labels] + rng.normal(0, 0.7, (len(labels), 30))).astype(np.float32)  # noqa: E731
+    splits = {"train": (draw(labels), labels), "test": (draw(np.arange(40) % 3), np.arange(40) % 3)}
+    settings, scores, _ = fitted("lda", splits=splits)
+    for setting, ours in zip(settings, scores, strict=True):
+        theirs = LinearDiscriminantAnalysis(solver="lsqr", **setting).fit(splits["train"][0].astype(float), labels)
+        expected = theirs.decision_function(splits["test"][0])
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_nearest_mean_goes_by_distance_or_by_angle():
+    (inputs, labels), (others, _) = make_features().values()
+    means = np.stack([inputs[labels == label].mean(0) for label in range(3)])
+    _, (euclidean, cosine), _ = fitted("nearest_mean")
+    np.testing.assert_array_equal(euclidean.argmax(1), ((others[:, None] - means) ** 2).sum(-1).argmin(1))
+    angles = others @ means.T / np.linalg.norm(means, axis=1)
+    np.testing.assert_array_equal(cosine.argmax(1), angles.argmax(1))
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_a_class_without_an_example_is_never_predicted(name):
+    _, scores, _ = fitted(name, BASELINES[name][20:22] if name == "logistic" else None, num_classes=5)
+    for each in scores:
+        assert each.shape == (60, 5) and each[:, 3:].max() < each[:, :3].max(1).min() - 100
 
 
 def test_standardisation_sees_the_training_rows_alone():
