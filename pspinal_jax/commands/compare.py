@@ -23,8 +23,8 @@ class Source:
     (.csv, .tsv, .parquet) with a column of labels, the directory or the name of a prepared data set, or a folder of
     images in class folders."""
     workdir: Path | None = None
-    """Where trials.jsonl, compare.json, compare.md and compare.png go; runs/compare-NAME by default. The same command
-    goes on with what is there: finished trials are not run again."""
+    """Where trials.jsonl, compare.json, compare.md, compare.png and best, the best model, go; runs/compare-NAME by
+    default. The same command goes on with what is there: finished trials are not run again."""
     backbone: str | None = None
     """Folder of images: whose features, efficientnet_lite0, 1 or 2; by default that of `train folder`."""
     weights: str | None = None
@@ -34,7 +34,7 @@ class Source:
 @dataclasses.dataclass(frozen=True)
 class CompareArguments(CompareConfig, Source):
     """Heads on the same data with the same tuning budget: TRIALS settings each, the best on validation trained with
-    NUM_SEEDS seeds, one look at the test split; beside k nearest neighbours and ridge regression.
+    NUM_SEEDS seeds, one look at the test split; beside logistic regression and other baselines. The best model is kept.
     """
 
 
@@ -52,8 +52,10 @@ def compare(args: Sequence[str]) -> int:
 
         workdir = parsed.workdir or Path("runs") / f"compare-{Path(parsed.data).stem or 'data'}"
         log = TrialLog(workdir)
-        data = load_features(parsed.data, log, parsed.backbone, parsed.weights, parsed.seed)
-        comparison = compare_data(data, parsed, log, command)
+        source = load_features(parsed.data, log, parsed.backbone, parsed.weights, parsed.seed)
+        comparison = compare_data(source, parsed, log, command)
     print(comparison)
     print(f"results in {printable(workdir)}: compare.json, compare.md, compare.png, trials.jsonl")
+    if (best := comparison.result["execution"]["best_model"]) is not None:
+        print(f"{comparison.result['saved']} as a run: pspinal-jax predict {shlex.quote(printable(best))} ..")
     return 0

@@ -1,15 +1,29 @@
 """`pspinal_jax.compare`: a comparison of heads on arrays in memory, or on a data set that a command has read."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from pspinal_jax.backbones.efficientnet import SCALES
-from pspinal_jax.comparison.report import format_table, format_terminal, make_result, plot, write_report
+from pspinal_jax.comparison.baselines import BASELINES
+from pspinal_jax.comparison.best import Origin, best_held, save_best
+from pspinal_jax.comparison.report import (
+    format_html,
+    format_table,
+    format_terminal,
+    list_rows,
+    make_result,
+    plot,
+    write_report,
+)
 from pspinal_jax.comparison.search import Comparer
-from pspinal_jax.comparison.settings import CompareConfig
+from pspinal_jax.comparison.settings import HEADS, CompareConfig
 from pspinal_jax.comparison.trial_log import ADVICE, TrialLog
 from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE
@@ -21,10 +35,11 @@ from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import expanded, write_json
 from pspinal_jax.models import build_model, with_default_preprocessing
-from pspinal_jax.progress import warn
+from pspinal_jax.progress import say, warn
 from pspinal_jax.recipes import load_recipe
-from pspinal_jax.recipes.schema import TABLES, DataConfig
+from pspinal_jax.recipes.schema import TABLES, AugmentConfig, Card, DataConfig
 from pspinal_jax.runs.directory import read_checked
+from pspinal_jax.runs.run import Run, load_run
 from pspinal_jax.runs.start import complete_backbone, extract_features, save_features, start_variables
 
 MAX_PIXELS = 64 * 64 * 3
@@ -32,14 +47,14 @@ MAX_PIXELS = 64 * 64 * 3
 
 
 class Comparison:
-    """The outcome of a comparison; printed, it is a table and a summary.
+    """The outcome of a comparison; printed, or at the end of a notebook's cell, it is a table and a summary.
 
     Attributes:
       result: the contents of compare.json: ``result["methods"]["dense"]["test_accuracy"]["mean"]`` is 0 .. 1.
     """
 
-    def __init__(self, result: dict[str, Any]) -> None:
-        self.result = result
+    def __init__(self, result: dict[str, Any], save: Callable[[Path], None] | None = None) -> None:
+        self.result, self._save = result, save
 
     def __repr__(self) -> str:
         return format_terminal(self.result)
@@ -47,10 +62,39 @@ class Comparison:
     def _repr_markdown_(self) -> str:
         return format_table(self.result)
 
+    def _repr_html_(self) -> str:
+        return format_html(self.result)
+
     @property
     def best(self) -> str:
         """The head, or baseline, that did best on validation."""
         return str(self.result["best_on_validation"])
+
+    @property
+    def table(self) -> Any:
+        """A row of numbers for each method: a pandas.DataFrame or, without pandas, a list of dicts."""
+        rows = list_rows(self.result)
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            return rows
+        return DataFrame(rows).set_index("method")
+
+    @functools.cached_property
+    def best_model(self) -> Run:
+        """The best head or linear baseline, ``result["saved"]``, as a run: ``best_model.predict_proba(x)``.
+
+        It lies in the work directory, in the folder best; without one in a temporary folder that goes with this object.
+
+        Raises:
+          UsageError: if the comparison has neither.
+        """
+        if self._save is None or self.result["saved"] is None:
+            raise UsageError("there is no best model: a run directory holds heads and linear baselines")
+        if (path := self.result["execution"]["best_model"]) is None:
+            self._folder = tempfile.TemporaryDirectory()
+            self._save(path := Path(self._folder.name) / "best")
+        return load_run(path)
 
     def plot(self) -> Any:
         """A matplotlib Figure: test accuracy of every seed, and paired differences with their 95 % intervals."""
@@ -84,8 +128,8 @@ def compare(
         ['dense', 'dense_average', 'knn', 'lda', 'logistic', 'mlp', 'mlp_average', 'nearest_mean', 'ridge']
 
     Args:
-      features: numbers [N, D], as an array or a frame (pandas, Polars, PyArrow), or images uint8 [N, H, W] or
-        [N, H, W, C], which are flattened.
+      features: numbers [N, D], as an array or a frame (pandas, Polars, PyArrow); or images uint8 [N, H, W] or
+        [N, H, W, C], which are flattened; or tokens, floats [N, T, D], of which the mean over T is taken.
       labels: integers or text [N], as an array, list or series. Integers 0 .. C-1 are numbers of classes; other labels
         are names of classes.
       test_features: of the test split, likewise; without it `test_fraction` of each class is cut from `features` by
@@ -93,13 +137,13 @@ def compare(
       test_labels: its labels.
       test_fraction: see `test_features`.
       class_names: names of the C classes.
-      workdir: folder for trials.jsonl, compare.json, compare.md and compare.png; called again with it, finished trials
-        are not run again. None: nothing is written.
+      workdir: folder for trials.jsonl, compare.json, compare.md, compare.png, probabilities and best, the best model;
+        called again with it, finished trials are not run again. None: nothing is written.
       progress: whether to show progress on standard error.
       also: scikit-learn classifiers by the names of their rows, each one setting, on the features as they are; those
         with a random state are fitted with `num_seeds` of them.
       **settings: fields of `pspinal_jax.comparison.settings.CompareConfig`: heads, floors, trials, num_seeds, refit,
-        splits, seed, match ('published' or 'parameters'), layer_width, num_layers, epochs, batch_size,
+        save, splits, seed, match ('published' or 'parameters'), layer_width, num_layers, epochs, batch_size,
         validation_fraction, standardize, mode, workers; and learning_rate, weight_decay, dropout_rate and
         label_smoothing as (low, high).
 
@@ -118,43 +162,75 @@ def compare(
     if isinstance(settings.get("heads"), str):
         settings["heads"] = (settings["heads"],)
     config = CompareConfig(**settings)
+    for name, estimator in (also or {}).items():
+        if name in (*HEADS, *BASELINES) or not (hasattr(estimator, "fit") and hasattr(estimator, "get_params")):
+            raise UsageError(
+                f"also has {name!r}: {estimator!r:.60}, expected scikit-learn classifiers by names of their own"
+            )
     log = TrialLog(None if workdir is None else expanded(workdir))
     if (test_features is None) != (test_labels is None):
         raise UsageError("test_features and test_labels are given together, or neither")
-    splits = {"train": (features, labels)} | ({} if test_features is None else {"test": (test_features, test_labels)})
+    splits = {"train": (_pooled(features), labels)}
+    if test_features is not None:
+        splits["test"] = _pooled(test_features), test_labels
     data = make_dataset(splits, "arrays", None, None if class_names is None else tuple(map(str, class_names)))
     if test_features is None:
         data = cut_test(data, test_fraction, config.seed, log.keep_copies_together)
-    return compare_data(data, config, log, "pspinal_jax.compare(features, labels, ..)", progress, also)
+    source = Source(data, Origin.of(data, DataConfig("arrays")))
+    return compare_data(source, config, log, "pspinal_jax.compare(features, labels, ..)", progress, also)
+
+
+def _pooled(features: Any) -> Any:
+    if np.ndim(features) != 3 or not np.issubdtype(np.asarray(features).dtype, np.floating):
+        return features
+    say(f"features [N, T, D] = {list(np.shape(features))} are tokens: the mean over T is taken")
+    return np.mean(features, 1)
+
+
+class Source(NamedTuple):
+    """The features to compare on, and where they come from."""
+
+    data: Dataset[ArraySplit]
+    origin: Origin
 
 
 def compare_data(
-    data: Dataset[ArraySplit],
+    source: Source,
     config: CompareConfig,
     log: TrialLog,
     command: str,
     progress: bool = True,
     also: Mapping[str, Any] | None = None,
 ) -> Comparison:
-    """The comparison on `data`, or what is left of it in the work directory of `log`; raises as `compare`."""
+    """The comparison on `source`, or what is left of it in the work directory of `log`; raises as `compare`."""
     enable_compilation_cache()
-    comparer = Comparer(data, config, log, progress, also)
+    comparer = Comparer(source.data, config, log, progress, also)
     counts, text = comparer.copies
     if drawn := counts["test_in_train_of_drawn_splits"]:
         text += f"{'; ' if text else ''}of the splits that are drawn, {drawn:,} test examples are also in train"
     if text:
-        warn(f"{data.source}: {text}")
+        warn(f"{source.data.source}: {text}")
     with log.opened(comparer.identity()):
         comparer.run()
         result = make_result(comparer, command)
+        held, best = best_held(result), result["best_on_validation"]
+
+        def save(path: Path) -> None:
+            save_best(comparer, result, str(held), source.origin, path)
+
+        result["saved"], path = held, None
+        if log.workdir is not None and config.save and held is not None:
+            path = log.workdir / "best"
+            save(path)
+            if held != best:
+                say(f"{best} is best on validation, which a run directory cannot hold; {path} is {held}")
+        result["execution"]["best_model"] = None if path is None else str(path)
         if log.workdir is not None:
             write_report(log.workdir, result)
-    return Comparison(result)
+    return Comparison(result, save)
 
 
-def load_features(
-    source: str, log: TrialLog, backbone: str | None, weights: str | None, seed: int = 0
-) -> Dataset[ArraySplit]:
+def load_features(source: str, log: TrialLog, backbone: str | None, weights: str | None, seed: int = 0) -> Source:
     """The data set that `source` names, as features or small images.
 
     Args:
@@ -183,7 +259,8 @@ def load_features(
         )
     if backbone is not None or weights is not None:
         raise UsageError(f"--backbone and --weights are for folders of images; {source} is taken as it is")
-    return load_data(config)  # type: ignore[return-value]
+    data: Any = load_data(config)
+    return Source(data, Origin.of(data, config))
 
 
 def _has_small_images(directory: Path) -> bool:
@@ -191,7 +268,7 @@ def _has_small_images(directory: Path) -> bool:
     return None not in shape and math.prod(shape) <= MAX_PIXELS
 
 
-def _features_of_images(folder: Path, log: TrialLog, backbone: str | None, weights: str | None) -> Dataset[ArraySplit]:
+def _features_of_images(folder: Path, log: TrialLog, backbone: str | None, weights: str | None) -> Source:
     """The features of a folder of images, computed once and kept in the work directory of `log`."""
     recipe, workdir = load_recipe("folder"), log.workdir or Path()
     name: Any = backbone or recipe.model.backbone
@@ -208,15 +285,23 @@ def _features_of_images(folder: Path, log: TrialLog, backbone: str | None, weigh
     images = load_data(recipe.data)
     identity = {"images": images.fingerprint(), "backbone": name, "weights": weights}
     identity["image_size"] = recipe.data.image_size
+
+    @functools.cache
+    def variables() -> dict[str, Any]:
+        return complete_backbone(recipe, model, start_variables(recipe, model, None, images), images)
+
+    model = build_model(recipe, images.example_shape, images.num_classes)
+    whole = dataclasses.replace(
+        recipe, card=Card("compare", "none", "the best of a comparison"), cache_features=True, augment=AugmentConfig()
+    )
+    origin = Origin(whole, images, variables)
     path, record = workdir / "features.npz", workdir / "features.json"
     if record.exists() and path.exists():
         if read_checked(record, dict, advice=ADVICE) != identity:
             raise UsageError(f"{workdir} holds features of other images or another backbone; choose another --workdir")
-        return read_npz(path, images.num_classes)
-    model = build_model(recipe, images.example_shape, images.num_classes)
-    variables = complete_backbone(recipe, model, start_variables(recipe, model, None, images), images)
-    features = extract_features(recipe, model, variables, images)
+        return Source(read_npz(path, images.num_classes), origin)
+    features = extract_features(recipe, model, variables(), images)
     workdir.mkdir(parents=True, exist_ok=True)
     save_features(path, features)
     write_json(record, identity)
-    return features
+    return Source(features, origin)

@@ -63,8 +63,8 @@ def fit_baseline(
 
 def fit_estimator(
     estimator: Any, train: tuple[np.ndarray, np.ndarray], inputs: np.ndarray, num_classes: int, seed: int
-) -> np.ndarray:
-    """Scores float [M, C] of `inputs` by a copy of a scikit-learn classifier, whose random states are `seed`."""
+) -> Fitted:
+    """What a copy of a scikit-learn classifier says, whose random states are `seed`; else as `fit_baseline`."""
     from sklearn.base import clone
 
     fitted = clone(estimator)
@@ -77,7 +77,7 @@ def fit_estimator(
         scores = np.stack([-scores, scores], 1) if scores.ndim == 1 else scores
     else:
         scores = (fitted.predict(inputs)[:, None] == classes).astype(float)
-    return _spread(scores, classes, num_classes, NEVER)
+    return Fitted(_spread(scores, classes, num_classes, NEVER), None)
 
 
 def random_states(estimator: Any) -> list[str]:

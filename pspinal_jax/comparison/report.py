@@ -3,6 +3,7 @@
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ BASELINE_NAMES = {
     "knn": "k nearest neighbours",
     "ridge": "ridge regression",
 }
-_LINEAR = ("logistic", "lda", "nearest_mean", "ridge")
+LINEAR = ("logistic", "lda", "nearest_mean", "ridge")
 
 
 def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _method(comparer: Comparer, method: str) -> dict[str, Any]:
     layers, width = getattr(module, "num_layers", 1), getattr(module, "layer_width", None)
     hidden = f"{layers} hidden layer{'s' if layers > 1 else ''} of {width}" if width else "no hidden layer"
     averaged, refitted = method in comparer.averages, comparer.final == "refit"
-    if head in _LINEAR:
+    if head in LINEAR:
         size = (data.example_shape[0] + 1) * data.num_classes
     elif averaged and size is not None:
         size *= config.num_seeds
@@ -236,6 +237,31 @@ def format_table(result: Mapping[str, Any]) -> str:
     ]
     table = "\n".join([header, "|" + "---|" * (header.count("|") - 1), *rows])
     return "\n\n".join([table, *map(printable, notes)])
+
+
+def format_html(result: Mapping[str, Any]) -> str:
+    """The table and the summary, for a notebook."""
+    table = _table(result, list(result["differences"]), "{} *")
+    rows = (f"<tr>{''.join(f'<td>{escape(printable(cell))}</td>' for cell in row)}</tr>" for row in table)
+    return f"<table>{''.join(rows)}</table><p>{escape(printable(result['in_words']))}</p>"
+
+
+def list_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the table says of each method, by name, accuracies 0 .. 1."""
+    return [
+        {
+            "method": name,
+            "test_accuracy": row["test_accuracy"]["mean"],
+            "test_std": row["test_accuracy"]["std"],
+            "validation_accuracy": (row["validation_accuracy"] or {}).get("mean"),
+            "parameters": row["parameters"],
+            "settings_tried": row["settings_tried"],
+            "setting": describe_setting(row["chosen"]),
+            "train_examples": row["train_examples"],
+            "seconds": result["execution"]["seconds"][name],
+        }
+        for name, row in result["methods"].items()
+    ]
 
 
 def _compiled(result: Mapping[str, Any]) -> str:

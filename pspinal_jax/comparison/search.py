@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,7 +19,14 @@ from pspinal_jax.comparison.answers import (
     find_temperature,
     read_records,
 )
-from pspinal_jax.comparison.baselines import BASELINES, FIRST_BASELINES, fit_baseline, fit_estimator, random_states
+from pspinal_jax.comparison.baselines import (
+    BASELINES,
+    FIRST_BASELINES,
+    Fitted,
+    fit_baseline,
+    fit_estimator,
+    random_states,
+)
 from pspinal_jax.comparison.settings import CompareConfig, Scaling, draw_trial, training_seed
 from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head
 from pspinal_jax.comparison.trial_log import Key, TrialLog
@@ -244,38 +251,20 @@ class Comparer:
 
     def _train(self, kind: str, split: int, count: int) -> None:
         """The first `count` trials, or seeds of the best trial, of every head."""
-        start, with_test, tasks = time.perf_counter(), kind != "trial", list[Task]()
-
-        @cache
-        def part(number: int, scaling: Scaling) -> Part:
-            train, evaluated = self._rows(Key(kind, split, "", number))
-            # As many as a seed has, validation and test.
-            size = self.schedule.eval_batch_size
-            whole = len(evaluated) if kind == "refit" else len(self.rows[0, 0][1]) + len(self.splits[0].test)
-            padded = np.pad(evaluated, (0, whole + -whole % size - len(evaluated))).astype(np.int32)
-            return Part(train.astype(np.int32), padded, *standardisation(self.inputs[train], scaling))
-
+        start, tasks, part = time.perf_counter(), list[Task](), cache(self._part)
         for head in sorted(self.sizes, key=lambda head: -self.sizes[head]):  # the longest begin first
-            if with_test:
+            if kind != "trial":
                 tried = [self.record("trial", split, head, trial) for trial in range(self.config.trials)]
                 self.choices[split, head] = max(range(len(tried)), key=lambda trial: rank(tried[trial]))
             for number in range(count):
-                key = Key(kind, split, head, number)
-                trial = draw_trial(self.config, self.choices[split, head] if with_test else number, self.scalings)
-                if self._is_done(key, [trial.as_json()]) and not self._is_missed(key):
+                task = self._task(Key(kind, split, head, number), part)
+                if self._is_done(task.key, [task.trial.as_json()]) and not self._is_missed(task.key):
                     self._bar.update(1)
-                    continue
-                seed = training_seed(self.config.seed, kind, number)
-                # Trials have one validation part, the first seed's; all refits have all examples.
-                tasks.append(Task(key, head, trial, seed, part(number if kind == "seed" else 0, trial.standardize)))
+                else:
+                    tasks.append(task)
         if not tasks:
             return
-        inputs, labels, test = self.inputs, self.labels.astype(np.int32), self.splits[split].test
-        labels[test] = 0  # no training gets a label of the test, and no trial its inputs
-        if not with_test:
-            inputs = inputs.copy()
-            inputs[test] = 0
-        for task, outcome, seconds in self.trainers[kind].run(tasks, Examples(inputs, labels)):
+        for task, outcome, seconds in self.trainers[kind].run(tasks, self._examples(kind, split)):
             key, logits = task.key, self._parts(task.key, outcome.logits)
             record = {"setting": task.trial.as_json(), **self._scores(key, *logits)}
             if kind != "refit":
@@ -285,6 +274,44 @@ class Comparer:
             self.log.add(key, record, calibrated(logits[1], record["temperature"]) if averaged else None)
             self._advance(key)
         self.seconds[f"{kind}s"] += time.perf_counter() - start
+
+    def _task(self, key: Key, part: Callable[[Key, Scaling], Part]) -> Task:
+        number = key.number if key.kind == "trial" else self.choices[key.split, key.method]
+        trial = draw_trial(self.config, number, self.scalings)
+        # Trials have one validation part, the first seed's; all refits have all examples.
+        rows = Key(key.kind, key.split, "", key.number if key.kind == "seed" else 0)
+        seed = training_seed(self.config.seed, key.kind, key.number)
+        return Task(key, key.method, trial, seed, part(rows, trial.standardize))
+
+    def _part(self, key: Key, scaling: Scaling) -> Part:
+        """The rows of `key`, those to predict padded to as many as all of its program have."""
+        train, evaluated = self._rows(key)
+        most = len(evaluated) if key.kind == "refit" else len(self._rows(key._replace(kind="seed"))[1])
+        padding = most + -most % self.schedule.eval_batch_size - len(evaluated)
+        padded = np.pad(evaluated, (0, padding)).astype(np.int32)
+        return Part(train.astype(np.int32), padded, *standardisation(self.inputs[train], scaling))
+
+    def _examples(self, kind: str, split: int) -> Examples:
+        """All examples; no training gets a label of the test, and no trial its inputs."""
+        inputs, labels, test = self.inputs, self.labels.astype(np.int32), self.splits[split].test
+        labels[test] = 0
+        if kind == "trial":
+            inputs = inputs.copy()
+            inputs[test] = 0
+        return Examples(inputs, labels)
+
+    def fit_final(self, name: str) -> tuple[Any, np.ndarray, np.ndarray]:
+        """(fitted, shift, scale) of the first training of a row on the data's own split, which is done again.
+
+        `fitted` is the documented tree of a head, or the `Linear` of a baseline, of (x - shift) scale.
+        """
+        key = Key(self.final, 0, name, 0)
+        if name in self.heads:
+            task = self._task(key, self._part)
+            ((_, outcome, _),) = self.trainers[self.final].run([task], self._examples(self.final, 0), with_params=True)
+            return outcome.params, task.part.shift, task.part.scale
+        ((_, fitted, (shift, scale)),) = self._fitted(key, [self.log.records[key]["setting"]])
+        return fitted.linear, shift, scale
 
     def _rows(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on, and rows to predict: validation but for a refit and then, but for a trial, the test."""
@@ -366,27 +393,28 @@ class Comparer:
     def _try_baseline(self, key: Key, settings: list[dict[str, Any]]) -> dict[str, Any]:
         """The record of the one of `settings` that does best on validation, of equals the first."""
         start, best = time.perf_counter(), None
-        for setting, scores in self._fitted(key, settings):
-            found = self._scores(key, *self._parts(key, scores))
+        for setting, fitted, _ in self._fitted(key, settings):
+            found = self._scores(key, *self._parts(key, fitted.scores))
             if best is None or found["validation_accuracy"] > best["validation_accuracy"]:
                 best = {"setting": setting, **found}
         assert best is not None
         return {**best, "seconds": round(time.perf_counter() - start, 3)}
 
-    def _fitted(self, key: Key, settings: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        """Each of `settings` with the scores [M, C] of the rows of `key` under it."""
+    def _fitted(self, key: Key, settings: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Fitted, Any]]:
+        """Each of `settings`, what is fitted to the rows of `key` under it, and how these are scaled."""
         train, evaluated = self._rows(key)
         for scaling in dict.fromkeys(setting["standardize"] for setting in settings):
             alike = [setting for setting in settings if setting["standardize"] == scaling]
             shift, scale = standardisation(self.inputs[train], scaling)
             rows, inputs = ((self.inputs[each].astype(np.float32) - shift) * scale for each in (train, evaluated))
-            fitted, count = (rows, self.labels[train]), self.data.num_classes
-            if (estimator := self._estimators.get(key.method)) is not None:
+            examples, count = (rows, self.labels[train]), self.data.num_classes
+            if (estimator := self._estimators.get(key.method)) is None:
+                found = fit_baseline(key.method, alike, examples, inputs, count)
+            else:
                 seed = training_seed(self.config.seed, key.kind, key.number)
-                yield alike[0], fit_estimator(estimator, fitted, inputs, count, seed)
-                continue
-            for setting, found in zip(alike, fit_baseline(key.method, alike, fitted, inputs, count), strict=True):
-                yield setting, found.scores
+                found = iter([fit_estimator(estimator, examples, inputs, count, seed)])
+            for setting, fitted in zip(alike, found, strict=True):
+                yield setting, fitted, (shift, scale)
 
 
 def rank(record: dict[str, Any]) -> tuple[float, float]:

@@ -58,6 +58,8 @@ class CompareConfig:
     refit: bool = True
     """Then train that setting on training and validation examples together, as many times, and look at the test with
     these. Without, the test sees the trainings before."""
+    save: bool = True
+    """Leave the best head or linear baseline as a run in WORKDIR/best, for predict, evaluate, report and export."""
     splits: int = 1
     """1: the data's own test split. K: K splits, of which the first is the data's own; the others draw test examples
     anew, as many of each class. Each is tuned by itself."""

@@ -33,7 +33,7 @@ from pspinal_jax.heads.layouts import training_layout
 from pspinal_jax.models import Classifier, abstract_variables, count_parameters
 from pspinal_jax.training import keys, optimizers
 from pspinal_jax.training.sharding import make_mesh, replicated_on
-from pspinal_jax.training.state import EpochMetrics, convert_state, head_layouts
+from pspinal_jax.training.state import EpochMetrics, Layouts, convert_state, head_layouts
 from pspinal_jax.training.step import EpochPlan, TrainStep, run_chunk, target_losses
 
 
@@ -126,12 +126,14 @@ class Outcome(NamedTuple):
       losses: float32 [E], negative log-likelihood of these rows' `Examples.labels`.
       loss: float32, mean training loss over the last epoch.
       finite: whether loss and gradients stayed finite.
+      params: the head's documented tree.
     """
 
     logits: Any
     losses: Any
     loss: Any
     finite: Any
+    params: Any
 
 
 def train_head(
@@ -160,9 +162,12 @@ def train_head(
     run = partial(run_chunk, step, schedule.batch_size, schedule.batch_size, 1)
     inputs = jax.ShapeDtypeStruct((2, *examples.inputs.shape[1:]), jnp.float32)
     state = step.init(model, inputs, seed)
+    layouts: Layouts = {}
     if isinstance(head, ProgressiveSpinalHead):
-        layout = training_layout(head.implementation, head.num_layers, schedule.batch_size, masks_layers=False)
-        state = convert_state(state, head_layouts(layout))
+        layouts = head_layouts(
+            training_layout(head.implementation, head.num_layers, schedule.batch_size, masks_layers=False)
+        )
+    state = convert_state(state, layouts)
 
     def epoch(state: Any, operands: tuple[jax.Array, jax.Array]) -> tuple[Any, EpochMetrics]:
         index, epoch_rates = operands
@@ -181,7 +186,9 @@ def train_head(
     batches = lax.map(predict, part.evaluated.reshape(-1, schedule.eval_batch_size))
     logits, losses = (values.reshape(-1, *values.shape[2:]) for values in batches)
     loss = totals.loss[-1] / totals.count[-1]
-    return state, Outcome(logits, losses, loss, jnp.all(totals.bad_step < 0) & jnp.isfinite(loss))
+    finite = jnp.all(totals.bad_step < 0) & jnp.isfinite(loss)
+    params = convert_state(state, dict.fromkeys(layouts, "tree")).params["head"]
+    return state, Outcome(logits, losses, loss, finite, params)
 
 
 class Task(NamedTuple):
@@ -234,12 +241,15 @@ class Trainer:
         self.slots = 1 if self.mode == "loop" else -(-min(max_slots, MAX_SLOTS) // devices) * devices
         self._programs: dict[str, Callable[..., Outcome]] = {}
 
-    def run(self, tasks: Sequence[Task], examples: Examples) -> Iterator[tuple[Task, Outcome, float]]:
+    def run(
+        self, tasks: Sequence[Task], examples: Examples, with_params: bool = False
+    ) -> Iterator[tuple[Task, Outcome, float]]:
         """Yield (task, outcome on the host, seconds of its own) as trainings end.
 
         Args:
           tasks: what to train; the heads begin in this order.
           examples: all examples, of the same shapes in every call.
+          with_params: whether outcomes hold them, else None.
         """
         device = replicated_on(self._mesh) if self.mode == "vmap" else jax.devices()[0]
         resident = Examples(*jax.device_put(tuple(examples), device))
@@ -248,7 +258,8 @@ class Trainer:
 
         def work(group: list[Task]) -> tuple[list[Task], Outcome, float]:
             start = time.perf_counter()
-            outcome = jax.device_get(self._programs[group[0].head](*self._operands(group), resident))
+            outcome = self._programs[group[0].head](*self._operands(group), resident)
+            outcome = jax.device_get(outcome if with_params else outcome._replace(params=None))
             return group, outcome, (time.perf_counter() - start) / len(group)
 
         pool = ThreadPoolExecutor(self.workers if self.mode == "loop" else 1)

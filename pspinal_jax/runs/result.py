@@ -102,7 +102,7 @@ def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> d
             {"name": same[0]["name"], "support": same[0]["support"], "recall": [each["recall"] for each in same]}
             for same in zip(*seeds, strict=True)
         ],
-        "selected_checksum": _selected_checksum(trees if paper else trees["best"]),
+        "selected_checksum": selected_checksum(trees if paper else trees["best"]),
         "published_accuracy_percent": published_accuracy(setup),
         "parameters": count_parameters(trees["params"]) // recipe.num_seeds,
         "train_examples": len(trainer.stage.subset),
@@ -156,7 +156,7 @@ def _best_seed(recipe: Recipe, progress: TrainingProgress) -> int:
     return 0 if recipe.protocol == "paper" else max(range(len(accuracy)), key=score, default=0)
 
 
-def _selected_checksum(selected: Any) -> str:
+def selected_checksum(selected: Any) -> str:
     """A checksum of the parameters and running statistics that a result is of, those of all seeds."""
     return json_checksum({name: tree_checksums(selected.get(name, {})) for name in ("params", "batch_stats")})
 
@@ -235,7 +235,7 @@ def load_variables(run: Path, seed_index: int | None = None) -> Loaded:
 def _is_about(result: dict[str, Any], selected: Any, progress: TrainingProgress) -> bool:
     """Whether `result` is the result of the parameters `selected`, of all seeds."""
     if "selected_checksum" in result:
-        return bool(result["selected_checksum"] == _selected_checksum(selected))
+        return bool(result["selected_checksum"] == selected_checksum(selected))
     if "selected_epoch" in result:  # an older run without that checksum
         return bool(result["selected_epoch"] == (progress.selected_epoch or progress.best_epoch))
     return bool(result["test_accuracy"]["each"] == progress.last_accuracy)

@@ -71,7 +71,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     resuming = broadcast_from_primary(directory.config_path.exists)
     recipe, data = load_examples(recipe, options, directory.config() if resuming else None)
     rows = split_examples(recipe, data)  # what does not fit is refused before anything is written
-    config = _config(recipe, options, data)
+    config = run_config(recipe, options, data)
     everywhere = {**config["identity"], "mesh": config["mesh"], "workdir": str(directory.path)}
     assert_same(flatten_dict(everywhere, sep="."))
     if is_primary():
@@ -196,7 +196,7 @@ def work_directory(recipe: Recipe, options: RunOptions) -> Path:
     return expanded(options.workdir or Path("runs") / recipe.card.name)
 
 
-def _config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dict[str, Any]:
+def run_config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dict[str, Any]:
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}

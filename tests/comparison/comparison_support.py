@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 
-from pspinal_jax.comparison.api import compare_data
+from pspinal_jax.comparison.api import Source, compare_data
+from pspinal_jax.comparison.best import Origin
 from pspinal_jax.comparison.settings import CompareConfig
 from pspinal_jax.comparison.trial_log import TrialLog
 from pspinal_jax.data.tables import make_dataset
+from pspinal_jax.recipes.schema import DataConfig
 
 SMALL = {
     "heads": ("progressive", "dense"),
@@ -18,6 +20,7 @@ SMALL = {
     "layer_width": 4,
     "num_layers": 2,
     "refit": False,
+    "save": False,
 }
 
 
@@ -39,7 +42,9 @@ def small_data(**changes):
 def run(workdir=None, data=None, **changes):
     """What compare.json holds."""
     config = CompareConfig(**{**SMALL, **changes})
-    return compare_data(data or small_data(), config, TrialLog(workdir), "command", progress=False).result
+    data = data or small_data()
+    source = Source(data, Origin.of(data, DataConfig("small")))
+    return compare_data(source, config, TrialLog(workdir), "command", progress=False).result
 
 
 def lasting(result):
