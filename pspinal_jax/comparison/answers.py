@@ -42,7 +42,7 @@ class Answers(NamedTuple):
 def find_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
     """The T at which softmax(`scores` / T) is likeliest for `labels`: scores [V, C], labels int [V]."""
     step = -(-len(labels) // _MAX_CALIBRATED)
-    scores, labels = scores[::step], labels[::step]
+    scores, labels = _finite(scores[::step]), labels[::step]
     rows, share, known = np.arange(len(labels)), 1 / (len(labels) + 2), scores.max(0) > NEVER / 2
 
     def loss(log_temperature: float) -> float:
@@ -58,9 +58,12 @@ def calibrated(scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _log_probabilities(scores: np.ndarray, temperature: float) -> np.ndarray:
-    """float64 [T, C]; a training that diverged knows nothing."""
-    finite = np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=1e30, neginf=-1e30)
-    return np.asarray(log_softmax(finite / temperature, axis=1))
+    return np.asarray(log_softmax(_finite(scores) / temperature, axis=1))
+
+
+def _finite(scores: np.ndarray) -> np.ndarray:
+    """float64; a training that diverged knows nothing."""
+    return np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=-NEVER, neginf=NEVER)
 
 
 def as_record(scores: np.ndarray, temperature: float, labels: np.ndarray) -> dict[str, Any]:

@@ -8,12 +8,16 @@ from comparison_support import make_features
 from kill_comparison import finish, kill_again_and_again, result_of, start, write_data
 from PIL import Image
 
+from pspinal_jax import load_run
 from pspinal_jax.__main__ import main
+from pspinal_jax.comparison.answers import read_records
+from pspinal_jax.runs.predict import load_predictor
 
 SMALL = [
     *("--trials", "2", "--num-seeds", "2", "--epochs", "1", "--batch-size", "16"),
     *("--layer-width", "4", "--num-layers", "2", "--heads", "mlp", "dense"),
 ]
+ALONE = ["--no-floors", "--no-refit", "--no-save"]
 
 
 @pytest.fixture
@@ -27,22 +31,45 @@ def features_path(tmp_path):
 
 def test_compare_writes_a_table_and_files(features_path, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["compare", str(features_path), *SMALL]) == 0
+    assert main(["compare", str(features_path), *SMALL, "--no-floors"]) == 0
     said = capsys.readouterr().out
     assert "programs compiled: mlp 2, dense 2" in said and "Best on validation is" in said
     folder = tmp_path / "runs" / "compare-features"
-    assert {path.name for path in folder.iterdir()} == {
-        ".lock", "config.json", "trials.jsonl", "compare.json", "compare.md", "compare.png", "probabilities"
-    }  # fmt: skip
+    files = {"config.json", "trials.jsonl", "compare.json", "compare.md", "compare.png"}
+    assert {path.name for path in folder.iterdir()} == files | {".lock", "probabilities", "best"}
     result = json.loads((folder / "compare.json").read_text())
-    assert result["command"] == f"pspinal-jax compare {features_path} {' '.join(SMALL)}"
+    assert result["command"] == f"pspinal-jax compare {features_path} {' '.join(SMALL)} --no-floors"
+    assert {row["train_examples"] for row in result["methods"].values()} == {120}
+    assert f"{result['saved']} as a run: pspinal-jax predict runs/compare-features/best .." in said
+    check_best(folder, result, features_path)
     assert result["data"] | {"fingerprint": "", "source": ""} == {
         "source": "", "fingerprint": "", "features": 6, "classes": 3, "train": 96, "validation": 24, "test": 60
     }  # fmt: skip
 
 
+def check_best(folder, result, features_path):
+    """The run is the row: the same answers, also by `evaluate`, and of its export."""
+    run, name = load_run(folder / "best"), result["saved"]
+    arrays = np.load(features_path)
+    (record,) = [
+        line
+        for line in map(json.loads, (folder / "trials.jsonl").read_text().splitlines())
+        if (line["kind"], line["method"], line["number"]) == ("refit", name, 0)
+    ]
+    answers = read_records([[record]], arrays["test_labels"][None])
+    probabilities = run.predict_proba(arrays["test_images"])
+    np.testing.assert_array_equal(probabilities.argmax(1), answers.predicted[0, 0])
+    np.testing.assert_allclose(probabilities.max(1), answers.confidence[0, 0], rtol=2e-3)
+    report = run.evaluate()
+    assert report["accuracy"] == record["test_accuracy"] and report["trained_on_it"]
+    assert report["loss"] == pytest.approx(-answers.log_likelihood.mean(), rel=2e-3)
+    assert report["seen_in_training"]["examples"] == 0
+    assert load_predictor(run.export()).class_names == run.class_names
+    assert run.result["train_examples"] == 120
+
+
 def test_compare_flattens_pixels(npz_path, tmp_path):
-    assert main(["compare", str(npz_path), *SMALL, "--workdir", str(tmp_path / "pixels")]) == 0
+    assert main(["compare", str(npz_path), *SMALL, *ALONE, "--workdir", str(tmp_path / "pixels")]) == 0
     result = json.loads((tmp_path / "pixels" / "compare.json").read_text())
     assert result["data"]["features"] == 16
     assert {row["chosen"][0]["setting"]["standardize"] for row in result["methods"].values()} == {"all"}
@@ -112,6 +139,9 @@ def test_compare_keeps_the_features_of_a_folder(tmp_path, capsys):
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
     words = ["compare", str(folder), *SMALL, "--workdir", str(tmp_path / "work"), "--backbone", "efficientnet_lite0"]
     assert main([*words, "--weights", "random"]) == 0
+    run = load_run(tmp_path / "work" / "best")
+    assert run.evaluate()["accuracy"] == run.result["test_accuracy"]["mean"]
+    assert run.predict([folder / "dark" / "0.png"])[0].classes[0][0] in run.class_names
     features = tmp_path / "work" / "features.npz"
     first = features.stat().st_mtime_ns
     assert json.loads((tmp_path / "work" / "compare.json").read_text())["data"]["features"] == 1280

@@ -4,17 +4,23 @@ import json
 import shutil
 
 import numpy as np
+import pandas
 import pytest
 from comparison_support import SMALL, lasting, make_features, run, small_data
+from sklearn.base import clone
+from sklearn.naive_bayes import GaussianNB
+from sklearn.svm import LinearSVC
+from sklearn.tree import DecisionTreeClassifier
 
 import pspinal_jax
+from pspinal_jax import load_run
 from pspinal_jax.comparison.answers import packed, unpacked
 from pspinal_jax.comparison.api import Comparison
 from pspinal_jax.comparison.report import write_report
 from pspinal_jax.comparison.search import Comparer, make_split, rank
 from pspinal_jax.comparison.settings import CompareConfig
 from pspinal_jax.comparison.train import Trainer
-from pspinal_jax.comparison.trial_log import TrialLog, parse_record
+from pspinal_jax.comparison.trial_log import Key, TrialLog, parse_record
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import held
 
@@ -296,6 +302,112 @@ def test_compare_takes_arrays():
         pspinal_jax.compare(inputs, labels[1:])
     with pytest.raises(DataError, match="NaN"):
         pspinal_jax.compare(np.full_like(inputs, np.nan), labels, **small)
+
+
+def test_compare_also_takes_estimators_and_gives_the_best_model_back():
+    (inputs, labels), (test_inputs, test_labels) = make_features().values()
+    names, small = np.array(["ant", "bee", "cow"]), {**SMALL, "heads": ("dense",), "refit": True, "progress": False}
+    also = {"tree": DecisionTreeClassifier(max_depth=3), "bayes": GaussianNB(), "svm": LinearSVC(C=1e-3)}
+    comparison = pspinal_jax.compare(
+        pandas.DataFrame(inputs, columns=list("abcdef")), names[labels],
+        test_features=pandas.DataFrame(test_inputs, columns=list("abcdef")), test_labels=names[test_labels],
+        also=also, floors=False, **small,
+    )  # fmt: skip
+    rows = comparison.result["methods"]
+    assert [*rows] == ["dense", "dense_average", "tree", "bayes", "svm"]
+    expected = clone(also["bayes"]).fit(inputs, labels).score(test_inputs, test_labels)
+    assert rows["bayes"]["test_accuracy"]["each"] == [pytest.approx(expected)]
+    assert len(rows["tree"]["test_accuracy"]["each"]) == SMALL["num_seeds"]  # whose random state is the seed's
+    assert rows["tree"]["settings_tried"] == 1 and rows["dense"]["settings_tried"] == SMALL["trials"]
+    assert {row["train_examples"] for row in rows.values()} == {120}
+    table = comparison.table
+    assert table.index.tolist() == [*rows] and table.loc["bayes", "test_accuracy"] == pytest.approx(expected)
+    assert "<td>bayes" in comparison._repr_html_() and comparison.result["saved"] == "dense"
+    model = comparison.best_model
+    assert model.class_names == tuple(names)
+    shuffled = pandas.DataFrame(test_inputs, columns=list("abcdef"))[list("fedcba")]
+    right = names[model.predict_proba(shuffled).argmax(1)] == names[test_labels]
+    assert right.mean() == rows["dense"]["test_accuracy"]["each"][0]
+    for wrong in ({"knn": GaussianNB()}, {"mine": 3}):
+        with pytest.raises(UsageError, match="also has"):
+            pspinal_jax.compare(inputs, labels, also=wrong)
+
+
+def test_tokens_are_pooled_by_their_mean(capsys):
+    inputs, labels = make_features()["train"]
+    tokens = np.stack([inputs - 1, inputs, inputs + 1], 1)
+    small = {**SMALL, "heads": ("dense",), "floors": False, "trials": 1, "num_seeds": 1, "progress": False}
+    pooled = pspinal_jax.compare(tokens, labels, **small)
+    assert "features [N, T, D] = [120, 3, 6] are tokens: the mean over T is taken" in capsys.readouterr().err
+    assert pooled.result["data"]["features"] == 6
+    with pytest.raises(UsageError, match="no best model"):
+        Comparison(pooled.result).best_model  # noqa: B018
+
+
+def test_an_average_is_the_mean_of_its_seeds_probabilities(finished):
+    workdir, _ = finished
+    config = CompareConfig(**SMALL)
+    comparer = Comparer(small_data(), config, log := TrialLog(workdir), shown=False)
+    with log.opened(comparer.identity()):
+        comparer.run()
+    seeds = [log.probabilities(Key("seed", 0, "dense", number)) for number in range(2)]
+    mean = np.mean(np.asarray(seeds, np.float32), 0)
+    average, dense = comparer.answers("dense_average"), comparer.answers("dense")
+    np.testing.assert_array_equal(average.predicted, np.broadcast_to(mean.argmax(1), (1, 2, 60)))
+    np.testing.assert_allclose(average.confidence[0, 1], mean.max(1), rtol=2e-3)
+    true = average.labels[0]
+    np.testing.assert_allclose(np.exp(average.log_likelihood[0, 0]), mean[np.arange(60), true], rtol=5e-3)
+    np.testing.assert_array_equal(dense.correct, dense.predicted == dense.labels[:, None])
+    np.testing.assert_array_equal(dense.predicted[0, 1], seeds[1].argmax(1))
+
+
+def test_a_refit_goes_on_from_the_same_trainings_and_lost_probabilities_are_found_again(finished, tmp_path):
+    workdir, result = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "trials.jsonl").read_text()
+    refitted = run(tmp_path, refit=True)
+    lines = (tmp_path / "trials.jsonl").read_text().removeprefix(before).splitlines()
+    assert {json.loads(line)["kind"] for line in lines} == {"refit", "average"}
+    for name, row in refitted["methods"].items():
+        assert row["train_examples"] == 120 and result["methods"][name]["train_examples"] == 96
+        assert row["chosen"] == result["methods"][name]["chosen"]
+        if "average" not in name:
+            assert row["test_accuracy_before_refit"]["each"] == result["methods"][name]["test_accuracy"]["each"]
+    assert refitted["methods"]["dense"]["test_accuracy"]["each"] != result["methods"]["dense"]["test_accuracy"]["each"]
+    # Without their files, the trainings that an average is of are done again, and no others.
+    (tmp_path / "trials.jsonl").write_text(
+        "".join(line + "\n" for line in before.splitlines() if '"average"' not in line)
+    )
+    (tmp_path / "probabilities" / "seed-0-dense-1.npy").write_bytes(b"damaged")
+    again = run(tmp_path)
+    assert lasting(again) == lasting(result)
+    assert again["execution"]["compilations"] == {"progressive": 0, "dense": 1}
+
+
+def test_a_comparison_of_an_earlier_version_goes_on_as_it_was(finished, tmp_path, capsys):
+    """As they recorded it: no format, no answers but hits, neighbours and ridge regression alone beside heads."""
+    workdir, result = finished
+    config = json.loads((workdir / "config.json").read_text())
+    del config["format"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    known = ("progressive", "dense", "knn", "ridge")
+    lines = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["method"] in known]
+    new = ("checksum", "probabilities", "temperature", "test_predictions", "test_log_likelihood", "test_confidence")
+    earlier = [{name: value for name, value in line.items() if name not in new} for line in lines]
+    text = "".join(json.dumps(line) + "\n" for line in earlier)
+    (tmp_path / "trials.jsonl").write_text(text)
+    found = run(tmp_path, refit=True, save=True)
+    assert (tmp_path / "trials.jsonl").read_text() == text
+    assert "was begun by an earlier version and goes on so" in capsys.readouterr().err
+    assert [*found["methods"]] == [*known] and not found["protocol"]["refit"]
+    for name in known:
+        assert found["methods"][name] == result["methods"][name]
+    run_of_best = load_run(tmp_path / "best")
+    held = found["saved"]
+    assert run_of_best.evaluate()["accuracy"] == found["methods"][held]["test_accuracy"]["each"][0]
+    (tmp_path / "trials.jsonl").write_text("".join(text.splitlines(keepends=True)[:-4]))
+    assert lasting(run(tmp_path, save=True)) == lasting(found)
 
 
 def test_of_tied_trials_the_one_with_the_lower_loss_is_chosen():

@@ -12,7 +12,9 @@ from comparison_support import make_features
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
+from pspinal_jax.comparison.answers import NEVER, as_record, find_temperature, read_records
 from pspinal_jax.comparison.baselines import BASELINES, fit_baseline, votes
+from pspinal_jax.comparison.best import folded
 from pspinal_jax.comparison.report import describe_design, summarize
 from pspinal_jax.comparison.search import standardisation
 from pspinal_jax.comparison.settings import CompareConfig, Hparams, Trial, _steps, draw_trial, training_seed
@@ -325,6 +327,36 @@ def test_a_class_without_an_example_is_never_predicted(name):
     _, scores, _ = fitted(name, BASELINES[name][20:22] if name == "logistic" else None, num_classes=5)
     for each in scores:
         assert each.shape == (60, 5) and each[:, 3:].max() < each[:, :3].max(1).min() - 100
+
+
+@pytest.mark.parametrize("name", ["progressive", "spinal", "mlp", "dense"])
+def test_scaling_and_temperature_fold_into_a_head(name):
+    head, _ = build_head(name, 7, 3, 5, 4, "published")
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(100, [1, 10, 0, 3, 4, 5, 6], (50, 7)).astype(np.float32)
+    shift, scale = standardisation(inputs, "each")
+    params = head.init(jax.random.key(0), inputs, train=False)["params"]
+    expected = head.apply({"params": params}, (inputs - shift) * scale, train=False) / 2.5
+    found = folded(name, params, shift, scale, 2.5)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(head.apply({"params": found}, inputs, train=False), expected, rtol=1e-3, atol=2e-4)
+
+
+def test_a_temperature_makes_scores_as_sure_as_they_are_right():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 2, (4000, 5))
+    labels = (scores + rng.gumbel(size=scores.shape)).argmax(1)  # drawn by softmax of the scores
+    assert find_temperature(scores, labels) == pytest.approx(1, rel=0.05)
+    assert find_temperature(7 * scores, labels) == pytest.approx(7, rel=0.05)
+    # All right is no reason to be certain, a class never seen none to be less sure, and what diverged says nothing.
+    certain = np.eye(3)[labels % 3]
+    assert 0.05 < find_temperature(certain[:50], labels[:50] % 3) < 0.5
+    wider = np.pad(scores, ((0, 0), (0, 1)), constant_values=NEVER)
+    assert find_temperature(wider, labels) == pytest.approx(1, rel=0.05)
+    lost = as_record(
+        np.full((4, 3), np.nan, np.float32), find_temperature(np.full((9, 3), np.nan), labels[:9] % 3), labels[:4] % 3
+    )
+    assert read_records([[lost]], labels[None, :4] % 3).confidence.tolist() == [[[pytest.approx(1 / 3, rel=1e-3)] * 4]]
 
 
 def test_standardisation_sees_the_training_rows_alone():
