@@ -11,6 +11,7 @@ import numpy as np
 
 from pspinal_jax.comparison.intervals import LEVEL, MIN_UNITS, paired_intervals, winners_of_draws
 from pspinal_jax.comparison.search import Comparer, rank
+from pspinal_jax.comparison.settings import HEADS
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import printable
 from pspinal_jax.files import write_json, write_text
@@ -132,8 +133,9 @@ def _tuning_luck(comparer: Comparer) -> np.ndarray:
     """What validation says of the winners in draws of the trials, [B, M]; baselines try all that there is to try."""
     config, shape = comparer.config, (len(comparer.methods), comparer.config.splits, comparer.config.trials)
     scores, order = np.zeros(shape), np.zeros(shape, int) + np.arange(config.trials)
-    for method, split in itertools.product(config.heads, range(config.splits)):
-        tried = [comparer.record("trial", split, method, trial) for trial in range(config.trials)]
+    heads = dict(zip(config.heads, config.heads, strict=True)) | comparer.averages
+    for (method, head), split in itertools.product(heads.items(), range(config.splits)):
+        tried = [comparer.record("trial", split, head, trial) for trial in range(config.trials)]
         at = comparer.methods.index(method), split
         scores[at] = [record["validation_accuracy"] for record in tried]
         order[at] = sorted(range(config.trials), key=lambda trial: rank(tried[trial]), reverse=True)
@@ -149,7 +151,7 @@ def describe_design(splits: int, seeds: int, methods: int) -> dict[str, Any]:
 
 def summarize(rows: Mapping[str, Any], differences: Mapping[str, Any], best: str, design: Mapping[str, Any]) -> str:
     """The result as sentences; `design` as of `describe_design`."""
-    heads = {name: each for name, each in differences.get("to_dense", {}).items() if name not in BASELINE_NAMES}
+    heads = {name: each for name, each in differences.get("to_dense", {}).items() if name in HEADS}
     better, worse = _listed(heads, 1), _listed(heads, -1)
     level, beyond = (_listed(differences[f"to_{best}"], sign) for sign in (0, 1))
     winner = f"Best on validation is {best}, with {100 * rows[best]['test_accuracy']['mean']:.2f} % on the test."
