@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import math
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,8 +94,9 @@ class Comparison:
         if self._save is None or self.result["saved"] is None:
             raise UsageError("there is no best model: a run directory holds heads and linear baselines")
         if (path := self.result["execution"]["best_model"]) is None:
-            self._folder = tempfile.TemporaryDirectory()
-            self._save(path := Path(self._folder.name) / "best")
+            folder = tempfile.mkdtemp()
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._save(path := Path(folder) / "best")
         return load_run(path)
 
     def plot(self) -> Any:

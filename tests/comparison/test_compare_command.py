@@ -50,14 +50,15 @@ def test_compare_writes_a_table_and_files(features_path, tmp_path, capsys, monke
 def check_best(folder, result, features_path):
     """The run is the row: the same answers, also by `evaluate`, and of its export."""
     run, name = load_run(folder / "best"), result["saved"]
-    arrays = np.load(features_path)
+    with np.load(features_path) as arrays:
+        inputs, labels = arrays["test_images"], arrays["test_labels"]
     (record,) = [
         line
         for line in map(json.loads, (folder / "trials.jsonl").read_text().splitlines())
         if (line["kind"], line["method"], line["number"]) == ("refit", name, 0)
     ]
-    answers = read_records([[record]], arrays["test_labels"][None])
-    probabilities = run.predict_proba(arrays["test_images"])
+    answers = read_records([[record]], labels[None])
+    probabilities = run.predict_proba(inputs)
     np.testing.assert_array_equal(probabilities.argmax(1), answers.predicted[0, 0])
     np.testing.assert_allclose(probabilities.max(1), answers.confidence[0, 0], rtol=2e-3)
     report = run.evaluate()
