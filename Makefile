@@ -49,9 +49,9 @@ lint: $(VENV)/.installed-test
 notebooks: $(VENV)/.installed-test
 	$(BIN)/python notebooks/execute.py $(ARGS)
 
-# The API pages; a warning fails.
+# The documentation site, offline; a warning fails. It begins at build/docs/index.html.
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m sphinx -b html -q -E -W --keep-going docs/api build/docs
+	$(BIN)/python -m sphinx -b html -q -E -W --keep-going -c docs . build/docs
 
 wheel: $(VENV)/.installed
 	$(PIP_INSTALL) build

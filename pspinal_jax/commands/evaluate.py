@@ -34,7 +34,9 @@ class EvaluateArguments:
 class ReportArguments:
     """Evaluate runs and write one HTML page about them, with pictures inside and nothing to load."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ..]", help_behavior_hint="")
+    ]
     """Run directories of `train`; several are shown side by side."""
     output: Path | None = None
     """The page to write; by default report.html in the run directory, of several runs in the current folder."""

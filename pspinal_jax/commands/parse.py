@@ -8,12 +8,14 @@ import operator
 import os
 import re
 import shutil
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import docstring_parser
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from pspinal_jax.commands import FLAGS
 from pspinal_jax.errors import UsageError
@@ -37,6 +39,38 @@ ALIASES = {
 """Names that other trainers have for a flag or for the last part of one, where a command has such a flag."""
 
 _FRAME = re.compile(r"[╭╮╰╯│─]+|-{4,}")
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """A flag of type X or None takes the word None too; the help shows X, where tyro has {None}|X."""
+    options = set(typing.get_args(info.type)) - {types.NoneType}
+    if types.NoneType not in typing.get_args(info.type) or len(options) > 1:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(options.pop(), set(info.markers)))
+    if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1 or spec.choices is not None:
+        return None
+    return dataclasses.replace(
+        spec,
+        instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+    )
+
+
+def _join_lines(arguments_class: type) -> None:
+    """Give tyro the fields' docstrings without line breaks; it keeps those before an indented line."""
+    documented = {
+        each.arg_name: each.description for each in docstring_parser.parse_from_object(arguments_class).params
+    }
+    for field in dataclasses.fields(arguments_class):
+        if field.name in documented:
+            text = " ".join((documented[field.name] or "").split())
+            field.metadata = types.MappingProxyType({**field.metadata, "help": text})
+        hint = typing.get_type_hints(arguments_class)[field.name]
+        if dataclasses.is_dataclass(hint):
+            _join_lines(typing.cast(type, hint))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +133,7 @@ def parse(
     """
     prog = f"pspinal-jax {command}"
     description = description or " ".join(str(arguments_class.__doc__).split())
-    run_tyro = functools.partial(tyro.cli, prog=prog, description=description)
+    run_tyro = functools.partial(tyro.cli, prog=prog, description=description, registry=_REGISTRY)
     # On fewer than 6 columns tyro's help never ends.
     os.environ["COLUMNS"] = str(min(max(shutil.get_terminal_size().columns, MIN_COLUMNS), MAX_COLUMNS))
     if any(word in (*HELP, HELP_ALL) for word in args):
@@ -108,6 +142,7 @@ def parse(
             arguments_class, others = _most_used(arguments_class, groups, default)
             default = arguments_class()
             footer = f"{others} more flags, and more about these: {prog} {HELP_ALL}\n{footer}"
+        _join_lines(arguments_class)
         with contextlib.ExitStack() as at_the_end:
             at_the_end.callback(print, footer)
             run_tyro(arguments_class, default=default, args=["--help"])

@@ -29,7 +29,9 @@ class PredictArguments:
 
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run directory of a `train`, or the directory of an `export`; with --artifact the first image."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    images: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE ..]", help_behavior_hint="")
+    ]
     """Image files; folders, in which all images are taken, those in folders below included; - for a list on standard
     input, a file or folder a line, or with NUL between them. For a run that was trained on features, tables (.csv,
     .tsv, .parquet)."""

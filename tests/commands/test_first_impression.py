@@ -176,3 +176,12 @@ def test_every_alias_means_a_flag_of_some_command():
     }
     ends = flags | {name.rpartition(".")[2] for name in flags}
     assert {meant for meant in ALIASES.values() if meant not in ends} == set()
+
+
+def test_a_flags_text_flows_and_its_value_is_written_as_people_write_it(monkeypatch):
+    text = help_of("predict", "--help")
+    assert "predict [-h] [OPTIONS] PATH [IMAGE ..]\n" in text and "{None}" not in text
+    assert "labels from 0." in help_of("prepare", "--help"), "a line ends where the source breaks it"
+    assert "--csv PATH" in text and "[IMAGE ..]" in text
+    with pytest.raises(Understood):
+        main(["predict", "run", "a.png", "--csv", "None", "--seed-index", "2"])

@@ -283,7 +283,7 @@ def test_compare_config_refuses_in_one_line(settings, line):
     assert "\n" not in str(caught.value)
 
 
-def test_compare_takes_arrays():
+def test_compare_takes_arrays(capsys):
     (inputs, labels), (test_inputs, test_labels) = make_features().values()
     small = {**SMALL, "heads": "dense", "trials": 2, "progress": False}
     comparison = pspinal_jax.compare(
@@ -291,7 +291,9 @@ def test_compare_takes_arrays():
     )
     assert list(comparison.result["methods"]) == ["dense", "dense_average"] and comparison.best == "dense"
     assert "dense *" in repr(comparison) and "| **dense** |" in comparison._repr_markdown_()
-    cut = pspinal_jax.compare(inputs, labels, test_fraction=0.25, **small)
+    cut = pspinal_jax.compare(inputs, labels, test_fraction=0.25, **small | {"progress": True})
+    trainings = 2 + SMALL["num_seeds"] + 2 * (1 + SMALL["num_seeds"])
+    assert f" {trainings}/{trainings} " in capsys.readouterr().err
     assert cut.result["data"]["test"] == 30
     assert len(cut.plot().axes) == 1 + len({cut.best, "dense"})
     with pytest.raises(UsageError, match="compare has no setting 'depth'; there are: heads, floors"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from images_support import InMemory, numbered, picture
 
+from pspinal_jax.data import stream as stream_module
 from pspinal_jax.data.images import ImageSplit
 from pspinal_jax.data.stream import stream
 from pspinal_jax.errors import DataError, RunError
@@ -104,6 +105,21 @@ def test_an_error_in_a_worker_is_the_same_error():
     with pytest.raises(DataError) as caught:
         list(cut(photos, np.arange(3), 2, workers=1))
     assert str(caught.value) == "picture 1: the image cannot be decoded: its format is not known"
+
+
+def test_a_worker_ends_as_failed_once_its_main_process_has_ended(monkeypatch):
+    class Main:
+        def join(self):
+            done.append("joined")
+
+    done = []
+    monkeypatch.setattr(multiprocessing, "parent_process", Main)
+    monkeypatch.setattr(os, "_exit", done.append)
+    stream_module._end_with_main_process()
+    assert done == ["joined", 1]
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: None)
+    stream_module._end_with_main_process()
+    assert len(done) == 2, "a process without a parent goes on"
 
 
 @pytest.mark.slow
