@@ -8,6 +8,7 @@ import sys
 import urllib.parse
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_every_public_name_and_every_command_has_its_place(site):
     names = {name.rpartition(".")[2] for name in documented}
     for room in PUBLIC:
         module = import_module(f"pspinal_jax{room}")
-        public = [name for name in module.__all__ if hasattr(getattr(module, name), "__qualname__")]
+        public = [name for name in module.__all__ if isinstance(getattr(module, name), type | FunctionType)]
         assert set(public) <= names, f"pspinal_jax{room}"
     page = (site / "docs" / "command_line.html").read_text()
     assert all(f'id="command-{name}"' in page for name in COMMANDS)
