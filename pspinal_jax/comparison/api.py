@@ -125,10 +125,10 @@ def compare(
         >>> rng = np.random.default_rng(0)
         >>> labels = rng.integers(0, 3, 120)
         >>> features = np.eye(3, 8)[labels] + rng.normal(0, 0.5, (120, 8))
-        >>> small = dict(heads=("mlp", "dense"), trials=2, num_seeds=2, epochs=1, batch_size=16, layer_width=4)
+        >>> small = dict(heads=("mlp", "dense"), floors=False, trials=2, num_seeds=2, epochs=1, batch_size=16)
         >>> comparison = pspinal_jax.compare(features, labels, progress=False, **small)
         >>> sorted(comparison.result["methods"])
-        ['dense', 'dense_average', 'knn', 'lda', 'logistic', 'mlp', 'mlp_average', 'nearest_mean', 'ridge']
+        ['dense', 'dense_average', 'mlp', 'mlp_average']
 
     Args:
       features: numbers [N, D], as an array or a frame (pandas, Polars, PyArrow); or images uint8 [N, H, W] or

@@ -179,18 +179,19 @@ def principal_axes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _logistic(settings: Settings, rows: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> Iterator[Linear]:
     """Multinomial logistic regression with scikit-learn's C: the sum of losses times C, and |W|^2 / 2.
 
-    On principal axes, where the penalty is the same, each fit begins at the one before.
+    On principal axes, where the penalty is the same. Each fit begins where the two before lead to, in equal steps of
+    log C, which takes less than half of the iterations of beginning at the one before.
     """
     centre = rows.mean(0)
     variances, axes = principal_axes(rows - centre)
     turned, classes = jnp.asarray((rows - centre) @ axes, jnp.float32), labels.max() + 1
-    point = jnp.zeros((len(variances), classes), jnp.float32), jnp.zeros(classes, jnp.float32)
+    point = start = jnp.zeros((len(variances), classes), jnp.float32), jnp.zeros(classes, jnp.float32)
     for setting in settings:
         # Of two classes scikit-learn penalises the difference of the weights, of which these have a half each.
         decay = (2 if classes == 2 else 1) / (setting["C"] * len(labels))
-        point, _ = _minimize(
-            turned, jnp.asarray(labels), jnp.asarray(variances, jnp.float32), jnp.float32(decay), point
-        )
+        before, operands = point, (turned, jnp.asarray(labels), jnp.asarray(variances, jnp.float32))
+        point, _ = _minimize(*operands, jnp.float32(decay), start)
+        start = jax.tree.map(lambda now, last: 2 * now - last, point, before)
         weights = axes @ np.asarray(point[0], np.float64)
         yield Linear(weights, np.asarray(point[1]) - centre @ weights)
 
@@ -258,6 +259,6 @@ BASELINES: dict[str, Settings] = {
     # The penalty is on the sum of squares over all training examples.
     "ridge": [{"penalty": float(10.0**exponent)} for exponent in np.arange(-2, 7.5, 0.5)],
 }
-"""All that is tried; what does best on validation is taken, of equals the one of the smaller loss, then the first."""
+"""All that is tried; what does best on validation is taken, of equals the first."""
 FIRST_BASELINES = ("knn", "ridge")
 """Those of earlier versions."""

@@ -199,7 +199,7 @@ def test_compare_result_matches_its_records(finished):
             assert low <= each["mean"] <= high and each["standard_error"] > 0
             assert not each["beyond_the_noise"]  # of two seeds of one split
     assert result["intervals"] == {
-        "level": 0.95, "pairs_at_once": 6, "units": 2, "of": "seeds of one split", "claims": False
+        "level": 0.95, "pairs_at_once": 36, "units": 2, "of": "seeds of one split", "claims": False
     }  # fmt: skip
     lines = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
     for head in SMALL["heads"]:
