@@ -61,6 +61,12 @@ def _log_probabilities(scores: np.ndarray, temperature: float) -> np.ndarray:
     return np.asarray(log_softmax(_finite(scores) / temperature, axis=1))
 
 
+def log_likelihoods(scores: np.ndarray, temperature: float, labels: np.ndarray) -> np.ndarray:
+    """Of true `labels` [T], float64 [T]."""
+    log = _log_probabilities(scores, temperature)[np.arange(len(labels)), labels]
+    return np.maximum(log, np.log(MIN_PROBABILITY))
+
+
 def _finite(scores: np.ndarray) -> np.ndarray:
     """float64; a training that diverged knows nothing."""
     return np.nan_to_num(np.asarray(scores, np.float64), nan=0.0, posinf=-NEVER, neginf=NEVER)
@@ -69,7 +75,7 @@ def _finite(scores: np.ndarray) -> np.ndarray:
 def as_record(scores: np.ndarray, temperature: float, labels: np.ndarray) -> dict[str, Any]:
     """The entries of a record in trials.jsonl, from `scores` [T, C] and true `labels` [T]."""
     rows, predictions, log = np.arange(len(labels)), scores.argmax(1), _log_probabilities(scores, temperature)
-    truth = np.maximum(log[rows, labels], np.log(MIN_PROBABILITY))
+    truth = log_likelihoods(scores, temperature, labels)
     found = {"predictions": predictions, "log_likelihood": truth, "confidence": np.exp(log[rows, predictions])}
     texts = {f"test_{name}": base64.b64encode(found[name].astype(kind)).decode() for name, kind in _DTYPES.items()}
     correct = predictions == labels

@@ -184,10 +184,12 @@ def compare(
 
 
 def _pooled(features: Any) -> Any:
-    if np.ndim(features) != 3 or not np.issubdtype(np.asarray(features).dtype, np.floating):
+    """Tokens [N, T, D] by their mean over those of T that are not masked; anything else as it is."""
+    tokens = np.asanyarray(features) if getattr(features, "ndim", 0) == 3 else np.zeros(0, int)
+    if tokens.dtype.kind != "f":
         return features
-    say(f"features [N, T, D] = {list(np.shape(features))} are tokens: the mean over T is taken")
-    return np.mean(features, 1)
+    say(f"features [N, T, D] = {list(tokens.shape)} are tokens: the mean over T is taken")
+    return tokens.mean(1, dtype=np.float32)
 
 
 class Source(NamedTuple):

@@ -17,10 +17,12 @@ from pspinal_jax.comparison.answers import (
     as_record,
     calibrated,
     find_temperature,
+    log_likelihoods,
     read_records,
 )
 from pspinal_jax.comparison.baselines import (
     BASELINES,
+    BY_LIKELIHOOD,
     FIRST_BASELINES,
     Fitted,
     fit_baseline,
@@ -392,12 +394,16 @@ class Comparer:
 
     def _try_baseline(self, key: Key, settings: list[dict[str, Any]]) -> dict[str, Any]:
         """The record of the one of `settings` that does best on validation, of equals the first."""
-        start, best = time.perf_counter(), None
+        start, best, most = time.perf_counter(), dict[str, Any](), -np.inf
         for setting, fitted, _ in self._fitted(key, settings):
-            found = self._scores(key, *self._parts(key, fitted.scores))
-            if best is None or found["validation_accuracy"] > best["validation_accuracy"]:
-                best = {"setting": setting, **found}
-        assert best is not None
+            parts = self._parts(key, fitted.scores)
+            found = self._scores(key, *parts)
+            quality = found["validation_accuracy"]
+            if key.method in BY_LIKELIHOOD and key.kind == "trial":
+                quality = float(log_likelihoods(parts[0], 1.0, self.labels[self._rows(key)[1]]).mean())
+                found["validation_loss"] = round(-quality, 5)
+            if quality > most:
+                best, most = {"setting": setting, **found}, quality
         return {**best, "seconds": round(time.perf_counter() - start, 3)}
 
     def _fitted(self, key: Key, settings: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Fitted, Any]]:
