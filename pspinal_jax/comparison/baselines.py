@@ -261,7 +261,7 @@ BASELINES: dict[str, Settings] = {
 }
 """All that is tried; what does best on validation is taken, of equals the first."""
 BY_LIKELIHOOD = ("logistic",)
-"""Those that maximise it, and so are chosen by it: over a wide range of C accuracy is level, and a few hundred
-examples do not tell which C is best by it."""
+"""Those that maximise it, whose settings are chosen by it too: over a wide range of C accuracy is level, and a few
+hundred examples do not tell which C is best. Of the ways to scale features, accuracy chooses."""
 FIRST_BASELINES = ("knn", "ridge")
 """Those of earlier versions."""

@@ -394,17 +394,18 @@ class Comparer:
 
     def _try_baseline(self, key: Key, settings: list[dict[str, Any]]) -> dict[str, Any]:
         """The record of the one of `settings` that does best on validation, of equals the first."""
-        start, best, most = time.perf_counter(), dict[str, Any](), -np.inf
+        start, best = time.perf_counter(), dict[str, tuple[float, dict[str, Any]]]()
         for setting, fitted, _ in self._fitted(key, settings):
-            parts = self._parts(key, fitted.scores)
-            found = self._scores(key, *parts)
+            parts, scaling = self._parts(key, fitted.scores), setting["standardize"]
+            found = {"setting": setting, **self._scores(key, *parts)}
             quality = found["validation_accuracy"]
             if key.method in BY_LIKELIHOOD and key.kind == "trial":
                 quality = float(log_likelihoods(parts[0], 1.0, self.labels[self._rows(key)[1]]).mean())
                 found["validation_loss"] = round(-quality, 5)
-            if quality > most:
-                best, most = {"setting": setting, **found}, quality
-        return {**best, "seconds": round(time.perf_counter() - start, 3)}
+            if scaling not in best or quality > best[scaling][0]:
+                best[scaling] = quality, found
+        record = max((found for _, found in best.values()), key=lambda found: found["validation_accuracy"])
+        return {**record, "seconds": round(time.perf_counter() - start, 3)}
 
     def _fitted(self, key: Key, settings: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Fitted, Any]]:
         """Each of `settings`, what is fitted to the rows of `key` under it, and how these are scaled."""
