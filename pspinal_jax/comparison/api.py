@@ -91,7 +91,7 @@ class Comparison:
         Raises:
           UsageError: if the comparison has neither.
         """
-        if self._save is None or self.result["saved"] is None:
+        if self._save is None or self.result.get("saved") is None:
             raise UsageError("there is no best model: a run directory holds heads and linear baselines")
         if (path := self.result["execution"]["best_model"]) is None:
             folder = tempfile.mkdtemp()

@@ -209,9 +209,9 @@ def _table(result: Mapping[str, Any], goals: Sequence[str], best_name: str) -> l
                 best_name.format(name) if name == result["best_on_validation"] else name,
                 row["hidden"] if "hidden layer" in row["hidden"] else "-",
                 "-" if row["parameters"] is None else f"{row['parameters']:,}",
-                str(row["settings_tried"]),
+                str(row.get("settings_tried", "-")),  # which earlier versions did not write
                 describe_setting(row["chosen"]),
-                f"{row['train_examples']:,}",
+                f"{row.get('train_examples', result['data']['train']):,}",
                 "-" if validation is None else f"{100 * validation['mean']:.2f}",
                 f"{100 * test['mean']:.2f} ± {100 * test['std']:.2f}",
                 f"{result['execution']['seconds'][name]:.0f}",
@@ -226,14 +226,18 @@ def format_table(result: Mapping[str, Any]) -> str:
     data, protocol, execution = result["data"], result["protocol"], result["execution"]
     header, *rows = (f"| {' | '.join(cells)} |" for cells in _table(result, list(result["differences"]), "**{}**"))
     validated = "a validation split of its own" if protocol["own_validation"] else "validation cut anew for every seed"
+    after = "then trained on both" if protocol.get("refit") else "not trained on validation examples"
+    pairs = result.get("intervals")  # earlier versions had intervals of each pair by itself
+    of = "" if pairs is None else f" of all {pairs['pairs_at_once']} pairs hold at once, over {pairs['of']}"
     notes = [
         result["in_words"],
         f"{data['source']}: {data['features']} features, {data['classes']} classes; {data['train']} examples to train, "
-        f"{data['validation']} to validate, {data['test']} to test; {validated}. Trials a head: {protocol['trials']}; "
+        f"{data['validation']} to validate, {data['test']} to test; {validated}; {after}. "
+        f"Trials a head: {protocol['trials']}; "
         f"seeds of the best: {protocol['num_seeds']}; splits: {protocol['splits']}; epochs: {protocol['epochs']}; "
         f"batch: {protocol['batch_size']}; sizes: {protocol['match']}. In bold: best on validation. Differences in "
-        f"points of test accuracy; intervals of all {result['intervals']['pairs_at_once']} pairs hold at once, over "
-        f"{result['intervals']['of']}, test examples and the luck of the tuning.",
+        f"points of test accuracy; intervals{of or ' are over splits, seeds'}, test examples"
+        f"{' and the luck of the tuning' if of else ''}. An average is of the probabilities of all seeds.",
         f"{execution['device']['kind']}, jax {execution['versions']['jax']}; {_compiled(result)}. "
         f"`{result['command']}`",
     ]
@@ -257,9 +261,9 @@ def list_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             "test_std": row["test_accuracy"]["std"],
             "validation_accuracy": (row["validation_accuracy"] or {}).get("mean"),
             "parameters": row["parameters"],
-            "settings_tried": row["settings_tried"],
+            "settings_tried": row.get("settings_tried"),
             "setting": describe_setting(row["chosen"]),
-            "train_examples": row["train_examples"],
+            "train_examples": row.get("train_examples", result["data"]["train"]),
             "seconds": result["execution"]["seconds"][name],
         }
         for name, row in result["methods"].items()

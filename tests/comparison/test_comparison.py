@@ -342,8 +342,6 @@ def test_tokens_are_pooled_by_their_mean(capsys):
     pooled = pspinal_jax.compare(tokens, labels, **small)
     assert "features [N, T, D] = [120, 3, 6] are tokens: the mean over T is taken" in capsys.readouterr().err
     assert pooled.result["data"]["features"] == 6
-    with pytest.raises(UsageError, match="no best model"):
-        Comparison(pooled.result).best_model  # noqa: B018
 
 
 def test_an_average_is_the_mean_of_its_seeds_probabilities(finished):
@@ -410,6 +408,19 @@ def test_a_comparison_of_an_earlier_version_goes_on_as_it_was(finished, tmp_path
     assert right.mean() == pytest.approx(held["test_accuracy"]["each"][0])
     (tmp_path / "trials.jsonl").write_text("".join(text.splitlines(keepends=True)[:-4]))
     assert lasting(run(tmp_path, save=True)) == lasting(found)
+
+
+def test_the_result_of_an_earlier_version_is_shown_and_drawn(finished, tmp_path):
+    result = json.loads(json.dumps(finished[1]))
+    for row in result["methods"].values():
+        del row["settings_tried"], row["train_examples"]
+    del result["intervals"], result["protocol"]["refit"]
+    comparison = Comparison(result)
+    assert "| 96 |" in comparison._repr_markdown_() and "dense" in repr(comparison)
+    assert comparison.table.loc["dense", "train_examples"] == 96 and "<td>96" in comparison._repr_html_()
+    comparison.plot().savefig(tmp_path / "earlier.png")
+    with pytest.raises(UsageError, match="no best model"):
+        comparison.best_model  # noqa: B018
 
 
 def test_of_tied_trials_the_one_with_the_lower_loss_is_chosen():
