@@ -184,7 +184,7 @@ def _logistic(settings: Settings, rows: np.ndarray, labels: np.ndarray, inputs: 
     """
     centre = rows.mean(0)
     variances, axes = principal_axes(rows - centre)
-    turned, classes = jnp.asarray((rows - centre) @ axes, jnp.float32), labels.max() + 1
+    turned, classes = jnp.asarray((rows - centre) @ axes.astype(rows.dtype), jnp.float32), labels.max() + 1
     point = start = jnp.zeros((len(variances), classes), jnp.float32), jnp.zeros(classes, jnp.float32)
     for setting in settings:
         # Of two classes scikit-learn penalises the difference of the weights, of which these have a half each.
