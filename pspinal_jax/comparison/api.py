@@ -8,6 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,8 +180,8 @@ def compare(
     data = make_dataset(splits, "arrays", None, None if class_names is None else tuple(map(str, class_names)))
     if test_features is None:
         data = cut_test(data, test_fraction, config.seed, log.keep_copies_together)
-    source = Source(data, Origin.of(data, DataConfig("arrays")))
-    return compare_data(source, config, log, "pspinal_jax.compare(features, labels, ..)", progress, also)
+    source = Source(data, Origin.of(data, DataConfig("arrays")), also or {})
+    return compare_data(source, config, log, "pspinal_jax.compare(features, labels, ..)", progress)
 
 
 def _pooled(features: Any) -> Any:
@@ -193,23 +194,19 @@ def _pooled(features: Any) -> Any:
 
 
 class Source(NamedTuple):
-    """The features to compare on, and where they come from."""
+    """The features to compare on, where they come from, and scikit-learn's classifiers to compare with, by name."""
 
     data: Dataset[ArraySplit]
     origin: Origin
+    estimators: Mapping[str, Any] = MappingProxyType({})
 
 
 def compare_data(
-    source: Source,
-    config: CompareConfig,
-    log: TrialLog,
-    command: str,
-    progress: bool = True,
-    also: Mapping[str, Any] | None = None,
+    source: Source, config: CompareConfig, log: TrialLog, command: str, progress: bool = True
 ) -> Comparison:
     """The comparison on `source`, or what is left of it in the work directory of `log`; raises as `compare`."""
     enable_compilation_cache()
-    comparer = Comparer(source.data, config, log, progress, also)
+    comparer = Comparer(source.data, config, log, progress, source.estimators)
     counts, text = comparer.copies
     if drawn := counts["test_in_train_of_drawn_splits"]:
         text += f"{'; ' if text else ''}of the splits that are drawn, {drawn:,} test examples are also in train"

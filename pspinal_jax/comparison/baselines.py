@@ -166,9 +166,12 @@ def _discriminant(settings: Settings, rows: np.ndarray, labels: np.ndarray, inpu
 
 def principal_axes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(second moments [r], orthonormal axes [D, r]) of centred `rows` [N, D]; r <= min(N, D), beyond them it is 0."""
+    from threadpoolctl import threadpool_limits
+
     count, width = rows.shape
     gram = (rows.T @ rows if width <= count else rows @ rows.T).astype(np.float64) / count
-    variances, vectors = np.linalg.eigh(gram)
+    with threadpool_limits(1):  # as fast as two threads, which wait for each other 10 times as long on busy cores
+        variances, vectors = np.linalg.eigh(gram)
     if width <= count:
         return np.maximum(variances, 0.0), vectors
     kept = variances > 1e-6 * variances[-1]
@@ -179,23 +182,30 @@ def principal_axes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _logistic(settings: Settings, rows: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> Iterator[Linear]:
     """Multinomial logistic regression with scikit-learn's C: the sum of losses times C, and |W|^2 / 2.
 
-    On principal axes, where the penalty is the same. Each fit begins where the two before lead to, in equal steps of
-    log C, which takes less than half of the iterations of beginning at the one before.
+    On principal axes, where the penalty is the same, unless there are very many. Each fit begins where the two before
+    lead to, in equal steps of log C, which takes less than half of the iterations of beginning at the one before.
     """
-    centre = rows.mean(0)
-    variances, axes = principal_axes(rows - centre)
-    turned, classes = jnp.asarray((rows - centre) @ axes.astype(rows.dtype), jnp.float32), labels.max() + 1
+    centre, classes = rows.mean(0), labels.max() + 1
+    if min(rows.shape) <= MAX_AXES:
+        variances, axes = principal_axes(rows - centre)
+        turned = (rows - centre) @ axes.astype(rows.dtype)
+    else:
+        variances, axes, turned = rows.var(0), None, rows - centre
     point = start = jnp.zeros((len(variances), classes), jnp.float32), jnp.zeros(classes, jnp.float32)
+    operands = jnp.asarray(turned, jnp.float32), jnp.asarray(labels), jnp.asarray(variances, jnp.float32)
     for setting in settings:
         # Of two classes scikit-learn penalises the difference of the weights, of which these have a half each.
         decay = (2 if classes == 2 else 1) / (setting["C"] * len(labels))
-        before, operands = point, (turned, jnp.asarray(labels), jnp.asarray(variances, jnp.float32))
+        before = point
         point, _ = _minimize(*operands, jnp.float32(decay), start)
         start = jax.tree.map(lambda now, last: 2 * now - last, point, before)
-        weights = axes @ np.asarray(point[0], np.float64)
+        weights = np.asarray(point[0], np.float64)
+        weights = weights if axes is None else axes @ weights
         yield Linear(weights, np.asarray(point[1]) - centre @ weights)
 
 
+MAX_AXES = 2048
+"""Above, finding the axes takes longer than the iterations that they save."""
 MAX_ITERATIONS, PATIENCE = 500, 10
 TOLERANCE = 2e-7
 """What the loss may lie above its minimum, nats an example, as the gradient tells; where float32 sees no such gain for

@@ -275,8 +275,10 @@ def scaled(splits):
     return {name: (((inputs - shift) * scale).astype(np.float32), labels) for name, (inputs, labels) in splits.items()}
 
 
-@pytest.mark.parametrize("num_classes", [2, 3])
-def test_logistic_regression_ends_within_1e_5_of_scikit_learns_loss(num_classes):
+@pytest.mark.parametrize(("num_classes", "most"), [(2, 2048), (3, 2048), (3, 1)])
+def test_logistic_regression_ends_within_1e_5_of_scikit_learns_loss(num_classes, most, monkeypatch):
+    """With or without principal axes."""
+    monkeypatch.setattr("pspinal_jax.comparison.baselines.MAX_AXES", most)
     splits = scaled(make_features(num_train=300))
     splits = {
         name: (inputs[labels < num_classes], labels[labels < num_classes]) for name, (inputs, labels) in splits.items()
