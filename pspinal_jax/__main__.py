@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "evaluate a run or an export: scores, classes, confusions, the surest mistakes",
     "report": "write a page about one or several runs",
     "predict": "classify images, or folders of them, with a run or an export",
+    "suspects": "name the labels of a run's data that look wrong",
     "export": "write a run's classifier as one file that JAX alone runs",
     "extract-features": "write a backbone's features of images as an .npz file",
     "compare": "which head for this data: equal tuning, several seeds, intervals",
@@ -30,7 +31,8 @@ COMMANDS = {
     "doctor": "tell what is installed, what computes and where files lie",
     "gradients": "measure the gradients that reach the features and each layer, by depth",
 }
-MODULES = {"prepare": "data", "report": "evaluate", "extract-features": "train", "recipes": "train"}
+MODULES = {"prepare": "data", "report": "evaluate", "suspects": "evaluate"}
+MODULES |= {"extract-features": "train", "recipes": "train"}
 MODULES |= dict.fromkeys(("export", "doctor", "gradients"), "tools")
 """Command -> the module of `commands` that holds its function, where that has another name."""
 

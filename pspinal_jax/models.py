@@ -44,6 +44,11 @@ class Classifier(nn.Module):
         """Logits [N, C] of images uint8 [N, H, W, C'], or of features [N, D], which are taken as they are."""
         return self.head(self.features(inputs, train), train)
 
+    def features_and_logits(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The head's input [N, D] and its logits [N, C], in evaluation."""
+        features = self.features(inputs, False)
+        return features, self.head(features, False)
+
     def features(self, inputs: jax.Array, train: bool) -> jax.Array:
         """The head's input: the backbone's features [N, D] of `inputs`, or the flattened inputs."""
         if inputs.dtype == jnp.uint8:

@@ -1,4 +1,6 @@
-"""`evaluate RUN_OR_EXPORT`, scores on the test split, and `report RUN [RUN ..]`, one HTML page about runs."""
+"""`evaluate RUN_OR_EXPORT`, scores on the test split; `report RUN [RUN ..]`, one HTML page about runs; `suspects RUN`,
+labels to look at.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from pspinal_jax.commands import table
 from pspinal_jax.commands.parse import parse
 from pspinal_jax.errors import UsageError, printable
 from pspinal_jax.progress import warn
@@ -42,6 +45,18 @@ class ReportArguments:
     """The page to write; by default report.html in the run directory, of several runs in the current folder."""
 
 
+@dataclasses.dataclass(frozen=True)
+class SuspectsArguments:
+    """Name the labels of a run's data that are least likely, by a classifier on its features that never saw them."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory of a `train`, on cached features, on features, or on pictures with a pretrained backbone."""
+    top: int = 20
+    """How many to print; suspects.csv has all examples, the least likely label first."""
+    output: Path | None = None
+    """Folder for suspects.csv and suspects.png, the pictures of the first; by default the run directory."""
+
+
 def evaluate(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     parsed = parse(EvaluateArguments, args, "evaluate", "runs/digits --predictions predictions.csv")
@@ -75,4 +90,20 @@ def report(args: Sequence[str]) -> int:
     for problem in write_report(parsed.runs, output, show_progress=True):
         warn(problem)
     print(printable(f"written to {output} ({output.stat().st_size / 1e6:.1f} MB); open it in a browser"))
+    return 0
+
+
+def suspects(args: Sequence[str]) -> int:
+    """Run the command with its arguments; returns the exit status."""
+    parsed = parse(SuspectsArguments, args, "suspects", "runs/folder")
+    if parsed.top < 0:
+        raise UsageError(f"top is {parsed.top}, expected 0 or more")
+    from pspinal_jax.runs.suspects import write_suspects
+
+    found, files = write_suspects(parsed.run_dir, parsed.output)
+    rows = [("example", "label", "", "looks like", "")]
+    for example, label, of_label, suggested, probability in found.rows(parsed.top):
+        rows.append((example, label, f"{of_label:.2%}", suggested, f"{probability:.2%}"))
+    print(table([printable(cell) for cell in row] for row in rows))
+    print(printable(f"{len(found.order):,} examples, the least likely label first: {', '.join(map(str, files))}"))
     return 0

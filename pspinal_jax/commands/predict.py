@@ -43,6 +43,11 @@ class PredictArguments:
     """Write a line an image to this file, in place of the table."""
     json: bool = False
     """Print JSON in place of a table."""
+    accept: float | None = None
+    """Share of new pictures of the run's classes that shall pass as known, by default 0.95; the others and what is of
+    no class are called unknown. More lets more strangers pass."""
+    no_unknown: bool = False
+    """Call nothing unknown: the most probable class is the answer, whatever the score."""
     seed_index: int | None = None
     """Which of the run's seeds, from 0; by default the best on validation."""
 
@@ -57,6 +62,8 @@ def predict(args: Sequence[str]) -> int:
             raise UsageError(f"{parsed.run_dir} is a run directory; with --artifact, predict takes images only")
     if not given:
         raise UsageError("predict takes a run directory, or --artifact DIR, and at least one image")
+    if parsed.no_unknown and parsed.accept is not None:
+        raise UsageError(f"accept is {parsed.accept:g}, expected none with --no-unknown")
     if parsed.csv is not None:
         check_target(parsed.csv, "--csv")
     given = _listed(given)
@@ -66,13 +73,16 @@ def predict(args: Sequence[str]) -> int:
     if parsed.artifact is not None:
         require_export(source)
     start, images = time.perf_counter(), predictor.find_images(given)
-    predictions = predictor.predict(source, images, parsed.top, parsed.seed_index, show_progress=True)
+    options = {"show_progress": True, "accept": parsed.accept}
+    predictions = predictor.predict(source, images, parsed.top, parsed.seed_index, **options)
+    if parsed.no_unknown:
+        predictions = [dataclasses.replace(each, score=None, known=None) for each in predictions]
     seconds, count = time.perf_counter() - start, len(predictions)
     failed = [prediction for prediction in predictions if prediction.error is not None]
     rows = [
-        (printable(prediction.path) if rank == 0 else "", printable(name), f"{100 * probability:6.2f} %")
+        (printable(prediction.path) if rank == 0 else "", *_cells(prediction, rank))
         for prediction in predictions
-        for rank, (name, probability) in enumerate(prediction.classes)
+        for rank in range(len(prediction.classes))
     ]
     if parsed.csv is not None:
         try:
@@ -88,12 +98,21 @@ def predict(args: Sequence[str]) -> int:
         what = "images" if count == len(images) else "rows"
         rate = f"loading and compiling included ({count / seconds:.1f} {what}/s)"
         written = "" if parsed.csv is None else f", written to {parsed.csv}"
-        say(f"{count - len(failed)} of {count} {what} classified in {seconds:.1f} s, {rate}{written}")
+        unknown = sum(prediction.known is False for prediction in predictions)
+        rejected = f", {unknown} of them unknown" if any(each.known is not None for each in predictions) else ""
+        say(f"{count - len(failed)} of {count} {what} classified{rejected} in {seconds:.1f} s, {rate}{written}")
     for prediction in failed:
         warn(f"{prediction.path}: {prediction.error}")
     if len(failed) == count:
         raise RunError("none of the images could be read")
     return 0
+
+
+def _cells(prediction: "Prediction", rank: int) -> tuple[str, str]:
+    name, probability = prediction.classes[rank]
+    if rank == 0 and prediction.known is False:
+        return f"{prediction.label} (nearest: {printable(name)} {100 * probability:.0f} %)", ""
+    return printable(name), f"{100 * probability:6.2f} %"
 
 
 def _listed(images: Sequence[Path]) -> list[Path]:
@@ -132,13 +151,19 @@ def _write_csv(path: Path, predictions: Sequence["Prediction"], top: int) -> Non
     """A line an image, in their order; of what could not be read the error alone."""
     ranks = range(1, top + 1)
     columns = ["image", *(f"{what}_{rank}" if top > 1 else what for rank in ranks for what in ("class", "probability"))]
-    rows = []
+    rows, scored = [], any(prediction.known is not None for prediction in predictions)
     for prediction in predictions:
         cells = [cell for name, probability in prediction.classes for cell in (name, f"{probability:.6f}")]
         rows.append([prediction.path, *cells, *[""] * (2 * top - len(cells)), prediction.error or ""])
-    write_csv(path, [*columns, "error"], rows)
+        if scored:
+            numbers = ("", "") if prediction.score is None else (int(prediction.known or 0), f"{prediction.score:.6f}")
+            rows[-1] += [prediction.label, *numbers]
+    write_csv(path, [*columns, "error", *(("label", "known", "score") if scored else ())], rows)
 
 
 def _as_json(prediction: "Prediction") -> dict[str, object]:
     classes = [{"class": name, "probability": round(probability, 6)} for name, probability in prediction.classes]
-    return {"image": str(prediction.path), "classes": classes, "error": prediction.error}
+    found: dict[str, object] = {"image": str(prediction.path), "classes": classes, "error": prediction.error}
+    if prediction.score is not None:
+        found |= {"label": prediction.label, "known": prediction.known, "score": round(prediction.score, 6)}
+    return found

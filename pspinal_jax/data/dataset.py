@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
+from pspinal_jax.data import near
 from pspinal_jax.errors import DataError, UsageError
 
 _MAX_NAMES = 5
@@ -109,11 +110,22 @@ class Contents:
       digests: uint64 [N].
       labels: integers [N].
       name: index -> the name of that example.
+      groups: see `Split`; None where a split has none.
+      looks: likewise.
     """
 
     digests: np.ndarray
     labels: np.ndarray
     name: Callable[[int], str]
+    groups: np.ndarray | None = None
+    looks: np.ndarray | None = None
+
+    def near_pairs(self) -> np.ndarray:
+        """Pairs of examples that look alike without being identical, integers [P, 2], the nearest first."""
+        if self.looks is None:
+            return np.zeros((0, 2), np.int64)
+        pairs, _ = near.find_pairs(self.looks)
+        return pairs[self.digests[pairs[:, 0]] != self.digests[pairs[:, 1]]]
 
     def named(self, places: np.ndarray) -> str:
         """The first of the examples at `places`."""
@@ -129,7 +141,10 @@ class Contents:
 
         Returns:
           Counts: test_in_train, test examples that are trained or validated on as well; validation_in_train; and
-          in_several_classes, examples whose content has another label too. And what to warn of, "" for nothing.
+          in_several_classes, examples whose content has another label too. Of images also test_near_train, test
+          examples that look like one that is trained or validated on, without being identical, and near_pairs, of all
+          examples; with groups test_groups_in_train, test examples whose group is there too. And what to warn of, ""
+          for nothing.
         """
         test_too = test[np.isin(self.digests[test], self.digests[np.concatenate([train, validation])])]
         validation_too = validation[np.isin(self.digests[validation], self.digests[train])]
@@ -139,8 +154,19 @@ class Contents:
             "validation_in_train": (validation_too, f"of {len(validation):,} validation examples are also in train"),
             "in_several_classes": (several, "examples have identical copies in another class"),
         }
+        known = np.concatenate([train, validation])
+        if self.groups is not None:
+            same = test[np.isin(self.groups[test], self.groups[known])]
+            found["test_groups_in_train"] = same, f"of {len(test):,} test examples are of groups that are also in train"
+        pairs, counts = self.near_pairs(), {}
+        if self.looks is not None:
+            both = np.isin(pairs, test) @ [1, 2], np.isin(pairs, known) @ [1, 2]
+            across = pairs[np.isin(both[0], (1, 2)) & (both[0] + both[1] == 3)]
+            alike = test[np.isin(test, across)]
+            found["test_near_train"] = alike, f"of {len(test):,} test examples look like ones in train"
+            counts["near_pairs"] = len(pairs)
         texts = [f"{len(places):,} {text}: {self.named(places)}" for places, text in found.values() if len(places)]
-        return {name: len(places) for name, (places, _) in found.items()}, "; ".join(texts)
+        return {name: len(places) for name, (places, _) in found.items()} | counts, "; ".join(texts)
 
 
 class Split(Protocol):
@@ -157,6 +183,14 @@ class Split(Protocol):
     @property
     def digests(self) -> np.ndarray:
         """uint64 [N], see `pspinal_jax.data.dataset`."""
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """Integers [N], equal for examples that lie on one side of every cut; None where copies alone do."""
+
+    @property
+    def looks(self) -> np.ndarray | None:
+        """uint8 [N, 256], see `pspinal_jax.data.near`; None where nothing is known of them."""
 
     def name(self, index: int) -> str:
         """The name of example number `index` in a message."""
@@ -190,6 +224,7 @@ class ArraySplit:
 
     inputs: np.ndarray
     labels: np.ndarray
+    groups = looks = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -296,21 +331,27 @@ class Dataset(Generic[S]):
         """A checksum that changes when an example, a label or a split does, and with images when a class name does."""
         return f"{self.train.checksum(self.validation, self.test, self.class_names):08x}"
 
+    def place(self, index: int) -> tuple[str, int]:
+        """The split, and the number in it, of example number `index` of all: train, then validation, then test."""
+        for kind in ("train", "validation", "test"):
+            if kind in self.splits and index < len(self.splits[kind]):
+                return kind, index
+            index -= len(self.splits[kind]) if kind in self.splits else 0
+        raise IndexError(index)
+
     def contents(self) -> Contents:
         """What the examples of all splits are."""
         splits = {name: self.splits[name] for name in ("train", "validation", "test") if name in self.splits}
-        ends = np.cumsum([len(split) for split in splits.values()])
 
         def name(index: int) -> str:
-            number = int(np.searchsorted(ends, index, "right"))
-            kind, split = list(splits.items())[number]
-            return f"{kind} {split.name(index - int(ends[number]) + len(split)).removeprefix(self.source + os.sep)}"
+            kind, number = self.place(index)
+            return f"{kind} {self.splits[kind].name(number).removeprefix(self.source + os.sep)}"
 
-        return Contents(
-            np.concatenate([split.digests for split in splits.values()]),
-            np.concatenate([split.labels for split in splits.values()]),
-            name,
-        )
+        def joined(field: str) -> Any:
+            parts = [getattr(split, field) for split in splits.values()]
+            return None if any(part is None for part in parts) else np.concatenate(parts)
+
+        return Contents(joined("digests"), joined("labels"), name, joined("groups"), joined("looks"))
 
     def with_validation(self, fraction: float, seed: int, keep_copies_together: bool = True) -> "Dataset[S]":
         """The data set with a validation split drawn from every class of the training split.
@@ -332,7 +373,7 @@ class Dataset(Generic[S]):
         if self.validation is not None:
             return self
         copies = self.train.digests if keep_copies_together else None
-        rest, held_out = split_by_class(self.train.labels, fraction, seed, copies)
+        rest, held_out = split_by_class(self.train.labels, fraction, seed, copies, self.train.groups)
         if not len(held_out):
             return self
         drawn = {"train": self.train.take(rest), "validation": self.train.take(held_out)}
@@ -360,7 +401,7 @@ def cut_test(
         raise UsageError(f"test_fraction is {fraction}, expected 0 < test_fraction < 1")
     whole = data.train
     copies = copies_of_a_class(whole.digests, whole.labels) if data.in_memory else whole.digests
-    rest, drawn = split_by_class(whole.labels, fraction, seed, copies if keep_copies_together else None)
+    rest, drawn = split_by_class(whole.labels, fraction, seed, copies if keep_copies_together else None, whole.groups)
     if needs_test and not len(drawn):
         raise UsageError(
             f"{data.source}: no class has enough examples to hold out {fraction:g} of it; give test examples apart"
@@ -403,10 +444,60 @@ def hold_out(
 
 
 def split_by_class(
-    labels: np.ndarray, fraction: float, seed: int, copies: np.ndarray | None = None
+    labels: np.ndarray, fraction: float, seed: int, copies: np.ndarray | None = None, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`draw_by_class` with `fraction` of every class, rounded to the nearest number, but never all of one."""
-    return draw_by_class(labels, lambda members: min(round(fraction * members), members - 1), seed, copies)
+    """`draw_by_class` with `fraction` of every class, rounded to the nearest number, but never all of one.
+
+    With `groups`, integers [N], examples of equal numbers are drawn together, whatever their classes; then `copies` are
+    not looked at, and what is drawn of a class may be less or more.
+    """
+
+    def count(members: int) -> int:
+        return min(round(fraction * members), members - 1)
+
+    if groups is None:
+        return draw_by_class(labels, count, seed, copies)
+    return _parted(len(labels), _draw_groups(labels, groups, count, seed))
+
+
+def _draw_groups(labels: np.ndarray, groups: np.ndarray, count: Callable[[int], int], seed: int) -> np.ndarray:
+    """Indices of whole groups, drawn so that every class comes near to `count`(its members) and keeps one example.
+
+    In random order those are drawn that no class has too many of, then those that bring the numbers nearer.
+    """
+    number, members = np.unique(groups, return_inverse=True)[1], np.bincount(labels)
+    wanted, left = np.array([count(each) if each else 0 for each in members]), members - 1
+    rows = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
+    drawn, taken = np.zeros_like(wanted), np.zeros(len(rows), bool)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    for exact in (True, False):
+        for each in order[~taken[order]]:
+            classes, sizes = np.unique(labels[rows[each]], return_counts=True)
+            off = wanted[classes] - drawn[classes]
+            fits = (sizes <= off).all() if exact else np.abs(off - sizes).sum() < np.abs(off).sum()
+            if fits and (drawn[classes] + sizes <= left[classes]).all():
+                drawn[classes] += sizes
+                taken[each] = True
+    return np.flatnonzero(taken[number])
+
+
+def joined_groups(*keys: np.ndarray, pairs: np.ndarray | None = None) -> np.ndarray:
+    """Integers [N], equal for connected examples: by equal values in one of `keys` [N], or by `pairs` [P, 2]."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows, nodes, first = [], [], len(keys[0])
+    if pairs is not None:
+        rows.append(pairs[:, 0])
+        nodes.append(pairs[:, 1])
+    for key in keys:
+        values = np.unique(key, return_inverse=True)[1]
+        rows.append(np.arange(len(key)))
+        nodes.append(first + values)
+        first += values.max(initial=-1) + 1
+    edges = np.concatenate(rows), np.concatenate(nodes)
+    graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(first, first))
+    return np.asarray(connected_components(graph, directed=False)[1][: len(keys[0])])
 
 
 def draw_by_class(

@@ -1,12 +1,15 @@
-"""A folder of images: a folder per class, with or without folders per split above them.
+"""A folder of images: a folder per class, with or without folders per split above them, or a table of their labels.
 
 Every image is decoded once; what was found is remembered from one start to the next.
 """
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +19,14 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from pspinal_jax.data.dataset import Dataset, cut_test, first_names
+from pspinal_jax.data import near
+from pspinal_jax.data.dataset import Dataset, cut_test, digest_files, first_names, joined_groups
 from pspinal_jax.data.images import Encoded, Files, ImageSplit, is_image, list_images
+from pspinal_jax.data.tables import LABEL_COLUMNS
 from pspinal_jax.distributed import is_primary
-from pspinal_jax.errors import DataError
-from pspinal_jax.files import cache_folder, expanded, write_text
-from pspinal_jax.progress import progress_bar, warn
+from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.files import cache_folder, expanded, read_bytes, write_text
+from pspinal_jax.progress import progress_bar, say, warn
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -32,7 +37,8 @@ SPLIT_FOLDERS = {
 
 T = TypeVar("T")
 _CHECK_SIZE = (16, 16)  # every byte is decoded whatever the size, and resizing costs least so
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
+_MAX_TABLE_BYTES = 2**28
 
 
 def read_folder(
@@ -44,9 +50,11 @@ def read_folder(
     strict: bool,
     keep_copies_together: bool = True,
     needs_test: bool = True,
+    labels: Path | None = None,
+    group: str | None = None,
     show_progress: bool = False,
 ) -> Dataset[ImageSplit]:
-    """The images below `path`, in folders that bear the classes' names.
+    """The images below `path`, in folders that bear the classes' names, or as the table `labels` says.
 
     Above the class folders there may be one for each split: train (or Training), test, and perhaps validation (or
     valid, val), in any case.
@@ -59,41 +67,62 @@ def read_folder(
       strict: whether an image that cannot be decoded is an error; otherwise it is left out, with a warning.
       keep_copies_together: whether files of the same content go to one side of that draw.
       needs_test: whether a draw that gives no test example is an error.
+      labels: a table, see `DataConfig.labels`.
+      group: what lies on one side of a cut, see `DataConfig.group`.
       show_progress: whether to show a bar on standard error while decoding.
 
     Raises:
-      UsageError: if `test_fraction` is needed and does not lie between 0 and 1.
-      DataError: if there are fewer than two classes (a folder that holds no image in any split is left out, with a
-        warning), a class without a readable image in a split, splits whose classes differ, or, if `strict`, an image
-        that cannot be decoded.
+      UsageError: if `test_fraction` is needed and does not lie between 0 and 1, or `group` fits no image.
+      DataError: if the table cannot be read or names several labels for an image, there are fewer than two classes (a
+        folder that holds no image in any split is left out, with a warning), a class without a readable image in a
+        split, splits whose classes differ, or, if `strict`, an image that cannot be decoded.
     """
     path = expanded(path)
     if not path.is_dir():
         raise DataError(f"{path} is not a folder; give a folder of class folders")
-    folders = find_split_folders(path) or {"all": ""}
-    listed = {split: _list_classes(path, folder) for split, folder in folders.items()}
+    folders, of_table = {}, dict[str, str]()
+    if labels is None:
+        folders = find_split_folders(path) or {"all": ""}
+        listed = {split: _list_classes(path, folder) for split, folder in folders.items()}
+    else:
+        listed, of_table = _read_labels(labels)
+        folders = dict.fromkeys(listed, "")
     full = {name for classes in listed.values() for name, files in classes.items() if files}
     empty = sorted({name for classes in listed.values() for name in classes} - full)
     listed = {
         split: {name: files for name, files in classes.items() if name in full} for split, classes in listed.items()
     }
-    where = {split: str(path / folder) for split, folder in folders.items()}
+    where = {split: str(labels or path / folder) for split, folder in folders.items()}
     names = class_names(listed, where)
     if len(names) < 2:
-        raise DataError(
-            f"{path} holds {len(names)} class folders with images in them ({', '.join(names)}), expected two or more"
-        )
+        holds = f"{path} holds {len(names)} class folders with images in them"
+        holds = holds if labels is None else f"{labels} has {len(names)} labels"
+        raise DataError(f"{holds} ({', '.join(names)}), expected two or more")
     files = [file for classes in listed.values() for each in classes.values() for file in each]
     checks = check_files(path, files, show_progress)
     skipped = [file for file in files if checks[file].problem is not None]
     warn_of_skipped([f"{file} ({checks[file].problem})" for file in skipped], str(path), strict)
-    splits = {}
+    parts = {}
     for split, classes in listed.items():
         good = {name: [file for file in each if checks[file].problem is None] for name, each in classes.items()}
-        found, labels = in_order(good, names, where[split])
+        parts[split] = in_order(good, names, where[split])
+    whole = [file for each, _ in parts.values() for file in each]
+    looks = near.as_array(checks[file].look for file in whole)
+    groups = _groups(group, whole, of_table, looks)
+    if groups is not None and keep_copies_together:
+        groups = joined_groups(
+            groups, digest_files([checks[file].size for file in whole], [checks[file].crc for file in whole])
+        )
+    splits, first = {}, 0
+    for split, (found, of_found) in parts.items():
+        place, first = slice(first, first + len(found)), first + len(found)
         crcs, sizes = [checks[file].crc for file in found], [checks[file].size for file in found]
-        splits[split] = ImageSplit(Files(path, found, crcs, sizes), labels)
-    passed_over = _find_passed_over(path, folders, empty, frozenset(files))
+        of_split = None if groups is None else groups[place]
+        splits[split] = ImageSplit(Files(path, found, crcs, sizes), of_found, groups=of_split, looks=looks[place])
+    if labels is None:
+        passed_over = _find_passed_over(path, folders, empty, frozenset(files))
+    else:
+        passed_over = _find_unlisted(path, labels, frozenset(files))
     for line in passed_over if is_primary() else ():
         warn(line)
     uncut = "all" in splits
@@ -106,6 +135,91 @@ def read_folder(
     if needs_test and not len(data.test):
         raise DataError(f"{path} has too few images to test on {test_fraction} of each class; choose a larger fraction")
     return data
+
+
+def _read_labels(table: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
+    """Split -> class -> paths, as `table` lists them, all of split 'all' where it has no column of splits; and groups.
+
+    Raises:
+      DataError: if it cannot be read, lacks a column or a value, or gives an image several labels.
+    """
+    try:
+        text = io.StringIO(read_bytes(table, _MAX_TABLE_BYTES).decode("utf-8-sig"), newline="")
+        lines = csv.reader(text, delimiter="\t" if table.suffix.lower() == ".tsv" else ",", strict=True)
+        columns = [name.strip().lower() for name in next(lines, ())]
+        cells = [(lines.line_num, [cell.strip() for cell in line]) for line in lines if line]
+        rows = [(number, dict(zip(columns, line, strict=True))) for number, line in cells]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{table} cannot be read as a table of labels: {error}") from error
+    found = [name for name in LABEL_COLUMNS if name in columns]
+    if "path" not in columns or len(found) != 1:
+        raise DataError(
+            f"{table} has the columns {', '.join(columns)}, expected path and label, and perhaps split and group: one "
+            "label an image"
+        )
+    several = "one label an image is expected: images of several labels are not taken"
+    listed: dict[str, dict[str, list[str]]] = {}
+    seen, groups = dict[str, tuple[str, str]](), dict[str, str]()
+    alone = {row[found[0]] for _, row in rows}
+    spellings = {spelling: split for split, names in SPLIT_FOLDERS.items() for spelling in names}
+    for number, row in rows:
+        file, label = row["path"], row[found[0]]
+        parts = [part.strip() for part in re.split("[;|]", label)]
+        if len(parts) > 1 or ("," in label and {part.strip() for part in label.split(",")} <= alone):
+            raise DataError(f"{table}: line {number} gives {file} the label {label!r}; {several}")
+        split = spellings.get(row["split"].lower(), "") if "split" in columns else "all"
+        if not file or not label or not split:
+            what = "a path" if not file else "a label" if not label else "a split (train, validation or test)"
+            raise DataError(f"{table}: line {number} lacks {what}")
+        if seen.setdefault(file, (split, label)) != (split, label):
+            raise DataError(f"{table}: line {number} gives {file} another label or split than a line before; {several}")
+        listed.setdefault(split, {}).setdefault(label, []).append(file)
+        groups[file] = row.get("group", "")
+    if {*listed} not in ({"all"}, {"train", "test"}, {"train", "validation", "test"}):
+        raise DataError(f"{table} has images of {', '.join(listed) or 'no split'}, expected train and test")
+    for classes in listed.values():
+        for label, files in classes.items():
+            classes[label] = sorted(set(files))
+    return listed, groups if any(groups.values()) else {}
+
+
+def _find_unlisted(path: Path, table: Path, listed: frozenset[str]) -> tuple[str, ...]:
+    """A line about the images in `path` that the table does not list, if there are any."""
+    others = [file for file in list_images(path) if file not in listed]
+    return (
+        (f"{path}: left out {len(others)} pictures that {table} does not list: {first_names(others)}",)
+        if others
+        else ()
+    )
+
+
+def _groups(
+    group: str | None, files: Sequence[str], of_table: Mapping[str, str], looks: np.ndarray
+) -> np.ndarray | None:
+    """Integers [N], equal for the `files` of one group, which `DataConfig.group` or a table says; None for no groups.
+
+    Raises:
+      UsageError: if it is not a regular expression, fits no file, or the table has groups of its own.
+    """
+    if group is None and not of_table:
+        return None
+    if group is not None and of_table:
+        raise UsageError(f"data.group is {group}, expected None where the table of labels has a column group")
+    if group == "near":
+        return joined_groups(np.arange(len(files)), pairs=near.find_pairs(looks)[0])
+    if group is None:
+        keys = [of_table[file] for file in files]
+    else:
+        try:
+            matches = [re.search(group, file) for file in files]
+        except re.error as error:
+            raise UsageError(f"data.group is {group!r}, expected near or a regular expression: {error}") from None
+        keys = ["" if match is None else next(filter(None, match.groups()), match[0]) for match in matches]
+        if not any(keys):
+            raise UsageError(f"data.group is {group!r}, which fits none of {len(files)} paths, {files[0]} for one")
+    if (missing := keys.count("")) and is_primary():
+        say(f"{missing:,} of {len(keys):,} pictures are of no group: each is one of its own")
+    return np.unique([f"={key}" if key else f"#{number}" for number, key in enumerate(keys)], return_inverse=True)[1]
 
 
 def find_split_folders(path: Path) -> dict[str, str]:
@@ -223,11 +337,12 @@ def _find_passed_over(
 
 
 class Check(NamedTuple):
-    """An image decoded once: the checksum and size of its bytes, and why it cannot be used (None if it can)."""
+    """An image decoded once: checksum and size of its bytes, why it cannot be used (None if it can), and its `look`."""
 
     crc: int
     size: int
     problem: str | None
+    look: str = ""
 
 
 def check(encoded: Encoded, indices: Sequence[int], title: str, show_progress: bool) -> list[Check]:
@@ -243,13 +358,13 @@ def check(encoded: Encoded, indices: Sequence[int], title: str, show_progress: b
 def _check(encoded: Encoded, index: int) -> Check:
     from pspinal_jax.data.images.decode import decode  # loads Pillow, which `prepare --help` can do without
 
-    data, problem = b"", None
+    data, problem, look = b"", None, ""
     try:
         data = encoded[index]
-        decode(data, _CHECK_SIZE)
+        look = near.look(decode(data, _CHECK_SIZE))
     except (OSError, DataError) as error:
         problem = (getattr(error, "strerror", None) or str(error)).removeprefix("the image cannot be decoded: ")
-    return Check(zlib.crc32(data), len(data), problem)
+    return Check(zlib.crc32(data), len(data), problem, look)
 
 
 def check_files(root: Path, files: Sequence[str], show_progress: bool) -> dict[str, Check]:
@@ -284,7 +399,7 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _load(cache: Path) -> dict[str, tuple[list[int], tuple[int, int, str | None]]]:
+def _load(cache: Path) -> dict[str, tuple[list[int], tuple[int, int, str | None, str]]]:
     """The stamp and the check of each file in `cache`; none where it is damaged or of another version."""
     try:
         stored = json.loads(cache.read_bytes())

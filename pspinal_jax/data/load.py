@@ -22,7 +22,7 @@ from pspinal_jax.data.tfds import (
     read_prepared,
 )
 from pspinal_jax.distributed import is_primary
-from pspinal_jax.errors import DataError
+from pspinal_jax.errors import DataError, UsageError
 from pspinal_jax.files import expanded
 from pspinal_jax.recipes.schema import TABLES, DataConfig
 
@@ -77,10 +77,19 @@ def _load_arrays(config: DataConfig, classes: Classes, needs_test: bool) -> Data
 
 
 def _load_images(config: DataConfig, image_size: int, needs_test: bool) -> Dataset[ImageSplit]:
-    directory = _find_directory(config) if config.path is None else expanded(config.path)
+    labels = None if config.labels is None else expanded(config.labels)
+    if config.path is not None:
+        directory = expanded(config.path)
+    else:
+        directory = _find_directory(config) if labels is None else labels.parent
     if not directory.is_dir():
         raise DataError(f"{directory} is not a folder; give one of class folders, or of a prepared data set")
     if (directory / "dataset_info.json").is_file():
+        if config.labels is not None or config.group is not None:
+            raise UsageError(
+                f"{directory} is a prepared data set, whose labels and splits are its own; data.labels and "
+                "data.group are for folders"
+            )
         data = read_image_records(directory, image_size)
     else:
         data = read_folder(
@@ -89,6 +98,8 @@ def _load_images(config: DataConfig, image_size: int, needs_test: bool) -> Datas
             test_fraction=config.test_fraction,
             split_seed=config.split_seed,
             strict=config.strict,
+            labels=labels,
+            group=config.group,
             keep_copies_together=config.keep_copies_together,
             needs_test=needs_test,
             show_progress=is_primary(),

@@ -33,6 +33,8 @@ def check_settings(recipe: Recipe) -> None:
         ("data.validation_fraction", 0.0, images, "without data.image_size; arrays take data.num_validation"),
         ("data.test_fraction", 0.2, cut, "for arrays, which have a test split of their own"),
         ("data.strict", False, images, "without data.image_size: arrays are always checked"),
+        ("data.labels", None, images, "without data.image_size; arrays and tables of features hold their labels"),
+        ("data.group", None, images, "without data.image_size"),
         ("data.split_seed", 0, cut or held_out, "without data.num_validation: nothing is held out"),
         ("data.fit", "squash", images, "without data.image_size: arrays have the size that they have"),
         ("data.transposed", False, not images, "for image files, which are taken as they are"),

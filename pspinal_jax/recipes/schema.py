@@ -113,6 +113,14 @@ class DataConfig:
     """Tables, and image files in class folders without a test folder: fraction of each class that is the test split."""
     strict: bool = False
     """Image files: refuse a folder with unreadable images; otherwise they are named and left out."""
+    labels: Path | None = None
+    """Image files: a table (.csv, .tsv) that says what they show, in place of class folders: the columns path (in the
+    folder `path`, by default the table's own) and label, and perhaps split (train, validation, test) and group. One
+    label an image."""
+    group: str | None = None
+    """Image files: what must lie on one side where a split is cut. A regular expression: images whose path, in the
+    data's folder, has the same match (its first group, if it has one); near: images that look alike. A column group of
+    the table does so by itself."""
     split_seed: Annotated[int, _NOT_NEGATIVE] = 0
     """Seed of the choice of those examples, the same for every training seed."""
     keep_copies_together: Annotated[bool, Suppress] = True

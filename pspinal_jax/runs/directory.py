@@ -80,6 +80,17 @@ class _ClassRecall(TypedDict):
     recall: list[float | None]
 
 
+class _Calibration(TypedDict):
+    """What is read of it; the rest is there where `reason`, why there is none, is empty."""
+
+    reason: str
+    examples: int
+    accept: NotRequired[float]
+    temperature: NotRequired[list[float]]
+    threshold: NotRequired[list[float]]
+    calibration_error: NotRequired[dict[str, list[float]]]
+
+
 class _Result(TypedDict):
     """What is read of result.json."""
 
@@ -94,6 +105,10 @@ class _Result(TypedDict):
     epochs: int
     seconds: float
     compile_seconds: float
+    calibration: NotRequired[_Calibration]
+
+
+_SUMMARIES = (_Summary, NotRequired[_Summary])
 
 
 class _Manifest(TypedDict):
@@ -237,7 +252,7 @@ class RunDirectory:
 
         def check(result: dict[str, Any]) -> None:
             for name, value in result.items():
-                if name in _Result.__annotations__ and isinstance(value, dict) and len(value["each"]) != seeds:
+                if _Result.__annotations__.get(name) in _SUMMARIES and len(value["each"]) != seeds:
                     raise UsageError(f"{name} has {len(value['each'])} values, expected one for each of {seeds} seeds")
 
         return read_checked(self.result_path, _Result, check)

@@ -17,14 +17,23 @@ from pspinal_jax.environment import enable_compilation_cache
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.files import check_target, expanded, write_csv
 from pspinal_jax.progress import progress_bar, warn
-from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
+from pspinal_jax.recipes.schema import TABLES, Card, DataConfig, Recipe
 from pspinal_jax.runs.directory import RunDirectory, changed_classes, data_config, read_checked, write_json, writing
 from pspinal_jax.runs.predict import Predictor, load_predictor
-from pspinal_jax.runs.scores import Scored, percent, plot_confusion, plot_mistakes, score_report, worst_first
+from pspinal_jax.runs.scores import (
+    Scored,
+    percent,
+    plot_confusion,
+    plot_mistakes,
+    rejections,
+    score_report,
+    worst_first,
+)
 from pspinal_jax.runs.start import KINDS, read_seen
 
 _MAX_MISTAKES = 24
-_PICTURE_SIDE = 112
+PICTURE_SIZE = (112, 112)  # of image files in pictures of them
+_ACCEPTED = (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)
 
 
 class _Scores(TypedDict):
@@ -74,7 +83,7 @@ class Evaluated:
             return []
         found = []
         for index in self.scored.surest_mistakes(most):
-            picture = self.data.test.read(int(index), (_PICTURE_SIDE, _PICTURE_SIDE))
+            picture = self.data.test.read(int(index), PICTURE_SIZE)
             picture = picture.swapaxes(0, 1) if self.transposed else picture
             true, predicted = names[self.scored.labels[index]], names[self.scored.predictions[index]]
             found.append(Mistake(true, predicted, float(self.scored.confidence[index]), picture))
@@ -107,10 +116,11 @@ def evaluate(
       show_progress: whether to show a bar on standard error when it takes long.
 
     Returns:
-      The entries of `score_report`, and data, where it came from, data_fingerprint, its checksum, trained_on_it,
-      whether this is the data that was trained on (None for an export that does not say), part, what of it was scored
-      ('test' or 'all'), seen_in_training, how many of the examples scored the run was trained on and the accuracy of
-      the others (None where that is not known: a warning says so), and files, the names of what was written.
+      The entries of `score_report`, rejection where the run has a score for the unknown (see `rejections`), and data,
+      where it came from, data_fingerprint, its checksum, trained_on_it, whether this is the data that was trained on
+      (None for an export that does not say), part, what of it was scored ('test' or 'all'), seen_in_training, how many
+      of the examples scored the run was trained on and the accuracy of the others (None where that is not known: a
+      warning says so), and files, the names of what was written.
 
     Raises:
       PSpinalError: if the source or the data cannot be read or do not fit each other, the run's own data is no longer
@@ -143,7 +153,8 @@ def evaluate_examples(
     config, protocol, trained_with = _trained_on(predictor)
     names = predictor.class_names
     if data_path is not None:
-        config = dataclasses.replace(config, path=Path(data_path))
+        table = Path(data_path) if config.image_size and Path(data_path).suffix.lower() in TABLES else None
+        config = dataclasses.replace(config, path=None if table else Path(data_path), labels=table)
     elif predictor.recipe is None:
         raise UsageError(
             f"{predictor.source} is an export, which does not know where its data lies; name it with data.path"
@@ -168,7 +179,10 @@ def evaluate_examples(
     transposed = data.in_memory and config.transposed
     # An export takes upright examples.
     scored = _score(predictor, data.test, turned=transposed and not predictor.transposed, shown=show_progress)
-    report = score_report(scored, names)
+    calibration = predictor.calibration
+    report = score_report(scored, names, None if calibration is None else calibration.temperature)
+    if calibration is not None and calibration.unknown is not None:
+        report["rejection"] = rejections(scored, calibration.unknown.thresholds(_ACCEPTED))
     report |= {"data": data.source, "data_fingerprint": fingerprint, "trained_on_it": same, "part": part}
     report["seen_in_training"] = _seen_in_training(predictor, data, scored, same)
     return Evaluated(predictor, data, scored, report, transposed)
@@ -253,6 +267,7 @@ def _score(predictor: Predictor, split: Split, *, turned: bool, shown: bool) -> 
       shown: whether to show a bar on standard error.
     """
     parts, size = [], predictor.batch_size
+    temperature = None if predictor.calibration is None else predictor.calibration.temperature
     batches: Iterator[tuple[np.ndarray, np.ndarray]]
     with contextlib.ExitStack() as opened:
         bar = opened.enter_context(progress_bar(len(split), "evaluate", "example", shown, delay=2.0))
@@ -264,8 +279,9 @@ def _score(predictor: Predictor, split: Split, *, turned: bool, shown: bool) -> 
             batches = ((arrays[each], split.labels[each]) for each in numbers)
         for inputs, labels in batches:
             padded = np.pad(inputs, [(0, size - len(labels))] + [(0, 0)] * (inputs.ndim - 1))
-            rows = predictor.log_probabilities(padded.swapaxes(1, 2) if turned else padded)
-            parts.append(Scored.of(labels, rows[: len(labels)]))
+            rows, known = predictor.answers(padded.swapaxes(1, 2) if turned else padded)
+            known = None if known is None else known[: len(labels)]
+            parts.append(Scored.of(labels, rows[: len(labels)], known, temperature))
             bar.update(len(labels))
     return Scored.joined(parts)
 
@@ -304,13 +320,18 @@ def _write_predictions(path: Path, evaluated: Evaluated) -> None:
     """Write a line an example; RunError if that is not possible. See `evaluate`."""
     scored, names, split = evaluated.scored, evaluated.predictor.class_names, evaluated.data.test
     rows = []
+    threshold = evaluated.predictor.threshold()
+    columns = ["example", "true", "predicted", "correct", "probability", "probability_of_true"]
+    columns += [] if threshold is None else ["known", "score"]
     for index, (label, predicted) in enumerate(zip(scored.labels, scored.predictions, strict=True)):
         name = Path(split.name(index)) if isinstance(split, ImageSplit) else index
         probabilities = (scored.confidence[index], np.exp(scored.log_likelihood[index]))
-        shown = [f"{value:.6f}" for value in probabilities]
+        shown: list[object] = [f"{value:.6f}" for value in probabilities]
+        if threshold is not None:
+            shown += [int(scored.known[index] >= threshold), f"{scored.known[index]:.6f}"]
         rows.append([name, names[label], names[predicted], int(label == predicted), *shown])
     with writing(path):
-        write_csv(path, ["example", "true", "predicted", "correct", "probability", "probability_of_true"], rows)
+        write_csv(path, columns, rows)
 
 
 def _list_others(run: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,15 @@ from pspinal_jax.files import expanded, read_bytes
 from pspinal_jax.models import build_model
 from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import TABLES, Recipe
-from pspinal_jax.runs.directory import load_recipe_of
-from pspinal_jax.runs.export import DESCRIPTION, PROGRAM, is_export, read_export
+from pspinal_jax.runs.calibration import ACCEPT, Calibration, Unknown, read_calibration
+from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
+from pspinal_jax.runs.export import DESCRIPTION, PROGRAM, is_export, read_export, read_score
 from pspinal_jax.runs.result import load_variables
+from pspinal_jax.runs.scores import log_softmax
 from pspinal_jax.training.sharding import divisible_size, make_mesh, replicated_on, shard_batch
 
+UNKNOWN = "unknown"
+"""The label of what belongs to no class of the run."""
 BATCH_SIZE = 32
 _EXPORT_BATCH = 64
 _MAX_THREADS = 8
@@ -35,6 +39,13 @@ _MAX_THREADS = 8
 Images = Any
 """Paths, Pillow images, arrays and frames, see `predict`."""
 ResizeMode = Literal["squash", "crop", "pad"]
+
+
+class Answers(NamedTuple):
+    """Log-probabilities float64 [B, C], nats, and the scores of the unknown float64 [B], None without calibration."""
+
+    log_probabilities: np.ndarray
+    scores: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +59,11 @@ class Predictor:
       input_dtype: 'uint8' for images, 'float32' for features.
       columns: names of the features, where a table gave them.
       batch_size: examples that an evaluation hands it at a time.
-      log_probabilities: inputs [B, ...] on the host to float64 [B, C], nats; RunError where they are not finite. It
-        compiles for each B.
+      answers: inputs [B, ...] on the host to log-probabilities and scores, see `Answers`; RunError where they are not
+        finite. It compiles for each B.
       transposed: it takes images with rows and columns swapped.
       fit: how an image of another aspect becomes one of the input's, see `pspinal_jax.data.images.decode.decode`.
+      calibration: the temperature of these probabilities and the score; None where there is none.
       recipe: what the run was trained by, its data included; None for an export.
       metadata: config.json of the run, export.json of the export.
     """
@@ -62,11 +74,24 @@ class Predictor:
     input_dtype: str
     columns: tuple[str, ...]
     batch_size: int
-    log_probabilities: Callable[[np.ndarray], np.ndarray]
+    answers: Callable[[np.ndarray], Answers]
     transposed: bool
     fit: ResizeMode
+    calibration: Calibration | None
     recipe: Recipe | None
     metadata: dict[str, Any]
+
+    def threshold(self, accept: float | None = None) -> float | None:
+        """The score below which an answer is unknown, see `Unknown.threshold`; None where there is no score.
+
+        Raises:
+          UsageError: if `accept` is given and there is none, or cannot be.
+        """
+        if self.calibration is not None and self.calibration.unknown is not None:
+            return self.calibration.unknown.threshold(ACCEPT if accept is None else accept)
+        if accept is not None:
+            raise UsageError(f"accept is {accept:g}, but {self.source} has no score for the unknown; leave it out")
+        return None
 
 
 def load_predictor(source: str | Path, seed_index: int | None = None) -> Predictor:
@@ -91,24 +116,31 @@ def load_predictor(source: str | Path, seed_index: int | None = None) -> Predict
 
 
 def _of_run(run: Path, seed_index: int | None) -> Predictor:
-    variables, config, _ = load_variables(run, seed_index)
+    variables, config, seed_index = load_variables(run, seed_index)
+    calibration = read_calibration(RunDirectory(run), seed_index)
+    unknown = None if calibration is None else calibration.unknown
     recipe, names, shape = load_recipe_of(config), config["class_names"], tuple(config["input_shape"])
     model = build_model(recipe, shape, len(names))
     mesh = make_mesh()
     options = convolution_options(mesh.devices.flat[0].platform) if recipe.model.backbone != "none" else {}
 
-    def logits(variables: Any, inputs: jax.Array) -> jax.Array:
-        return model.apply(variables, inputs, train=False).astype(jnp.float32)  # type: ignore[union-attr]
+    def outputs(variables: Any, inputs: jax.Array) -> Any:
+        if unknown is None:
+            return model.apply(variables, inputs, train=False).astype(jnp.float32), None  # type: ignore[union-attr]
+        found: Any = model.apply(variables, inputs, method="features_and_logits")
+        features, logits = found
+        return logits.astype(jnp.float32), unknown.scores(features)
 
-    compiled = jit_with(options, logits, out_shardings=replicated_on(mesh))
+    compiled = jit_with(options, outputs, out_shardings=replicated_on(mesh))
     on_mesh = put(variables, replicated_on(mesh))
 
-    def log_probabilities(inputs: np.ndarray) -> np.ndarray:
-        rows = np.asarray(compiled(on_mesh, shard_batch(mesh, inputs)), np.float64)
+    def answers(inputs: np.ndarray) -> Answers:
+        logits, scores = compiled(on_mesh, shard_batch(mesh, inputs))
+        rows = np.asarray(logits, np.float64)
         if not np.isfinite(rows).all():
             raise RunError(f"{run} gives logits that are not finite: training diverged; its answers would mean nothing")
-        rows -= np.logaddexp.reduce(rows, axis=-1, keepdims=True)
-        return rows
+        rows = log_softmax(rows if calibration is None else rows / calibration.temperature)
+        return Answers(rows, None if scores is None else np.asarray(scores, np.float64))
 
     return Predictor(
         source=run,
@@ -117,9 +149,10 @@ def _of_run(run: Path, seed_index: int | None) -> Predictor:
         input_dtype=config["input_dtype"],
         columns=tuple(config.get("columns", ())),
         batch_size=divisible_size(mesh, recipe.eval_batch_size),
-        log_probabilities=log_probabilities,
+        answers=answers,
         transposed=recipe.data.transposed,
         fit=recipe.data.fit,
+        calibration=calibration,
         recipe=recipe,
         metadata=config,
     )
@@ -127,17 +160,23 @@ def _of_run(run: Path, seed_index: int | None) -> Predictor:
 
 def _of_export(path: Path) -> Predictor:
     exported, description = read_export(path)
-    compiled, inputs = jax.jit(exported.call), exported.in_avals[0]
+    score, inputs = read_score(path, description), exported.in_avals[0]
+    compiled = jax.jit(exported.call if score is None else partial(score.exported.call, score.arrays))
+    calibration = None
+    if "temperature" in description:
+        unknown = None if score is None else Unknown.of(score.arrays)
+        calibration = Calibration(description["temperature"], unknown)
 
-    def log_probabilities(inputs: np.ndarray) -> np.ndarray:
+    def answers(inputs: np.ndarray) -> Answers:
         try:
-            rows = np.asarray(compiled(inputs), np.float64)
+            found = compiled(inputs)
+            rows, *scores = (np.asarray(each, np.float64) for each in (found if score else (found,)))
         except Exception as error:  # of many kinds, where the program is another one's
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise RunError(f"the program of {path} cannot be run: {reason}; export the run again") from error
         if not np.isfinite(rows).all():
             raise RunError(f"{path} gives probabilities that are not finite: it is damaged, or training diverged")
-        return np.log(np.maximum(rows, np.finfo(np.float32).tiny))
+        return Answers(np.log(np.maximum(rows, np.finfo(np.float32).tiny)), scores[0] if scores else None)
 
     return Predictor(
         source=path,
@@ -146,9 +185,10 @@ def _of_export(path: Path) -> Predictor:
         input_dtype=str(inputs.dtype),
         columns=tuple(description["input"].get("columns", ())),
         batch_size=_EXPORT_BATCH,
-        log_probabilities=log_probabilities,
+        answers=answers,
         transposed=False,
         fit=description["input"].get("fit", "squash"),
+        calibration=calibration,
         recipe=None,
         metadata=description,
     )
@@ -162,11 +202,20 @@ class Prediction:
       path: the image's file, or a table's with the row's number after a colon; None for an array or a Pillow image.
       classes: (name, probability) of the most probable classes, most probable first; empty where there is an error.
       error: why it could not be read, or None.
+      score: how well it is known, see `pspinal_jax.runs.calibration`; None where the run has no such score.
+      known: whether the score reaches the threshold; None likewise.
     """
 
     path: Path | None
     classes: tuple[tuple[str, float], ...] = ()
     error: str | None = None
+    score: float | None = None
+    known: bool | None = None
+
+    @property
+    def label(self) -> str:
+        """The most probable class, or `UNKNOWN`; "" where there is an error."""
+        return "" if not self.classes else UNKNOWN if self.known is False else self.classes[0][0]
 
 
 def predict(
@@ -175,6 +224,7 @@ def predict(
     top: int = 1,
     seed_index: int | None = None,
     show_progress: bool = False,
+    accept: float | None = None,
 ) -> list[Prediction]:
     """Classify images, or rows of features, with a run's selected parameters.
 
@@ -189,12 +239,13 @@ def predict(
       top: how many classes to name for each.
       seed_index: which of the run's seeds; by default the best on validation. An export has but one.
       show_progress: whether to show a bar on standard error when it takes long.
+      accept: the share of new images of the run's classes that shall count as known, by default 0.95.
 
     Returns:
       A prediction an image or row, in their order; images that cannot be read have an error.
 
     Raises:
-      UsageError: if `images`, `top` or `seed_index` are not as above.
+      UsageError: if `images`, `top`, `seed_index` or `accept` are not as above.
       DataError: if features are not of numbers, or some are missing.
       RunError: if the run or the export cannot be read.
     """
@@ -203,13 +254,15 @@ def predict(
     names = predictor.class_names
     if not 1 <= top <= len(names):
         raise UsageError(f"top is {top}, expected 1 .. {len(names)}, the number of classes")
-    predictions = []
-    for path, row in _answers(predictor, images, show_progress):
+    threshold, predictions = predictor.threshold(accept), []
+    for path, row, score in _answers(predictor, images, show_progress):
         if isinstance(row, str):
             predictions.append(Prediction(path, error=row))
         else:
             best = np.argsort(-row, kind="stable")[:top]
-            predictions.append(Prediction(path, tuple((names[index], float(row[index])) for index in best)))
+            classes = tuple((names[index], float(row[index])) for index in best)
+            known = None if score is None or threshold is None else score >= threshold
+            predictions.append(Prediction(path, classes, None, score, known))
     return predictions
 
 
@@ -221,7 +274,7 @@ def predict_proba(predictor: Predictor, images: Images) -> np.ndarray:
     """
     enable_compilation_cache()
     found = []
-    for index, (path, row) in enumerate(_answers(predictor, images)):
+    for index, (path, row, _) in enumerate(_answers(predictor, images)):
         if isinstance(row, str):
             raise DataError(f"image {index}, {path or 'an array'}, cannot be read: {row}")
         found.append(row)
@@ -230,8 +283,8 @@ def predict_proba(predictor: Predictor, images: Images) -> np.ndarray:
 
 def _answers(
     predictor: Predictor, images: Images, show_progress: bool = False
-) -> Iterator[tuple[Path | None, np.ndarray | str]]:
-    """The path of each image or row, and its probabilities float64 [C] or the reason why it cannot be read."""
+) -> Iterator[tuple[Path | None, np.ndarray | str, float | None]]:
+    """The path of each image or row, its probabilities float64 [C] or why it cannot be read, and its score, if any."""
     shape = predictor.input_shape
     if len(shape) == 3 and shape[2] not in (1, 3):
         raise UsageError(
@@ -258,9 +311,11 @@ def _answers(
             for index, pixels in enumerate(found):
                 if not isinstance(pixels, str):
                     inputs[index] = pixels
-            rows = np.exp(predictor.log_probabilities(inputs))
-            for path, pixels, row in zip(paths[start : start + size], found, rows, strict=False):
-                yield path, pixels if isinstance(pixels, str) else row
+            log_probabilities, scores = predictor.answers(inputs)
+            rows = np.exp(log_probabilities)
+            listed = [None] * size if scores is None else scores.tolist()
+            for path, pixels, row, score in zip(paths[start : start + size], found, rows, listed, strict=False):
+                yield path, pixels if isinstance(pixels, str) else row, score
             bar.update(len(found))
 
 

@@ -25,7 +25,7 @@ from pspinal_jax.recipes.registry import describe_head_training
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import split_examples
 from pspinal_jax.runs.directory import RunDirectory, whole_file
-from pspinal_jax.runs.evaluate import evaluate_examples
+from pspinal_jax.runs.evaluate import PICTURE_SIZE, evaluate_examples
 from pspinal_jax.runs.scores import (
     MAX_NUMBERED_CLASSES,
     percent,
@@ -34,6 +34,8 @@ from pspinal_jax.runs.scores import (
     without_examples,
     worst_first,
 )
+from pspinal_jax.runs.start import FEATURES
+from pspinal_jax.runs.suspects import find_suspects
 from pspinal_jax.training.stages import TrainingStage
 from pspinal_jax.training.state import trainable
 
@@ -42,6 +44,7 @@ _MAX_LISTED_CLASSES = 12
 _MAX_WORST_CLASSES = 6
 _NAMED = 3
 _SMALL_PICTURE = 64
+_MAX_PICTURES = 24
 _SCORES = {
     "accuracy": "test accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -136,9 +139,23 @@ def describe_result(result: dict[str, Any]) -> str:
         )
         if len(classes) > _MAX_WORST_CLASSES:
             lines.append(f"  and {len(classes) - _MAX_WORST_CLASSES} more classes")
+    if (calibration := result.get("calibration")) is not None:
+        lines += _calibration(calibration)
     if result["published_accuracy_percent"] is not None:
         lines.append(f"the paper reports {result['published_accuracy_percent']} % for this row")
     return "\n".join(lines)
+
+
+def _calibration(found: dict[str, Any]) -> list[str]:
+    """The line about the entry `calibration` of result.json."""
+    if found["reason"]:
+        return [f"no temperature, and nothing is called unknown: {found['reason']}"]
+    before, after = (percent(float(np.mean(found["calibration_error"][when]))) for when in ("before", "after"))
+    return [
+        f"temperature {np.mean(found['temperature']):.3f}: calibration error {before}, with it {after}, on "
+        f"{found['examples']:,} held-out examples; predict calls unknown what scores below "
+        f"{np.mean(found['threshold']):.3f}, as {1 - found['accept']:.0%} of these do"
+    ]
 
 
 def _of_seeds(values: dict[str, Any]) -> str:
@@ -161,6 +178,15 @@ def describe_scores(report: dict[str, Any]) -> list[str]:
         f"negative log-likelihood {report['loss']:.4f} nats, calibration error {percent(report['calibration_error'])} "
         f"({report['calibration_bins']} bins)"
     )
+    if "temperature" in report:
+        before = percent(report["untempered"]["calibration_error"])
+        lines[-1] += f"; at temperature {report['temperature']:.3f} ({before} without)"
+    if "rejection" in report:
+        passed = ", ".join(
+            f"{percent(each['accuracy'])} of the {100 * each['accepted']:.1f} % known at {each['accept']:g}"
+            for each in report["rejection"][:_NAMED]
+        )
+        lines.append(f"accuracy where the unknown is rejected: {passed}")
     rows = [["class, worst first", "examples", "precision", "recall", "F1"]]
     for each in worst_first(report["classes"])[:MAX_ROWS]:
         scores = [percent(each[name]) for name in ("precision", "recall", "f1")]
@@ -231,6 +257,8 @@ def _read(path: Path, show_progress: bool) -> dict[str, Any]:
         "seeds": "-" if seeds is None or seeds["std"] is None else _of_seeds(seeds),
         "problem": "",
         "report": None,
+        "near": [],
+        "suspects": [],
     }
     with tempfile.TemporaryDirectory() as folder:
         curves, confusion = Path(folder) / "curves.svg", Path(folder) / "confusion.svg"
@@ -246,12 +274,28 @@ def _read(path: Path, show_progress: bool) -> dict[str, Any]:
                 run["matrix"] = list(zip(names, matrix.toarray().tolist(), strict=True))
             mistakes = [(each, _picture(each.picture)) for each in evaluated.mistakes()]
             run |= {"report": report, "classes": worst_first(report["classes"]), "mistakes": mistakes}
+            run["near"], run["near_count"] = _near_pairs(evaluated.data)
+            if FEATURES in directory.recorded():
+                suspects = find_suspects(path).pictures(_MAX_PICTURES)
+                run["suspects"] = [(*each, _picture(pixels)) for *each, pixels in suspects]
         except PSpinalError as error:
             run["problem"] = f"not evaluated: {error}"
         # A drawing that failed has been warned of.
         for name, file in (("curves", curves), ("confusion", confusion)):
             run[name] = _url(file.read_bytes(), "svg+xml") if file.exists() else ""
     return run
+
+
+def _near_pairs(data: Dataset[Split]) -> tuple[list[list[tuple[str, str]]], int]:
+    """(name, picture) of both images of some near pairs, those across a split first; and how many there are."""
+    contents, found = data.contents(), []
+    pairs = contents.near_pairs().tolist()
+    pairs.sort(key=lambda pair: data.place(pair[0])[0] == data.place(pair[1])[0])
+    for pair in pairs[: _MAX_PICTURES // 2]:
+        places = [(index, *data.place(index)) for index in pair]
+        shown = [(contents.name(index), data.splits[kind].read(number, PICTURE_SIZE)) for index, kind, number in places]
+        found.append([(name, _picture(pixels)) for name, pixels in shown])
+    return found, len(pairs)
 
 
 def _url(content: bytes, kind: str) -> str:

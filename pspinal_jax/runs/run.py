@@ -97,7 +97,7 @@ class Run:
         return type(self), (self.path, self.seed_index)  # compiled programs stay in their process
 
     @absl_quietened()
-    def predict(self, images: Images, top: int = 1) -> list[Prediction]:
+    def predict(self, images: Images, top: int = 1, accept: float | None = None) -> list[Prediction]:
         """Classify `images`; see `pspinal_jax.runs.predict.predict`, which raises PSpinalError.
 
         Args:
@@ -105,11 +105,13 @@ class Run:
             or one array uint8 [N, H, W] or [N, H, W, C]. C is 1 or 3. Of a run on features, numbers [N, D] as an array
             or a frame, whose columns are found by their names, or tables by their paths.
           top: how many classes to name for each.
+          accept: the share of new images of the run's classes that shall count as known, by default 0.95.
 
         Returns:
-          A `Prediction` an image, in their order; a file that cannot be read has its `error`.
+          A `Prediction` an image, in their order; a file that cannot be read has its `error`, and where the run has a
+          score for the unknown, `known` tells whether the image is of one of its classes.
         """
-        return predict(self._predictor, images, top)
+        return predict(self._predictor, images, top, accept=accept)
 
     @absl_quietened()
     def predict_proba(self, images: Images) -> np.ndarray:

@@ -8,7 +8,7 @@ weighted by their examples.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ class Scored:
       confidence: float64 [N], its probability.
       log_likelihood: float64 [N], the log-probability of the true class, nats.
       rank: integers [N], how many classes are named before the true one.
+      untempered: float64 [N, 2], confidence and log-likelihood at temperature 1; the same as above without one.
+      known: float64 [N], the scores of the unknown, see `pspinal_jax.runs.calibration`; NaN without.
     """
 
     labels: np.ndarray
@@ -52,16 +54,31 @@ class Scored:
     confidence: np.ndarray
     log_likelihood: np.ndarray
     rank: np.ndarray
+    untempered: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2)))
+    known: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     @classmethod
-    def of(cls, labels: np.ndarray, log_probabilities: np.ndarray) -> "Scored":
-        """Of labels [N] and log-probabilities [N, C]; among equal ones the first class is the most probable."""
+    def of(
+        cls,
+        labels: np.ndarray,
+        log_probabilities: np.ndarray,
+        known: np.ndarray | None = None,
+        temperature: float | None = None,
+    ) -> "Scored":
+        """Of labels [N], log-probabilities [N, C], at a temperature, and scores [N].
+
+        Among equal probabilities the first class is the most probable.
+        """
         rows = np.arange(len(labels))
         predictions = log_probabilities.argmax(1)
         true = log_probabilities[rows, labels]
         before = np.arange(log_probabilities.shape[1]) < np.asarray(labels)[:, None]
         ahead = (log_probabilities > true[:, None]) | ((log_probabilities == true[:, None]) & before)
-        return cls(np.asarray(labels), predictions, np.exp(log_probabilities[rows, predictions]), true, ahead.sum(1))
+        confidence = np.exp(log_probabilities[rows, predictions])
+        plain = log_softmax(log_probabilities * temperature) if temperature else log_probabilities
+        untempered = np.column_stack([np.exp(plain[rows, predictions]), plain[rows, labels]])
+        known = np.full(len(labels), np.nan) if known is None else known
+        return cls(np.asarray(labels), predictions, confidence, true, ahead.sum(1), untempered, known)
 
     @classmethod
     def joined(cls, parts: "list[Scored]") -> "Scored":
@@ -80,6 +97,12 @@ class Scored:
         """Indices of at most `most` wrong predictions, the most confident first."""
         wrong = np.flatnonzero(self.predictions != self.labels)
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:most]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities float64 [N, C] of logits."""
+    rows = np.asarray(logits, np.float64)
+    return rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
 
 
 def scores_by_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -127,15 +150,16 @@ def worst_first(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return order + [each for each in classes if not each["support"]]
 
 
-def score_report(scored: Scored, class_names: Sequence[str]) -> dict[str, Any]:
-    """The scores in evaluation.json.
+def score_report(scored: Scored, class_names: Sequence[str], temperature: float | None = None) -> dict[str, Any]:
+    """The scores in evaluation.json, of answers at this temperature.
 
     Returns:
       accuracy, balanced_accuracy, macro_f1 (0 .. 1), intervals of these (95 %, see `intervals`), top_5_accuracy (from
       six classes on), loss (the negative log-likelihood, nats), calibration_error (0 .. 1) and calibration_bins,
       correct, examples, classes (see `scores_by_class`), class_accuracy (recall by name), confusion [C, C], rows the
       true class, and most_confused, pairs with their count and its share of the true class. Of more than 1,000 classes
-      confusion is None, and confusion_counts lists [true, predicted, count] of all pairs that occur.
+      confusion is None, and confusion_counts lists [true, predicted, count] of all pairs that occur. With a
+      temperature there are that and untempered, loss and calibration_error at 1.
     """
     labels, predictions, count = scored.labels, scored.predictions, len(scored.labels)
     confusion = scored.confusion(len(class_names))
@@ -157,6 +181,11 @@ def score_report(scored: Scored, class_names: Sequence[str]) -> dict[str, Any]:
     }
     if report["confusion"] is None:
         report["confusion_counts"] = np.column_stack(_pairs(confusion)).tolist()
+    if temperature is not None:
+        confidence, likelihood = scored.untempered.T
+        before = calibration_error(confidence, predictions == labels)
+        report["temperature"] = temperature
+        report["untempered"] = {"loss": float(-likelihood.mean()), "calibration_error": before}
     if len(class_names) >= _MIN_CLASSES_FOR_TOP_5:
         report["top_5_accuracy"] = float((scored.rank < 5).mean())
     return report
@@ -173,6 +202,21 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = C
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(place, weights=correct - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(correct))
+
+
+def rejections(scored: Scored, thresholds: Mapping[float, float]) -> list[dict[str, float | None]]:
+    """How rejecting trades against accuracy: of each share `accept` and its threshold, what it does to the examples.
+
+    Returns:
+      accept, threshold, accepted, the share of examples that reach it, and accuracy, theirs (None of none).
+    """
+    right, found = scored.predictions == scored.labels, []
+    for accept, threshold in thresholds.items():
+        passed = scored.known >= threshold
+        accuracy = float(right[passed].mean()) if passed.any() else None
+        share = {"accept": accept, "threshold": threshold, "accepted": float(passed.mean())}
+        found.append({**share, "accuracy": accuracy})
+    return found
 
 
 def _pairs(confusion: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

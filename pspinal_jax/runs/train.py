@@ -24,6 +24,7 @@ from pspinal_jax.progress import absl_quietened, say, warn
 from pspinal_jax.recipes.rules import check_settings, check_settings_for
 from pspinal_jax.recipes.schema import Recipe, RunOptions
 from pspinal_jax.runs.build import run_mesh, set_up, split_examples
+from pspinal_jax.runs.calibration import calibrate, save_calibration
 from pspinal_jax.runs.directory import MetricsWriter, RunDirectory, check_installed, load_recipe_of
 from pspinal_jax.runs.report import describe_start
 from pspinal_jax.runs.result import head_recipe, make_result
@@ -51,9 +52,10 @@ _DECIDING = (
 )
 
 
-def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+def train(recipe: Recipe, options: RunOptions, *, calibrates: bool = True) -> dict[str, Any]:
     """Run `recipe`, or what is left of it, in its run directory, and return the content of result.json.
 
+    In the end the run is calibrated (see pspinal_jax.runs.calibration), unless it is a part of one: `calibrates` false.
     Where several processes have joined (pspinal_jax.distributed), every one calls this, with the same arguments.
 
     Raises:
@@ -95,10 +97,12 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         save_start(directory, begin)
         copies = look_for_copies(directory, data, rows, options.init_from) if is_primary() else {}
         if recipe.cache_features:
-            features = cached_features(recipe, model, load_start(directory), data, directory, options.workers)
+            features: Dataset[Any] = cached_features(
+                recipe, model, load_start(directory), data, directory, options.workers
+            )
             setup = set_up(head_recipe(recipe), features, options.workers, mesh)
         else:
-            setup = set_up(recipe, data, options.workers, mesh)
+            features, setup = data, set_up(recipe, data, options.workers, mesh)
         if is_primary():
             for line in describe_start(recipe, options.init_from, data, model, setup.stages):
                 say(line)
@@ -113,6 +117,9 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
                 trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
                 trainer.run()
                 result = make_result(trainer, setup, directory) | {"copies": copies}
+                if calibrates:
+                    result["calibration"], arrays = calibrate(trainer, setup, features, recipe, options.workers)
+                    save_calibration(directory, arrays)
             if is_primary():
                 directory.write_result(result)
                 _plot(recipe, directory)
@@ -169,7 +176,7 @@ def train_part() -> None:
     recipe = dataclasses.replace(whole, seed=whole.seed + seeds.start, num_seeds=len(seeds), seed_mode="loop")
     try:
         with absl_quietened():
-            train(recipe, RunOptions(workdir=path, checkpoint_seconds=seconds))
+            train(recipe, RunOptions(workdir=path, checkpoint_seconds=seconds), calibrates=False)
     except (PSpinalError, Stopped, OSError, MemoryError) as error:
         sys.exit(printable(error) or type(error).__name__)
 
@@ -202,7 +209,7 @@ def run_config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dic
     settings["card"] = {"name": recipe.card.name}
     mesh = settings.pop("mesh")  # where the numbers lie, not what they are: a run may go on on other devices
     where = {}
-    for key in ("path", "data_dir"):
+    for key in ("path", "data_dir", "labels"):
         settings["data"].pop(key)
         path = getattr(recipe.data, key)  # absolute, to be found from whatever folder
         where[key] = str(None if path is None else expanded(path).absolute())

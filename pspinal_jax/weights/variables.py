@@ -30,8 +30,10 @@ def save_variables(path: Path, variables: Mapping[str, Any]) -> None:
     """
     from safetensors.numpy import save
 
+    leaves = flatten_dict(dict(variables), sep=SEPARATOR)
     with atomic_file(path) as part:
-        part.write_bytes(save(jax.device_get(flatten_dict(dict(variables), sep=SEPARATOR))))
+        # safetensors writes the memory as it lies, whatever the strides.
+        part.write_bytes(save({name: np.asarray(jax.device_get(leaf), order="C") for name, leaf in leaves.items()}))
 
 
 def read_variables(path: Path) -> dict[str, dict[str, Any]]:

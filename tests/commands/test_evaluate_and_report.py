@@ -173,11 +173,11 @@ def test_many_images_are_one_program_and_the_same_whatever_the_batch(place, monk
 
         classifier = load(*words)
 
-        def log_probabilities(batch):
+        def answers(batch):
             shapes.append(batch.shape)
-            return classifier.log_probabilities(batch)
+            return classifier.answers(batch)
 
-        return dataclasses.replace(classifier, log_probabilities=log_probabilities)
+        return dataclasses.replace(classifier, answers=answers)
 
     monkeypatch.setattr(predict_module, "load_predictor", watched)
     together = predict_module.predict(place / "run", images)

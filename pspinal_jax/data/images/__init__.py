@@ -60,12 +60,16 @@ class ImageSplit:
       labels: see `Split`.
       resize_mode: how `read` resizes an image of another aspect, see `pspinal_jax.data.images.decode.decode`.
       centering: float32 [N], where each crop lies, see there too; None for the middle.
+      groups: see `Split`.
+      looks: likewise.
     """
 
     encoded: Encoded
     labels: np.ndarray
     resize_mode: Literal["squash", "crop", "pad"] = "squash"
     centering: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    looks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,8 +106,8 @@ class ImageSplit:
         selected = Selected(self.encoded, np.asarray(indices))
         if isinstance(self.encoded, Selected):
             selected = Selected(self.encoded.encoded, self.encoded.indices[indices])
-        centering = None if self.centering is None else self.centering[indices]
-        return ImageSplit(selected, self.labels[indices], self.resize_mode, centering)
+        rest = (None if each is None else each[indices] for each in (self.centering, self.groups, self.looks))
+        return ImageSplit(selected, self.labels[indices], self.resize_mode, *rest)
 
     def random_crop(self, *seeds: int) -> "ImageSplit":
         """See `Split`: with `resize_mode` crop, each image gets a centering drawn by `seeds`."""
@@ -114,7 +118,10 @@ class ImageSplit:
     def join(self, other: "ImageSplit") -> "ImageSplit":
         """See `Split`."""
         labels = np.concatenate([self.labels, other.labels])
-        return ImageSplit(_Joined(self.encoded, other.encoded), labels, self.resize_mode)
+        groups = None
+        if self.groups is not None and other.groups is not None:
+            groups = np.concatenate([self.groups, other.groups])
+        return ImageSplit(_Joined(self.encoded, other.encoded), labels, self.resize_mode, groups=groups)
 
     def checksum(self, validation: "ImageSplit | None", test: "ImageSplit", class_names: tuple[str, ...]) -> int:
         """See `Split`: over images, resize mode, labels and class names."""

@@ -1,0 +1,42 @@
+"""Images that look alike: copies in another format, size or quality, or a little cropped.
+
+Two images are near where their looks, grey thumbnails of 16 by 16 pixels without their mean, have a cosine of at least
+`NEAR`. docs/photographs.md has what that finds and what it takes for a copy.
+"""
+
+import base64
+from collections.abc import Iterable
+
+import numpy as np
+
+NEAR = 0.99
+_SIDE = 16
+_LEVELS = np.array([0.299, 0.587, 0.114], np.float32)
+_CHUNK = 2**27  # bytes of cosines at a time
+
+
+def look(pixels: np.ndarray) -> str:
+    """The look of an image uint8 [16, 16, 3], as text."""
+    return base64.b64encode((pixels @ _LEVELS).round().astype(np.uint8).tobytes()).decode()
+
+
+def as_array(looks: Iterable[str]) -> np.ndarray:
+    """Looks as uint8 [N, 256]."""
+    levels = np.frombuffer(b"".join(map(base64.b64decode, looks)), np.uint8)
+    return levels.reshape(-1, _SIDE * _SIDE)
+
+
+def find_pairs(looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of near images, of looks uint8 [N, 256]: int64 [P, 2], the smaller index first, the nearest pair first;
+    and their cosines [P]. An image of one grey is near to nothing.
+    """
+    rows = looks - looks.mean(1, keepdims=True, dtype=np.float32)
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1.0)
+    size, found = max(1, _CHUNK // (4 * max(1, len(rows)))), [np.zeros((0, 3))]
+    for start in range(0, len(rows), size):
+        cosines = rows[start : start + size] @ rows[start:].T
+        first, second = np.nonzero(cosines >= NEAR)
+        found.append(np.column_stack([first + start, second + start, cosines[first, second]])[second > first])
+    pairs = np.concatenate(found)
+    pairs = pairs[np.argsort(-pairs[:, 2], kind="stable")]
+    return pairs[:, :2].astype(np.int64), pairs[:, 2]
