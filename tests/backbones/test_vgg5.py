@@ -180,6 +180,7 @@ def test_norm_relu_equals_autodiff(epsilon, cap):
             np.testing.assert_allclose(got, want, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradient_inside_a_scan_equals_outside(images, variables):
     """The gradient that a loop on CPU needs written by hand (conv.py says why) is the gradient."""
 

@@ -69,6 +69,7 @@ def check_best(folder, result, features_path):
     assert run.result["train_examples"] == 120
 
 
+@pytest.mark.slow
 def test_compare_flattens_pixels(npz_path, tmp_path):
     assert main(["compare", str(npz_path), *SMALL, *ALONE, "--workdir", str(tmp_path / "pixels")]) == 0
     result = json.loads((tmp_path / "pixels" / "compare.json").read_text())

@@ -44,6 +44,7 @@ def assert_same(workdir, other):
     assert metrics(workdir) == metrics(other)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(data, tmp_path, capfd):
     flags = ["--epochs", "2"]
     first, second = run_to_the_end(tmp_path, small(data, tmp_path / "two", *flags))

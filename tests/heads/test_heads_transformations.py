@@ -113,10 +113,10 @@ OPTIONS = {
 
 
 def _cases():
-    """Each transformation with batch norm, and every mesh, in the fast suite."""
-    for name, options in itertools.product(TRANSFORMATIONS, OPTIONS):
-        fast = options == "batch norm" or name == "explicit mesh"
-        yield pytest.param(name, options, marks=() if fast else pytest.mark.slow)
+    """In the fast suite, each transformation of two implementations with batch norm, and an explicit mesh of all."""
+    for name, options, implementation in itertools.product(TRANSFORMATIONS, OPTIONS, [*IMPLEMENTATIONS, "functional"]):
+        fast = options == "batch norm" and (implementation in ("fused", "scan") or name == "explicit mesh")
+        yield pytest.param(name, options, implementation, marks=() if fast else pytest.mark.slow)
 
 
 @functools.cache
@@ -142,8 +142,7 @@ def plain_gradients(options, implementation):
     return gradients, params, gradients(params, FEATURES)
 
 
-@pytest.mark.parametrize(("name", "options"), list(_cases()))
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "functional"])
+@pytest.mark.parametrize(("name", "options", "implementation"), list(_cases()))
 def test_gradients_under_transformations_are_those_without(name, options, implementation):
     gradients, params, expected = plain_gradients(options, implementation)
     transformed = TRANSFORMATIONS[name](gradients, params, FEATURES)

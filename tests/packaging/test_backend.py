@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 IMPORT_ALL = """
 import pkgutil, sys
 from importlib import import_module
@@ -22,6 +24,7 @@ print(imported, matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_importing_every_module_leaves_the_backend_alone():
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL],

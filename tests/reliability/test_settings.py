@@ -157,7 +157,7 @@ def test_every_shipped_recipe_uses_all_its_settings(name):
 
 # What the model sees of an image: every path must see the same.
 MODEL_SEES = [
-    ("grey", {}),
+    pytest.param("grey", {}, marks=pytest.mark.slow),
     pytest.param(
         "grey", {"data.mean": 0.4, "data.std": 0.2, "data.augment": "perspective_rotation"}, marks=pytest.mark.slow
     ),

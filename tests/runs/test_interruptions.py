@@ -138,6 +138,7 @@ def test_convolutions_too_go_on_bit_for_bit(tmp_path, dtype):
     assert options == convolution_options("cpu")
 
 
+@pytest.mark.slow
 def test_a_stop_while_the_result_is_written_lets_the_run_end(run, undisturbed, tmp_path):
     with before(train_module, "plot_curves", lambda: signal.raise_signal(signal.SIGTERM)):
         assert run() == (0, [])

@@ -220,6 +220,7 @@ def test_cached_features_train_the_same_head(pictures, tmp_path, weights, monkey
     assert main(["predict", str(cached), str(pictures / "cross" / "000.jpg")]) == 1
 
 
+@pytest.mark.slow
 def test_a_head_on_cached_features_is_linear_and_a_run_of_before_goes_on(pictures, tmp_path, capsys):
     flags = [flag for flag in SHORT if flag not in ("--model.layer-width", "8", "--batch-size", "--eval-batch-size")]
     words = ["train", "folder", "--data.path", str(pictures), *flags, "--batch-size", "8"]

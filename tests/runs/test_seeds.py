@@ -53,6 +53,7 @@ def assert_same(path, result, finished):
     assert {name for name in result if result[name] != finished[1][name]} <= {"seconds", "compile_seconds"}
 
 
+@pytest.mark.slow
 def test_seeds_in_processes_learn_as_in_the_loop(recipe, finished, tmp_path):
     path, result = finished
     assert result["seeds_as"] == "2 processes side by side" and not (path / "seeds").exists()

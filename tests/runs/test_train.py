@@ -151,9 +151,7 @@ def test_test_labels_do_not_influence_training_or_selection(finished, recipe, ar
     assert other["test_accuracy"] != result["test_accuracy"]
 
 
-@pytest.mark.parametrize(
-    "chunks", [pytest.param(1, marks=pytest.mark.slow), 3, 6, pytest.param(7, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("chunks", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 6, 7))])
 def test_a_resumed_run_equals_one_that_never_stopped(finished, recipe, tmp_path, monkeypatch, chunks):
     """Dies after some chunks of two steps, in the middle of an epoch or at its end, and goes on."""
     monkeypatch.setattr(trainer_module, "CHUNK_SECONDS", 0.0)
@@ -390,7 +388,8 @@ def test_features_train_like_images(recipe, arrays, tmp_path):
     assert read(tmp_path / "run" / "config.json")["input_shape"] == [16]
 
 
-@pytest.mark.parametrize("head", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("spinal", "mlp")), "dense"])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["spinal", "mlp", "dense"])
 def test_baseline_heads_train(recipe, tmp_path, head):
     model = dataclasses.replace(recipe.model, head=head)
     result = train(dataclasses.replace(recipe, model=model, epochs=1), options(tmp_path / "run"))

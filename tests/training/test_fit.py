@@ -130,9 +130,8 @@ class NnxHeadNet(nnx.Module):
         return self.heads[0](nnx.relu(self.blocks[0](x)))
 
 
-@pytest.mark.parametrize(
-    "make", [Net, pytest.param(lambda: NnxHeadNet(nnx.Rngs(0)), marks=pytest.mark.slow)], ids=["linen", "nnx"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [Net, lambda: NnxHeadNet(nnx.Rngs(0))], ids=["linen", "nnx"])
 def test_fit_trains_heads_in_their_own_layout(make, monkeypatch, tmp_path):
     """In batches of 32 and more they are fused inside the compiled epoch, and nowhere else."""
     seen = []
@@ -197,7 +196,8 @@ def test_fit_with_arrays_on_the_host_is_the_compiled_epoch(model):
         assert compiled.history[-1]["step"] == stepped.history[-1]["step"] == 2 * (5 if dropped else 6)
 
 
-@pytest.mark.parametrize("mode", [pytest.param("loop", marks=pytest.mark.slow), "vmap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
 def test_fit_seeds_are_the_single_trainings(mode):
     # SGD: Adam makes much of the rounding in the gradients of biases that batch norm cancels.
     arguments = {"validation": (X[:20], Y[:20]), "optimizer": optax.sgd(0.1)}
@@ -224,6 +224,7 @@ def test_fit_takes_trees_frames_and_tensors():
         found.predict({"a": X[:3], "b": X[:2]})
 
 
+@pytest.mark.slow
 def test_fit_options_do_what_they_say():
     frozen = fit(Net(), (X, Y), frozen=("Dense_0",)).variables["params"]
     initial = Net().init(keys.init_key(0), X[:2], train=False)["params"]

@@ -193,11 +193,11 @@ def remove_second(lines):
 @pytest.mark.parametrize(
     "damage, missing",
     [
-        (remove_second, [2]),
+        pytest.param(remove_second, [2], marks=pytest.mark.slow),
         (lambda lines: [lines[0], lines[1][: len(lines[1]) // 2], *lines[2:]], [2]),
         (lambda lines: [lines[0], "[" * 100_000, "17", "{}", *lines[3:]], [2, 3]),
-        (lambda lines: ["\x00"], [1, 2, 3, 4]),
-        (lambda lines: [], [1, 2, 3, 4]),
+        pytest.param(lambda lines: ["\x00"], [1, 2, 3, 4], marks=pytest.mark.slow),
+        pytest.param(lambda lines: [], [1, 2, 3, 4], marks=pytest.mark.slow),
         (lambda lines: lines + lines, []),  # as two processes at once left it
     ],
 )
