@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from pspinal_jax import __version__
 from pspinal_jax.errors import PSpinalError, RunError, UsageError
 from pspinal_jax.files import differences
 from pspinal_jax.progress import say
@@ -26,6 +27,12 @@ from pspinal_jax.recipes.schema import ProcessOptions
 Result = TypeVar("Result")
 
 _BLOCK_BYTES = 2**26
+VARIABLES = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+"""Option -> the variable that stands for it where none of the three is given; Kubeflow Trainer sets them."""
 
 
 def count() -> int:
@@ -161,8 +168,12 @@ def joined(options: ProcessOptions) -> Iterator[None]:
         return
     import jax
 
+    if jax.distributed.is_initialized():  # by an engine, which also ends it
+        yield
+        return
     _initialize(options, given)
     try:
+        assert_same({"jax": jax.__version__, "pspinal_jax": __version__, "num_processes": given.get("num_processes")})
         yield
         barrier()
     except BaseException as error:
@@ -214,10 +225,15 @@ def check_port(address: str) -> None:
 
 def _check(options: ProcessOptions) -> dict[str, Any]:
     """The arguments that were given, if they are right."""
-    names = ("coordinator_address", "num_processes", "process_id")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if given and (len(given) < len(names) or not options.distributed):
-        raise UsageError(f"{', '.join(given)} given alone; give {', '.join(names)} and distributed")
+    given = {name: value for name in VARIABLES if (value := getattr(options, name)) is not None}
+    if given and (len(given) < len(VARIABLES) or not options.distributed):
+        raise UsageError(f"{', '.join(given)} given alone; give {', '.join(VARIABLES)} and distributed")
+    if options.distributed and not given and all(os.environ.get(variable) for variable in VARIABLES.values()):
+        given = {name: os.environ[variable] for name, variable in VARIABLES.items()}
+        for name in ("num_processes", "process_id"):
+            if not given[name].isdecimal():
+                raise UsageError(f"the environment's {VARIABLES[name]} is {given[name]!r}, expected a number")
+            given[name] = int(given[name])
     if given:
         host, _, port = given["coordinator_address"].rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -232,7 +248,7 @@ def _initialize(options: ProcessOptions, given: dict[str, Any]) -> None:
 
     # JAX's own service for preemption notices would catch SIGTERM, which the loop handles itself.
     jax.config.update("jax_enable_preemption_service", False)
-    if given and options.process_id == 0:
+    if given and given["process_id"] == 0:
         check_port(given["coordinator_address"])
     try:
         with warnings.catch_warnings():

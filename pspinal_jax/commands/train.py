@@ -51,6 +51,9 @@ class TrainArguments:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     options: Annotated[RunOptions, tyro.conf.arg(name="")]
     processes: Annotated[ProcessOptions, tyro.conf.arg(name="")]
+    exit_status_when_stopped: int = 0
+    """Exit status of a run that SIGTERM or Ctrl-C stopped and that can go on; an engine that takes 0 for finished needs
+    another, 143 for example."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +88,11 @@ def train(args: Sequence[str]) -> int:
 
     arguments = parsed(recipe)
     again = f"Go on with: pspinal-jax train {shlex.join(args)}"
+    if not 0 <= arguments.exit_status_when_stopped < 256:
+        raise UsageError(f"--exit-status-when-stopped is {arguments.exit_status_when_stopped}, expected 0 .. 255")
     with joined(arguments.processes), naming_flags():
         try:
-            with leave_at_once(f"nothing is lost. {again}"):
+            with leave_at_once(f"nothing is lost. {again}", arguments.exit_status_when_stopped):
                 from pspinal_jax.runs import run as runs  # only now: these take seconds
                 from pspinal_jax.runs.report import describe_result
 
@@ -98,7 +103,7 @@ def train(args: Sequence[str]) -> int:
         except Stopped as stop:
             if is_primary():
                 say(f"stopped by {stop}; the run is saved. {again}")
-            return 0
+            return arguments.exit_status_when_stopped
         if is_primary():
             print(describe_result(done.result))
             print(f"results in {printable(done.path)}: result.json, metrics.jsonl, curves.png, checkpoints/")

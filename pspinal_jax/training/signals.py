@@ -63,8 +63,8 @@ def _end_at_the_second(numbers: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def leave_at_once(advice: str) -> Iterator[None]:
-    """In a `with`, SIGINT and SIGTERM end the program with status 0 and a line that ends in `advice`.
+def leave_at_once(advice: str, status: int = 0) -> Iterator[None]:
+    """In a `with`, SIGINT and SIGTERM end the program with `status` and a line that ends in `advice`.
 
     For a command that has nothing to save yet; the other processes of its run end as it is gone. It raises nothing: in
     the middle of an import, or of a library's callback, an exception would come out as another one, or as a traceback.
@@ -74,7 +74,7 @@ def leave_at_once(advice: str) -> Iterator[None]:
         line = printable(f"stopped by {signal.Signals(number).name}; {advice}")
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or broken
             os.write(sys.stderr.fileno(), f"{line}\n".encode())  # print, in the middle of a print, would fail
-        os._exit(0)
+        os._exit(status)
 
     before = {number: signal.signal(number, leave) for number in _SIGNALS}
     try:

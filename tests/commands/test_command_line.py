@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pspinal_jax.__main__ import main
+from pspinal_jax.training.signals import Stopped
 
 SMALL = ["--epochs", "1", "--batch-size", "16", "--eval-batch-size", "16", "--data.num-validation", "20"]
 
@@ -62,6 +63,18 @@ def test_train_again_reports_the_finished_run(trained, npz_path, capsys):
     )
     assert again[0] == 0 and "test accuracy" in again[1]
     assert f"{trained} is already finished; skipping training" in again[2]
+
+
+def test_a_run_that_is_stopped_ends_with_the_status_that_its_engine_wants(monkeypatch, capsys):
+    def stop(*args, **options):
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr("pspinal_jax.runs.run.train", stop)
+    assert main(["train", "digits"]) == 0
+    assert main(["train", "digits", "--exit-status-when-stopped", "143"]) == 143
+    assert "stopped by SIGTERM; the run is saved" in capsys.readouterr().err
+    assert main(["train", "digits", "--exit-status-when-stopped", "256"]) == 2
+    assert "--exit-status-when-stopped is 256, expected 0 .. 255" in capsys.readouterr().err
 
 
 def test_recipes_are_listed_with_row_model_and_published_accuracy(capsys):

@@ -26,19 +26,21 @@ class Ended:
     seen: dict | None
 
 
-def run(folder, arguments, *, processes=2, devices=2, seconds=None, slurm=False, **environment):
+def run(folder, arguments, *, processes=2, devices=2, seconds=None, found_by="flags", counts=None, **environment):
     """`pspinal-jax ARGUMENTS` as so many processes; waits for all, at most `seconds` after the one that STOP names.
 
-    They learn of each other from flags or, with `slurm`, from the variables that srun sets.
+    They learn of each other from flags, or from variables as srun ("slurm") or Kubeflow Trainer ("kubeflow") sets them.
+    `counts` are what each of them takes for the number of processes.
     """
     port = free_port()
     started = []
     for index in range(processes):
-        flags = _flags(port, processes, index)
+        flags = _flags(port, counts[index] if counts else processes, index)
         observed = folder / f"observed_{index}.json"
         observed.unlink(missing_ok=True)
-        if slurm:
-            flags, environment = flags[:1], environment | _slurm(port, processes, index)
+        if found_by != "flags":
+            variables_of = {"slurm": _slurm, "kubeflow": _kubeflow}[found_by]
+            flags, environment = flags[:1], environment | variables_of(port, processes, index)
         variables = {"NPROC": "16", "DEVICES": str(devices), "OBSERVED": str(observed), **environment}
         with (folder / f"out_{index}").open("w") as out, (folder / f"err_{index}").open("w") as err:
             started.append(
@@ -77,6 +79,14 @@ def _slurm(port, processes, index):
         "SLURM_PROCID": str(index),
         "SLURM_LOCALID": str(index),
         "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def _kubeflow(port, processes, index):
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(index),
     }
 
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from processes_support import free_port, metrics, run, run_to_the_end, small, write_four_classes
 
+from pspinal_jax import distributed
 from pspinal_jax.__main__ import main
+from pspinal_jax.errors import UsageError
+from pspinal_jax.recipes.schema import ProcessOptions
 from pspinal_jax.runs.result import load_variables
 
 TWO = "--distributed --num-processes 2"
@@ -47,7 +50,7 @@ def assert_same(workdir, other):
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(data, tmp_path, capfd):
     flags = ["--epochs", "2"]
-    first, second = run_to_the_end(tmp_path, small(data, tmp_path / "two", *flags))
+    first, second = run_to_the_end(tmp_path, small(data, tmp_path / "two", *flags), found_by="kubeflow")
     assert "test accuracy" in first.out and "results in" in first.out
     assert "train" in first.err and second.err == ""  # one progress bar
     result = json.loads((tmp_path / "two" / "result.json").read_text())
@@ -96,7 +99,9 @@ def test_a_run_goes_on_with_another_number_of_processes(data, tmp_path, flags):
 @pytest.mark.parametrize("process", [0, 1])
 def test_sigterm_to_one_saves_and_stops_both(data, whole, tmp_path, process):
     arguments = small(data, tmp_path / "run")
-    first, second = run_to_the_end(tmp_path, arguments, STOP=f"{process}:6:SIGTERM")
+    ended = run(tmp_path, [*arguments, "--exit-status-when-stopped", "143"], STOP=f"{process}:6:SIGTERM")
+    first, second = ended
+    assert first.status == second.status == 143
     assert "stopped by SIGTERM; the run is saved. Go on with: pspinal-jax train digits" in first.err
     assert second.err == "" and first.out == ""
     assert not (tmp_path / "run" / "result.json").exists()
@@ -141,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_reported_once(data, tmp_path):
 def test_only_process_0_prepares(tmp_path):
     """Found through the variables that SLURM sets."""
     arguments = ["train", "digits", "--data.data-dir", str(tmp_path / "data"), "--workdir", str(tmp_path / "run")]
-    first, second = run_to_the_end(tmp_path, [*arguments, "--epochs", "1"], slurm=True)
+    first, second = run_to_the_end(tmp_path, [*arguments, "--epochs", "1"], found_by="slurm")
     assert first.seen["prepared"] == [False] and second.seen["prepared"] == [True]
     assert "waiting for another process" not in first.err + second.err
 
@@ -197,6 +202,31 @@ def test_flags_that_do_not_fit_are_refused(data, tmp_path, capfd, flags, message
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_three_variables_stand_for_the_three_flags(monkeypatch):
+    for variable, value in zip(distributed.VARIABLES.values(), ("trainer-0.trainer:29500", "2", "1"), strict=True):
+        monkeypatch.setenv(variable, value)
+    found = {"coordinator_address": "trainer-0.trainer:29500", "num_processes": 2, "process_id": 1}
+    assert distributed._check(ProcessOptions(distributed=True)) == found
+    assert distributed._check(ProcessOptions()) == {}, "without the flag a process is alone"
+    flags = {"coordinator_address": "a:1", "num_processes": 3, "process_id": 2}
+    assert distributed._check(ProcessOptions(distributed=True, **flags)) == flags, "flags go first"
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UsageError, match="the environment's JAX_NUM_PROCESSES is 'two', expected a number"):
+        distributed._check(ProcessOptions(distributed=True))
+    monkeypatch.delenv("JAX_PROCESS_ID")
+    assert distributed._check(ProcessOptions(distributed=True)) == {}, "then JAX looks for a cluster"
+
+
+@pytest.mark.slow
+def test_processes_that_count_differently_say_so(data, tmp_path):
+    """Process 1 is started with another --num-processes."""
+    arguments = small(data, tmp_path / "run", "--initialization-timeout", "20")
+    ended = run(tmp_path, arguments, counts=(2, 3))
+    assert all(process.status == 2 for process in ended)
+    assert "process 1 differs from process 0: num_processes is 3, on process 0 2" in ended[1].err
+    assert all(process.err.count("error:") == 1 and "Traceback" not in process.err for process in ended)
 
 
 @pytest.mark.slow
