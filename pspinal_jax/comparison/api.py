@@ -8,14 +8,13 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pspinal_jax.backbones.efficientnet import SCALES
 from pspinal_jax.comparison.baselines import BASELINES
-from pspinal_jax.comparison.best import Origin, best_held, save_best
+from pspinal_jax.comparison.best import Source, best_held, save_best
 from pspinal_jax.comparison.report import (
     format_html,
     format_table,
@@ -30,7 +29,7 @@ from pspinal_jax.comparison.settings import HEADS, CompareConfig
 from pspinal_jax.comparison.trial_log import ADVICE, TrialLog
 from pspinal_jax.data import load_data
 from pspinal_jax.data.catalogue import CATALOGUE
-from pspinal_jax.data.dataset import ArraySplit, Dataset, cut_test
+from pspinal_jax.data.dataset import cut_test
 from pspinal_jax.data.npz import read_npz
 from pspinal_jax.data.tables import make_dataset
 from pspinal_jax.data.tfds import open_prepared
@@ -180,7 +179,7 @@ def compare(
     data = make_dataset(splits, "arrays", None, None if class_names is None else tuple(map(str, class_names)))
     if test_features is None:
         data = cut_test(data, test_fraction, config.seed, log.keep_copies_together)
-    source = Source(data, Origin.of(data, DataConfig("arrays")), also or {})
+    source = Source.of(data, DataConfig("arrays"), also or {})
     return compare_data(source, config, log, "pspinal_jax.compare(features, labels, ..)", progress)
 
 
@@ -191,14 +190,6 @@ def _pooled(features: Any) -> Any:
         return features
     say(f"features [N, T, D] = {list(tokens.shape)} are tokens: the mean over T is taken")
     return tokens.mean(1, dtype=np.float32)
-
-
-class Source(NamedTuple):
-    """The features to compare on, where they come from, and scikit-learn's classifiers to compare with, by name."""
-
-    data: Dataset[ArraySplit]
-    origin: Origin
-    estimators: Mapping[str, Any] = MappingProxyType({})
 
 
 def compare_data(
@@ -218,7 +209,7 @@ def compare_data(
         held, best = best_held(result), result["best_on_validation"]
 
         def save(path: Path) -> None:
-            save_best(comparer, result, str(held), source.origin, path)
+            save_best(comparer, result, str(held), source, path)
 
         result["saved"], path = held, None
         if log.workdir is not None and config.save and held is not None:
@@ -261,8 +252,7 @@ def load_features(source: str, log: TrialLog, backbone: str | None, weights: str
         )
     if backbone is not None or weights is not None:
         raise UsageError(f"--backbone and --weights are for folders of images; {source} is taken as it is")
-    data: Any = load_data(config)
-    return Source(data, Origin.of(data, config))
+    return Source.of(load_data(config), config)
 
 
 def _has_small_images(directory: Path) -> bool:
@@ -296,14 +286,13 @@ def _features_of_images(folder: Path, log: TrialLog, backbone: str | None, weigh
     whole = dataclasses.replace(
         recipe, card=Card("compare", "none", "the best of a comparison"), cache_features=True, augment=AugmentConfig()
     )
-    origin = Origin(whole, images, variables)
     path, record = workdir / "features.npz", workdir / "features.json"
     if record.exists() and path.exists():
         if read_checked(record, dict, advice=ADVICE) != identity:
             raise UsageError(f"{workdir} holds features of other images or another backbone; choose another --workdir")
-        return Source(read_npz(path, images.num_classes), origin)
+        return Source(read_npz(path, images.num_classes), whole, images, variables)
     features = extract_features(recipe, model, variables(), images)
     workdir.mkdir(parents=True, exist_ok=True)
     save_features(path, features)
     write_json(record, identity)
-    return Source(features, origin)
+    return Source(features, whole, images, variables)

@@ -7,49 +7,56 @@ temperature into the output layer, so that its probabilities are those that the 
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from pspinal_jax.checkpoints import CheckpointStore
-from pspinal_jax.comparison.baselines import Linear
 from pspinal_jax.comparison.report import LINEAR, describe_setting
 from pspinal_jax.comparison.search import Comparer
 from pspinal_jax.comparison.settings import HEADS
-from pspinal_jax.data.dataset import Dataset, Split
+from pspinal_jax.data.dataset import ArraySplit, Dataset
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import PSpinalError
 from pspinal_jax.models import with_default_preprocessing
 from pspinal_jax.recipes.schema import Card, DataConfig, OptimizerConfig, Recipe, RunOptions
 from pspinal_jax.runs.directory import RunDirectory, writing
 from pspinal_jax.runs.result import BACKBONE, selected_checksum
-from pspinal_jax.runs.scores import averages, scores_by_class, summary
+from pspinal_jax.runs.scores import summary
 from pspinal_jax.runs.start import KINDS, SEEN
 from pspinal_jax.runs.train import run_config
 from pspinal_jax.training.stages import TrainingProgress
 from pspinal_jax.weights.variables import save_variables
 
 
-class Origin(NamedTuple):
-    """Where the features of a comparison come from.
+class Source(NamedTuple):
+    """The features to compare on, and where they come from.
 
     Attributes:
+      data: the features, or small images.
       recipe: how a run reads them and, of a folder of images, with which frozen backbone.
-      data: what it reads.
-      backbone: gives the model's variables, that backbone's among them; None where there is none.
+      read: what it reads, the same or the images.
+      backbone: gives variables, that backbone's among them; None where there is none.
+      estimators: scikit-learn's classifiers to compare with, by name.
     """
 
+    data: Dataset[ArraySplit]
     recipe: Recipe
-    data: Dataset[Split]
-    backbone: Callable[[], dict[str, Any]] | None
+    read: Dataset[Any]
+    backbone: Callable[[], dict[str, Any]] | None = None
+    estimators: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
-    def of(cls, data: Dataset[Any], config: DataConfig) -> "Origin":
-        """Of features or small images, which a run reads as `config` says."""
-        return cls(Recipe(Card("compare", "none", "the best of a comparison"), config), data, None)
+    def of(
+        cls, data: Dataset[Any], config: DataConfig, estimators: Mapping[str, Any] = MappingProxyType({})
+    ) -> "Source":
+        """Of what a run reads as `config` says."""
+        recipe = Recipe(Card("compare", "none", "the best of a comparison"), config)
+        return cls(data, recipe, data, None, estimators)
 
 
 def best_held(result: dict[str, Any]) -> str | None:
@@ -58,7 +65,7 @@ def best_held(result: dict[str, Any]) -> str | None:
     return max(rows, key=lambda name: rows[name]["mean"], default=None)
 
 
-def save_best(comparer: Comparer, result: dict[str, Any], name: str, origin: Origin, path: Path) -> None:
+def save_best(comparer: Comparer, result: dict[str, Any], name: str, source: Source, path: Path) -> None:
     """Write the row `name` as a finished run to `path`, unless it is there; another one of this comparison is replaced.
 
     It is the first training on the data's own split, on training and validation examples but for ``--no-refit``.
@@ -67,9 +74,9 @@ def save_best(comparer: Comparer, result: dict[str, Any], name: str, origin: Ori
       RunError: if it cannot be written.
     """
     row, (record, *_) = result["methods"][name], comparer.final_records(name)[0]
-    recipe = _recipe(comparer, name, record["setting"], origin.recipe)
-    compared = {"row": name, "setting": record["setting"], "refit": comparer.final == "refit"}
-    config = run_config(recipe, RunOptions(), origin.data) | {"compared": compared}
+    recipe, refitted = _recipe(comparer, name, record["setting"], source.recipe), comparer.final == "refit"
+    compared = {"row": name, "setting": record["setting"], "refit": refitted}
+    config = run_config(recipe, RunOptions(), source.read) | {"compared": compared}
     directory = RunDirectory(path)
     with contextlib.suppress(PSpinalError):
         held = directory.config()
@@ -78,50 +85,37 @@ def save_best(comparer: Comparer, result: dict[str, Any], name: str, origin: Ori
     with writing(path):
         if path.exists():
             shutil.rmtree(path)
-    fitted, shift, scale = comparer.fit_final(name)
-    if origin.data.example_dtype == np.uint8 and origin.backbone is None:  # a run divides pixels by 255
+    params, shift, scale = comparer.fit_final(name)
+    if source.read.example_dtype == np.uint8 and source.backbone is None:  # a run divides pixels by 255
         shift, scale = shift / 255, scale * 255
-    tree = {"output": {"kernel": fitted.weights, "bias": fitted.bias}} if isinstance(fitted, Linear) else fitted
-    params = folded(recipe.model.head, tree, shift, scale, record.get("temperature", 1.0))
-    best: dict[str, Any] = {"params": {"head": params}, "batch_stats": {}}
+    head = folded(recipe.model.head, params, shift, scale, record.get("temperature", 1.0))
+    best: dict[str, Any] = {"params": {"head": head}, "batch_stats": {}}
     accuracy, epochs = record["validation_accuracy"], recipe.epochs
     progress = TrainingProgress(epoch=epochs, best_epoch=[epochs], best_accuracy=[accuracy])
-    answers = comparer.answers(name)
-    by_class: dict[str, Any] = {}
-    if answers.predicted is not None:
-        classes = scores_by_class(answers.labels[0], answers.predicted[0, 0], origin.data.class_names)
-        recalls = [{"name": one["name"], "support": one["support"], "recall": [one["recall"]]} for one in classes]
-        by_class = {f"test_{score}": summary([value]) for score, value in averages(classes).items()}
-        by_class["test_classes"] = recalls
-    pool, (train, validation) = comparer.splits[0].pool, comparer.rows[0, 0]
-    seen = (pool, validation[:0]) if compared["refit"] else (train, validation)
-    digests = origin.data.contents().digests
+    pool, (train, validation), empty = comparer.splits[0].pool, comparer.rows[0, 0], np.zeros(0, int)
+    seen, digests = (pool, empty, empty) if refitted else (train, validation, empty), source.read.contents().digests
     with directory.held(config):
         with CheckpointStore(directory.checkpoints_path) as store:
             store.save(1, {"best": best}, dataclasses.asdict(progress))
         with writing(path):
-            kinds = zip(KINDS, (*seen, validation[:0]), strict=True)
-            save_variables(path / SEEN, {kind: np.unique(digests[rows]) for kind, rows in kinds})
-            if origin.backbone is not None:
-                trees = origin.backbone().items()
+            save_variables(
+                path / SEEN, {kind: np.unique(digests[rows]) for kind, rows in zip(KINDS, seen, strict=True)}
+            )
+            directory.record(SEEN)
+            if source.backbone is not None:
+                trees = source.backbone().items()
                 save_variables(path / BACKBONE, {kind: tree["backbone"] for kind, tree in trees if "backbone" in tree})
-        directory.record(SEEN, *([] if origin.backbone is None else [BACKBONE]))
+                directory.record(BACKBONE)
         directory.write_result(
             {
-                "recipe": recipe.card.name,
-                "row": recipe.card.row,
-                "protocol": recipe.protocol,
                 "selection": f"best on validation of a comparison: {name}, {describe_setting(row['chosen'][:1])}",
                 "head": recipe.model.head,
-                "seeds": [recipe.seed],
                 "test_accuracy": summary([record["test_accuracy"]]),
                 "validation_accuracy": summary([accuracy]),
-                **by_class,
                 "selected_checksum": selected_checksum(best),
                 "published_accuracy_percent": None,
                 "parameters": row["parameters"],
                 "train_examples": row["train_examples"],
-                "test_examples": answers.labels.shape[1],
                 "epochs": epochs,
                 "seconds": record["seconds"],
                 "compile_seconds": 0.0,

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -113,9 +114,9 @@ class Comparer:
         config: CompareConfig,
         log: TrialLog,
         shown: bool,
-        estimators: Mapping[str, Any] | None = None,
+        estimators: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.config, self.log, self._shown, self._estimators = config, log, shown, dict(estimators or {})
+        self.config, self.log, self._shown, self._estimators = config, log, shown, estimators
         flat = {name: ArraySplit(s.inputs.reshape(len(s), -1), s.labels) for name, s in data.splits.items()}
         self.data = dataclasses.replace(data, splits=flat, example_shape=flat["train"].inputs.shape[1:])
         contents = self.data.contents()
@@ -158,12 +159,11 @@ class Comparer:
         averaged = config.heads if config.num_seeds > 1 and not log.earlier else ()
         self.averages: dict[str, str] = {f"{head}_average": head for head in averaged}
         names = () if not config.floors else FIRST_BASELINES if log.earlier else tuple(BASELINES)
-        grids = {name: BASELINES[name] for name in names}
         self.grids = {
-            name: [{**each, "standardize": scaling} for scaling in self.scalings for each in grid]
-            for name, grid in grids.items()
+            name: [{**each, "standardize": scaling} for scaling in self.scalings for each in BASELINES[name]]
+            for name in names
         }
-        for name, estimator in self._estimators.items():
+        for name, estimator in estimators.items():
             self.grids[name] = [{"estimator": " ".join(repr(estimator).split()), "standardize": "none"}]
         self.methods: list[str] = [*config.heads, *self.averages, *self.grids]
         self.choices: dict[tuple[int, str], int] = {}
@@ -303,9 +303,9 @@ class Comparer:
         return Examples(inputs, labels)
 
     def fit_final(self, name: str) -> tuple[Any, np.ndarray, np.ndarray]:
-        """(fitted, shift, scale) of the first training of a row on the data's own split, which is done again.
+        """(params, shift, scale) of the first training of a row on the data's own split, which is done again.
 
-        `fitted` is the documented tree of a head, or the `Linear` of a baseline, of (x - shift) scale.
+        `params` are the documented tree of a head, which sees (x - shift) scale; of a linear baseline that of 'dense'.
         """
         key = Key(self.final, 0, name, 0)
         if name in self.heads:
@@ -313,7 +313,8 @@ class Comparer:
             ((_, outcome, _),) = self.trainers[self.final].run([task], self._examples(self.final, 0), with_params=True)
             return outcome.params, task.part.shift, task.part.scale
         ((_, fitted, (shift, scale)),) = self._fitted(key, [self.log.records[key]["setting"]])
-        return fitted.linear, shift, scale
+        assert fitted.linear is not None
+        return {"output": {"kernel": fitted.linear.weights, "bias": fitted.linear.bias}}, shift, scale
 
     def _rows(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on, and rows to predict: validation but for a refit and then, but for a trial, the test."""

@@ -124,16 +124,14 @@ class TrialLog:
 
     def _keep(self, key: Key, probabilities: np.ndarray) -> str:
         """Keep an array, and give the checksum of its file."""
-        content = io.BytesIO()
-        np.save(content, probabilities)
+        np.save(content := io.BytesIO(), probabilities)
         if self.workdir is None:
             self._in_memory[key] = probabilities
         else:
-            path = self._path(key)
-            path.parent.mkdir(exist_ok=True)
-            with atomic_file(path) as part:
-                part.write_bytes(content.getbuffer())
-        return f"{zlib.crc32(content.getbuffer()):08x}"
+            self._path(key).parent.mkdir(exist_ok=True)
+            with atomic_file(self._path(key)) as part:
+                part.write_bytes(content.getvalue())
+        return f"{zlib.crc32(content.getvalue()):08x}"
 
     def _path(self, key: Key) -> Path:
         assert self.workdir is not None

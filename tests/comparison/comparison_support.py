@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from pspinal_jax.comparison.api import Source, compare_data
-from pspinal_jax.comparison.best import Origin
+from pspinal_jax.comparison.api import compare_data
+from pspinal_jax.comparison.best import Source
 from pspinal_jax.comparison.settings import CompareConfig
 from pspinal_jax.comparison.trial_log import TrialLog
 from pspinal_jax.data.tables import make_dataset
@@ -43,8 +43,9 @@ def run(workdir=None, data=None, **changes):
     """What compare.json holds."""
     config = CompareConfig(**{**SMALL, **changes})
     data = data or small_data()
-    source = Source(data, Origin.of(data, DataConfig("small")))
-    return compare_data(source, config, TrialLog(workdir), "command", progress=False).result
+    return compare_data(
+        Source.of(data, DataConfig("small")), config, TrialLog(workdir), "command", progress=False
+    ).result
 
 
 def lasting(result):
