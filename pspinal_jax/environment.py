@@ -8,6 +8,8 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -30,6 +32,28 @@ _ONEDNN: dict[str, bool | str] = {
     # XLA's YNNPACK fusion would take every convolution before oneDNN's rewriter sees it.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
 }
+
+
+LOOPS_SWITCH = "PSPINAL_JAX_LOOP_GRAPHS"
+"""Environment variable: 'on' compiles loops into CUDA graphs, as far as `loop_options` finds that this works."""
+
+_LOOP_GRAPHS: dict[str, bool | str] = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+_PROOF = """
+import jax
+import jax.numpy as jnp
+
+def loop(matrix):
+    step = lambda number, value: jnp.sin(value @ value) + number
+    return jax.lax.fori_loop(0, 3, lambda _, value: jax.lax.fori_loop(0, 32, step, value), matrix)
+
+matrix, graph = jnp.eye(64), jax.jit(loop, compiler_options={options})
+expected = jax.jit(loop)(matrix)
+for _ in range(3):  # before XLA of December 2025 the second execution crashed
+    assert jnp.allclose(graph(matrix), expected, atol=1e-3)
+"""
+_PROOF_SECONDS = 120
 
 
 _library_convolves = ContextVar("library_convolves", default=False)
@@ -65,12 +89,40 @@ def _has_onednn() -> bool:
         return False
 
 
+def loop_options(platform: str) -> dict[str, bool | str]:
+    """Options of XLA with which a CUDA device takes the steps of a loop without the host; off by default.
+
+    Args:
+      platform: of the devices that the program is for.
+
+    Returns:
+      {} unless PSPINAL_JAX_LOOP_GRAPHS=on, on CUDA (ROCm crashes), where a process that runs a tiny loop so ended well.
+    """
+    if platform != "gpu" or os.environ.get(LOOPS_SWITCH) != "on":
+        return {}
+    cuda = "cuda" in str(jax.devices("gpu")[0].client.platform_version).lower()
+    return dict(_LOOP_GRAPHS) if cuda and _loops_run_as_graphs() else {}
+
+
+@cache
+def _loops_run_as_graphs() -> bool:
+    code = _PROOF.replace("{options}", repr(_LOOP_GRAPHS))
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # this process holds most of the memory
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = [sys.executable, "-P", "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=_PROOF_SECONDS)
+        return done.returncode == 0
+    return False
+
+
 def jit_with(compiler_options: Mapping[str, bool | str], function: Callable[..., Any], **options: Any) -> Any:
     """`jax.jit(function, **options)` with options of XLA for this program, which leave the user's XLA_FLAGS alone.
 
-    Such a program is not kept in the compilation cache: jaxlib 0.12 cannot store one that calls oneDNN.
+    One with oneDNN's convolutions is not kept in the compilation cache: jaxlib 0.12 cannot store it.
     """
-    if not compiler_options:
+    if compiler_options:
+        options["compiler_options"] = dict(compiler_options)
+    if not compiler_options.keys() - _LOOP_GRAPHS.keys():
         return jax.jit(function, **options)
 
     @wraps(function)
@@ -81,7 +133,7 @@ def jit_with(compiler_options: Mapping[str, bool | str], function: Callable[...,
         finally:
             _library_convolves.reset(token)
 
-    return _Uncached(jax.jit(traced, compiler_options=dict(compiler_options), **options))
+    return _Uncached(jax.jit(traced, **options))
 
 
 def library_convolves() -> bool:

@@ -406,6 +406,10 @@ class RunOptions:
     """Processes that decode image files; 0 for threads of this one, which on few cores is as fast."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra `tensorboard`)."""
+    profile: Path | None = None
+    """Write a trace of a few steps, after the first ones, into this folder; XProf and ui.perfetto.dev open it."""
+    dump_hlo: Path | None = None
+    """Write the compiled programs of training and evaluation into this folder, as text."""
 
 
 @dataclasses.dataclass(frozen=True)

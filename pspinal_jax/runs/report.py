@@ -36,6 +36,7 @@ from pspinal_jax.runs.scores import (
 )
 from pspinal_jax.runs.start import FEATURES
 from pspinal_jax.runs.suspects import find_suspects
+from pspinal_jax.training.costs import describe_costs, total_costs
 from pspinal_jax.training.stages import TrainingStage
 from pspinal_jax.training.state import trainable
 
@@ -259,6 +260,7 @@ def _read(path: Path, show_progress: bool) -> dict[str, Any]:
         "report": None,
         "near": [],
         "suspects": [],
+        "costs": describe_costs(total_costs(lines)),
     }
     with tempfile.TemporaryDirectory() as folder:
         curves, confusion = Path(folder) / "curves.svg", Path(folder) / "confusion.svg"

@@ -21,6 +21,7 @@ from pspinal_jax.recipes.typed import typed
 from pspinal_jax.runs.build import RunSetup, selected_by
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.scores import averages, scores_by_class, summary
+from pspinal_jax.training.costs import total_costs
 from pspinal_jax.training.loop import Trainer
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 from pspinal_jax.training.stages import TrainingProgress
@@ -110,6 +111,7 @@ def make_result(trainer: Trainer, setup: RunSetup, directory: RunDirectory) -> d
         "epochs": recipe.epochs,
         "seconds": round(progress.total_seconds, 3),
         "compile_seconds": round(sum(line.get("compile_seconds", 0.0) for line in directory.metrics()), 3),
+        "costs": total_costs(directory.metrics()),
         "seeds_as": f"{progress.processes} processes side by side" if progress.processes > 1 else seeds_as,
         "device": device(),
         "versions": versions(),

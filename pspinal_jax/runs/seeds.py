@@ -157,10 +157,10 @@ def join_lines(lines: Sequence[dict[str, Any]], sizes: Sequence[int]) -> dict[st
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(name for line in lines for name in line):
         present = [line[name] for line in lines if name in line]
-        if name in ("stage", "epoch", "step", "seconds", "compile_seconds", "input_seconds"):
+        if name in ("stage", "epoch", "step", "seconds", "compile_seconds", "input_seconds", "peak_memory_mb"):
             joined[name] = max(present)  # the first three are equal, the others those of the slowest part
-        elif name == "examples_per_second":
-            joined[name] = round(sum(present), 1)
+        elif name in ("examples_per_second", "flops_per_second", "share_of_peak"):
+            joined[name] = round(sum(present), 4 if name == "share_of_peak" else 1)
         else:
             joined[name] = []
             for line, size in zip(lines, sizes, strict=True):

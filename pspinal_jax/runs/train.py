@@ -16,7 +16,7 @@ from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.data.stream import end_within_a_worker
 from pspinal_jax.distributed import assert_same, broadcast_from_primary, is_primary, primary_first
-from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, versions
+from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, loop_options, versions
 from pspinal_jax.errors import PSpinalError, UsageError, printable
 from pspinal_jax.files import check_target, expanded
 from pspinal_jax.models import build_model, with_default_preprocessing
@@ -39,6 +39,7 @@ from pspinal_jax.runs.start import (
     start_variables,
     without_backbone,
 )
+from pspinal_jax.training.costs import Inspection
 from pspinal_jax.training.loop import Trainer
 from pspinal_jax.training.signals import Stopped, StopRequest
 
@@ -65,6 +66,7 @@ def train(recipe: Recipe, options: RunOptions, *, calibrates: bool = True) -> di
     end_within_a_worker()
     if options.tensorboard:
         check_installed()
+    inspection = Inspection(options.profile, options.dump_hlo)
     enable_compilation_cache()
     directory = RunDirectory(work_directory(recipe, options))
     _check_apart(directory.path, recipe.data.path)
@@ -113,8 +115,14 @@ def train(recipe: Recipe, options: RunOptions, *, calibrates: bool = True) -> di
                 MetricsWriter(directory, options.tensorboard) as metrics,
             ):
                 if store.empty and (find_parts(directory.path) or wants_processes(recipe, setup, options)):
+                    if options.profile is not None or options.dump_hlo is not None:
+                        raise UsageError(
+                            "profile and dump_hlo look into this process, but the seeds train in processes of their "
+                            "own; give seed_mode=loop, in another workdir"
+                        )
                     train_in_processes(setup, options.checkpoint_seconds, metrics, store, stop)
                 trainer = Trainer(setup, metrics, store, stop, options.checkpoint_seconds, start)
+                trainer.inspection = inspection
                 trainer.run()
                 result = make_result(trainer, setup, directory) | {"copies": copies}
                 if calibrates:
@@ -207,7 +215,10 @@ def run_config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dic
     """config.json. Its 'identity' decides the result and must not change when the run is resumed."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))  # as it will be read back
     settings["card"] = {"name": recipe.card.name}
-    mesh = settings.pop("mesh")  # where the numbers lie, not what they are: a run may go on on other devices
+    platform, mesh = (
+        jax.default_backend(),
+        settings.pop("mesh"),
+    )  # where the numbers lie, not what they are: a run may go on on other devices
     where = {}
     for key in ("path", "data_dir", "labels"):
         settings["data"].pop(key)
@@ -230,6 +241,7 @@ def run_config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dic
         "data_location": where,
         "mesh": mesh,
         "device": device(),
-        "compiler_options": convolution_options(jax.default_backend()) if recipe.model.backbone != "none" else {},
+        "compiler_options": (convolution_options(platform) if recipe.model.backbone != "none" else {})
+        | loop_options(platform),
         "versions": versions(),
     }

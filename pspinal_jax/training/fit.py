@@ -19,6 +19,7 @@ from pspinal_jax.environment import convolution_options
 from pspinal_jax.errors import UsageError
 from pspinal_jax.heads.layouts import Layout, training_layout
 from pspinal_jax.recipes.typed import typed
+from pspinal_jax.training.costs import Inspection
 from pspinal_jax.training.examples import EvaluatedSplit, InMemoryExamples, Source, as_source, check_at_least
 from pspinal_jax.training.fitted import Fit, HistoryLog, held_workdir
 from pspinal_jax.training.loop import Callback, Setup, Trainer
@@ -53,6 +54,8 @@ class FitOptions:
       on_device: whether arrays lie on the devices whole, and an epoch is one compiled loop over them. By default they
         do, except for models that convolve on CPU: XLA compiles the gradients of convolutions badly in loops there.
       checkpoint_seconds: time between checkpoints; the end of the first epoch saves one too.
+      profile: folder for a trace of a few steps, after the first ones, which XProf and ui.perfetto.dev open.
+      dump_hlo: folder for the text of the compiled programs.
     """
 
     micro_batches: int = 1
@@ -67,6 +70,8 @@ class FitOptions:
     seed_mode: Literal["auto", "loop", "vmap"] = "auto"
     on_device: bool | None = None
     checkpoint_seconds: float = 600.0
+    profile: Path | str | None = None
+    dump_hlo: Path | str | None = None
 
 
 _DEFAULTS = FitOptions()
@@ -167,6 +172,7 @@ class CompiledTraining:
 
     Attributes:
       programs: compiled when they are first called.
+      on_device: whether the examples lie on the devices whole.
     """
 
     def __init__(
@@ -233,7 +239,7 @@ class CompiledTraining:
             compiler_options=convolution_options(platform) if convolves else {},
         )
         self._model, self._options, self._num_seeds, self._logits = adapted, options, num_seeds, logits
-        self._on_device = on_device and not from_host
+        self.on_device = on_device and not from_host
 
     def train(
         self,
@@ -267,7 +273,7 @@ class CompiledTraining:
         )
         validation = source.validation
         splits = {} if validation is None else {"validation": EvaluatedSplit.in_memory(programs, validation)}
-        examples = InMemoryExamples(programs, source.arrays) if self._on_device else source.from_host(programs)
+        examples = InMemoryExamples(programs, source.arrays) if self.on_device else source.from_host(programs)
         setup = Setup(config, programs, examples, splits, [source.stage], labels=None)
         with contextlib.ExitStack() as opened:
             log, store, stop = HistoryLog(None), None, StopRequest()
@@ -278,6 +284,7 @@ class CompiledTraining:
                 log, store = HistoryLog(folder), opened.enter_context(CheckpointStore(folder / "checkpoints"))
                 opened.enter_context(stop)
             trainer = Trainer(setup, log, store, stop, options.checkpoint_seconds, callbacks=callbacks)
+            trainer.inspection = Inspection(options.profile, options.dump_hlo)
             try:
                 trainer.run()
             except Stopped as stopped:

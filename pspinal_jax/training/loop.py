@@ -24,9 +24,10 @@ import numpy as np
 
 from pspinal_jax.distributed import barrier, gather, is_primary
 from pspinal_jax.errors import RunError
-from pspinal_jax.progress import progress_bar
+from pspinal_jax.progress import progress_bar, say
 from pspinal_jax.recipes.typed import typed
 from pspinal_jax.training import stages
+from pspinal_jax.training.costs import PROFILED_STEPS, Inspection, StepCosts, describe_costs, total_costs
 from pspinal_jax.training.examples import EvaluatedSplit, Examples
 from pspinal_jax.training.keys import make_order
 from pspinal_jax.training.programs import Programs, SeedStates
@@ -91,6 +92,7 @@ class Trainer:
       checkpoint_seconds: time between checkpoints.
       start: gives the variables that seeds start from in place of their initialisation, or some of them.
       callbacks: called after every chunk and every epoch.
+      inspection: what to write down of the steps, for people.
       progress: how far the run has come.
       seed_states: the seeds' states.
     """
@@ -102,6 +104,7 @@ class Trainer:
     checkpoint_seconds: float
     start: Callable[[], dict[str, Any]] = dict
     callbacks: Sequence[Callback] = ()
+    inspection: Inspection = dataclasses.field(default_factory=Inspection, init=False)
     progress: TrainingProgress = dataclasses.field(default_factory=TrainingProgress, init=False)
     seed_states: SeedStates = dataclasses.field(init=False)
 
@@ -109,6 +112,7 @@ class Trainer:
         self.config, self.seed_states = self.setup.config, self._fresh_seed_states()
         self._asked_to_end, self._received = False, 0
         self._steps_per_second = self._compile_seconds = 0.0
+        self._costs, self._lines = StepCosts({}), list[dict[str, Any]]()
 
     @property
     def stage(self) -> TrainingStage:
@@ -129,6 +133,9 @@ class Trainer:
             self._next_stage()
             self._run_stage()
         self._save()
+        costs = describe_costs(total_costs(self._lines))
+        if costs and is_primary() and self.config.shows_progress:
+            say(f"costs: {'; '.join(f'{name} {value}' for name, value in costs.items())}")
 
     def _fresh_seed_states(self) -> SeedStates:
         config = self.setup.config
@@ -214,6 +221,8 @@ class Trainer:
         self.seed_states.update_best(np.zeros(self.config.num_seeds, bool))
         self.stop_if_asked()
         self._compile_seconds = time.perf_counter() - start
+        self._costs = StepCosts(self.seed_states.step_flops(), self.setup.programs.mesh.size)
+        self.inspection.dump(self.seed_states.calls, self.stage.name)
 
     def _run_epoch(self, bar: Any) -> None:
         stage, progress = self.stage, self.progress
@@ -223,8 +232,9 @@ class Trainer:
         with contextlib.closing(chunks):
             start = time.perf_counter()
             for chunk in chunks:
-                steps = self.seed_states.run(chunk)
-                seconds = time.perf_counter() - start
+                with self.inspection.steps(progress.step):
+                    steps = self.seed_states.run(chunk)
+                    seconds = time.perf_counter() - start
                 if progress.step < stage.whole_steps:
                     self._steps_per_second = steps / seconds
                 progress.seconds += seconds
@@ -278,6 +288,8 @@ class Trainer:
 
     def _chunk_steps(self, remaining: int) -> int:
         rate = self._steps_per_second
+        if self.inspection.due:
+            remaining = min(remaining, PROFILED_STEPS)
         return min(remaining, max(1, int(CHUNK_SECONDS * rate)) if rate else self.setup.examples.first_chunk)
 
     def _call_back(self, metrics: dict[str, Any]) -> None:
@@ -310,6 +322,8 @@ class Trainer:
             line["skipped_steps"] = stages.per_seed(totals["skipped"])
         if self.setup.examples.waited:
             line["input_seconds"] = round(self.setup.examples.waited, 4)
+        line |= self._costs.fields(line["examples_per_second"] / (self.config.batch_size * self.config.num_seeds))
+        self._lines.append(line)
         self.log.append(line)
         self._show(bar, totals, 0)
         self._call_back(line)

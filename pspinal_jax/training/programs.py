@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from pspinal_jax.distributed import put
-from pspinal_jax.environment import jit_with
+from pspinal_jax.environment import jit_with, loop_options
 from pspinal_jax.training import keys, sharding
+from pspinal_jax.training.costs import count_flops
 from pspinal_jax.training.state import EpochMetrics, Layouts, Step, TrainState, in_layouts
 from pspinal_jax.training.step import Batch, EpochPlan, EvalStep, TrainStep, count_rows, evaluate_split, run_chunk
 
@@ -39,7 +40,7 @@ class Programs:
       vectorized: run all seeds as one program, over a leading axis.
       head_layouts: of heads' variables inside a chunk; what goes in and out is the documented tree.
       mesh: the devices; by default all of them on the axis data.
-      compiler_options: XLA's, for the programs that train and evaluate.
+      compiler_options: XLA's, for the programs that train and evaluate; `loop_options` come on top.
       block: steps whose number the compiler knows, see `run_chunk`; by default 32 on GPUs, where that matters, else 1.
       batch_norm_per_device: normalise each device's part of a training batch by itself; the last, smaller batch of an
         epoch is normalised whole. Parameters must not be sharded.
@@ -61,7 +62,9 @@ class Programs:
 
     def __post_init__(self) -> None:
         self.eval_batch_size = sharding.divisible_size(self.mesh, self.eval_batch_size)
-        self.block = self.block or (_GPU_BLOCK if self.mesh.devices.flat[0].platform == "gpu" else 1)
+        platform = self.mesh.devices.flat[0].platform
+        self.block = self.block or (_GPU_BLOCK if platform == "gpu" else 1)
+        self.compiler_options = {**self.compiler_options, **loop_options(platform)}
 
     @cached_property
     def init(self) -> Callable[..., TrainState]:
@@ -113,7 +116,7 @@ class Programs:
 
             return evaluate_split(one, self.eval_batch_size, data, count, whole=self.block > 1)
 
-        program = self._over_seeds(evaluate, (0, None, None))
+        program = _named("evaluate", self._over_seeds(evaluate, (0, None, None)))
         return jit_with(self.compiler_options, program, out_shardings=self.replicated)
 
     @cached_property
@@ -164,7 +167,8 @@ class Programs:
 
     def _jit_steps(self, function: Callable[..., Any]) -> Step:
         results = self._state_shardings, self.replicated
-        return jit_with(self.compiler_options, function, donate_argnums=(0, 1), out_shardings=results)
+        program = _named("train_steps", function)
+        return jit_with(self.compiler_options, program, donate_argnums=(0, 1), out_shardings=results)
 
     def _chunk(self, size: int, last: bool) -> Step:
         run = partial(run_chunk, self._step(last), size, self.batch_size, 1 if last else self.block)
@@ -191,6 +195,16 @@ class Programs:
 
     def _sharded(self, batch: Batch) -> Batch:
         return jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(self.mesh, count_rows(batch)))
+
+
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` by a name, which traces and dumps of its program show."""
+
+    def called(*args: Any) -> Any:
+        return function(*args)
+
+    called.__name__ = called.__qualname__ = name
+    return called
 
 
 def _batch_of_two(example: Any) -> Any:
@@ -248,11 +262,13 @@ class SeedStates:
       seeds: the K seeds.
       epoch: the planned epoch's number.
       rates: its learning rates [K, S].
+      calls: the programs called so far, name -> (jitted function, shapes of its arguments).
     """
 
     def __init__(self, programs: Programs, seeds: list[int]) -> None:
         self._programs = programs
         self.seeds, self.epoch, self.rates = seeds, 0, np.zeros((len(seeds), 0), np.float32)
+        self.calls: dict[str, tuple[Any, Any]] = {}
         self._groups = []
         for which in [slice(None)] if programs.vectorized else range(len(seeds)):
             seed = programs.replicate(np.asarray(seeds, np.uint32)[which])
@@ -317,17 +333,23 @@ class SeedStates:
         """Compile a step on a batch from the host, by taking it with a copy of a state."""
         group = self._groups[0]
         state, totals = jax.tree.map(jnp.copy, (group.state, group.totals))
-        jax.block_until_ready(self._programs.batch_step(state, totals, group.seed, np.float32(0), batch))
+        name = "step" if count_rows(batch) == self._programs.batch_size else "tail"
+        jax.block_until_ready(
+            self._call(name, self._programs.batch_step, state, totals, group.seed, np.float32(0), batch)
+        )
 
     def run(self, chunk: Chunk) -> int:
         """Take the steps of `chunk` for every seed; returns how many when they are done."""
         taken = 0
         if chunk.data is not None:
             taken = chunk.steps
-            take = self._programs.tail(chunk.tail_size) if chunk.tail_size else self._programs.chunk
+            name, take = "steps", self._programs.chunk
+            if chunk.tail_size:
+                name, take = "tail", self._programs.tail(chunk.tail_size)
             rest = np.int32(chunk.first), np.int32(taken), chunk.data
             for group in self._groups:
-                group.state, group.totals = take(group.state, group.totals, group.seed, group.plan, *rest)
+                sums = group.state, group.totals, group.seed, group.plan
+                group.state, group.totals = self._call(name, take, *sums, *rest)
         for batches in chunk.batches:
             take, step = self._programs.batch_step, min(chunk.first + taken, self.rates.shape[1] - 1)
             for group, batch in zip(self._groups, batches, strict=True):
@@ -336,6 +358,20 @@ class SeedStates:
             taken += 1
         jax.block_until_ready([group.totals for group in self._groups])
         return taken
+
+    def _call(self, name: str, program: Any, *args: Any) -> Any:
+        if name not in self.calls:
+            self.calls[name] = program, jax.tree.map(_shape, args)
+        return program(*args)
+
+    def step_flops(self) -> dict[str, float]:
+        """Operations of a step of all seeds, by dtype, see `count_flops`; {} before a step was called."""
+        name = next((name for name in ("steps", "step") if name in self.calls), None)
+        if name is None:
+            return {}
+        program, args = self.calls[name]
+        times = len(self._groups) / (self._programs.block if name == "steps" else 1)
+        return {dtype: times * flops for dtype, flops in count_flops(program, *args).items()}
 
     def idle(self) -> bool:
         """Whether the devices have done all that the seeds asked of them."""
@@ -358,7 +394,13 @@ class SeedStates:
     def evaluate(self, data: Batch, count: int, *, best: bool = False) -> dict[str, np.ndarray]:
         """Sums of loss and metrics [K], predictions [K, M], of the current or the best parameters on a padded split."""
         results = [
-            self._programs.evaluate(group.best if best else group.state.variables, data, np.int32(count))
+            self._call(
+                "evaluate",
+                self._programs.evaluate,
+                group.best if best else group.state.variables,
+                data,
+                np.int32(count),
+            )
             for group in self._groups
         ]
         sums = [{**result.metrics, "loss": result.loss, "predictions": result.predictions} for result in results]
@@ -387,6 +429,10 @@ class SeedStates:
     def _gather(self, values: list[jax.Array]) -> np.ndarray:
         arrays = [np.asarray(value) for value in values]
         return arrays[0] if self._programs.vectorized else np.stack(arrays)
+
+
+def _shape(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
 
 
 def _stack(trees: list[Any]) -> Any:

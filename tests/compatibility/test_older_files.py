@@ -22,6 +22,7 @@ import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.interop import nnx as interop_nnx
 from pspinal_jax.interop.functional import progressive_head
+from pspinal_jax.training.costs import MEASURED
 from pspinal_jax.weights import (
     classifier_state_dict,
     classifier_variables,
@@ -63,7 +64,7 @@ def timeless(value):
         return [timeless(item) for item in value]
     if not isinstance(value, dict):
         return value
-    measured = ("seconds", "examples_per_second", "compile_seconds", "device", "versions", "seeds_as")
+    measured = (*MEASURED, "costs", "device", "versions", "seeds_as")
     return {key: timeless(item) for key, item in value.items() if key not in measured}
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pspinal_jax.training.costs import MEASURED
+
 SCRIPT = Path(__file__).with_name("observed.py")
 
 
@@ -140,5 +142,4 @@ def small(data, workdir, *flags):
 def metrics(workdir):
     """What metrics.jsonl holds, without times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "examples_per_second", "compile_seconds", "input_seconds")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pspinal_jax.training.costs import MEASURED
+
 DRIVER = Path(__file__).with_name("marked_train.py")
 REPOSITORY = Path(__file__).parents[2]
 EPOCHS = 500
@@ -118,7 +120,7 @@ class Runs:
         result = json.loads((run / "result.json").read_text())
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         # result.json's own checksum covers its times.
-        times = ("seconds", "total_seconds", "examples_per_second", "compile_seconds", "checksum")
+        times = (*MEASURED, "total_seconds", "costs", "checksum")
         keep = lambda tree: {key: value for key, value in tree.items() if key not in times}  # noqa: E731
         return {
             "checkpoint": newest.name,

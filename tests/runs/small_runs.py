@@ -5,9 +5,7 @@ import json
 
 from pspinal_jax.recipes import DataConfig, ModelConfig, load_recipe
 from pspinal_jax.recipes.schema import RunOptions
-
-TIMED = ("seconds", "examples_per_second", "compile_seconds")
-"""What no two runs have alike in their metrics."""
+from pspinal_jax.training.costs import MEASURED
 
 
 class Killed(BaseException):
@@ -33,4 +31,4 @@ def options(workdir, **fields):
 def metrics(workdir, *without):
     """The lines of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in (*TIMED, *without)} for line in lines]
+    return [{key: value for key, value in line.items() if key not in (*MEASURED, *without)} for line in lines]

@@ -23,6 +23,7 @@ from pspinal_jax.runs import directory as directory_module
 from pspinal_jax.runs import train as train_module
 from pspinal_jax.runs.directory import MetricsWriter, RunDirectory
 from pspinal_jax.runs.result import load_variables
+from pspinal_jax.training.costs import MEASURED
 from pspinal_jax.training.examples import EvaluatedSplit
 from pspinal_jax.training.loop import Trainer
 
@@ -34,10 +35,9 @@ def command(npz_path, workdir):
 
 
 def outcome(run):
-    times = ("seconds", "examples_per_second", "compile_seconds")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     accuracy = json.loads((run / "result.json").read_text())["test_accuracy"]
-    return [{key: value for key, value in line.items() if key not in times} for line in lines], accuracy
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines], accuracy
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,12 @@ def assert_same(path, result, finished):
     for index in range(3):
         chex.assert_trees_all_equal(load_variables(path, index)[0], load_variables(finished[0], index)[0])
     assert metrics(path) == metrics(finished[0])
-    assert {name for name in result if result[name] != finished[1][name]} <= {"seconds", "compile_seconds"}
+    assert {name for name in result if result[name] != finished[1][name]} <= {"seconds", "compile_seconds", "costs"}
+
+
+def test_a_trace_of_seeds_in_processes_is_refused(recipe, tmp_path):
+    with pytest.raises(UsageError, match="profile and dump_hlo look into this process"):
+        train(recipe, RunOptions(workdir=tmp_path / "run", dump_hlo=tmp_path / "hlo"))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from pspinal_jax.runs.train import train
 from pspinal_jax.training import loop as trainer_module
+from pspinal_jax.training.costs import MEASURED
 
 
 def events(workdir):
@@ -20,8 +21,7 @@ def events(workdir):
         at += size + 16
         for value in event.summary.value:
             found.setdefault(event.step, {})[value.tag] = value.simple_value
-    timed = ("seconds", "examples_per_second", "compile_seconds", "input_seconds")
-    return {step: {key: kept for key, kept in each.items() if key not in timed} for step, each in found.items()}
+    return {step: {key: kept for key, kept in each.items() if key not in MEASURED} for step, each in found.items()}
 
 
 def test_tensorboard_events_are_the_lines_of_metrics_and_come_as_epochs_end(npz_path, tmp_path, monkeypatch):

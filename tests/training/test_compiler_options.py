@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from pspinal_jax import environment
-from pspinal_jax.environment import CONVOLUTIONS_SWITCH, convolution_options, jit_with
+from pspinal_jax.environment import CONVOLUTIONS_SWITCH, LOOPS_SWITCH, convolution_options, jit_with, loop_options
 from pspinal_jax.layers.conv import conv_same
 from pspinal_jax.layers.depthwise import depthwise_conv
 from pspinal_jax.models import build_model
@@ -103,3 +104,37 @@ def test_a_depthwise_gradient_is_theirs_inside_a_loop(optimised, fresh):
     with environment._kept_out_of_the_cache():
         text = lowered.compile().as_text()
     assert text.count("__onednn$convolution") == 1 and " convolution(" not in text
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A CUDA device, as far as the options of loops ask for it."""
+    client = SimpleNamespace(platform_version="PJRT C API\ncuda 12090")
+    monkeypatch.setattr(jax, "devices", lambda platform: [SimpleNamespace(client=client)])
+    return client
+
+
+def test_loops_become_graphs_where_the_switch_and_a_tiny_program_say_so(monkeypatch, cuda):
+    proofs = []
+    monkeypatch.setattr(environment, "_loops_run_as_graphs", lambda: proofs.append(1) or len(proofs) == 1)
+    assert loop_options("gpu") == {} and not proofs  # off by default
+    monkeypatch.setenv(LOOPS_SWITCH, "on")
+    assert loop_options("cpu") == loop_options("tpu") == {} and not proofs
+    assert "WHILE" in loop_options("gpu")["xla_gpu_enable_command_buffer"]
+    assert loop_options("gpu") == {}  # the second proof failed
+    cuda.platform_version = "rocm 60443484"
+    assert loop_options("gpu") == {} and len(proofs) == 2
+
+
+def test_a_proof_that_fails_or_crashes_is_none(monkeypatch):
+    """The tiny program itself runs on any platform, which knows the option; crashing ends its own process alone."""
+    prove = environment._loops_run_as_graphs.__wrapped__
+    assert prove()
+    for code in ("import os; os.abort()", "no_such_name"):
+        monkeypatch.setattr(environment, "_PROOF", code)
+        assert not prove()
+
+
+def test_loops_as_graphs_are_kept_in_the_compilation_cache():
+    program = jit_with(environment._LOOP_GRAPHS, lambda x: x + environment.library_convolves())
+    assert not isinstance(program, environment._Uncached) and program(1) == 1
