@@ -39,6 +39,8 @@ _ROOMS |= {"Fit": "training.fitted", "fit": "training.fit"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "benchmark":  # `pspinal_jax.benchmark.step` without another import
+        return import_module("pspinal_jax.benchmark")
     if name in __all__:
         return getattr(import_module(f"pspinal_jax.{_ROOMS.get(name, 'heads')}"), name)
     raise AttributeError(f"module 'pspinal_jax' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,7 +1,11 @@
-"""The benchmarks by name: what `benchmark NAME` measures, and in which order and how long `benchmark all` does."""
+"""The benchmarks by name: what `benchmark NAME` measures, and in which order and how long `benchmark all` does.
 
+`step` times a training step of any module.
+"""
+
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Benchmark(NamedTuple):
@@ -10,13 +14,14 @@ class Benchmark(NamedTuple):
     Attributes:
       title: its heading.
       cases: ``module.function`` of this package that makes its cases, called with `Settings` and options.
-      share: of the time of `benchmark all`, which passes on what a section leaves; 0 if it is not a section of that.
+      seconds: that its comparison with PyTorch takes on 2 cores of a CPU, about, start included; 0 if it is not a
+        section of `benchmark all`.
       against_peak: whether its products are compared with the machine's best.
     """
 
     title: str
     cases: str
-    share: float = 0.0
+    seconds: float = 0.0
     against_peak: bool = False
 
     def make_cases(self, settings: Any, **options: Any) -> list[Any]:
@@ -27,20 +32,68 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "machine": Benchmark("The machine's peak rates", "timing.machine", 0.5),
-    "step": Benchmark("A training step of the MNIST row: 784 pixels, the head, batch 64", "steps.step", 1.3, True),
-    "head": Benchmark("The head alone, forward and backward, dropout on", "head.head", 2.2, True),
-    "vgg5": Benchmark("VGG-5: the KMNIST row", "steps.vgg5", 1.5, True),
-    "seeds": Benchmark("Seeds side by side", "steps.seeds", 1.2),
-    "efficientnet_lite0": Benchmark("EfficientNet-Lite0 and head", "steps.efficientnet_lite0", 1.0, True),
-    "resnet50": Benchmark("ResNet-50 and head", "steps.resnet50", 0.8, True),
-    "wide_resnet101_2": Benchmark("Wide-ResNet-101-2 and head", "steps.wide_resnet101_2", 1.2, True),
-    "depth": Benchmark("Depth: compile time and run time", "head.depth", 0.6),
-    "epoch": Benchmark("A whole epoch of the MNIST row", "steps.epoch", 0.7, True),
-    "augmentation": Benchmark("Augmentation", "steps.augmentation", 0.2),
+    "machine": Benchmark("The machine's peak rates", "timing.machine", 12),
+    "step": Benchmark("A training step of the MNIST row: 784 pixels, the head, batch 64", "steps.step", 20, True),
+    "head": Benchmark("The head alone, forward and backward, dropout on", "head.head", 20, True),
+    "vgg5": Benchmark("VGG-5: the KMNIST row", "steps.vgg5", 40, True),
+    "seeds": Benchmark("Seeds side by side", "steps.seeds", 15),
+    "efficientnet_lite0": Benchmark("EfficientNet-Lite0 and head", "steps.efficientnet_lite0", 50, True),
+    "resnet50": Benchmark("ResNet-50 and head", "steps.resnet50", 70, True),
+    "wide_resnet101_2": Benchmark("Wide-ResNet-101-2 and head", "steps.wide_resnet101_2", 130, True),
+    "depth": Benchmark("Depth: compile time and run time", "head.depth", 15),
+    "epoch": Benchmark("A whole epoch of the MNIST row", "steps.epoch", 25, True),
+    "augmentation": Benchmark("Augmentation", "steps.augmentation", 12),
     "compile": Benchmark("`train` from start to end, with an empty and a warm compilation cache", "whole.train"),
     "input": Benchmark("Images decoded and resized a second, beside a PyTorch DataLoader", "whole.images"),
     "compare": Benchmark("Trials of `compare`, beside the same trainings in eager PyTorch", "whole.compare"),
 }
-SECTIONS = {name: benchmark.share for name, benchmark in BENCHMARKS.items() if benchmark.share}
-"""The sections of `benchmark all`, in its order, with their shares of the time."""
+SECTIONS = {name: benchmark.seconds for name, benchmark in BENCHMARKS.items() if benchmark.seconds}
+"""The sections of `benchmark all`, in its order, and about how many seconds the comparison of each takes."""
+
+
+def step(
+    model: Any,
+    batch: Any,
+    *,
+    peers: Mapping[str, Callable[[], Any]] | None = None,
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32",
+    rounds: int = 7,
+    seconds_per_round: float = 0.2,
+    **training: Any,
+) -> dict[str, Any]:
+    """Time a training step of `model`, as `fit` takes it: inside the compiled loop, and called from Python.
+
+    Example::
+
+        >>> import flax.linen as nn, numpy as np
+        >>> from pspinal_jax import benchmark
+        >>> x, y = np.zeros((64, 32), np.float32), np.zeros(64, np.int32)
+        >>> entry = benchmark.step(nn.Dense(10), (x, y), rounds=2, seconds_per_round=0.01)
+        >>> list(entry["alternatives"])
+        ['compiled loop', 'jitted step, Python loop']
+
+    Args:
+      model: as of `fit`.
+      batch: (x, y), arrays [B, ...] of the B examples of one step, or trees of them.
+      peers: other ways to take the step, timed in turn, name -> a function whose result is waited for.
+      precision: of products, JAX's and PyTorch's, set for this process: float32, tf32 or bfloat16.
+      rounds: how often each is timed.
+      seconds_per_round: about how long each timing takes.
+      **training: optimizer, loss, metrics, augment and mesh as of `fit`, and the fields of `FitOptions`.
+
+    Returns:
+      title, columns and rows of a table, the operations (`flops`) of a step's products and convolutions, and
+      `alternatives`: by name the seconds (`median`, `interval_95`), `examples_per_second`, and `times_faster`, how many
+      times faster the first one is.
+
+    Raises:
+      PSpinalError: as `fit`.
+    """
+    from pspinal_jax.benchmark.steps import time_step
+    from pspinal_jax.benchmark.timing import machine_settings, set_precision
+    from pspinal_jax.training.costs import measured_peak
+
+    set_precision(precision)
+    peaks = {} if (peak := measured_peak(precision)) is None else {precision: peak}
+    settings = machine_settings((precision,), peaks=peaks, rounds=rounds, seconds_per_round=seconds_per_round)
+    return time_step(model, batch, peers=peers, settings=settings, precision=precision, **training)

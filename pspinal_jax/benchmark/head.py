@@ -9,22 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspinal_jax.benchmark.timing import (
-    MODES,
+    EAGER,
     Case,
     Entry,
     Precision,
     Settings,
     Work,
+    beyond,
     calls,
     has_torch,
     layer_dtype,
     looped,
     timed,
     torch_device,
+    torch_modes,
 )
 from pspinal_jax.errors import RunError
 from pspinal_jax.heads import ProgressiveSpinalHead
 from pspinal_jax.heads.layouts import NATIVE_LAYOUT, Computed, Layout, convert_params
+from pspinal_jax.training.examples import check_at_least
 
 IMPLEMENTATIONS: tuple[Computed, ...] = ("fused", "unrolled", "scan")
 AT_DEPTH: dict[str, tuple[Computed, Layout, int]] = {
@@ -142,21 +145,35 @@ class HeadGradient:
         return work
 
 
-def head(settings: Settings) -> list[Case]:
-    """The head at several sizes, beside PyTorch's."""
+def head(
+    settings: Settings,
+    num_features: int | None = None,
+    layer_width: int | None = None,
+    num_layers: int | None = None,
+    num_classes: int | None = None,
+    batch_size: int | None = None,
+) -> list[Case]:
+    """The head beside PyTorch's, at several sizes or at the given ones, of which the first shape has the others."""
+    given = dict(zip(Shape._fields, (num_features, layer_width, num_layers, num_classes, batch_size), strict=True))
+    asked = {name: value for name, value in given.items() if value is not None}
+    check_at_least(1, **asked)
+    shapes = (SHAPES[0]._replace(**asked),) if asked else SHAPES
 
-    def case(shape: Shape, precision: Precision) -> Entry:
+    def case(shape: Shape, precision: Precision, quick: bool) -> Entry:
         gradient = HeadGradient(shape, jnp.dtype(layer_dtype(precision)))
-        work = alternatives(gradient, settings.quick) | (torch_alternatives(gradient) if has_torch() else {})
+        work = alternatives(gradient, settings.quick) | torch_alternatives(gradient, torch_modes(quick))
         return timed(f"{shape}, {precision}", work, shape.flops, precision, settings, examples=shape.batch_size)
 
+    sizes = [(shape, precision) for shape in shapes for precision in settings.precisions]
     cases = [
-        Case(f"{shape}, {precision}", partial(case, shape, precision), precision)
-        for shape in SHAPES
-        for precision in settings.precisions
+        Case(f"{shape}, {precision}", partial(case, shape, precision, False), precision) for shape, precision in sizes
     ]
-    smallest = min(SHAPES, key=lambda shape: shape.flops)
-    return [Case("same gradients", lambda: check_equal(HeadGradient(smallest)))] * has_torch() + cases
+    smallest = min(shapes, key=lambda shape: shape.flops)
+    check = [Case("same gradients", lambda: check_equal(HeadGradient(smallest)))] * has_torch()
+    if not settings.quick:
+        return check + cases
+    first = Case(f"{cases[0].name}, the first forms", partial(case, *sizes[0], True), sizes[0][1])
+    return [*check, first, *(beyond(each, 4) for each in cases)]
 
 
 def alternatives(head: HeadGradient, quick: bool = False) -> dict[str, Work]:
@@ -169,12 +186,14 @@ def alternatives(head: HeadGradient, quick: bool = False) -> dict[str, Work]:
     return work
 
 
-def torch_alternatives(head: HeadGradient) -> dict[str, Work]:
-    """PyTorch in each of its modes on the same arrays.
+def torch_alternatives(head: HeadGradient, modes: Sequence[str] = (EAGER,)) -> dict[str, Work]:
+    """PyTorch in each of `modes` on the same arrays.
 
     Raises:
       ImportError: if torch is not installed.
     """
+    if not modes:
+        return {}
     import torch
 
     from pspinal_jax.benchmark.torch_reference import load_head, repeated, training_step
@@ -190,7 +209,7 @@ def torch_alternatives(head: HeadGradient) -> dict[str, Work]:
         loss_of: Any = lambda features: (model(features).float() * weights).sum()  # noqa: E731
         return repeated(training_step(mode, loss_of, leaves.zero_grad, lambda: None), lambda _: features)
 
-    return {mode: work(mode) for mode in MODES}
+    return {mode: work(mode) for mode in modes}
 
 
 def check_equal(head: HeadGradient) -> None:
@@ -234,9 +253,11 @@ def depth(settings: Settings, depths: Sequence[int] = ()) -> list[Case]:
         work = {
             name: head.by_call(how, layout) for name, (how, layout, deepest) in AT_DEPTH.items() if layers <= deepest
         }
+        work |= torch_alternatives(head, torch_modes(quick=True))
         title, rounds = f"gradient of the head, {shape}, float32", 1 if settings.quick else settings.rounds
         entry = timed(title, work, shape.flops, "float32", settings, examples=shape.batch_size, rounds=rounds)
         first = {name: [timing["first_call"]] for name, timing in entry["alternatives"].items()}
         return entry | {"bars": entry["bars"] | {"s of the first call": first}}
 
-    return [Case(f"{layers} layers", partial(case, layers)) for layers in depths or settings.depths]
+    cases = [Case(f"{layers} layers", partial(case, layers)) for layers in depths or settings.depths]
+    return [cases[0], *(beyond(each, 3) for each in cases[1:])]

@@ -13,7 +13,7 @@ import numpy as np
 from pspinal_jax.benchmark import BENCHMARKS, SECTIONS
 from pspinal_jax.benchmark.timing import Entry
 from pspinal_jax.errors import printable
-from pspinal_jax.files import write_json, write_text
+from pspinal_jax.files import write_csv, write_json, write_text
 from pspinal_jax.pictures import drawn
 
 _FAIRNESS = """\
@@ -25,7 +25,7 @@ by autocast) and lets what stays float32 use TF32. PyTorch's images are channels
 random."""
 
 
-def format_record(record: dict[str, Any]) -> str:
+def format_record(record: dict[str, Any], left_out: bool = True) -> str:
     """The tables of one benchmark and what was left out, as Markdown; tables of one title are one."""
     tables: dict[str, list[Entry]] = {}
     for entry in record["entries"]:
@@ -34,11 +34,27 @@ def format_record(record: dict[str, Any]) -> str:
     for title, same in tables.items():
         rows = [row for entry in same for row in entry["rows"]]
         parts.append(f"{title}\n\n{_markdown(same[0]['columns'], rows)}")
+        if fastest := same[-1].get("fastest_of_torch"):
+            times = same[-1]["alternatives"][fastest]["times_faster"]
+            parts.append(f"fastest form of PyTorch: {fastest}, {times['median']:.2f} times as long as ours")
     memory = {"XLA": record.get("peak_memory_mb"), "PyTorch": record.get("torch_peak_memory_mb")}
     facts = [record["device"]["kind"], f"{record['seconds']:.0f} s"] if "device" in record else []
     facts += [f"peak memory of {library} {peak} MB" for library, peak in memory.items() if peak]
     facts += [] if record["status"] == "done" else [record["status"]]
-    return "\n\n".join([*parts, "; ".join([*facts, *(f"left out: {reason}" for reason in record["left_out"])])])
+    facts += [f"left out: {reason}" for reason in record["left_out"]] if left_out else []
+    return "\n\n".join([*parts, "; ".join(facts)])
+
+
+def write_tables(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write the rows of all tables of `records` as CSV, with the columns of all of them."""
+    entries = [(record["section"], entry) for record in records for entry in record["entries"]]
+    columns = list(dict.fromkeys(name for _, entry in entries for name in entry["columns"]))
+    rows = []
+    for section, entry in entries:
+        for row in entry["rows"]:
+            cells = dict(zip(entry["columns"], row, strict=True))
+            rows.append([section, entry["title"], *map(cells.get, columns)])
+    write_csv(path, ["benchmark", "table", *columns], rows)
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -81,11 +97,11 @@ def plot_entries(path: Path, entries: list[Entry], title: str) -> bool:
 
 
 def write_suite_report(workdir: Path, about: dict[str, Any]) -> None:
-    """Write report.md, suite.json and a plot a section from the sections' files in `workdir`.
+    """Write report.md, report.csv, suite.json and a plot a section from the sections' files in `workdir`.
 
     Args:
       workdir: where they lie.
-      about: command, minutes and date.
+      about: command, minutes, date, and what is `left_out` everywhere, which the report begins with.
     """
     paths = {name: workdir / f"{name}.json" for name in SECTIONS}
     records = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
@@ -99,10 +115,17 @@ def write_suite_report(workdir: Path, about: dict[str, Any]) -> None:
         "load average": ", ".join(f"{value:.2f}" for value in known.get("load_average", [])),
         "versions": ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items()),
     }
-    parts = ["# benchmark all", _markdown(["", ""], list(rows.items())), _FAIRNESS]
+    everywhere = [f"**Left out: {reason}.**" for reason in about.get("left_out", [])]
+    parts = ["# benchmark all", *everywhere, _markdown(["", ""], list(rows.items())), _FAIRNESS]
+    left_out = []
     for name, record in records.items():
         parts.append(f"## {BENCHMARKS[name].title}")
         if record["entries"] and plot_entries(workdir / f"{name}.png", record["entries"], record["device"]["kind"]):
             parts.append(f"![]({name}.png)")
-        parts.append(format_record(record))
+        parts.append(format_record(record, left_out=False))
+        reasons = [*record["left_out"], *(f"{case}: no time left" for case in record.get("further", []))]
+        reasons += [] if record["entries"] else [record["status"]]
+        left_out += [f"- {name}: {printable(reason)}" for reason in reasons]
+    parts += ["## Left out", "\n".join(left_out) or "nothing"]
+    write_tables(workdir / "report.csv", records.values())
     write_text(workdir / "report.md", "\n\n".join(parts) + "\n")

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from pspinal_jax.benchmark import BENCHMARKS, SECTIONS
-from pspinal_jax.benchmark.report import format_record, plot_entries, write_suite_report
+from pspinal_jax.benchmark.report import format_record, plot_entries, write_suite_report, write_tables
 from pspinal_jax.benchmark.timing import Case, Precision, has_torch, machine_settings, set_precision
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, UsageError, printable
@@ -28,14 +28,14 @@ from pspinal_jax.files import check_target, write_json
 from pspinal_jax.progress import say
 
 _SECONDS_TO_START = 4.0
-"""A section's process needs about so long until its first case; it comes on top of the section's own time."""
+"""A section's process needs about so long until its first case."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 """One process loads the libraries, before any of them has threads or a device, and each section's is its copy."""
 _LOADED = ("torch", "pspinal_jax.benchmark.run", "pspinal_jax.benchmark.steps")
-_MIN_SECONDS = 15.0
 _GRACE_SECONDS = 30.0
 """After the time is over, for the case that has begun."""
 _DONE, _NO_TIME = "done", "no time left"
+_NO_TORCH = "torch is not installed (extra `torch`)"
 
 
 def run_alone(
@@ -47,7 +47,7 @@ def run_alone(
     seconds_per_round: float | None = None,
     **options: Any,
 ) -> None:
-    """Measure benchmark `name`, print its tables and write results.json and results.png into `workdir`.
+    """Measure benchmark `name`, print its tables and write results.json, .csv and .png into `workdir`.
 
     Args:
       name: a name out of `BENCHMARKS`.
@@ -69,6 +69,7 @@ def run_alone(
         cases = BENCHMARKS["machine"].make_cases(settings) + cases
     workdir.mkdir(parents=True, exist_ok=True)
     record = measure(name, cases, lambda record: write_json(workdir / "results.json", {"command": command} | record))
+    write_tables(workdir / "results.csv", [record])
     plot_entries(workdir / "results.png", record["entries"], record["device"]["kind"])
     print(format_record(record))
 
@@ -78,16 +79,18 @@ def measure(
     cases: list[Case],
     save: Callable[[dict[str, Any]], object],
     *,
-    seconds: float = math.inf,
+    record: dict[str, Any] | None = None,
+    end: float = math.inf,
     keep_going: bool = False,
 ) -> dict[str, Any]:
     """Measure `cases` of benchmark `name`.
 
     Args:
       name: a name out of `BENCHMARKS`.
-      cases: what is measured; those for which no time is left after the first are left out.
+      cases: what is measured.
       save: called with the record before the first case and after every one.
-      seconds: the time.
+      record: of cases measured before, to go on with; `further` names those that are to be measured yet.
+      end: time of `time.monotonic` by which they must have ended: a further case is begun if that is to be expected.
       keep_going: whether a case that fails is left out, too.
 
     Returns:
@@ -96,28 +99,34 @@ def measure(
     Raises:
       RunError: if the alternatives compute different results: their timings would compare different work.
     """
-    started, entries, left_out = time.monotonic(), list[Any](), list[str]()
-    record: dict[str, Any] = {"section": name, "entries": entries, "left_out": left_out, "status": "running"}
-    record |= {"device": device(), "versions": versions() | _other_versions(), "cores": os.cpu_count()}
+    started = time.monotonic()
+    if record is None:
+        record = {"section": name, "entries": [], "left_out": [], "further": [], "seconds": 0.0}
+    entries, left_out, further, before = (record[each] for each in ("entries", "left_out", "further", "seconds"))
+    record |= {"status": "running", "device": device(), "versions": versions() | _other_versions()}
+    record["cores"] = os.cpu_count()
 
     def update() -> None:
-        record["seconds"], record["load_average"] = time.monotonic() - started, os.getloadavg()
+        record["seconds"], record["load_average"] = before + time.monotonic() - started, os.getloadavg()
         record.update(_peak_memory())
         save(record)
 
-    if not has_torch():
-        left_out.append("PyTorch: torch is not installed (extra `torch`)")
+    if not keep_going and not has_torch():  # `benchmark all` says it once
+        left_out.append(f"PyTorch: {_NO_TORCH}")
         say(f"left out: {left_out[0]}")
     update()
     for case in cases:
-        if entries and time.monotonic() - started > seconds:
-            left_out.append(f"{case.name}: {_NO_TIME}")
+        begun = time.monotonic()
+        if case.further and begun + case.times * record.get("comparison_seconds", 0.0) > end:
             continue
         say(f"{name}: {case.name}")
+        further[:] = [each for each in further if each != case.name]
         try:
             set_precision(case.precision)
             entry = case.run()
-            entries += [] if entry is None else [entry]
+            if entry is not None:
+                _add(entries, entry)
+                record.setdefault("comparison_seconds", time.monotonic() - begun)
         except Exception as error:
             if not keep_going or isinstance(error, RunError):
                 raise
@@ -127,6 +136,17 @@ def measure(
     record["status"] = _DONE
     update()
     return record
+
+
+def _add(entries: list[Any], entry: Any) -> None:
+    """Add an entry, in place of one of the same title whose alternatives are all in it."""
+    names = entry.get("alternatives", {}).keys()
+    entries[:] = [
+        each
+        for each in entries
+        if each["title"] != entry["title"] or not each.get("alternatives") or each["alternatives"].keys() - names
+    ]
+    entries.append(entry)
 
 
 def _other_versions() -> dict[str, str]:
@@ -158,6 +178,8 @@ def run_all(
 ) -> int:
     """Measure, and write a file of each section, its log, report.md and its plots into `workdir` as they come.
 
+    First the comparison with PyTorch of every section, then further sizes and arithmetics, as far as the time goes.
+
     Args:
       workdir: where to write.
       minutes: about how long all of it may take.
@@ -187,32 +209,52 @@ def run_all(
         (workdir / f"{name}.json").unlink(missing_ok=True)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch needs some of the memory too
     _CONTEXT.set_forkserver_preload(list(_LOADED))
-    about = {"command": command, "minutes": minutes, "date": time.strftime("%Y-%m-%d")}
-    end, failed = time.monotonic() + 60 * minutes, 0
-    for number, name in enumerate(names):
-        left = end - time.monotonic() - _SECONDS_TO_START * (len(names) - number)
-        seconds = max(_MIN_SECONDS, left * SECTIONS[name] / sum(SECTIONS[other] for other in names[number:]))
-        say(f"[{number + 1}/{len(names)}] {name}: up to {seconds:.0f} s")
-        status = _run_section(workdir, name, seconds, end + _GRACE_SECONDS, precisions, tiny)
-        failed += not status.startswith((_DONE, _NO_TIME))
-        path = workdir / f"{name}.json"
-        write_json(path, {"section": name, "entries": [], "left_out": []} | _read(path) | {"status": status})
-        write_suite_report(workdir, about)
+    about: dict[str, Any] = {
+        "command": command,
+        "minutes": minutes,
+        "date": time.strftime("%Y-%m-%d"),
+        "left_out": list[str](),
+    }
+    if not has_torch():
+        about["left_out"].append(f"PyTorch in all sections: {_NO_TORCH}")
+        say(f"PyTorch: {_NO_TORCH}: nothing is compared with it")
+    end, failed = time.monotonic() + 60 * minutes, set[str]()
+    for further in (False, True):
+        for number, name in enumerate(names):
+            left, path = end - time.monotonic(), workdir / f"{name}.json"
+            begun, needed = _read(path), SECTIONS[name]
+            if further:
+                needed = _SECONDS_TO_START + begun.get("comparison_seconds", 0.0)
+            seconds = max(needed, left * SECTIONS[name] / sum(SECTIONS[other] for other in names[number:]))
+            if further and (name in failed or not begun.get("further")):
+                continue
+            if needed > left + (0 if further else _GRACE_SECONDS):
+                status = _DONE if further else _NO_TIME
+            else:
+                say(f"[{number + 1}/{len(names)}] {name}{', further cases' if further else ''}: up to {seconds:.0f} s")
+                arguments = (name, seconds, path, tuple(precisions), _peaks(workdir), tiny, further)
+                status = _run_section(arguments, end + _GRACE_SECONDS)
+            if not status.startswith((_DONE, _NO_TIME)):
+                failed.add(name)
+            empty = {"section": name, "entries": [], "left_out": [], "further": []}
+            write_json(path, empty | _read(path) | {"status": status})
+            write_suite_report(workdir, about)
     print(printable(workdir / "report.md"), flush=True)
-    return failed
+    return len(failed)
 
 
-def _run_section(workdir: Path, name: str, seconds: float, latest: float, precisions: Sequence[str], tiny: bool) -> str:
-    """Run a section; 'done', or in a few words why not."""
-    left = latest - time.monotonic()
-    if left < _MIN_SECONDS:
-        return _NO_TIME
+def _peaks(workdir: Path) -> dict[str, float]:
     rates = _read(workdir / "machine.json").get("entries", [])
-    peaks = {entry["precision"]: entry["flops_per_second"] for entry in rates}
-    arguments = (name, seconds, workdir / f"{name}.json", tuple(precisions), peaks, tiny)
+    return {entry["precision"]: entry["flops_per_second"] for entry in rates}
+
+
+def _run_section(arguments: tuple[Any, ...], latest: float) -> str:
+    """Run `section` with these arguments; 'done', or in a few words why not."""
+    name, seconds = arguments[:2]
     process = _CONTEXT.Process(target=section, args=arguments, daemon=True)
     process.start()
     # A case that has begun may end; what hangs may not take the others' time.
+    left = latest - time.monotonic()
     patience = min(1.5 * seconds + 45.0, left)
     process.join(patience)
     status = process.exitcode
@@ -224,15 +266,29 @@ def _run_section(workdir: Path, name: str, seconds: float, latest: float, precis
 
 
 def section(
-    name: str, seconds: float, output: Path, precisions: Sequence[Precision], peaks: dict[str, float], tiny: bool
+    name: str,
+    seconds: float,
+    output: Path,
+    precisions: Sequence[Precision],
+    peaks: dict[str, float],
+    tiny: bool,
+    further: bool,
 ) -> None:
     """What the process of section `name` runs; what it prints goes to the log beside `output`."""
+    end = time.monotonic() + seconds
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | (os.O_APPEND if further else os.O_TRUNC))
     os.dup2(log, 1)
     os.dup2(log, 2)
-    cases = BENCHMARKS[name].make_cases(machine_settings(precisions, tiny, peaks=peaks))
-    measure(name, cases, lambda record: write_json(output, record), seconds=seconds, keep_going=True)
+    cases = BENCHMARKS[name].make_cases(machine_settings(precisions, tiny, peaks=peaks, deadline=end))
+    asked = [case for case in cases if case.further == further]
+    record = _read(output) if further else None
+    if further:
+        asked = [case for case in asked if case.name in record["further"]]  # type: ignore[index]
+    else:
+        later = [case.name for case in cases if case.further]
+        record = {"section": name, "entries": [], "left_out": [], "further": later, "seconds": 0.0}
+    measure(name, asked, lambda found: write_json(output, found), record=record, end=end, keep_going=True)
 
 
 def _end_with_the_parent() -> None:

@@ -9,6 +9,7 @@ the same arithmetic only if both are set to it:
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,11 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pspinal_jax.training.costs import save_peak
+
 Work = Callable[[int], Any]
 """Does so many repetitions of the work, and returns when they are done."""
 Entry = dict[str, Any]
 """A table of the outcome: title, columns, rows, bars to plot, and the numbers behind them."""
-EAGER, COMPILED = MODES = ("PyTorch eager", "torch.compile")
+EAGER, COMPILED = "PyTorch eager", "torch.compile"
+REDUCED, GRAPH = "torch.compile, reduce-overhead", "PyTorch, the step as a CUDA graph"
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
@@ -35,13 +39,23 @@ class Case(NamedTuple):
       name: what is measured, in a few words.
       run: measures it; returns None if it only checks that alternatives do the same work.
       precision: the arithmetic, which is set before.
+      further: whether `benchmark all` measures it after the comparisons with PyTorch of all sections, see `beyond`.
+      times: about how many times as long it takes as the section's comparison.
     """
 
     name: str
     run: Callable[[], Entry | None]
     precision: Precision = "float32"
+    further: bool = False
+    times: float = 1.0
 
 
+def beyond(case: Case, times: float = 1.0) -> Case:
+    """`case` as one of those for which time may be left when every section has its comparison."""
+    return case._replace(further=True, times=times)
+
+
+_MIN_ROUNDS = 2
 _IN_JAX = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "tensorfloat32"}
 
 
@@ -61,6 +75,7 @@ class Settings:
       image_side: their side in pixels.
       vgg5_steps: steps of VGG-5 in one timing, a whole epoch on an accelerator.
       peaks: operations a second of products by precision, where they have been measured.
+      deadline: time of `time.monotonic` from which on no round begins but the first two.
     """
 
     precisions: Sequence[Precision]
@@ -73,10 +88,19 @@ class Settings:
     image_side: int = 224
     vgg5_steps: int = 2
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
+    deadline: float = math.inf
 
-    def time(self, work: "Work") -> "Timing":
-        """`work` timed by itself."""
-        return time_interleaved({"": work}, rounds=self.rounds, seconds_per_round=self.seconds_per_round)[""]
+    def time(self, work: "Mapping[str, Work]", rounds: int | None = None, warm: bool = True) -> "dict[str, Timing]":
+        """`work` by name, timed in turn."""
+        how: dict[str, Any] = {"rounds": rounds or self.rounds, "seconds_per_round": self.seconds_per_round}
+        return time_interleaved(work, warm=warm, deadline=self.deadline, **how)
+
+
+def torch_modes(quick: bool) -> tuple[str, ...]:
+    """The forms of PyTorch to compare with; `quick` ones leave out its compiler, which takes minutes for a network."""
+    cuda = has_torch() and torch_device() == "cuda"
+    forms = (EAGER, *([GRAPH] if cuda else []), *([] if quick else [COMPILED, *([REDUCED] if cuda else [])]))
+    return forms if has_torch() else ()
 
 
 def machine_settings(precisions: Sequence[Precision] = (), tiny: bool = False, **changes: Any) -> Settings:
@@ -179,6 +203,7 @@ def time_interleaved(
     seconds_per_round: float = 0.3,
     max_repetitions: int = 1_000_000,
     warm: bool = True,
+    deadline: float = math.inf,
 ) -> dict[str, Timing]:
     """Time every alternative once per round, in turn, each after a pause and a tenth of its work untimed.
 
@@ -188,6 +213,7 @@ def time_interleaved(
       seconds_per_round: repetitions per timing are chosen so that it takes about so long.
       max_repetitions: upper bound on them.
       warm: False times single repetitions, right after the first call: for work of many seconds.
+      deadline: time of `time.monotonic` from which on no round begins but the first two.
 
     Returns:
       A `Timing` for each.
@@ -201,7 +227,9 @@ def time_interleaved(
         first_call[name] = time.perf_counter() - start
         repetitions[name] = _calibrate(do, seconds_per_round, max_repetitions) if warm else 1
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number >= _MIN_ROUNDS and time.monotonic() > deadline:
+            break
         for name, do in work.items():
             time.sleep(pause)
             if warm:
@@ -246,9 +274,7 @@ def timed(
       rounds: other than the settings'.
       warm: see `time_interleaved`.
     """
-    timings = time_interleaved(
-        work, rounds=rounds or settings.rounds, seconds_per_round=settings.seconds_per_round, warm=warm
-    )
+    timings = settings.time(work, rounds, warm)
     first, peak = next(iter(timings.values())), settings.peaks.get(precision)
     rows, alternatives, bars = [], dict[str, Any](), dict[str, list[float]]()
     for name, timing in timings.items():
@@ -270,7 +296,9 @@ def timed(
         row["examples/s"] = round(examples / median)
         row["faster by"] = "{:.2f} x ({:.2f} .. {:.2f})".format(times["median"], *times["interval_95"]) if times else ""
         rows.append(row)
-    numbers = {"precision": precision, "flops": flops, "alternatives": alternatives}
+    peers = [name for name in timings if "orch" in name]
+    numbers: dict[str, Any] = {"precision": precision, "flops": flops, "alternatives": alternatives}
+    numbers["fastest_of_torch"] = min(peers, key=lambda name: timings[name].median) if peers else None
     return table(title, rows, {"ms (median, 95 % interval)": bars}, **numbers)
 
 
@@ -300,9 +328,14 @@ def machine(settings: Settings) -> list[Case]:
         dtype = layer_dtype(precision)
         numbers = np.random.default_rng(0).standard_normal((size, size), np.float32) / size
         matrix, vector = jnp.asarray(numbers, dtype), jnp.zeros(length, jnp.float32)
+        # XLA's CPU compiler is slow at products that give bfloat16, and fast at those that are rounded to it.
+        summed = jnp.float32 if jax.default_backend() == "cpu" else dtype
+
+        def product(_: Any, pair: Any) -> Any:
+            return jnp.matmul(*pair, preferred_element_type=summed).astype(dtype), pair[1]
 
         work: dict[str, Work] = {
-            "products": looped(lambda _, pair: (pair[0] @ pair[1], pair[1]), (matrix, matrix)),
+            "products": looped(product, (matrix, matrix)),
             "copies": looped(lambda _, value: value + 1, vector),
         }
         if has_torch():
@@ -310,13 +343,15 @@ def machine(settings: Settings) -> list[Case]:
         seconds = {name: timing.median for name, timing in time_interleaved(work, rounds=5).items()}
         rates = {name: 2 * size**3 / value for name, value in seconds.items()}
         settings.peaks[precision], copied = rates["products"], 2 * vector.nbytes / seconds["copies"]
-        row: dict[str, Any] = {"": precision, "JAX, TFLOP/s": rates["products"] / 1e12}
+        save_peak(precision, rates["products"])
+        row: dict[str, Any] = {"precision": precision, "JAX, TFLOP/s": rates["products"] / 1e12}
         row["PyTorch, TFLOP/s"] = rates["PyTorch"] / 1e12 if "PyTorch" in rates else None
         row["copies, GB/s"] = round(copied / 1e9)
         found: dict[str, Any] = {"flops_per_second": rates["products"], "bytes_per_second": copied}
         return table("Peak rates", [row], precision=precision, **found)
 
-    return [Case(precision, partial(case, precision), precision) for precision in settings.precisions]
+    cases = [Case(precision, partial(case, precision), precision) for precision in settings.precisions]
+    return cases[:1] + [beyond(each) for each in cases[1:]]
 
 
 def _torch_products(numbers: np.ndarray, dtype: str) -> Work:
@@ -331,14 +366,3 @@ def _torch_products(numbers: np.ndarray, dtype: str) -> Work:
         float(value[0, 0])  # waits for the device
 
     return products
-
-
-def count_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Floating-point operations of ``function(*args)`` as XLA counts them; what a loop repeats counts once.
-
-    Args:
-      function: a function of arrays.
-      args: arrays, or shapes as `jax.ShapeDtypeStruct`.
-    """
-    analysis: Any = jax.jit(function).lower(*args).cost_analysis()
-    return int(analysis["flops"])

@@ -4,12 +4,14 @@ Run as a program, ``python -m pspinal_jax.benchmark.torch_reference MNIST.npz EP
 published.
 """
 
+import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, reduce
-from operator import getitem
+from operator import attrgetter, getitem
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from pspinal_jax.backbones import efficientnet, resnet, vgg5
-from pspinal_jax.benchmark.timing import COMPILED, EAGER, Work, torch_device
+from pspinal_jax.benchmark.timing import COMPILED, EAGER, GRAPH, REDUCED, Work, torch_device
 from pspinal_jax.comparison.settings import HeadName, Hparams
 from pspinal_jax.comparison.train import Schedule
 from pspinal_jax.layers.depthwise import same_padding
@@ -66,12 +68,19 @@ class TorchHead(nn.Module):
         return self.dropout(torch.cat(outputs, 1) if outputs else features)
 
 
-def load_head(params: dict[str, Any], dropout_rate: float) -> TorchHead:
-    """The head with the sizes and parameters of a `ProgressiveSpinalHead`, given as its documented tree."""
+def load_head(
+    params: dict[str, Any], dropout_rate: float, name: HeadName = "progressive", num_features: int | None = None
+) -> TorchHead:
+    """The head with the sizes and parameters of one of ours, given as its documented tree.
+
+    `num_features` is needed of a SpinalNet head, whose layers see halves of the features.
+    """
     layers = [params[f"layer_{index}"] for index in range(1, len(params))]
-    (num_features, layer_width), num_classes = layers[0]["kernel"].shape, params["output"]["kernel"].shape[1]
-    sizes = (num_features, num_classes, layer_width, len(layers))
-    head = TorchHead("progressive", *sizes, dropout_rate, batch_norm="norm" in layers[0])
+    (fan_in, num_classes), norm = params["output"]["kernel"].shape, bool(layers) and "norm" in layers[0]
+    if layers:
+        fan_in, layer_width = layers[0]["kernel"].shape
+    sizes = (num_features or fan_in, num_classes, layer_width if layers else 0, len(layers))
+    head = TorchHead(name, *sizes, dropout_rate, batch_norm=norm)
     for tree, layer, norm in zip(layers, head.layers, head.norms, strict=True):
         _copy(tree, layer, norm)
     _copy(params["output"], head.output)
@@ -225,30 +234,90 @@ class TorchClassifier(nn.Module):
         return self.head(images.flatten(1) if self.backbone is None else self.backbone(images.permute(0, 3, 1, 2)))
 
 
-def build_classifier(recipe: Recipe, variables: dict[str, Any]) -> TorchClassifier:
-    """The PyTorch classifier of `recipe` with our variables."""
+def build_classifier(recipe: Recipe, variables: dict[str, Any], num_features: int | None = None) -> TorchClassifier:
+    """The PyTorch classifier of `recipe` with our variables; see `load_head`."""
     params, name = variables["params"], recipe.model.backbone
     backbone = None if name == "none" else TorchBackbone(name)
     if backbone is not None:
         load_units(backbone.units, params["backbone"])
-    return TorchClassifier(backbone, load_head(params["head"], recipe.model.dropout_rate))
+    settings = recipe.model
+    return TorchClassifier(backbone, load_head(params["head"], settings.dropout_rate, settings.head, num_features))
 
 
 Step = Callable[..., torch.Tensor]
 
 
-def training_step(mode: str, loss_of: Step, clear: Callable[[], Any], update: Callable[[], Any]) -> Step:
-    """The step that clears the gradients, computes them anew, updates by them, and returns the loss."""
-    loss_of = torch.compile(loss_of) if mode == COMPILED else loss_of
+def training_step(
+    mode: str,
+    loss_of: Step,
+    clear: Callable[[], Any],
+    update: Callable[[], Any],
+    rewind: Callable[[], Any] = lambda: None,
+) -> Step:
+    """The step that clears the gradients, computes them anew, updates by them, and returns the loss.
+
+    Args:
+      mode: `EAGER`, `COMPILED` or `REDUCED`, in which the loss is compiled, or `GRAPH`, a CUDA graph of the whole step.
+      loss_of: the loss of some inputs.
+      clear: drops the gradients.
+      update: the optimiser's step.
+      rewind: undoes all steps since the first, in place; see `_recorded`.
+    """
+    if mode in (COMPILED, REDUCED):
+        loss_of = torch.compile(loss_of, mode="reduce-overhead" if mode == REDUCED else None)
 
     def step(*inputs: torch.Tensor) -> torch.Tensor:
+        if mode == REDUCED:
+            torch.compiler.cudagraph_mark_step_begin()
         clear()
         loss = loss_of(*inputs)
         loss.backward()
         update()
         return loss
 
-    return step
+    return _recorded(step, rewind) if mode == GRAPH else step
+
+
+_WARM_UPS = 3
+
+
+def _recorded(step: Step, rewind: Callable[[], Any]) -> Step:
+    """`step` as one CUDA graph, recorded at the first call and played from then on, with inputs at a fixed place.
+
+    Libraries and optimiser allocate in the first steps, which must not be in the graph. They are taken on a side
+    stream, as PyTorch's notes on CUDA graphs demand, and undone by `rewind`.
+    """
+    recording: list[Any] = []
+
+    def played(inputs: torch.Tensor) -> torch.Tensor:
+        if not recording:
+            place = inputs if inputs.requires_grad else inputs.clone()  # a leaf is the same at every call
+            _aside(lambda: [step(place) for _ in range(_WARM_UPS)])
+            rewind()
+            recording.extend((place, *_record(lambda: step(place))))
+        place, play, loss = recording
+        if inputs is not place:
+            place.copy_(inputs)
+        play()
+        return loss
+
+    return played
+
+
+def _aside(call: Callable[[], Any]) -> None:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _record(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], Any], torch.Tensor]:
+    """What plays the recorded work, and the tensor that its result comes to lie in."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
 
 
 def repeated(step: Step, inputs: Callable[[int], Any]) -> Work:
@@ -269,22 +338,85 @@ def recipe_step(recipe: Recipe, data: Any, variables: dict[str, Any], mode: str)
       recipe: the recipe.
       data: `images`, `labels`; they are copied to the device.
       variables: our initial parameters and running statistics.
-      mode: `EAGER` or `COMPILED`.
+      mode: see `training_step`.
     """
     device, config = torch_device(), recipe.optimizer
-    model = build_classifier(recipe, variables).to(device).train()
+    num_features = data.images[0].size if recipe.model.backbone == "none" else None
+    model = build_classifier(recipe, variables, num_features).to(device).train()
     images, labels = torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).long().to(device)
     shift, scale = (torch.as_tensor(value, device=device) for value in normalisation(recipe))
-    made: Any = partial(torch.optim.SGD, momentum=config.momentum)
-    if config.name != "sgd":
-        made = partial(torch.optim.Adam, betas=(config.momentum, 0.999))
-    optimizer = made(model.parameters(), lr=config.learning_rate, fused=True)
+    if config.name == "sgd":
+        made: Any = partial(torch.optim.SGD, momentum=config.momentum, nesterov=config.nesterov)
+    else:
+        kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+        made = partial(kind, betas=(config.momentum, 0.999), capturable=mode == GRAPH and device == "cuda")
+    optimizer = made(_by_decay(model, config.weight_decay), lr=config.learning_rate, fused=True)
     forward = computing_in(recipe.dtype, model)
+    begun = copy.deepcopy(model.state_dict())
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(forward((images[rows].float() / 255 - shift) / scale), labels[rows])
+        inputs = images[rows]
+        if inputs.dtype == torch.uint8:
+            inputs = (inputs.float() / 255 - shift) / scale
+        return functional.cross_entropy(forward(inputs), labels[rows], label_smoothing=recipe.label_smoothing)
 
-    return training_step(mode, loss_of, optimizer.zero_grad, optimizer.step), model
+    def rewind() -> None:
+        model.load_state_dict(begun)
+        for state in optimizer.state.values():
+            for value in filter(torch.is_tensor, state.values()):  # momenta, and Adam's number of steps
+                value.zero_()
+
+    return training_step(mode, loss_of, optimizer.zero_grad, optimizer.step, rewind), model
+
+
+_TWIN = {
+    "model.layer_dropout_rate": 0.0,
+    "optimizer.backbone_rate": 1.0,
+    "micro_batches": 1,
+    "freeze": "none",
+    "class_weights": "none",
+    "gradient_clip": 0.0,
+    "ema_decay": 0.0,
+    "num_seeds": 1,
+}
+"""The settings that the PyTorch side has not, at the values at which they do nothing."""
+
+
+def missing_setting(recipe: Recipe) -> str | None:
+    """The first setting of `recipe` that `recipe_step` would ignore; None where it computes the same."""
+    return next((name for name, value in _TWIN.items() if attrgetter(name)(recipe) != value), None)
+
+
+def _by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The optimiser's groups: kernels, which decay, and everything else."""
+    kernels, others = ([p for p in model.parameters() if (p.ndim > 1) == decays] for decays in (True, False))
+    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def warped(images: torch.Tensor) -> torch.Tensor:
+    """Random perspective (p 0.5) and rotation (up to 10 degrees) of images uint8 [N, H, W, C], sampled twice."""
+    count, device = len(images), images.device
+    corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]], device=device).expand(count, 4, 2)
+    moves = torch.rand(count, 1, 1, device=device) < 0.5
+    x, y = (corners * (1 - 0.5 * torch.rand_like(corners) * moves)).unbind(-1)
+    u, v = corners.unbind(-1)
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    rows = [[x, y, one, zero, zero, zero, -u * x, -u * y], [zero, zero, zero, x, y, one, -v * x, -v * y]]
+    equations = torch.cat([torch.stack(row, -1) for row in rows], 1)
+    solved = torch.linalg.solve(equations, torch.cat([u, v], 1))
+    matrix = torch.cat([solved, solved.new_ones(count, 1)], 1).view(-1, 3, 3)
+    maps = images.permute(0, 3, 1, 2).float()
+    same = torch.eye(2, 3, device=device).expand(count, 2, 3)
+    grid = functional.affine_grid(same, list(maps.shape), align_corners=False)
+    where = torch.cat([grid, torch.ones_like(grid[..., :1])], -1).flatten(1, 2) @ matrix.mT
+    grid = (where[..., :2] / where[..., 2:]).view_as(grid)
+    maps = functional.grid_sample(maps, grid, align_corners=False)
+    angles = (2 * torch.rand(count, device=device) - 1) * math.radians(10)
+    sine, cosine, none = angles.sin(), angles.cos(), torch.zeros_like(angles)
+    turned = torch.stack([cosine, -sine, none, sine, cosine, none], 1).view(-1, 2, 3)
+    grid = functional.affine_grid(turned, list(maps.shape), align_corners=False)
+    maps = functional.grid_sample(maps, grid, mode="nearest", align_corners=False)
+    return maps.permute(0, 2, 3, 1).to(torch.uint8)
 
 
 def backbone_features(recipe: Recipe, data: Any) -> Work:
@@ -292,12 +424,17 @@ def backbone_features(recipe: Recipe, data: Any) -> Work:
     device = torch_device()
     forward = computing_in(recipe.dtype, TorchBackbone(recipe.model.backbone).to(device).eval())
     images = torch.from_numpy(data.images).to(device)
+    return passes(lambda images: forward((images.float() / 255).permute(0, 3, 1, 2)), images)
+
+
+def passes(function: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> Work:
+    """So many calls of `function` on `images`, without gradients; returns when they are done."""
 
     def run(count: int) -> None:
         with torch.inference_mode():
             for _ in range(count):
-                result = forward((images.float() / 255).permute(0, 3, 1, 2))
-            float(result[0, 0])  # waits for the device
+                result = function(images)
+            float(result.flatten()[0])  # waits for the device
 
     return run
 
@@ -376,9 +513,7 @@ def train_head(
     """The training of `pspinal_jax.comparison.train.train_head` in eager PyTorch, one thread a core."""
     torch.manual_seed(seed)
     features, targets = torch.from_numpy(inputs), torch.from_numpy(labels).long()
-    kernels, biases = ([p for p in model.parameters() if (p.ndim == 2) == two] for two in (True, False))
-    groups = [{"params": kernels, "weight_decay": hparams.weight_decay}, {"params": biases, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=hparams.learning_rate)
+    optimizer = torch.optim.AdamW(_by_decay(model, hparams.weight_decay), lr=hparams.learning_rate)
     smoothed = partial(functional.cross_entropy, label_smoothing=hparams.label_smoothing)
     step = training_step(
         EAGER, lambda rows: smoothed(model(features[rows]), targets[rows]), optimizer.zero_grad, optimizer.step

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pspinal_jax.benchmark import BENCHMARKS
-from pspinal_jax.commands import table
+from pspinal_jax.commands import naming_flags, table
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import check_target, expanded
+from pspinal_jax.recipes.schema import BackboneName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +18,30 @@ class Flags:
     """The flags of all benchmarks, each of which has some of them; they become arguments of its cases."""
 
     workdir: Path
-    """Where results.json and results.png go."""
+    """Where results.json, results.csv and results.png go."""
     rounds: int
     """How often each alternative is timed, in turn with the others."""
     seconds_per_round: float
     """About how long each timing takes; at least one repetition."""
     dtype: Literal["float32", "bfloat16"]
     """dtype to compute in."""
-    recipe: Literal["mnist-paper", "kmnist-paper", "caltech101-paper"]
-    """mnist-paper: the head on 784 pixels; kmnist-paper: VGG-5 and head; caltech101-paper: Wide-ResNet-101-2 and head
-    on colour images. Without augmentation."""
+    recipe: str | None
+    """Any recipe, or the path of a .py file with one, without its augmentation; by default mnist-paper, the head on 784
+    pixels, or with a backbone kmnist-paper or caltech101-paper."""
+    backbone: BackboneName | None
+    """In place of the recipe's backbone."""
+    image_size: int | None
+    """Side of the images in pixels, of recipes of image files."""
     batch_size: int | None
-    """Examples a step; the recipe's by default."""
+    """Examples a step."""
+    num_features: int | None
+    """Length of the feature vectors: 1280 by default for recipes on features, 784 for the head."""
+    num_classes: int | None
+    """Number of classes."""
+    layer_width: int | None
+    """Width of the head's hidden layers; a size given, the others are 784, 128, 4, 10 and 64."""
+    num_layers: int | None
+    """Number of hidden layers."""
     train: tuple[str, ...]
     """The recipe and flags of `train`, flags written without their leading dashes as name=value: digits epochs=1."""
     published_data: Path | None
@@ -50,10 +63,11 @@ class Flags:
 
 
 _COMPUTED = {"rounds": 7, "seconds_per_round": 0.2, "dtype": "float32"}
-_STEP = {"rounds": 15, "seconds_per_round": 0.4, "recipe": "mnist-paper", "batch_size": None}
+_SIZES = ("num_features", "num_classes", "batch_size")
+_STEP = dict.fromkeys(("recipe", "backbone", "image_size", *_SIZES)) | {"rounds": 15, "seconds_per_round": 0.4}
 DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys(BENCHMARKS, _COMPUTED) | {
     "step": _COMPUTED | _STEP,
-    "head": _COMPUTED | {"rounds": 11},
+    "head": _COMPUTED | {"rounds": 11} | dict.fromkeys(("layer_width", "num_layers", *_SIZES)),
     "epoch": {"rounds": 5, "seconds_per_round": 1.0},
     "compile": {"rounds": 3, "train": ("digits",), "published_data": None, "published_epochs": 50},
     "depth": {"rounds": 3, "depths": (4, 16, 64, 256)},
@@ -81,11 +95,12 @@ def benchmark(args: Sequence[str]) -> int:
     defaults = {"workdir": Path(f"runs/benchmark-{name}")} | DEFAULTS[name]
     arguments = dataclasses.make_dataclass("Arguments", [field_of(known[flag], defaults[flag]) for flag in defaults])
     parsed = parse(arguments, flags, f"benchmark {name}", "", description=BENCHMARKS[name].title)
-    check_target(parsed.workdir, "work directory", "results.json")
+    check_target(parsed.workdir, "work directory", "results.json", "results.csv")
     check_platform()
     from pspinal_jax.benchmark.run import run_alone
 
-    run_alone(name, command=f"pspinal-jax benchmark {shlex.join(args)}", **vars(parsed))
+    with naming_flags():
+        run_alone(name, command=f"pspinal-jax benchmark {shlex.join(args)}", **vars(parsed))
     return 0
 
 

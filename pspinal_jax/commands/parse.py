@@ -29,11 +29,11 @@ MIN_COLUMNS, MAX_COLUMNS = 40, 400
 ALIASES = {
     "b": "batch-size", "batch": "batch-size", "bs": "batch-size", "classes": "num-classes", "clip": "gradient-clip",
     "data": "data.path", "data-path": "data.path", "dropout": "dropout-rate", "e": "epochs", "ema": "ema-decay",
-    "img-size": "image-size", "imgsz": "image-size", "j": "workers", "jitter": "color-jitter", "layers": "num-layers",
-    "lr": "learning-rate", "model": "model.backbone", "num-workers": "workers", "o": "output", "opt": "optimizer.name",
-    "optimizer": "optimizer.name", "out": "output", "output": "workdir", "output-dir": "workdir", "seeds": "num-seeds",
-    "smoothing": "label-smoothing", "topk": "top", "val-split": "validation-fraction", "warmup": "warmup-epochs",
-    "wd": "weight-decay", "width": "layer-width",
+    "features": "num-features", "img-size": "image-size", "imgsz": "image-size", "j": "workers",
+    "jitter": "color-jitter", "layers": "num-layers", "lr": "learning-rate", "model": "model.backbone",
+    "num-workers": "workers", "o": "output", "opt": "optimizer.name", "optimizer": "optimizer.name", "out": "output",
+    "output": "workdir", "output-dir": "workdir", "seeds": "num-seeds", "smoothing": "label-smoothing", "topk": "top",
+    "val-split": "validation-fraction", "warmup": "warmup-epochs", "wd": "weight-decay", "width": "layer-width",
 }
 # fmt: on
 """Names that other trainers have for a flag or for the last part of one, where a command has such a flag."""

@@ -1,21 +1,28 @@
 """The benchmarks measure what they say, in small; their numbers are not tested."""
 
+import csv
 import dataclasses
 import json
+import math
+import time
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 
 from pspinal_jax.__main__ import main
 from pspinal_jax.benchmark import BENCHMARKS, head, run, steps
+from pspinal_jax.benchmark import step as benchmark_step
 from pspinal_jax.benchmark.report import format_record, plot_entries
 from pspinal_jax.benchmark.timing import (
     EAGER,
+    GRAPH,
     Case,
     Settings,
     Timing,
-    count_flops,
+    beyond,
     median_interval,
     ratio,
     table,
@@ -24,6 +31,9 @@ from pspinal_jax.benchmark.timing import (
 )
 from pspinal_jax.benchmark.whole import train_published
 from pspinal_jax.errors import RunError, UsageError
+from pspinal_jax.models import build_model
+from pspinal_jax.recipes import list_recipes
+from pspinal_jax.recipes.schema import AugmentConfig
 
 SMALL = head.Shape(6, 4, 3, 2, 5)
 
@@ -119,11 +129,33 @@ def test_different_work_ends_a_section():
         run.measure("machine", failing(RunError("they differ")), lambda r: None, keep_going=True)
 
 
-def test_no_case_but_the_first_is_begun_after_its_time():
+def test_a_further_case_is_begun_only_if_it_can_end():
+    cases = [beyond(Case(name, lambda: table("t", [{"": 1}])), times) for name, times in (("a", 5), ("b", 1))]
+    begun = {"section": "machine", "entries": [], "left_out": [], "further": ["a", "b"], "seconds": 7.0}
+    begun["comparison_seconds"] = 100.0
+    record = run.measure("machine", cases, lambda record: None, record=begun, end=time.monotonic() + 200)
+    assert record["further"] == ["a"] and len(record["entries"]) == 1 and record["seconds"] >= 7.0
+
+
+def test_the_comparison_is_what_further_cases_are_expected_to_take():
     """A check takes time and has no figures, so that it does not count as one."""
-    cases = [Case("check", lambda: None), *failing(ValueError())[1:]]
-    record = run.measure("machine", cases, lambda r: None, seconds=-1.0)
-    assert record["left_out"][-1] == "third: no time left" and len(record["entries"]) == 1
+    cases = [Case("check", lambda: time.sleep(0.2)), *failing(ValueError())[1:]]
+    record = run.measure("machine", cases, lambda record: None)
+    assert 0 <= record["comparison_seconds"] < 0.2
+
+
+def test_a_table_gives_way_to_one_with_more_alternatives():
+    few, more = ({"title": "t", "alternatives": dict.fromkeys(names)} for names in ("a", "ab"))
+    entries = []
+    for entry in (few, more, few | {"title": "u"}, table("t", [{"": 1}])):
+        run._add(entries, entry)
+    assert [list(entry.get("alternatives", "-")) for entry in entries] == [["a", "b"], ["a"], ["-"]]
+
+
+def test_no_round_but_two_begins_after_the_deadline():
+    for deadline, rounds in ((0.0, 2), (math.inf, 4)):
+        how = {"rounds": 4, "seconds_per_round": 0.0, "max_repetitions": 1, "deadline": deadline}
+        assert len(time_interleaved({"": lambda count: None}, **how)[""].seconds) == rounds
 
 
 def test_a_cases_precision_is_set_before_it_runs():
@@ -243,23 +275,145 @@ def test_pytorch_computes_the_same_and_a_difference_is_noticed(monkeypatch):
         head.check_equal(case)
 
 
-def test_flops_are_counted_in_traced_functions():
-    def function(x, kernel, matrix):
-        maps = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return jax.jit(lambda y: y @ matrix)(maps)
-
-    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((2, 5, 5, 3), (3, 3, 3, 7), (7, 4))]
-    products = 2 * 2 * 25 * (27 * 7 + 7 * 4)  # and fewer, since what a convolution pads with zeros is not counted
-    assert 0.7 * products < count_flops(function, *shapes) <= products
-
-
 def test_step_flops_leave_out_the_gradient_of_the_pixels():
     recipe = steps.benchmark_recipe("mnist-paper")
     layers = [784 + 128 * number for number in range(4)]
     forward = 64 * 2 * (sum(layers) * 128 + (784 + 512) * 10)
     pixels = 64 * 2 * 784 * (4 * 128 + 10)
-    counted = steps.step_flops(recipe, steps.Data(np.zeros((64, 28, 28, 1), np.uint8), None, 10))
-    assert counted == pytest.approx(3 * forward - pixels, rel=0.02)  # and what is not a product
+    data = steps.Data(np.zeros((64, 28, 28, 1), np.uint8), np.zeros(64, np.int32), 10)
+    assert steps.Steps.of_recipe(recipe, data).flops() == 3 * forward - pixels
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_any_recipe_has_data_to_be_measured_on(name, monkeypatch):
+    monkeypatch.setattr(steps, "_NUM_EXAMPLES", 64)
+    recipe = steps.benchmark_recipe(name, 16)
+    data = steps.fake_data(recipe)
+    build_model(recipe, data.images.shape[1:], data.num_classes)
+    assert data.labels.max() < data.num_classes and len(data.images) >= 16
+    assert recipe.data.augment == "none" and recipe.augment == AugmentConfig()
+
+
+SIZES = "--features 12 --width 5 --layers 2 --classes 3 --batch 4 --dtype bfloat16"
+
+
+@pytest.fixture
+def no_machine(monkeypatch, without_torch):
+    """The machine's rates are not measured, and the work is not repeated."""
+    monkeypatch.setattr("pspinal_jax.benchmark.timing.machine", lambda settings: [])
+    monkeypatch.setattr("pspinal_jax.benchmark.head.IMPLEMENTATIONS", ("fused",))
+    monkeypatch.setattr(head.HeadGradient, "op_by_op", lambda case: lambda count: None)
+    return ["--rounds", "1", "--seconds-per-round", "0.001"]
+
+
+def test_the_head_is_measured_at_given_sizes_and_written_as_csv_too(no_machine, tmp_path, capsys):
+    assert main(["benchmark", "head", *SIZES.split(), *no_machine, "--workdir", str(tmp_path)]) == 0
+    (entry,) = json.loads((tmp_path / "results.json").read_text())["entries"]
+    assert entry["title"] == "D 12, W 5, L 2, C 3, batch 4, bfloat16"
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["alternative"] for row in rows] == list(entry["alternatives"])
+    assert {(row["benchmark"], row["table"]) for row in rows} == {("head", entry["title"])}
+    assert float(rows[0]["median ms"]) == 1e3 * entry["alternatives"]["fused, compiled loop"]["median"]
+    assert main(["benchmark", "head", "--layers", "0", "--workdir", str(tmp_path)]) == 2
+    assert "--num-layers is 0, expected" in capsys.readouterr().err
+
+
+def test_the_step_of_a_recipe_file_is_measured(no_machine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "_NUM_EXAMPLES", 64)
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pspinal_jax.recipes import *\nfrom pspinal_jax.recipes.schema import Card\n"
+        "recipe = Recipe(Card('mine', 'none', 'm'), DataConfig('features'), ModelConfig(layer_width=4, num_layers=2))\n"
+    )
+    words = ["benchmark", "step", "--recipe", str(file), "--batch-size", "32", *no_machine, "--workdir", str(tmp_path)]
+    assert main([*words, "--features", "6", "--classes", "3"]) == 0
+    (entry,) = json.loads((tmp_path / "results.json").read_text())["entries"]
+    assert entry["title"] == f"one training step of {file}, batch 32, float32"
+    kernels = 6 * 4 + 10 * 4 + 14 * 3
+    assert entry["flops"] == 32 * 2 * (3 * kernels - 6 * (4 + 4 + 3))
+    assert main([*words, "--image-size", "7"]) == 2
+    assert main([*words[:2], "--recipe", "mnist", "--features", "7"]) == 2
+    assert "--num-features is 7, but mnist sees images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("backbone", "recipe"), [("resnet18", "caltech101-paper"), ("vgg5", "kmnist-paper"), (None, "mnist-paper")]
+)
+def test_a_backbone_brings_a_recipe_that_it_fits_into(backbone, recipe, monkeypatch):
+    monkeypatch.setattr(steps, "_step_cases", lambda settings, recipe_in, name, data: (recipe_in("bfloat16"), data))
+    made, data = steps.step(None, backbone=backbone, batch_size=2, image_size=64 if backbone == "resnet18" else None)
+    assert (made.card.name, made.dtype, made.batch_size) == (recipe, "bfloat16", 2)
+    assert made.model.backbone == (backbone or "none") and data.images.shape[1] == (
+        64 if backbone == "resnet18" else 28
+    )
+
+
+def test_any_module_is_measured_beside_another_way():
+    x, y = np.ones((8, 6), np.float32), np.zeros(8, np.int32)
+    entry = benchmark_step(
+        nn.Dense(3),
+        (x, y),
+        optimizer=optax.sgd(0.1),
+        peers={"mine": lambda: x @ x.T},
+        rounds=1,
+        seconds_per_round=0.001,
+    )
+    assert list(entry["alternatives"]) == [steps.LOOP, steps.CALL, "mine"] and entry["flops"] == 2 * 2 * 8 * 6 * 3
+    assert entry["alternatives"]["mine"]["times_faster"]["median"] > 0
+    with pytest.raises(UsageError, match="the model is of type str"):
+        benchmark_step("Net", (x, y), rounds=1)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("name", ["mnist-paper", "mnist", "linear"])
+def test_a_step_recorded_as_a_graph_begins_where_the_eager_one_does(name, monkeypatch):
+    """Without CUDA a recording is a function that is called; what surrounds it is tested."""
+    torch = pytest.importorskip("torch")
+    from pspinal_jax.benchmark import torch_reference
+
+    recorded = []
+
+    def record(call):
+        loss = torch.zeros(())
+        recorded.append(call)
+        return lambda: loss.copy_(call().detach()), loss
+
+    monkeypatch.setattr(torch_reference, "_record", record)
+    monkeypatch.setattr(torch_reference, "_aside", lambda call: call())
+    recipe = steps.benchmark_recipe(name, 64)
+    images, labels, num_classes = steps.fake_data(recipe)
+    data = steps.Data(images[:640], labels[:640], num_classes)
+    steps.check_equal(recipe, data, [GRAPH])
+    assert len(recorded) == 1
+    clipped = dataclasses.replace(recipe, gradient_clip=1.0)
+    assert torch_reference.missing_setting(recipe) is None
+    assert torch_reference.missing_setting(clipped) == "gradient_clip"
+
+
+@pytest.mark.torch
+def test_the_recorded_head_gives_the_gradient_of_the_same_features(monkeypatch):
+    pytest.importorskip("torch")
+    from pspinal_jax.benchmark import torch_reference
+
+    monkeypatch.setattr(torch_reference, "_record", lambda call: (call, call()))
+    monkeypatch.setattr(torch_reference, "_aside", lambda call: call())
+    head.torch_alternatives(head.HeadGradient(SMALL), [GRAPH])[GRAPH](2)
+
+
+@pytest.mark.torch
+def test_pytorch_moves_the_images_about():
+    torch = pytest.importorskip("torch")
+    from pspinal_jax.benchmark.torch_reference import passes, warped
+
+    images = torch.zeros(64, 28, 28, 1, dtype=torch.uint8)
+    images[:, 10:18, 10:18] = 200
+    moved = warped(images)
+    assert moved.shape == images.shape and moved.dtype == torch.uint8
+    means = moved.float().mean((1, 2, 3)) / images.float().mean((1, 2, 3))
+    assert 0.2 < float(means.min()) < 0.9 < float(means.max()) < 1.2
+    passes(warped, images)(2)
 
 
 @pytest.mark.torch
@@ -272,7 +426,7 @@ def test_a_step_on_photographs_is_the_same_in_pytorch(backbone, monkeypatch):
     recipe = steps.benchmark_recipe("caltech101-paper", 4, backbone=backbone, side=64)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, layer_width=8))
     data = steps.fake_data(recipe)
-    assert steps.step_flops(recipe, data) > 3 * 4 * 2 * 1e6
+    assert steps.Steps.of_recipe(recipe, data).flops() > 3 * 4 * 2 * 1e6
     ours, variables = steps.our_steps(recipe, data)
     assert list(ours) == [steps.BATCH]
     for run_steps in (ours | steps.torch_steps(recipe, data, variables, [EAGER])).values():

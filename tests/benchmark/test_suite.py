@@ -1,6 +1,7 @@
 """`benchmark all`: what it refuses, its report from given figures, and (slow) whole rehearsals and a kill."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -31,7 +32,8 @@ RECORD = {
     "status": "done",
     "device": {"kind": "a GPU"},
     "versions": {"jax": "1.2"},
-    "left_out": ["float32: no time left"],
+    "left_out": ["ours: no memory"],
+    "further": ["float32", "bfloat16"],
     "seconds": 12.0,
     "entries": [MEASUREMENT],
 }
@@ -51,10 +53,20 @@ def test_the_report_names_machine_figures_and_what_was_left_out(tmp_path):
         "jax 1.2",
         "4.00 x (3.00 .. 5.00)",
         "32,000",
-        "left out: float32: no time left",
+        "- step: float32: no time left",
+        "- step: bfloat16: no time left",
+        "- step: ours: no memory",
     ):
         assert said in report
+    assert report.index("## Left out") > report.index("32,000")
     assert (tmp_path / "step.png").stat().st_size > 1000
+    assert (tmp_path / "report.csv").read_text().splitlines()[1].startswith('step,"a step, tf32",ours,2.0,')
+
+
+def test_the_report_begins_with_what_is_missing_everywhere(tmp_path):
+    (tmp_path / "step.json").write_text(json.dumps(RECORD))
+    write_suite_report(tmp_path, {"command": "the command", "date": "today", "left_out": ["PyTorch: not there"]})
+    assert (tmp_path / "report.md").read_text().splitlines()[2] == "**Left out: PyTorch: not there.**"
 
 
 def test_a_section_that_failed_is_in_the_report(tmp_path):
@@ -84,6 +96,30 @@ def test_where_no_time_is_left_a_section_is_not_begun(tmp_path, monkeypatch, cap
         assert json.loads((tmp_path / f"{name}.json").read_text())["status"] == "no time left"
         assert not (tmp_path / f"{name}.log").exists()
     assert "no time left" in (tmp_path / "report.md").read_text()
+
+
+def test_every_section_has_its_comparison_before_any_has_more(tmp_path, monkeypatch):
+    begun = []
+
+    def run_section(arguments, latest):
+        name, _, path, _, _, _, further = arguments
+        begun.append((name, further))
+        left = [] if further or name == "epoch" else ["more"]
+        path.write_text(
+            json.dumps(
+                RECORD
+                | {"section": name, "left_out": [], "further": left}
+                | {"comparison_seconds": 1000.0 if name == "seeds" else 1.0}
+            )
+        )
+        return "done"
+
+    monkeypatch.setattr("pspinal_jax.benchmark.run._run_section", run_section)
+    words = ["benchmark", "all", "--workdir", str(tmp_path), "--sections", "depth", "epoch", "step", "seeds"]
+    assert main(words) == 0
+    names = ["step", "seeds", "depth", "epoch"]
+    assert begun == [*((name, False) for name in names), ("step", True), ("depth", True)]
+    assert "- seeds: more: no time left" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("grace", "status"), [(20.0, 0), (900.0, 1)])
@@ -140,6 +176,7 @@ def test_benchmark_all_tiny_fails_nowhere(tmp_path):
         record = json.loads((tmp_path / "all" / f"{name}.json").read_text())
         assert record["status"] == "done", name
         assert record["entries"], name
+        assert importlib.util.find_spec("torch") is None or "PyTorch" in json.dumps(record["entries"]), name
         wrong = [reason for reason in record["left_out"] if "no time left" not in reason and "torch" not in reason]
         assert not wrong, name
     assert "| alternative |" in (tmp_path / "all" / "report.md").read_text()
