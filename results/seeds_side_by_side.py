@@ -67,7 +67,7 @@ def main() -> None:
     data = Data(np.asarray(train_split.inputs), train_split.labels, 10)
     if recipe.optimizer.name == "sgd":
         check_equal(recipe, data, [EAGER])
-    eager = torch_steps(recipe, data, Steps(recipe, data).variables, [EAGER])[EAGER]
+    eager = torch_steps(recipe, data, Steps.of_recipe(recipe, data).variables, [EAGER])[EAGER]
     steps = given.epochs * (len(data.labels) // recipe.batch_size)
     eager(20)
     runs: dict[str, list[dict[str, object]]] = {"loop": [], "processes": []}

@@ -100,8 +100,7 @@ def measure(
       RunError: if the alternatives compute different results: their timings would compare different work.
     """
     started = time.monotonic()
-    if record is None:
-        record = {"section": name, "entries": [], "left_out": [], "further": [], "seconds": 0.0}
+    record = record or _empty(name)
     entries, left_out, further, before = (record[each] for each in ("entries", "left_out", "further", "seconds"))
     record |= {"status": "running", "device": device(), "versions": versions() | _other_versions()}
     record["cores"] = os.cpu_count()
@@ -209,38 +208,34 @@ def run_all(
         (workdir / f"{name}.json").unlink(missing_ok=True)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch needs some of the memory too
     _CONTEXT.set_forkserver_preload(list(_LOADED))
-    about: dict[str, Any] = {
-        "command": command,
-        "minutes": minutes,
-        "date": time.strftime("%Y-%m-%d"),
-        "left_out": list[str](),
-    }
-    if not has_torch():
-        about["left_out"].append(f"PyTorch in all sections: {_NO_TORCH}")
-        say(f"PyTorch: {_NO_TORCH}: nothing is compared with it")
+    left_out = [] if has_torch() else [f"PyTorch in all sections: {_NO_TORCH}"]
+    for reason in left_out:
+        say(f"left out: {reason}")
+    about = {"command": command, "minutes": minutes, "date": time.strftime("%Y-%m-%d"), "left_out": left_out}
     end, failed = time.monotonic() + 60 * minutes, set[str]()
     for further in (False, True):
         for number, name in enumerate(names):
-            left, path = end - time.monotonic(), workdir / f"{name}.json"
-            begun, needed = _read(path), SECTIONS[name]
-            if further:
-                needed = _SECONDS_TO_START + begun.get("comparison_seconds", 0.0)
-            seconds = max(needed, left * SECTIONS[name] / sum(SECTIONS[other] for other in names[number:]))
-            if further and (name in failed or not begun.get("further")):
+            path, latest = workdir / f"{name}.json", end + _GRACE_SECONDS * (not further)
+            begun, left = _read(path), end - time.monotonic()
+            needed = _SECONDS_TO_START + begun.get("comparison_seconds", 0.0) if further else SECTIONS[name]
+            fits = time.monotonic() + needed < latest
+            if further and (name in failed or not begun.get("further") or not fits):
                 continue
-            if needed > left + (0 if further else _GRACE_SECONDS):
-                status = _DONE if further else _NO_TIME
-            else:
-                say(f"[{number + 1}/{len(names)}] {name}{', further cases' if further else ''}: up to {seconds:.0f} s")
-                arguments = (name, seconds, path, tuple(precisions), _peaks(workdir), tiny, further)
-                status = _run_section(arguments, end + _GRACE_SECONDS)
+            seconds = max(needed, left * SECTIONS[name] / sum(SECTIONS[other] for other in names[number:]))
+            say(f"[{number + 1}/{len(names)}] {name}{', further cases' if further else ''}: up to {seconds:.0f} s")
+            arguments = (name, seconds, path, tuple(precisions), _peaks(workdir), tiny, further)
+            status = _run_section(arguments, end + _GRACE_SECONDS) if fits else _NO_TIME
             if not status.startswith((_DONE, _NO_TIME)):
                 failed.add(name)
-            empty = {"section": name, "entries": [], "left_out": [], "further": []}
-            write_json(path, empty | _read(path) | {"status": status})
+            write_json(path, _empty(name) | _read(path) | {"status": status})
             write_suite_report(workdir, about)
     print(printable(workdir / "report.md"), flush=True)
     return len(failed)
+
+
+def _empty(name: str) -> dict[str, Any]:
+    """The record of a section before its first case."""
+    return {"section": name, "entries": [], "left_out": [], "further": [], "seconds": 0.0}
 
 
 def _peaks(workdir: Path) -> dict[str, float]:
@@ -281,13 +276,9 @@ def section(
     os.dup2(log, 1)
     os.dup2(log, 2)
     cases = BENCHMARKS[name].make_cases(machine_settings(precisions, tiny, peaks=peaks, deadline=end))
-    asked = [case for case in cases if case.further == further]
-    record = _read(output) if further else None
-    if further:
-        asked = [case for case in asked if case.name in record["further"]]  # type: ignore[index]
-    else:
-        later = [case.name for case in cases if case.further]
-        record = {"section": name, "entries": [], "left_out": [], "further": later, "seconds": 0.0}
+    later = [case.name for case in cases if case.further]
+    record = _empty(name) | (_read(output) if further else {"further": later})
+    asked = [case for case in cases if (case.name in record["further"] if further else not case.further)]
     measure(name, asked, lambda found: write_json(output, found), record=record, end=end, keep_going=True)
 
 

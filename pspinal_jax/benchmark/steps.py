@@ -184,17 +184,19 @@ class Steps:
         return programs.chunk, (*sums, self._plan, np.int32(first), np.int32(count), self._data)
 
 
-def our_steps(recipe: Recipe, data: Data) -> tuple[dict[str, Work], dict[str, Any]]:
-    """Ways to run our step, by name, and the variables that they start from."""
+def our_steps(recipe: Recipe, data: Data) -> tuple[dict[str, Work], Steps]:
+    """Ways to run our step, by name, and the first one's state."""
     by_call = Steps.of_recipe(recipe, data)
     if _takes_batches(recipe):
-        return {BATCH: by_call.run_one_by_one}, by_call.variables
+        return {BATCH: by_call.run_one_by_one}, by_call
     epoch = Steps.of_recipe(recipe, data)
-    return {EPOCH: epoch.run, CALL: by_call.run_one_by_one}, epoch.variables
+    return {EPOCH: epoch.run, CALL: by_call.run_one_by_one}, epoch
 
 
 def torch_steps(recipe: Recipe, data: Data, variables: dict[str, Any], modes: Sequence[str]) -> dict[str, Work]:
     """PyTorch's step in each of `modes`, from our initial variables; every epoch has an order of its own."""
+    if not modes:
+        return {}
     import torch
 
     from pspinal_jax.benchmark.torch_reference import recipe_step, repeated
@@ -271,10 +273,9 @@ def _step_cases(settings: Settings, recipe_in: Callable[[str], Recipe], name: st
 
     def case(precision: Precision, modes: Sequence[str]) -> Entry:
         recipe = recipe_in(layer_dtype(precision))
-        work, variables = our_steps(recipe, data)
-        flops = Steps.of_recipe(recipe, data).flops()
-        work |= torch_steps(recipe, data, variables, modes) if modes else {}
-        return timed(f"{title}, {precision}", work, flops, precision, settings, examples=recipe.batch_size)
+        work, ours = our_steps(recipe, data)
+        work |= torch_steps(recipe, data, ours.variables, modes)
+        return timed(f"{title}, {precision}", work, ours.flops(), precision, settings, examples=recipe.batch_size)
 
     cases = [Case(precision, partial(case, precision, modes), precision) for precision in settings.precisions]
     check = [] if settings.quick and photographs else [Case("same losses", partial(check_equal, recipe, data, modes))]
@@ -385,33 +386,37 @@ def vgg5(settings: Settings) -> list[Case]:
 def seeds(settings: Settings) -> list[Case]:
     """Several seeds of the MNIST row as one program, beside one seed of PyTorch's."""
     data = fake_data(benchmark_recipe("mnist-paper"))
-    base: dict[str, float] = {}
-
-    def rows(precision: Precision, seeds: Mapping[str, int], work: Mapping[str, Work]) -> Entry:
-        table_rows, rates = [], {}
-        for name, timing in settings.time(work).items():
-            rates[name] = [seeds[name] * 64 / timing.median]
-            row = {"seeds": name, "ms a step of all": 1e3 * timing.median, "examples/s": round(rates[name][0])}
-            one = base.setdefault(precision, rates[name][0])
-            row |= {"times one seed's rate": rates[name][0] / one, "first call s": timing.first_call}
-            table_rows.append(row)
-        title = f"Seeds as one program, mnist-paper, batch 64, {precision}"
-        return table(title, table_rows, {"examples/s": rates})
 
     def case(count: int, precision: Precision, modes: Sequence[str] = ()) -> Entry:
         recipe = benchmark_recipe("mnist-paper", dtype=layer_dtype(precision))
-        ours = dataclasses.replace(recipe, num_seeds=count, seed_mode="vmap" if count > 1 else "loop")
-        steps = Steps.of_recipe(ours, data)
-        work: dict[str, Work] = {f"{count} seeds": steps.run}
-        seeds = {f"{count} seeds": count, **dict.fromkeys(modes, 1)}
-        work |= torch_steps(recipe, data, steps.variables, modes) if modes else {}
-        return rows(precision, seeds, work)
+        one, name = Steps.of_recipe(recipe, data), f"{count} seeds"
+        work: dict[str, Work] = {"1 seeds": one.run, **torch_steps(recipe, data, one.variables, modes)}
+        if count > 1:
+            many = dataclasses.replace(recipe, num_seeds=count, seed_mode="vmap")
+            work[name] = Steps.of_recipe(many, data).run
+        timings = settings.time(work)
+        rates = {each: (count if each == name else 1) * 64 / timing.median for each, timing in timings.items()}
+        shown = {name: timings[name]} | {mode: timings[mode] for mode in modes}
+        rows = [
+            {
+                "seeds": each,
+                "ms a step of all": 1e3 * timing.median,
+                "examples/s": round(rates[each]),
+                "times one seed's rate": rates[each] / rates["1 seeds"],
+                "first call s": timing.first_call,
+            }
+            for each, timing in shown.items()
+        ]
+        title = f"Seeds as one program, mnist-paper, batch 64, {precision}"
+        return table(title, rows, {"examples/s": {each: [rates[each]] for each in shown}})
 
-    precisions, modes = settings.precisions[-2:], torch_modes(settings.quick)
-    numbers = [(count, precision) for precision in precisions for count in settings.seeds]
-    cases = [Case(f"{count} seeds, {each}", partial(case, count, each), each) for count, each in numbers]
-    first = cases[0]._replace(run=partial(case, *numbers[0], modes))
-    return [first, *map(beyond, cases[1:])]
+    cases = [
+        Case(f"{count} seeds, {precision}", partial(case, count, precision), precision)
+        for precision in settings.precisions[-2:]
+        for count in settings.seeds
+    ]
+    first = partial(case, settings.seeds[0], cases[0].precision, torch_modes(settings.quick))
+    return [cases[0]._replace(run=first), *map(beyond, cases[1:])]
 
 
 def epoch(settings: Settings) -> list[Case]:

@@ -394,29 +394,24 @@ def _by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def warped(images: torch.Tensor) -> torch.Tensor:
-    """Random perspective (p 0.5) and rotation (up to 10 degrees) of images uint8 [N, H, W, C], sampled twice."""
-    count, device = len(images), images.device
-    corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]], device=device).expand(count, 4, 2)
-    moves = torch.rand(count, 1, 1, device=device) < 0.5
-    x, y = (corners * (1 - 0.5 * torch.rand_like(corners) * moves)).unbind(-1)
-    u, v = corners.unbind(-1)
+    """Random perspective (p 0.5) and rotation (up to 10 degrees) of images uint8 [N, H, W, C], in one bilinear pass."""
+    corners = images.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float32).expand(len(images), 4, 2)
+    moves = torch.rand_like(corners[:, :1, :1]) < 0.5
+    (x, y), (u, v) = (corners * (1 - 0.5 * moves * torch.rand_like(corners))).unbind(-1), corners.unbind(-1)
     one, zero = torch.ones_like(x), torch.zeros_like(x)
     rows = [[x, y, one, zero, zero, zero, -u * x, -u * y], [zero, zero, zero, x, y, one, -v * x, -v * y]]
     equations = torch.cat([torch.stack(row, -1) for row in rows], 1)
     solved = torch.linalg.solve(equations, torch.cat([u, v], 1))
-    matrix = torch.cat([solved, solved.new_ones(count, 1)], 1).view(-1, 3, 3)
+    matrix = torch.cat([solved, one[:, :1]], 1).view(-1, 3, 3)
+    angles = (2 * torch.rand_like(one[:, 0]) - 1) * math.radians(10)
+    sine, cosine = angles.sin(), angles.cos()
+    turned = torch.eye(3, device=images.device).repeat(len(images), 1, 1)
+    turned[:, :2, :2] = torch.stack([cosine, -sine, sine, cosine], 1).view(-1, 2, 2)
     maps = images.permute(0, 3, 1, 2).float()
-    same = torch.eye(2, 3, device=device).expand(count, 2, 3)
-    grid = functional.affine_grid(same, list(maps.shape), align_corners=False)
-    where = torch.cat([grid, torch.ones_like(grid[..., :1])], -1).flatten(1, 2) @ matrix.mT
-    grid = (where[..., :2] / where[..., 2:]).view_as(grid)
-    maps = functional.grid_sample(maps, grid, align_corners=False)
-    angles = (2 * torch.rand(count, device=device) - 1) * math.radians(10)
-    sine, cosine, none = angles.sin(), angles.cos(), torch.zeros_like(angles)
-    turned = torch.stack([cosine, -sine, none, sine, cosine, none], 1).view(-1, 2, 3)
-    grid = functional.affine_grid(turned, list(maps.shape), align_corners=False)
-    maps = functional.grid_sample(maps, grid, mode="nearest", align_corners=False)
-    return maps.permute(0, 2, 3, 1).to(torch.uint8)
+    grid = functional.affine_grid(turned[:, :2], list(maps.shape), align_corners=False)
+    points = torch.cat([grid, torch.ones_like(grid[..., :1])], -1).flatten(1, 2) @ matrix.mT
+    places = (points[..., :2] / points[..., 2:]).view_as(grid)
+    return functional.grid_sample(maps, places, align_corners=False).permute(0, 2, 3, 1).to(torch.uint8)
 
 
 def backbone_features(recipe: Recipe, data: Any) -> Work:

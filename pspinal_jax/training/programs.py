@@ -334,18 +334,16 @@ class SeedStates:
         group = self._groups[0]
         state, totals = jax.tree.map(jnp.copy, (group.state, group.totals))
         name = "step" if count_rows(batch) == self._programs.batch_size else "tail"
-        jax.block_until_ready(
-            self._call(name, self._programs.batch_step, state, totals, group.seed, np.float32(0), batch)
-        )
+        given = state, totals, group.seed, np.float32(0), batch
+        jax.block_until_ready(self._call(name, self._programs.batch_step, *given))
 
     def run(self, chunk: Chunk) -> int:
         """Take the steps of `chunk` for every seed; returns how many when they are done."""
         taken = 0
         if chunk.data is not None:
             taken = chunk.steps
-            name, take = "steps", self._programs.chunk
-            if chunk.tail_size:
-                name, take = "tail", self._programs.tail(chunk.tail_size)
+            take = self._programs.tail(chunk.tail_size) if chunk.tail_size else self._programs.chunk
+            name = "tail" if chunk.tail_size else "steps"
             rest = np.int32(chunk.first), np.int32(taken), chunk.data
             for group in self._groups:
                 sums = group.state, group.totals, group.seed, group.plan
@@ -366,12 +364,12 @@ class SeedStates:
 
     def step_flops(self) -> dict[str, float]:
         """Operations of a step of all seeds, by dtype, see `count_flops`; {} before a step was called."""
-        name = next((name for name in ("steps", "step") if name in self.calls), None)
-        if name is None:
-            return {}
-        program, args = self.calls[name]
-        times = len(self._groups) / (self._programs.block if name == "steps" else 1)
-        return {dtype: times * flops for dtype, flops in count_flops(program, *args).items()}
+        for name, steps in (("steps", self._programs.block), ("step", 1)):
+            if name in self.calls:
+                program, args = self.calls[name]
+                flops = count_flops(program, *args)
+                return {dtype: len(self._groups) * count / steps for dtype, count in flops.items()}
+        return {}
 
     def idle(self) -> bool:
         """Whether the devices have done all that the seeds asked of them."""
@@ -393,16 +391,9 @@ class SeedStates:
 
     def evaluate(self, data: Batch, count: int, *, best: bool = False) -> dict[str, np.ndarray]:
         """Sums of loss and metrics [K], predictions [K, M], of the current or the best parameters on a padded split."""
-        results = [
-            self._call(
-                "evaluate",
-                self._programs.evaluate,
-                group.best if best else group.state.variables,
-                data,
-                np.int32(count),
-            )
-            for group in self._groups
-        ]
+        program, rest = self._programs.evaluate, (data, np.int32(count))
+        starts = [group.best if best else group.state.variables for group in self._groups]
+        results = [self._call("evaluate", program, variables, *rest) for variables in starts]
         sums = [{**result.metrics, "loss": result.loss, "predictions": result.predictions} for result in results]
         return {name: self._gather([each[name] for each in sums]) for name in sums[0]}
 

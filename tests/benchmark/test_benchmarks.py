@@ -427,7 +427,8 @@ def test_a_step_on_photographs_is_the_same_in_pytorch(backbone, monkeypatch):
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, layer_width=8))
     data = steps.fake_data(recipe)
     assert steps.Steps.of_recipe(recipe, data).flops() > 3 * 4 * 2 * 1e6
-    ours, variables = steps.our_steps(recipe, data)
+    ours, begun = steps.our_steps(recipe, data)
+    variables = begun.variables
     assert list(ours) == [steps.BATCH]
     for run_steps in (ours | steps.torch_steps(recipe, data, variables, [EAGER])).values():
         run_steps(1)
