@@ -1,16 +1,15 @@
 """What a row of the table answers on the test examples: enough for accuracy, F1, likelihood and calibration.
 
-Probabilities are calibrated on validation by one temperature a training (Guo et al., "On calibration of modern neural
-networks", 2017), against targets that are smoothed as by Platt (1999), so that a validation part without a mistake asks
-for no infinite confidence.
+Probabilities have one temperature a training, which is fitted on its validation part.
 """
 
 import base64
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+
+from pspinal_jax.runs.calibration import fit_temperature
+from pspinal_jax.runs.scores import log_softmax
 
 MIN_PROBABILITY = 2.0**-24
 """The smallest that float16 holds; likelihoods are of no less."""
@@ -18,7 +17,6 @@ NEVER = -1e30
 """The score of a class without a training example."""
 _DTYPES = {"predictions": "<u2", "log_likelihood": "<f2", "confidence": "<f2"}
 _MAX_CALIBRATED = 5000
-_TEMPERATURES = np.log([0.01, 100.0])
 
 
 class Answers(NamedTuple):
@@ -42,14 +40,9 @@ class Answers(NamedTuple):
 def find_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
     """The T at which softmax(`scores` / T) is likeliest for `labels`: scores [V, C], labels int [V]."""
     step = -(-len(labels) // _MAX_CALIBRATED)
-    scores, labels = _finite(scores[::step]), labels[::step]
-    rows, share, known = np.arange(len(labels)), 1 / (len(labels) + 2), scores.max(0) > NEVER / 2
-
-    def loss(log_temperature: float) -> float:
-        log = _log_probabilities(scores, np.exp(log_temperature))
-        return float(-(1 - share) * log[rows, labels].mean() - share * log[:, known].mean())
-
-    return float(np.exp(minimize_scalar(loss, bounds=_TEMPERATURES, method="bounded").x))
+    scores = _finite(scores[::step])
+    known = np.flatnonzero(scores.max(0) > NEVER / 2)
+    return fit_temperature(scores[:, known], np.searchsorted(known, labels[::step]))
 
 
 def calibrated(scores: np.ndarray, temperature: float) -> np.ndarray:
@@ -58,7 +51,7 @@ def calibrated(scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _log_probabilities(scores: np.ndarray, temperature: float) -> np.ndarray:
-    return np.asarray(log_softmax(_finite(scores) / temperature, axis=1))
+    return log_softmax(_finite(scores) / temperature)
 
 
 def log_likelihoods(scores: np.ndarray, temperature: float, labels: np.ndarray) -> np.ndarray:

@@ -138,13 +138,13 @@ def _class_means(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _nearest_mean(settings: Settings, rows: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> Iterator[Linear]:
-    """-|x - m|^2 / 2 but for |x|^2 / 2, which all classes share; cosine: x m / |m|, likewise but for |x|."""
-    means = _class_means(rows, labels)
+    """-|x - m|^2 / 2 sqrt(D) but for |x|^2, which all classes share; cosine: x m / |m|, likewise but for |x|."""
+    means, root = _class_means(rows, labels), np.sqrt(rows.shape[1])
     squares = (means**2).sum(1)
     for setting in settings:
         cosine = setting["metric"] == "cosine"
         unit = means / np.sqrt(np.maximum(squares, 1e-30))[:, None]
-        yield Linear(unit.T, np.zeros(len(means))) if cosine else Linear(means.T, -squares / 2)
+        yield Linear(unit.T, np.zeros(len(means))) if cosine else Linear(means.T / root, -squares / (2 * root))
 
 
 def _discriminant(settings: Settings, rows: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> Iterator[Linear]:
