@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from comparison_support import make_features
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 from pspinal_jax.comparison.answers import NEVER, as_record, find_temperature, read_records
 from pspinal_jax.comparison.baselines import BASELINES, fit_baseline, votes
@@ -268,6 +268,12 @@ def test_neighbours_and_ridge_do_what_they_are_called():
     expected = (others - inputs.mean(0)) @ weights + targets.mean(0)
     _, (ours,), _ = fitted("ridge", [{"penalty": 10.0}])
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    for most in (2, 3):  # two classes have one target in scikit-learn
+        some, settings = labels < most, BASELINES["ridge"]
+        splits = {"train": (inputs[some], labels[some]), "test": (others, labels[:60])}
+        for setting, ours in zip(settings, fitted("ridge", None, splits, most)[1], strict=True):
+            theirs = RidgeClassifier(alpha=setting["penalty"], solver="svd").fit(*splits["train"])
+            np.testing.assert_array_equal(ours.argmax(1), theirs.predict(others))
 
 
 def scaled(splits):
