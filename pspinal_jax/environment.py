@@ -127,17 +127,24 @@ def jit_with(compiler_options: Mapping[str, bool | str], function: Callable[...,
 
     @wraps(function)
     def traced(*args: Any) -> Any:
-        token = _library_convolves.set(True)
-        try:
+        with convolving_by_library():
             return function(*args)
-        finally:
-            _library_convolves.reset(token)
 
     return _Uncached(jax.jit(traced, **options))
 
 
+@contextlib.contextmanager
+def convolving_by_library() -> Iterator[None]:
+    """What is traced meanwhile runs where convolutions are a library's, as with `jit_with`'s options."""
+    token = _library_convolves.set(True)
+    try:
+        yield
+    finally:
+        _library_convolves.reset(token)
+
+
 def library_convolves() -> bool:
-    """Whether what is being traced will be compiled with oneDNN's convolutions on CPU: a layer may choose its form."""
+    """Whether what is being traced will run with a library's convolutions on CPU: a layer may choose its form."""
     return _library_convolves.get()
 
 

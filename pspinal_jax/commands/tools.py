@@ -1,8 +1,11 @@
-"""`export RUN_DIR`, a run as a program that JAX alone runs; `doctor`, what is installed; and `gradients`, a study."""
+"""`export RUN_DIR`, a run as a program by itself; `doctor`, what is installed; and `gradients`, a study."""
 
+import contextlib
 import dataclasses
+import datetime
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -11,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -31,9 +34,12 @@ class ExportArguments:
     """Write a run's classifier, images or features to probabilities, as a file for CPU, CUDA and TPU."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a finished `train`."""
+    """Run directory of a finished `train`; or an older export, which is written again by the JAX of today."""
     output: Path | None = None
-    """The directory to write; by default RUN_DIR/export. An export that is there is replaced, nothing else is."""
+    """The directory to write; by default RUN_DIR/export, of an export its own. An export that is there is replaced,
+    nothing else is."""
+    format: Literal["jax", "onnx"] = "jax"
+    """onnx: also model.onnx, for ONNX Runtime on servers, in browsers and on phones (extra `onnx`)."""
     seed_index: int | None = None
     """Which of the run's seeds, from 0; by default the best on validation."""
 
@@ -41,9 +47,9 @@ class ExportArguments:
 def export(args: Sequence[str]) -> int:
     """Run the command with its arguments; returns the exit status."""
     parsed = parse(ExportArguments, args, "export", "runs/digits")
-    from pspinal_jax.runs.run import load_run
+    from pspinal_jax.runs.export import export_run
 
-    output = load_run(parsed.run_dir, parsed.seed_index).export(parsed.output)
+    output = export_run(parsed.run_dir, parsed.output, parsed.seed_index, parsed.format)
     files = ", ".join(f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in sorted(output.iterdir()))
     print(printable(f"written to {output}: {files}"))
     return 0
@@ -95,6 +101,17 @@ def _findings() -> Iterator[tuple[str, str]]:
     yield "data sets", _describe_folder(Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser())
     yield "hub's weights", _describe_folder(Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser())
     yield "current folder", _describe_folder(Path.cwd())
+    yield from ending_exports(Path(), datetime.date.today() + datetime.timedelta(days=30))
+
+
+def ending_exports(folder: Path, before: datetime.date) -> Iterator[tuple[str, str]]:
+    """The exports in `folder`, and where `export` puts them below it, that JAX is sure to read only until `before`."""
+    for path in sorted({*folder.glob("*/export.json"), *folder.glob("runs/*/export/export.json")}):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged file, or of an earlier version
+            until = datetime.date.fromisoformat(json.loads(path.read_bytes())["guaranteed_until"])
+            if until < before:
+                advice = f"pspinal-jax export {path.parent} writes it again"
+                yield "export", f"{path.parent}: newer versions of JAX are sure to read it until {until} only; {advice}"
 
 
 def requirements() -> Iterator[tuple[str, str]]:

@@ -1,35 +1,42 @@
-"""`export`: a run's selected parameters as files that JAX alone runs.
+"""`export`: a run's selected parameters as files that JAX, or ONNX Runtime, alone runs.
 
 model.jaxexport      the serialised program, parameters included
+model.onnx           the same for ONNX Runtime, scores included, where it was asked for
 export.json          class names, input, source and versions; checksums of the others, and of itself
 params.safetensors   the parameters and running statistics by themselves, see `pspinal_jax.weights.save_variables`
 score.jaxexport      where the run can tell what belongs to no class: a program that takes the arrays of the two
                      .safetensors files by their names, in one dict, and inputs, and gives probabilities and scores
 unknown.safetensors  what the score needs, see pspinal_jax.runs.calibration, which tells the formulas
 
-export.json has `temperature`, which both programs apply, and `unknown`, the share `accept` and its `threshold`, where
+export.json has `temperature`, which all programs apply, and `unknown`, the share `accept` and its `threshold`, where
 the run has them.
 """
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 
 from pspinal_jax.checkpoints.checksum import file_checksum
-from pspinal_jax.environment import versions
-from pspinal_jax.errors import RunError
-from pspinal_jax.files import check_target, expanded, read_bytes
+from pspinal_jax.data import load_data
+from pspinal_jax.environment import convolving_by_library, versions
+from pspinal_jax.errors import PSpinalError, RunError, UsageError
+from pspinal_jax.files import check_target, expanded, json_text, read_bytes
 from pspinal_jax.models import build_model, count_parameters
+from pspinal_jax.progress import absl_quietened, warn
+from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.calibration import ACCEPT, Calibration, Unknown, read_calibration
 from pspinal_jax.runs.directory import (
     RunDirectory,
@@ -39,10 +46,12 @@ from pspinal_jax.runs.directory import (
     write_checked,
     writing,
 )
+from pspinal_jax.runs.onnx_model import OPSET, check_installed, run_onnx, write_onnx
 from pspinal_jax.runs.result import load_variables
 from pspinal_jax.weights.variables import SEPARATOR, first_not_finite, read_variables, save_variables
 
 PROGRAM = "model.jaxexport"
+ONNX = "model.onnx"
 DESCRIPTION = "export.json"
 PARAMETERS = "params.safetensors"
 SCORE_PROGRAM = "score.jaxexport"
@@ -51,7 +60,11 @@ FORMAT = "pspinal_jax export 1"
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of parameters: the format (flatbuffers) ends at 2 GiB, and the program itself takes some.
 MAX_BYTES = 2**31 - 2**24
-_FILES = (PROGRAM, DESCRIPTION, PARAMETERS, SCORE_PROGRAM, UNKNOWN)
+GUARANTEE = datetime.timedelta(days=182)
+"""JAX's: what is built up to six months after the jaxlib that wrote a program reads it; so at most after the export."""
+_MAX_CHECKED = 100
+_TOLERANCE = 1e-5
+_FILES = (PROGRAM, ONNX, DESCRIPTION, PARAMETERS, SCORE_PROGRAM, UNKNOWN)
 _ADVICE = "export the run again"
 
 
@@ -75,6 +88,7 @@ class _Description(TypedDict):
     output: dict[str, Any]
     recipe: NotRequired[str]
     data: NotRequired[_Data]
+    model: NotRequired[dict[str, Any]]
     temperature: NotRequired[float]
     unknown: NotRequired[dict[str, float]]
     sha256: dict[str, str]
@@ -103,37 +117,95 @@ class Score(NamedTuple):
     exported: export.Exported
     arrays: dict[str, Any]
 
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the program, and what it takes beside a model's variables; export.json needs no entry of it."""
+        (folder / SCORE_PROGRAM).write_bytes(self.exported.serialize())
+        of_unknown = {name: leaf for name, leaf in self.arrays.items() if name.startswith("unknown/")}
+        save_variables(folder / UNKNOWN, of_unknown)
+        return {}
 
-def export_run(run: str | Path, output: str | Path | None = None, seed_index: int | None = None) -> Path:
+
+class _Source(NamedTuple):
+    """What is exported: a run's model, or an older export's.
+
+    Attributes:
+      recipe: of the run.
+      variables: the model's, on the host.
+      shape: of one input.
+      dtype: of the inputs.
+      calibration: of the run, or None.
+      description: the content of export.json but for versions and checksums.
+    """
+
+    recipe: Recipe
+    variables: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: str
+    calibration: Calibration | None
+    description: dict[str, Any]
+
+    def model(self, **changes: Any) -> nn.Module:
+        """The model for the documented tree, computed in the layout that suits it; `changes` are to the recipe."""
+        inference = dataclasses.replace(self.recipe.model, implementation="auto", remat=False)
+        recipe = dataclasses.replace(self.recipe, **{"model": inference, **changes})
+        return build_model(recipe, self.shape, len(self.description["class_names"]))
+
+
+@absl_quietened()
+def export_run(
+    run: str | Path,
+    output: str | Path | None = None,
+    seed_index: int | None = None,
+    format: Literal["jax", "onnx"] = "jax",
+) -> Path:
     """Write the export of a finished run.
 
     Args:
-      run: run directory.
-      output: the directory to write; by default ``run / "export"``.
+      run: run directory, or an older export, which is written again.
+      output: the directory to write; by default ``run / "export"``, of an export `run` itself.
       seed_index: which of the run's seeds; by default the best on validation.
+      format: 'onnx' adds model.onnx, for ONNX Runtime.
 
     Returns:
       The directory written.
 
     Raises:
-      PSpinalError: if `run` is not a finished run, or `output` cannot be written or holds anything but an export.
+      PSpinalError: if `run` is neither a finished run nor an export, `output` cannot be written or holds anything but
+        an export, or model.onnx does not give the run's probabilities.
     """
     run = expanded(run)
-    output = run / "export" if output is None else expanded(output)
-    result = RunDirectory(run).finished_result()
+    again = is_export(run)
+    output = (run if again else run / "export") if output is None else expanded(output)
+    if format == "onnx":
+        check_installed()
+    if not again:
+        RunDirectory(run).finished_result()
     _check_free(output)
+    source = _of_export(run, seed_index) if again else _of_run(run, seed_index)
+    model, calibration = source.model(), source.calibration
+    temperature, unknown = (None, None) if calibration is None else calibration
+    of_inputs: dict[str, Any] = {
+        "input_shape": source.shape,
+        "input_dtype": source.dtype,
+        "transposed": source.recipe.data.transposed,
+    }
+    exported = export_classifier(model, source.variables, **of_inputs, temperature=temperature)
+    more: list[Callable[[Path], dict[str, Any]]] = []
+    if calibration is not None and unknown is not None:
+        more.append(export_score(model, source.variables, **of_inputs, calibration=calibration).write)
+    if format == "onnx":
+        more.append(partial(_write_onnx, source))
+    until = datetime.date.today() + GUARANTEE
+    description = source.description | {"exported_with": versions(), "guaranteed_until": until.isoformat()}
+    write_export(output, exported, source.variables, description, more)
+    return output
+
+
+def _of_run(run: Path, seed_index: int | None) -> _Source:
+    result = RunDirectory(run).finished_result()
     variables, config, seed_index = load_variables(run, seed_index)
     recipe, shape, names = load_recipe_of(config), tuple(config["input_shape"]), config["class_names"]
-    # The documented tree, computed in the layout that suits it.
-    inference = dataclasses.replace(recipe.model, implementation="auto", remat=False)
-    model = build_model(dataclasses.replace(recipe, model=inference), shape, len(names))
-    calibration = read_calibration(RunDirectory(run), seed_index)
-    temperature, unknown = (None, None) if calibration is None else calibration
-    of_inputs = {"input_shape": shape, "input_dtype": config["input_dtype"], "transposed": recipe.data.transposed}
-    exported = export_classifier(model, variables, **of_inputs, temperature=temperature)
-    score = None
-    if calibration is not None and unknown is not None:
-        score = export_score(model, variables, **of_inputs, calibration=calibration)
+    calibration, identity = read_calibration(RunDirectory(run), seed_index), config["identity"]
     description = {
         "class_names": names,
         "input": {
@@ -152,19 +224,40 @@ def export_run(run: str | Path, output: str | Path | None = None, seed_index: in
         "selection": result["selection"],
         # For `evaluate`: how the data was read, and its checksum; not where it lay.
         "data": {
-            "settings": config["identity"]["data"],
+            "settings": identity["data"],
             "protocol": recipe.protocol,
-            "fingerprint": config["identity"]["data_fingerprint"],
+            "fingerprint": identity["data_fingerprint"],
         },
+        # For exporting again; weights may name a file.
+        "model": {**identity["model"], "weights": None, "dtype": recipe.dtype},
         "trained_with": config["versions"],
-        "exported_with": versions(),
     }
-    if temperature is not None:
-        description["temperature"] = temperature
-    if unknown is not None:
-        description["unknown"] = {"accept": ACCEPT, "threshold": unknown.threshold()}
-    write_export(output, exported, variables, description, score)
-    return output
+    if calibration is not None:
+        description["temperature"] = calibration.temperature
+        if calibration.unknown is not None:
+            description["unknown"] = {"accept": ACCEPT, "threshold": calibration.unknown.threshold()}
+    return _Source(recipe, jax.device_get(variables), shape, config["input_dtype"], calibration, description)
+
+
+def _of_export(path: Path, seed_index: int | None) -> _Source:
+    """Raises RunError where the export is damaged, or of a version that did not write what its model is."""
+    if seed_index is not None:
+        raise UsageError(f"seed_index is {seed_index}, but {path} is an export, of one seed; leave it out")
+    description = read_checked(path / DESCRIPTION, _Description, advice=_ADVICE)
+    if "model" not in description or "data" not in description:
+        raise RunError(f"{path} is of a version that did not write what its model is; {_ADVICE}")
+    files = [PARAMETERS, *([UNKNOWN] if "unknown" in description else [])]
+    verify_files(path, description["sha256"], files, _ADVICE)
+    variables, *others = (read_variables(path / name) for name in files)
+    calibration = None
+    if "temperature" in description:
+        unknown = Unknown.of(flatten_dict(others[0], sep=SEPARATOR)) if others else None
+        calibration = Calibration(description["temperature"], unknown)
+    model, data, inputs = dict(description["model"]), description["data"]["settings"], description["input"]
+    identity = {"card": {"name": description["recipe"]}, "dtype": model.pop("dtype"), "model": model, "data": data}
+    recipe = load_recipe_of({"identity": identity, "data_location": {}})
+    kept = {name: value for name, value in description.items() if name not in ("format", "sha256", "onnx")}
+    return _Source(recipe, variables, tuple(inputs["shape"][1:]), inputs["dtype"], calibration, kept)
 
 
 def export_classifier(
@@ -239,12 +332,70 @@ def export_score(
     return Score(export.export(jax.jit(answers), platforms=PLATFORMS)(shapes, inputs), arrays)
 
 
+def _write_onnx(source: _Source, folder: Path) -> dict[str, Any]:
+    """Write model.onnx, checked on examples against the same function in JAX; returns the entry of export.json.
+
+    Raises:
+      RunError: if they differ, or the function cannot be written as ONNX.
+    """
+    recipe, calibration, description = source.recipe, source.calibration, source.description
+    temperature, unknown = (None, None) if calibration is None else calibration
+    # Runtimes lack bfloat16, and the writer loops, by which deep heads are computed.
+    progressive = recipe.model.head == "progressive"
+    plain = dataclasses.replace(recipe.model, implementation="unrolled" if progressive else "auto", remat=False)
+    model = source.model(model=plain, dtype="float32")
+
+    def outputs(variables: Any, inputs: jax.Array) -> dict[str, jax.Array]:
+        upright = inputs.swapaxes(1, 2) if recipe.data.transposed else inputs
+        found: Any = model.apply(variables, upright, method="features_and_logits")
+        features, logits = found
+        scores = {} if unknown is None else {"scores": unknown.scores(features)}
+        return {"probabilities": _softmax(logits, temperature), **scores}
+
+    names = ("class_names", "input", "recipe", "seed", "unknown")
+    metadata = {name: json_text(description[name]) for name in names if name in description}
+    with convolving_by_library():  # where batch norm is folded into convolutions, and all of them are convolutions
+        example = jax.ShapeDtypeStruct(source.shape, source.dtype)
+        write_onnx(folder / ONNX, outputs, source.variables, example, metadata)
+    inputs, kind = _examples(source)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(outputs)(source.variables, inputs)
+    found = run_onnx(folder / ONNX, [part for part in (inputs[:1], inputs[1:]) if len(part)])
+    differences = {name: float(np.abs(found[name] - np.asarray(rows)).max()) for name, rows in expected.items()}
+    if not max(differences.values()) <= _TOLERANCE:
+        listed = " and ".join(f"{name} by up to {most:.1e}" for name, most in differences.items())
+        raise RunError(
+            f"{ONNX} was not written: it differs from the run in {listed}, expected at most {_TOLERANCE:g}, on {kind}"
+        )
+    return {"onnx": {"opset": OPSET, "checked_on": kind, "largest_difference": differences["probabilities"]}}
+
+
+def _examples(source: _Source) -> tuple[np.ndarray, str]:
+    """Up to 100 examples of the test split, upright, and what they are; noise where the data is not to be had."""
+    data, shape, dtype = source.recipe.data, source.shape, source.dtype
+    num_classes = None if data.image_size else len(source.description["class_names"])
+    try:
+        test = load_data(dataclasses.replace(data, num_classes=num_classes), needs_test=False).test
+        numbers = np.unique(np.linspace(0, len(test) - 1, min(len(test), _MAX_CHECKED)).astype(int))
+        found = np.stack([test.read(int(index), (shape[0], (*shape, 1)[1])) for index in numbers])
+        if found.shape[1:] == shape and found.dtype == dtype:
+            turned = found.swapaxes(1, 2) if data.transposed else found
+            return turned, f"{len(found)} examples of the test split"
+        reason = f"its examples are {found.dtype} {list(found.shape[1:])} now"
+    except (PSpinalError, ValueError) as error:
+        reason = str(error)
+    warn(f"{ONNX} is checked on noise, as the run's data cannot be read: {reason}")
+    rng, sizes = np.random.default_rng(0), (_MAX_CHECKED, *shape)
+    noise = rng.integers(0, 256, sizes) if dtype == "uint8" else rng.normal(size=sizes)
+    return noise.astype(dtype), f"{_MAX_CHECKED} examples of noise"
+
+
 def write_export(
     path: Path,
     exported: export.Exported,
     variables: dict[str, Any],
     description: dict[str, Any],
-    score: Score | None = None,
+    more: Iterable[Callable[[Path], dict[str, Any]]] = (),
 ) -> None:
     """Write an export to the directory `path`, whole or not at all, in place of an older one.
 
@@ -253,7 +404,7 @@ def write_export(
       exported: of `export_classifier`.
       variables: written beside it, by themselves.
       description: the content of export.json besides format and checksums: at least class_names, input and output.
-      score: of `export_score`, or None.
+      more: each writes further files into the folder that it is given, and returns further entries of export.json.
 
     Raises:
       RunError: if `path` holds something else, or cannot be written.
@@ -263,10 +414,8 @@ def write_export(
     with writing(path), _new_folder(path) as part:
         (part / PROGRAM).write_bytes(exported.serialize())
         save_variables(part / PARAMETERS, variables)
-        if score is not None:
-            (part / SCORE_PROGRAM).write_bytes(score.exported.serialize())
-            of_unknown = {name: leaf for name, leaf in score.arrays.items() if name.startswith("unknown/")}
-            save_variables(part / UNKNOWN, of_unknown)
+        for write in more:
+            description = {**description, **write(part)}
         checksums = {file.name: file_checksum(file) for file in sorted(part.iterdir())}
         write_checked(part / DESCRIPTION, {"format": FORMAT, **description, "sha256": checksums})
 

@@ -25,7 +25,7 @@ from pspinal_jax.progress import progress_bar
 from pspinal_jax.recipes.schema import TABLES, Recipe
 from pspinal_jax.runs.calibration import ACCEPT, Calibration, Unknown, read_calibration
 from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
-from pspinal_jax.runs.export import DESCRIPTION, PROGRAM, is_export, read_export, read_score
+from pspinal_jax.runs.export import DESCRIPTION, ONNX, PROGRAM, is_export, read_export, read_score
 from pspinal_jax.runs.result import load_variables
 from pspinal_jax.runs.scores import log_softmax
 from pspinal_jax.training.sharding import divisible_size, make_mesh, replicated_on, shard_batch
@@ -106,7 +106,7 @@ def load_predictor(source: str | Path, seed_index: int | None = None) -> Predict
       RunError: if the run or the export cannot be read.
     """
     source = expanded(source)
-    if source.name in (PROGRAM, DESCRIPTION) and source.is_file():
+    if source.name in (PROGRAM, ONNX, DESCRIPTION) and source.is_file():
         source = source.parent
     if not is_export(source):
         return _of_run(source, seed_index)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
 import numpy as np
@@ -127,10 +127,17 @@ class Run:
         """Evaluate on the run's test split, or that of `data_path`; as `pspinal_jax.runs.evaluate.evaluate`."""
         return evaluate(self._predictor, data_path=data_path)
 
-    @absl_quietened()
-    def export(self, output: str | Path | None = None) -> Path:
-        """Write the classifier as files that JAX alone runs; as `pspinal_jax.runs.export.export_run`."""
-        return export_run(self.path, output, self.seed_index)
+    def export(self, output: str | Path | None = None, format: Literal["jax", "onnx"] = "jax") -> Path:
+        """Write the classifier as files that JAX, or ONNX Runtime, alone runs; as `export_run`, which has the details.
+
+        Args:
+          output: the directory to write; by default ``export`` in the run.
+          format: 'onnx' adds model.onnx.
+
+        Returns:
+          The directory written.
+        """
+        return export_run(self.path, output, self.seed_index, format)
 
 
 def load_run(path: str | Path, seed_index: int | None = None) -> Run:

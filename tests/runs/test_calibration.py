@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+import onnxruntime
 import pytest
 from scipy.special import log_softmax, softmax
 from small_runs import options, small_recipe
@@ -16,7 +17,7 @@ from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.runs import calibration as module
 from pspinal_jax.runs.calibration import Unknown, fit_temperature, read_calibration
 from pspinal_jax.runs.directory import RunDirectory
-from pspinal_jax.runs.export import read_score
+from pspinal_jax.runs.export import export_run, read_score
 from pspinal_jax.runs.predict import load_predictor, predict
 from pspinal_jax.runs.scores import Scored, rejections
 from pspinal_jax.runs.train import train
@@ -161,6 +162,21 @@ def test_export_has_temperature_and_score(run, tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(RunError, match=r"unknown.safetensors is damaged"):
         predict(tmp_path / "export", inputs)
+
+
+def test_onnx_model_and_an_export_of_an_export_have_temperature_and_score(run, tmp_path):
+    run.export(tmp_path / "export")
+    export_run(tmp_path / "export", tmp_path / "again", format="onnx")
+    inputs = np.concatenate([examples(20, 6)[0], strangers(20)])
+    ours, theirs = load_predictor(run.path).answers(inputs), load_predictor(tmp_path / "again").answers(inputs)
+    np.testing.assert_allclose(theirs.scores, ours.scores, atol=1e-6)
+    session = onnxruntime.InferenceSession(tmp_path / "again" / "model.onnx")
+    probabilities, scores = session.run(["probabilities", "scores"], {"features": inputs})
+    np.testing.assert_allclose(probabilities, np.exp(ours.log_probabilities), atol=1e-6)
+    np.testing.assert_allclose(scores, ours.scores, atol=1e-6)
+    unknown = json.loads((tmp_path / "export" / "export.json").read_text())["unknown"]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["unknown"]) == unknown
+    assert [score >= unknown["threshold"] for score in scores] == [each.known for each in run.predict(inputs)]
 
 
 def test_run_without_calibration_predicts_as_before(run, tmp_path):

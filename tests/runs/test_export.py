@@ -1,5 +1,8 @@
 """Exports: what a run's classifier becomes, used without this package."""
 
+import builtins
+import dataclasses
+import datetime
 import importlib.util
 import json
 import os
@@ -12,11 +15,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 from small_runs import Killed
 
 from pspinal_jax.__main__ import main
+from pspinal_jax.commands.tools import ending_exports
 from pspinal_jax.errors import RunError
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.models import Classifier, build_model
@@ -217,7 +222,9 @@ def test_a_run_on_features_is_exported_and_not_for_pictures(tmp_path, capsys):
     small = ["--model.head", "dense", "--optimizer.name", "sgd", "--optimizer.weight-decay", "0"]
     run = tmp_path / "run"
     assert main(["train", "features", "--workdir", str(run), *small, *flags]) == 0
-    assert main(["export", str(run)]) == 0
+    assert main(["export", str(run), "--format", "onnx"]) == 0
+    given = features.astype(np.float32)
+    np.testing.assert_allclose(onnx_probabilities(run / "export", given), of_run(run, given)[8:], rtol=0, atol=1e-6)
     artifact = read_export(run / "export")
     (inputs,) = artifact.exported.in_avals
     assert (inputs.shape[1:], inputs.dtype) == ((5,), np.float32)
@@ -225,6 +232,120 @@ def test_a_run_on_features_is_exported_and_not_for_pictures(tmp_path, capsys):
     np.testing.assert_allclose(found, of_run(run, features.astype(np.float32))[1:8], rtol=0, atol=1e-6)
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     refused(capsys, 2, "trained on features", "predict", "--artifact", run / "export", tmp_path / "a.png")
+
+
+def onnx_probabilities(export, inputs):
+    """What ONNX Runtime makes of `inputs`."""
+    session = onnxruntime.InferenceSession(export / "model.onnx")
+    (given,) = session.get_inputs()
+    assert given.name == ("images" if inputs.dtype == np.uint8 else "features")
+    return session.run(["probabilities"], {given.name: inputs})[0]
+
+
+def test_an_onnx_model_gives_the_runs_probabilities(trained, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["export", str(trained), "--output", str(output), "--format", "onnx"]) == 0
+    assert "model.onnx (0.1 MB)" in capsys.readouterr().out
+    images = np.random.default_rng(1).integers(0, 256, (64, 4, 4, 1)).astype(np.uint8)
+    found = np.concatenate([onnx_probabilities(output, images[:size]) for size in BATCHES])
+    np.testing.assert_allclose(found, of_run(trained, images), rtol=0, atol=1e-6)
+    said = json.loads((output / "export.json").read_text())
+    assert said["onnx"]["checked_on"] == "50 examples of the test split" and said["onnx"]["opset"] == 18
+    assert 0 <= said["onnx"]["largest_difference"] <= 1e-6
+    assert said["sha256"].keys() == {"model.jaxexport", "model.onnx", "params.safetensors"}
+    metadata = onnxruntime.InferenceSession(output / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == ["0", "1", "2"] and json.loads(metadata["input"]) == said["input"]
+    assert main(["export", str(trained), "--output", str(output)]) == 0
+    assert not (output / "model.onnx").exists(), "an export is replaced whole"
+
+
+def test_an_onnx_model_that_differs_is_not_written(trained, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    assert main(["export", str(trained), "--output", str(output)]) == 0
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    right = export.run_onnx
+
+    def wrong(path, batches):
+        assert [len(batch) for batch in batches] == [1, 49]
+        return {name: values + 2e-5 for name, values in right(path, batches).items()}
+
+    monkeypatch.setattr(export, "run_onnx", wrong)
+    said = (
+        "model.onnx was not written: it differs from the run in probabilities by up to 2.0e-05, expected at most 1e-05"
+    )
+    refused(capsys, 1, said, "export", trained, "--output", output, "--format", "onnx")
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_without_its_data_an_onnx_model_is_checked_on_noise(trained, exported, tmp_path, capsys):
+    words = ["export", str(exported), "--output", str(tmp_path / "again"), "--format", "onnx"]
+    assert main(words) == 0  # an export does not know where its data lay
+    assert "model.onnx is checked on noise, as the run's data cannot be read" in capsys.readouterr().err
+    said = json.loads((tmp_path / "again" / "export.json").read_text())
+    assert said["onnx"]["checked_on"] == "100 examples of noise"
+    images = np.random.default_rng(1).integers(0, 256, (64, 4, 4, 1)).astype(np.uint8)
+    np.testing.assert_allclose(onnx_probabilities(tmp_path / "again", images), of_run(trained, images)[8:], atol=1e-6)
+
+
+def test_onnx_without_its_packages_gets_one_line(trained, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def missing(name, *args, **more):
+        if name == "onnxruntime":
+            raise ImportError("No module named 'onnxruntime'", name=name)
+        return real(name, *args, **more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    refused(
+        capsys, 2, "needs onnxruntime; in the checkout: pip install '.[onnx]'", "export", trained, "--format", "onnx"
+    )
+    assert not (trained / "export").exists()
+
+
+def test_a_bfloat16_run_is_float32_in_onnx(trained, exported, tmp_path):
+    source = export._of_export(exported, None)
+    halved = source._replace(recipe=dataclasses.replace(source.recipe, dtype="bfloat16"))
+    assert export._write_onnx(halved, tmp_path)["onnx"]["largest_difference"] < 1e-6
+    images = np.random.default_rng(1).integers(0, 256, (64, 4, 4, 1)).astype(np.uint8)
+    np.testing.assert_allclose(onnx_probabilities(tmp_path, images), of_run(trained, images)[8:], rtol=0, atol=1e-6)
+
+
+def test_an_export_is_written_again_from_its_own_files(trained, exported, tmp_path, capsys):
+    again = tmp_path / "again"
+    assert main(["export", str(exported), "--output", str(again)]) == 0
+    first, second = (json.loads((path / "export.json").read_text()) for path in (exported, again))
+    assert {name for name in first if first[name] != second[name]} <= {"guaranteed_until", "checksum", "sha256"}
+    assert (again / "params.safetensors").read_bytes() == (exported / "params.safetensors").read_bytes()
+    images = np.random.default_rng(1).integers(0, 256, (7, 4, 4, 1)).astype(np.uint8)
+    one, other = (np.asarray(read_export(path).exported.call(images)) for path in (exported, again))
+    np.testing.assert_array_equal(one, other)
+    assert main(["export", str(again)]) == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["again"]
+    refused(capsys, 2, "--seed-index is 0, but", "export", again, "--seed-index", 0)
+    second = json.loads((again / "export.json").read_text())
+    del second["model"], second["checksum"]
+    (again / "export.json").write_text(json.dumps(second))
+    refused(capsys, 1, "of a version that did not write what its model is", "export", again)
+    assert read_export(again).description["class_names"] == ["0", "1", "2"], "it is still read"
+
+
+def test_the_export_says_until_when_newer_versions_read_it(exported, tmp_path):
+    until = datetime.date.fromisoformat(json.loads((exported / "export.json").read_text())["guaranteed_until"])
+    assert 180 <= (until - datetime.date.today()).days <= 184
+    for name, text in {
+        "mine": {"guaranteed_until": "2026-01-31"},
+        "old": {},
+        "odd": [],
+        "other": {"guaranteed_until": 3},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "export.json").write_text(json.dumps(text))
+    (tmp_path / "runs" / "one" / "export").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "export" / "export.json").write_text('{"guaranteed_until": "2026-01-30"}')
+    lines = [text for _, text in ending_exports(tmp_path, datetime.date(2026, 2, 1))]
+    assert len(lines) == 2 and f"{tmp_path / 'mine'}: newer" in lines[0] and "until 2026-01-31 only" in lines[0]
+    assert f"pspinal-jax export {tmp_path / 'runs' / 'one' / 'export'} writes it again" in lines[1]
+    assert not list(ending_exports(tmp_path, datetime.date(2026, 1, 30)))
 
 
 def refused(capsys, status, said, *arguments):
