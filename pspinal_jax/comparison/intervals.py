@@ -15,7 +15,7 @@ LEVEL = 0.95
 MIN_UNITS = 3
 """Splits, or seeds of one split, below which nothing is claimed."""
 TUNING_DRAWS = 1000
-TUNING_DEGREES = 4.0
+TUNING_DEGREES = 2.0
 """Degrees of freedom of a variance over winners of half of the trials; results/coverage.py measures whether they do."""
 
 
@@ -46,7 +46,8 @@ def paired_intervals(
       values: float or bool [M, K, S, T], what each test example adds to a method's score (1 or 0, for accuracy), of K
         splits and S seeds.
       tests: integers [K, T], which examples are tested in each split.
-      tuned: [B, M], the mean scores of the winners in B draws of the trials; None where there is no such luck.
+      tuned: [B, M], the mean scores of the winners in B draws of the trials, equal columns for methods that share their
+        trials, constant ones for those that have none; None where there is no such luck.
       rounding: the least amount by which scores can differ; half of it each way is added, so that methods that agree on
         every example of a small test are not taken for equal (A. Agresti & Y. Min, Biometrics 2005).
     """
@@ -61,13 +62,22 @@ def paired_intervals(
         shared *= np.mean([np.isin(a, b).mean() for i, a in enumerate(tests) for b in tests[:i]])
     between = _of_pairs(_covariance(by_unit) / units) if units > 1 else np.zeros((methods, methods))
     shared = _of_pairs(shared) + rounding**2
-    luck = np.zeros_like(shared) if tuned is None else _of_pairs(_covariance(tuned.T))
-    moderated, degrees = _moderated(between, max(units - 1, 1))
     tail = (1 - LEVEL) / max(methods * (methods - 1), 1)  # Bonferroni's: pairs have standard errors of their own
-    squares = t.isf(tail, degrees) ** 2 * moderated + norm.isf(tail) ** 2 * shared
-    squares += t.isf(tail, TUNING_DEGREES) ** 2 * luck
+
+    def squared(variances: np.ndarray, degrees: float) -> np.ndarray:
+        return np.asarray(t.isf(tail, degrees) ** 2 * variances)
+
+    varying = (between > 0).any(1).sum()  # with a pair's own, at most as many degrees as all methods pooled
+    moderated, degrees = _moderated(between, max(units - 1, 1), varying - 2)
+    variance, squares = moderated + shared, squared(moderated, degrees) + norm.isf(tail) ** 2 * shared
+    if tuned is not None:
+        columns, source = np.unique(tuned, axis=1, return_inverse=True)
+        source, lucks = source.reshape(-1), columns.var(0, ddof=1)
+        lucks, degrees = _moderated(lucks, TUNING_DEGREES, (lucks > 0).sum() - 1)
+        luck = (lucks[source][:, None] + lucks[source]) * (source[:, None] != source)
+        variance, squares = variance + luck, squares + squared(luck, degrees)
     mean = means.mean((1, 2))
-    return Intervals(mean[:, None] - mean, np.sqrt(squares), np.sqrt(between + shared + luck), units)
+    return Intervals(mean[:, None] - mean, np.sqrt(squares), np.sqrt(variance), units)
 
 
 def _covariance(values: np.ndarray) -> np.ndarray:
@@ -90,25 +100,23 @@ def _of_pairs(covariance: np.ndarray) -> np.ndarray:
     return np.maximum(own[:, None] + own - 2 * covariance, 0.0)
 
 
-def _moderated(variances: np.ndarray, degrees: int) -> tuple[np.ndarray, float]:
-    """Variances [M, M] of pairs, each drawn towards all, and their degrees of freedom.
+def _moderated(variances: np.ndarray, degrees: float, others: int) -> tuple[np.ndarray, float]:
+    """`variances` drawn towards all of them, and their degrees of freedom; a symmetric matrix counts once.
 
     As G. Smyth's "Linear models and empirical Bayes methods" (2004) does for genes: the more alike the variances are,
-    the more one learns from the others. A pair's own remains the least that it gets, so that one which is noisier
-    than others is not taken for quiet.
+    the more one learns from the others, as much as from `others` independent ones. Its own remains the least that each
+    gets, so that what is noisier than others is not taken for quiet.
     """
     from scipy.optimize import brentq
     from scipy.special import digamma, polygamma
 
-    found = variances[np.triu_indices(len(variances), 1)]
+    found = variances[np.triu_indices(len(variances), 1)] if variances.ndim == 2 else variances
     found = found[found > 0]  # what does not vary at all, as baselines over seeds, is not of their kind
-    methods = int((variances > 0).any(1).sum())
-    if methods < 3:
+    if len(found) < 3:
         return variances, degrees
     logs = np.log(found) - digamma(degrees / 2) + np.log(degrees / 2)
     excess = float(logs.var(ddof=1) - polygamma(1, degrees / 2))
-    most = (methods - 2.0) * degrees  # together with its own, as many as of all methods pooled
-    prior = most
+    prior = most = float(others * degrees)
     if excess > polygamma(1, most / 2):
         prior = 2 * brentq(lambda half: polygamma(1, half) - excess, 1e-8, most / 2)
     centre = np.exp(logs.mean() + digamma(prior / 2) - np.log(prior / 2))

@@ -49,29 +49,36 @@ def test_methods_that_agree_on_a_small_test_are_not_taken_for_equal():
 def test_the_luck_of_the_tuning_widens():
     values, tests = np.random.default_rng(0).random((3, 1, 5, 40)), np.arange(40)[None]
     tuned = np.random.default_rng(1).random((100, 3))
+    tuned[:, 1] = tuned[:, 0]  # the same trials
     without, found = paired_intervals(values, tests), paired_intervals(values, tests, tuned)
-    luck = (tuned[:, 0] - tuned[:, 2]).var(ddof=1)
-    added = found.half_width[0, 2] ** 2 - without.half_width[0, 2] ** 2
-    np.testing.assert_allclose(added, t.isf(0.025 / 3, TUNING_DEGREES) ** 2 * luck)
+    added = found.half_width**2 - without.half_width**2
+    luck = tuned[:, 0].var(ddof=1) + tuned[:, 2].var(ddof=1)
+    np.testing.assert_allclose(added[0, 2], t.isf(0.025 / 3, TUNING_DEGREES) ** 2 * luck)
+    np.testing.assert_allclose(added[0, 1], 0, atol=1e-12)
+    tuned[:, 2] = 0.5  # none
+    added = paired_intervals(values, tests, tuned).half_width ** 2 - without.half_width**2
+    np.testing.assert_allclose(added[0, 2], t.isf(0.025 / 3, TUNING_DEGREES) ** 2 * tuned[:, 0].var(ddof=1))
 
 
 def test_variances_of_few_units_learn_from_each_other():
     alike = np.full((5, 5), 2.0) - 2 * np.eye(5)
-    moderated, degrees = _moderated(alike, 2)
+    moderated, degrees = _moderated(alike, 2, 3)
     assert degrees == 4 * 2  # as of all five pooled
     assert (moderated[alike > 0] >= 2).all()
     # Variances so unlike teach nothing, and what is noisier than the others keeps its own.
     unlike = 10.0 ** np.add.outer(np.arange(5) * 3, np.arange(5) * 3) * (1 - np.eye(5))
-    assert 2 < _moderated(unlike, 2)[1] < 3
+    assert 2 < _moderated(unlike, 2, 3)[1] < 3
     one = alike.copy()
     one[0, 1:] = one[1:, 0] = 50
-    moderated, degrees = _moderated(one, 2)
+    moderated, degrees = _moderated(one, 2, 3)
     assert (moderated[0, 1:] >= 50).all() and 2 < degrees < 8
+    lucks, degrees = _moderated(np.array([1.0, 1.1, 0.9, 0.0]), 4, 2)
+    assert degrees == 12 and (lucks[:3] >= [1, 1.1, 0.9]).all() and lucks[3] == 0
     # What does not vary at all stays so, and two methods have nobody to learn from.
     still = alike.copy()
     still[0, 1] = still[1, 0] = 0
-    assert _moderated(still, 2)[0][0, 1] == 0
-    assert _moderated(alike[:2, :2], 2)[1] == 2
+    assert _moderated(still, 2, 3)[0][0, 1] == 0
+    assert _moderated(alike[:2, :2], 2, 0)[1] == 2
 
 
 def test_half_of_the_trials_elect_a_winner_the_same_half_for_all():
