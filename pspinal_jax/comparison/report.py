@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from pspinal_jax.comparison.intervals import LEVEL, MIN_UNITS, paired_intervals, winners_of_draws
+from pspinal_jax.comparison.metrics import DISPLAYS, Display, by_example
 from pspinal_jax.comparison.search import Comparer, rank
-from pspinal_jax.comparison.settings import HEADS
+from pspinal_jax.comparison.settings import HEADS, Metric
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import printable
 from pspinal_jax.files import write_json, write_text
@@ -30,14 +31,17 @@ LINEAR = ("logistic", "lda", "nearest_mean", "ridge")
 def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
     """The contents of compare.json; all but 'execution' is the same however often the work was interrupted."""
     config, methods, data, trainer = comparer.config, comparer.methods, comparer.data, comparer.trainers["seed"]
-    answers = {name: comparer.answers(name) for name in methods}
-    rows = {name: _method(comparer, name) for name in methods}
+    values = {name: _values(comparer, name) for name in methods}
+    rows = {name: _method(comparer, name, values[name]) for name in methods}
     chosen_from = [name for name in methods if name not in comparer.averages]
     best = max(chosen_from, key=lambda method: rows[method]["validation_accuracy"]["mean"])
-    correct = np.stack([answers[name].correct for name in methods])
+    compared = {name: each[config.metric] for name, each in values.items()}
+    for name, head in comparer.averages.items():  # an average has no seeds, but not less of their luck than their mean
+        compared[name] = compared[name] + compared[head] - compared[head].mean(1, keepdims=True)
     tests = np.stack([split.test for split in comparer.splits])
-    intervals = paired_intervals(correct, tests, _tuning_luck(comparer), 1 / correct.shape[-1])
-    design = describe_design(config.splits, config.num_seeds, len(methods))
+    rounding = DISPLAYS[config.metric].of_one_example / tests.shape[1]
+    intervals = paired_intervals(np.stack(list(compared.values())), tests, _tuning_luck(comparer), rounding)
+    design = describe_design(config.splits, config.num_seeds, len(methods), config.metric)
 
     def difference(method: str, goal: str) -> dict[str, Any]:
         at = methods.index(method), methods.index(goal)
@@ -90,8 +94,18 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
     }
 
 
-def _method(comparer: Comparer, method: str) -> dict[str, Any]:
-    """A method's row in compare.json."""
+def _values(comparer: Comparer, method: str) -> dict[Metric, np.ndarray]:
+    """What test examples add to each metric that is recorded, [K, S, T]."""
+    answers = comparer.answers(method)
+    return {
+        metric: by_example(metric, answers)
+        for metric in DISPLAYS
+        if metric == "accuracy" or answers.predicted is not None
+    }
+
+
+def _method(comparer: Comparer, method: str, values: Mapping[Metric, np.ndarray]) -> dict[str, Any]:
+    """A method's row in compare.json; `values` as of `_values`."""
     config, data, head = comparer.config, comparer.data, comparer.averages.get(method, method)
     chosen = []
     for split in range(config.splits):
@@ -113,8 +127,8 @@ def _method(comparer: Comparer, method: str) -> dict[str, Any]:
         size *= config.num_seeds
     accuracies = {name: [record[f"{name}_accuracy"] for record in runs] for name in ("validation", "test")}
     before = {name: {"mean": float(np.mean(each)), "each": each} for name, each in accuracies.items()}
-    tests = [record["test_accuracy"] for record in finals]
-    std = float(np.std(tests, ddof=1)) if len(tests) > 1 else 0.0
+    trainings = len(comparer.final_numbers(method))  # where there is one for all seeds, `values` repeat it
+    tests = {metric: _spread(each[:, :trainings].mean(-1).ravel()) for metric, each in values.items()}
     return {
         "parameters": size,
         "hidden": BASELINE_NAMES.get(method, "estimator" if head in comparer.grids else hidden),
@@ -122,39 +136,56 @@ def _method(comparer: Comparer, method: str) -> dict[str, Any]:
         "settings_tried": len(comparer.grids.get(head, range(config.trials))),
         "train_examples": len(comparer.splits[0].pool if refitted else comparer.rows[0, 0][0]),
         "validation_accuracy": None if averaged else before["validation"],
-        "test_accuracy": {"mean": float(np.mean(tests)), "std": std, "each": tests},
+        "test_accuracy": tests["accuracy"],
+        "test_metrics": tests,
         # What the trainings on the training part alone have on the test.
         **({"test_accuracy_before_refit": before["test"]} if refitted and not averaged else {}),
         "finite": all(record.get("finite", True) for record in runs + finals),
     }
 
 
+def _spread(each: np.ndarray) -> dict[str, Any]:
+    std = float(each.std(ddof=1)) if len(each) > 1 else 0.0
+    return {"mean": float(each.mean()), "std": std, "each": each.tolist()}
+
+
 def _tuning_luck(comparer: Comparer) -> np.ndarray:
-    """What validation says of the winners in draws of the trials, [B, M]; baselines try all that there is to try."""
+    """What validation says of the winners in draws of the trials, [B, M]; baselines try all that there is to try.
+
+    By accuracy or, of log-likelihood, by the loss; nothing is known of calibration.
+    """
     config, shape = comparer.config, (len(comparer.methods), comparer.config.splits, comparer.config.trials)
+    score = {"log_likelihood": "validation_loss", "calibration_error": "none"}.get(config.metric, "validation_accuracy")
     scores, order = np.zeros(shape), np.zeros(shape, int) + np.arange(config.trials)
     heads = dict(zip(config.heads, config.heads, strict=True)) | comparer.averages
     for (method, head), split in itertools.product(heads.items(), range(config.splits)):
         tried = [comparer.record("trial", split, head, trial) for trial in range(config.trials)]
         at = comparer.methods.index(method), split
-        scores[at] = [record["validation_accuracy"] for record in tried]
+        scores[at] = np.nan_to_num([record.get(score) or 0.0 for record in tried])
         order[at] = sorted(range(config.trials), key=lambda trial: rank(tried[trial]), reverse=True)
     return winners_of_draws(scores, order)
 
 
-def describe_design(splits: int, seeds: int, methods: int) -> dict[str, Any]:
+def describe_design(splits: int, seeds: int, methods: int, metric: Metric = "accuracy") -> dict[str, Any]:
     """What intervals are of, and whether so few splits or seeds allow to claim anything; as in compare.json."""
     units, of = (splits, "splits") if splits > 1 else (seeds, "seeds of one split")
-    pairs = methods * (methods - 1) // 2
-    return {"level": LEVEL, "pairs_at_once": pairs, "units": units, "of": of, "claims": units >= MIN_UNITS}
+    design = {"metric": metric, "level": LEVEL, "pairs_at_once": methods * (methods - 1) // 2}
+    return design | {"units": units, "of": of, "claims": units >= MIN_UNITS}
+
+
+def _display(design: Mapping[str, Any]) -> Display:
+    return DISPLAYS[design["metric"]]
 
 
 def summarize(rows: Mapping[str, Any], differences: Mapping[str, Any], best: str, design: Mapping[str, Any]) -> str:
     """The result as sentences; `design` as of `describe_design`."""
     heads = {name: each for name, each in differences.get("to_dense", {}).items() if name in HEADS}
-    better, worse = _listed(heads, 1), _listed(heads, -1)
-    level, beyond = (_listed(differences[f"to_{best}"], sign) for sign in (0, 1))
-    winner = f"Best on validation is {best}, with {100 * rows[best]['test_accuracy']['mean']:.2f} % on the test."
+    display = _display(design)
+    better, worse = _listed(heads, 1, display), _listed(heads, -1, display)
+    level, beyond = (_listed(differences[f"to_{best}"], sign, display) for sign in (0, 1))
+    score = display.shown(rows[best]["test_metrics"][design["metric"]]["mean"])
+    named = "" if design["metric"] == "accuracy" else f" {display.name}"
+    winner = f"Best on validation is {best}, with {score} {display.unit}{named} on the test."
     if not design["claims"]:
         few = f"{design['units']} {design['of']}".replace("1 seeds", "1 seed")
         return (
@@ -175,15 +206,17 @@ def summarize(rows: Mapping[str, Any], differences: Mapping[str, Any], best: str
     return " ".join(filter(None, sentences))
 
 
-def _listed(differences: Mapping[str, Any], sign: int) -> str:
-    """What lies beyond the noise above (1) or below (-1), or within it (0)."""
-    found = {n: each for n, each in differences.items() if each["beyond_the_noise"] * np.sign(each["mean"]) == sign}
-    return ", ".join(f"{name} ({_points(each)})" for name, each in found.items())
+def _listed(differences: Mapping[str, Any], sign: int, display: Display) -> str:
+    """What is beyond the noise better (1) or worse (-1), or within it (0)."""
+    signs = {
+        name: each["beyond_the_noise"] * np.sign(each["mean"]) * display.better for name, each in differences.items()
+    }
+    return ", ".join(f"{name} ({_points(differences[name], display)})" for name in signs if signs[name] == sign)
 
 
-def _points(difference: Mapping[str, Any]) -> str:
-    low, high = difference["interval_95"]
-    return f"{100 * difference['mean']:+.2f}, {100 * low:+.2f} .. {100 * high:+.2f}"
+def _points(difference: Mapping[str, Any], display: Display) -> str:
+    mean, low, high = (display.shown(value, "+") for value in (difference["mean"], *difference["interval_95"]))
+    return f"{mean}, {low} .. {high}"
 
 
 def describe_setting(chosen: list[dict[str, Any]]) -> str:
@@ -200,9 +233,12 @@ def describe_setting(chosen: list[dict[str, Any]]) -> str:
 def _table(result: Mapping[str, Any], goals: Sequence[str], best_name: str) -> list[list[str]]:
     """Header and rows; `best_name` formats the name of what did best on validation."""
     header = ["", "hidden layers", "parameters", "tried", "chosen setting", "trained on", "validation %", "test %"]
+    design, display = result["intervals"], _display(result["intervals"])
+    shown: tuple[Metric, ...] = tuple(dict.fromkeys(("accuracy", design["metric"])))
+    header += [f"test {DISPLAYS[metric].name}, {DISPLAYS[metric].unit}" for metric in shown[1:]]
     rows = [[*header, "seconds", *(f"difference to {goal.removeprefix('to_')}, 95 % interval" for goal in goals)]]
     for name, row in result["methods"].items():
-        test, differences = row["test_accuracy"], [result["differences"][goal].get(name) for goal in goals]
+        tests, differences = row["test_metrics"], [result["differences"][goal].get(name) for goal in goals]
         validation = row["validation_accuracy"]
         rows.append(
             [
@@ -213,9 +249,9 @@ def _table(result: Mapping[str, Any], goals: Sequence[str], best_name: str) -> l
                 describe_setting(row["chosen"]),
                 f"{row.get('train_examples', result['data']['train']):,}",
                 "-" if validation is None else f"{100 * validation['mean']:.2f}",
-                f"{100 * test['mean']:.2f} ± {100 * test['std']:.2f}",
+                *(" ± ".join(DISPLAYS[each].shown(tests[each][value]) for value in ("mean", "std")) for each in shown),
                 f"{result['execution']['seconds'][name]:.0f}",
-                *("" if each is None else _points(each) for each in differences),
+                *("" if each is None else _points(each, display) for each in differences),
             ]
         )
     return rows
@@ -224,6 +260,7 @@ def _table(result: Mapping[str, Any], goals: Sequence[str], best_name: str) -> l
 def format_table(result: Mapping[str, Any]) -> str:
     """The result as Markdown: the table, the summary, and what it was measured on."""
     data, protocol, execution = result["data"], result["protocol"], result["execution"]
+    display = _display(result["intervals"])
     header, *rows = (f"| {' | '.join(cells)} |" for cells in _table(result, list(result["differences"]), "**{}**"))
     validated = "a validation split of its own" if protocol["own_validation"] else "validation cut anew for every seed"
     after = "then trained on both" if protocol.get("refit") else "not trained on validation examples"
@@ -236,7 +273,7 @@ def format_table(result: Mapping[str, Any]) -> str:
         f"Trials a head: {protocol['trials']}; "
         f"seeds of the best: {protocol['num_seeds']}; splits: {protocol['splits']}; epochs: {protocol['epochs']}; "
         f"batch: {protocol['batch_size']}; sizes: {protocol['match']}. In bold: best on validation. Differences in "
-        f"points of test accuracy; intervals{of or ' are over splits, seeds'}, test examples"
+        f"{display.points} of test {display.name}; intervals{of or ' are over splits, seeds'}, test examples"
         f"{' and the luck of the tuning' if of else ''}. An average is of the probabilities of all seeds.",
         f"{execution['device']['kind']}, jax {execution['versions']['jax']}; {_compiled(result)}. "
         f"`{result['command']}`",
@@ -253,12 +290,13 @@ def format_html(result: Mapping[str, Any]) -> str:
 
 
 def list_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the table says of each method, by name, accuracies 0 .. 1."""
+    """What the table says of each method, by name, accuracies 0 .. 1, and all metrics."""
     return [
         {
             "method": name,
             "test_accuracy": row["test_accuracy"]["mean"],
             "test_std": row["test_accuracy"]["std"],
+            **{f"test_{metric}": score["mean"] for metric, score in row["test_metrics"].items()},
             "validation_accuracy": (row["validation_accuracy"] or {}).get("mean"),
             "parameters": row["parameters"],
             "settings_tried": row.get("settings_tried"),
@@ -306,20 +344,20 @@ def _size(result: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _draw(result: Mapping[str, Any], figure: Any) -> None:
-    names = list(result["methods"])[::-1]
+    names, display = list(result["methods"])[::-1], _display(result["intervals"])
     first, *others = figure.subplots(1, 1 + len(result["differences"]), sharey=True, squeeze=False)[0]
     for height, name in enumerate(names):
-        test = result["methods"][name]["test_accuracy"]
-        values = [100 * value for value in test["each"]]
+        test = result["methods"][name]["test_metrics"][result["intervals"]["metric"]]
+        values = [display.scale * value for value in test["each"]]
         first.plot(values, height + np.linspace(-0.18, 0.18, len(values)), ".", color="#4878a8", markersize=6)
-        first.plot(100 * test["mean"], height, "|", color="black", markersize=16)
+        first.plot(display.scale * test["mean"], height, "|", color="black", markersize=16)
     first.set_yticks(range(len(names)), names)
-    first.set_xlabel("test accuracy, %; a point a seed")
+    first.set_xlabel(f"test {display.name}, {display.unit}; a point a seed")
     for axis, (goal, differences) in zip(others, result["differences"].items(), strict=True):
         for name, each in differences.items():
             height, color = names.index(name), "#b04a3a" if each["beyond_the_noise"] else "#4878a8"
-            axis.plot(100 * np.array(each["interval_95"]), [height, height], color=color, linewidth=2)
-            axis.plot(100 * each["mean"], height, "o", color=color, markersize=5)
+            axis.plot(display.scale * np.array(each["interval_95"]), [height, height], color=color, linewidth=2)
+            axis.plot(display.scale * each["mean"], height, "o", color=color, markersize=5)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlabel(f"points {goal.replace('_', ' ')}, 95 % interval")
+        axis.set_xlabel(f"{display.points} {goal.replace('_', ' ')}, 95 % interval")
     figure.suptitle(drawable(Path(result["data"]["source"]).name), fontsize=10)

@@ -32,7 +32,7 @@ from pspinal_jax.comparison.baselines import (
 )
 from pspinal_jax.comparison.settings import CompareConfig, Scaling, draw_trial, training_seed
 from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head
-from pspinal_jax.comparison.trial_log import Key, TrialLog
+from pspinal_jax.comparison.trial_log import ADVICE, Key, TrialLog
 from pspinal_jax.data.dataset import ArraySplit, Dataset, copies_of_a_class, draw_together, split_by_class
 from pspinal_jax.errors import UsageError
 from pspinal_jax.progress import progress_bar, say
@@ -150,6 +150,11 @@ class Comparer:
         self.heads: dict[str, Any] = {name: head for name, (head, _) in built.items()}
         self.sizes: dict[str, int] = {name: size for name, (_, size) in built.items()}
         self.final = "refit" if config.refit and not log.earlier else "seed"
+        if log.earlier and config.metric != "accuracy":
+            raise UsageError(
+                f"metric is {config.metric}, but {log.workdir} was begun by an earlier version, which recorded "
+                f"accuracy alone; {ADVICE}"
+            )
         most = max(config.trials, config.num_seeds)
         trainer = Trainer(self.heads, self.schedule, most, config.mode, config.workers)
         self.trainers = {"trial": trainer, "seed": trainer}

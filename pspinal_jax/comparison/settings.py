@@ -17,6 +17,7 @@ HeadName = Literal["progressive", "spinal", "mlp", "dense"]
 HEADS: tuple[HeadName, ...] = get_args(HeadName)
 Match = Literal["published", "parameters"]
 Mode = Literal["auto", "loop", "vmap"]
+Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "log_likelihood", "calibration_error"]
 Range = tuple[float, float]
 Scaling = Literal["each", "all", "none"]
 """How features are standardised: each by its own mean and deviation, all by one of each, or not at all."""
@@ -81,6 +82,9 @@ class CompareConfig:
     standardize: Literal["auto", "each", "all", "none"] = "auto"
     """Features by the training part's mean and standard deviation: each by its own, all by one. auto: of every trial
     drawn like the rest, one of these two; pixels: all."""
+    metric: Metric = "accuracy"
+    """What methods are compared by on the test, beside accuracy; the last two after a temperature on validation.
+    Validation accuracy chooses all the same, so that another metric of a finished comparison trains nothing."""
     learning_rate: Range = (1e-4, 1e-2)
     """Lowest and highest peak learning rate; log-uniform, as the others. Both alike: one value."""
     weight_decay: Range = (1e-2, 3.0)

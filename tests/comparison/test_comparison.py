@@ -198,9 +198,8 @@ def test_compare_result_matches_its_records(finished):
             low, high = each["interval_95"]
             assert low <= each["mean"] <= high and each["standard_error"] > 0
             assert not each["beyond_the_noise"]  # of two seeds of one split
-    assert result["intervals"] == {
-        "level": 0.95, "pairs_at_once": 36, "units": 2, "of": "seeds of one split", "claims": False
-    }  # fmt: skip
+    design = {"metric": "accuracy", "level": 0.95, "pairs_at_once": 36, "units": 2, "of": "seeds of one split"}
+    assert result["intervals"] == design | {"claims": False}
     lines = [json.loads(line) for line in (workdir / "trials.jsonl").read_text().splitlines()]
     for head in SMALL["heads"]:
         trials = [line for line in lines if line["kind"] == "trial" and line["method"] == head]
@@ -215,6 +214,35 @@ def test_compare_result_matches_its_records(finished):
     table = (workdir / "compare.md").read_text()
     assert result["in_words"] in table and "| ridge |" in table
     assert (workdir / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_another_metric_of_a_finished_comparison_trains_nothing(finished, tmp_path):
+    workdir, result = finished
+    shutil.copytree(workdir, tmp_path / "again")
+    for metric, unit in (("macro_f1", "points"), ("log_likelihood", "nats"), ("calibration_error", "points")):
+        found = run(tmp_path / "again", metric=metric)
+        assert not any(found["execution"]["compilations"].values())
+        assert found["methods"] == result["methods"] and choices(found) == choices(result)
+        scores = {name: row["test_metrics"][metric]["mean"] for name, row in found["methods"].items()}
+        difference = found["differences"]["to_dense"]["progressive"]
+        assert difference["mean"] == pytest.approx(scores["progressive"] - scores["dense"])
+        low, high = difference["interval_95"]
+        assert low < difference["mean"] < high
+        table = (tmp_path / "again" / "compare.md").read_text()
+        name = metric.replace("_", " ").replace("f1", "F1").replace("log ", "log-")
+        assert f"test {name}, {'nats' if unit == 'nats' else '%'} |" in table and f"in {unit} of test {name}" in table
+        scale, digits = (1, 4) if unit == "nats" else (100, 2)
+        assert f"{scale * scores['dense']:.{digits}f} ± " in table
+        assert f"{scale * difference['mean']:+.{digits}f}, {scale * low:+.{digits}f} .. " in table
+
+
+def test_an_average_has_the_luck_of_its_heads_seeds(finished):
+    """It has one answer on a split, which a bootstrap over seeds would take for certain."""
+    errors = {
+        name: finished[1]["all_differences"]["to_ridge"][name]["standard_error"] for name in ("dense", "dense_average")
+    }
+    accuracies = finished[1]["methods"]["dense"]["test_accuracy"]["each"]
+    assert np.std(accuracies) > 0 and errors["dense_average"] > np.std(accuracies, ddof=1) / np.sqrt(2)
 
 
 def test_seeds_have_validation_parts_of_their_own_and_splits_tests_of_their_own():
@@ -400,6 +428,8 @@ def test_a_comparison_of_an_earlier_version_goes_on_as_it_was(finished, tmp_path
     found = run(tmp_path, refit=True, save=True)
     assert (tmp_path / "trials.jsonl").read_text() == text
     assert "was begun by an earlier version and goes on so" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"metric is macro_f1, but .* recorded accuracy alone; choose another"):
+        run(tmp_path, metric="macro_f1")
     assert [*found["methods"]] == [*known] and not found["protocol"]["refit"]
     for name in known:
         assert found["methods"][name] == result["methods"][name]

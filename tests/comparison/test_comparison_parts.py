@@ -197,7 +197,7 @@ def test_trials_step_along_each_range_by_a_power_of_one_number():
 def test_the_summary_says_what_is_better_than_dense(mean, interval, sentence):
     beyond = interval[0] > 0 or interval[1] < 0
     against = {"mean": mean, "interval_95": interval, "beyond_the_noise": beyond}
-    rows = {name: {"test_accuracy": {"mean": 0.9}} for name in ("mlp", "dense")}
+    rows = {name: {"test_metrics": {"accuracy": {"mean": 0.9}}} for name in ("mlp", "dense")}
     differences = {"to_dense": {"mlp": against}, "to_mlp": {"dense": against}}
     text = summarize(rows, differences, "mlp", describe_design(3, 1, 2))
     assert re.search(sentence, text) and "one split" not in text, text
@@ -211,11 +211,20 @@ def test_the_summary_says_what_is_better_than_dense(mean, interval, sentence):
 )
 def test_the_summary_claims_nothing_from_too_few_splits_or_seeds(splits, seeds, few):
     against = {"mean": 0.02, "interval_95": [0.01, 0.03], "beyond_the_noise": False}
-    rows = {name: {"test_accuracy": {"mean": 0.9}} for name in ("mlp", "dense")}
+    rows = {name: {"test_metrics": {"accuracy": {"mean": 0.9}}} for name in ("mlp", "dense")}
     differences = {"to_dense": {"mlp": against}, "to_mlp": {"dense": against}}
     text = summarize(rows, differences, "mlp", describe_design(splits, seeds, 2))
     assert f"Nothing is claimed of differences: {few} cannot tell luck from skill" in text
     assert "etter than" not in text and "noise" not in text
+
+
+def test_the_summary_of_an_error_calls_less_of_it_better():
+    against = {"mean": -0.02, "interval_95": [-0.03, -0.01], "beyond_the_noise": True}
+    rows = {name: {"test_metrics": {"calibration_error": {"mean": 0.03}}} for name in ("mlp", "dense")}
+    differences = {"to_dense": {"mlp": against}, "to_mlp": {"dense": against}}
+    text = summarize(rows, differences, "mlp", describe_design(3, 1, 2, "calibration_error"))
+    assert "Better than dense beyond the noise: mlp (-2.00, -3.00 .. -1.00)." in text
+    assert "Best on validation is mlp, with 3.00 % calibration error on the test." in text
 
 
 def test_heads_can_have_the_same_number_of_parameters():
