@@ -173,14 +173,22 @@ def describe_design(splits: int, seeds: int, methods: int, metric: Metric = "acc
     return design | {"units": units, "of": of, "claims": units >= MIN_UNITS}
 
 
-def _display(design: Mapping[str, Any]) -> Display:
-    return DISPLAYS[design["metric"]]
+def _metric(result: Mapping[str, Any]) -> Metric:
+    """By which methods are compared; in earlier versions always accuracy."""
+    found: Metric = result.get("intervals", {}).get("metric", "accuracy")
+    return found
+
+
+def _tests(row: Mapping[str, Any]) -> dict[Metric, Any]:
+    """The metrics of a method, of which earlier versions had one."""
+    found: dict[Metric, Any] = row.get("test_metrics", {"accuracy": row["test_accuracy"]})
+    return found
 
 
 def summarize(rows: Mapping[str, Any], differences: Mapping[str, Any], best: str, design: Mapping[str, Any]) -> str:
     """The result as sentences; `design` as of `describe_design`."""
     heads = {name: each for name, each in differences.get("to_dense", {}).items() if name in HEADS}
-    display = _display(design)
+    display = DISPLAYS[design["metric"]]
     better, worse = _listed(heads, 1, display), _listed(heads, -1, display)
     level, beyond = (_listed(differences[f"to_{best}"], sign, display) for sign in (0, 1))
     score = display.shown(rows[best]["test_metrics"][design["metric"]]["mean"])
@@ -233,12 +241,12 @@ def describe_setting(chosen: list[dict[str, Any]]) -> str:
 def _table(result: Mapping[str, Any], goals: Sequence[str], best_name: str) -> list[list[str]]:
     """Header and rows; `best_name` formats the name of what did best on validation."""
     header = ["", "hidden layers", "parameters", "tried", "chosen setting", "trained on", "validation %", "test %"]
-    design, display = result["intervals"], _display(result["intervals"])
-    shown: tuple[Metric, ...] = tuple(dict.fromkeys(("accuracy", design["metric"])))
+    display = DISPLAYS[_metric(result)]
+    shown: tuple[Metric, ...] = tuple(dict.fromkeys(("accuracy", _metric(result))))
     header += [f"test {DISPLAYS[metric].name}, {DISPLAYS[metric].unit}" for metric in shown[1:]]
     rows = [[*header, "seconds", *(f"difference to {goal.removeprefix('to_')}, 95 % interval" for goal in goals)]]
     for name, row in result["methods"].items():
-        tests, differences = row["test_metrics"], [result["differences"][goal].get(name) for goal in goals]
+        tests, differences = _tests(row), [result["differences"][goal].get(name) for goal in goals]
         validation = row["validation_accuracy"]
         rows.append(
             [
@@ -260,7 +268,7 @@ def _table(result: Mapping[str, Any], goals: Sequence[str], best_name: str) -> l
 def format_table(result: Mapping[str, Any]) -> str:
     """The result as Markdown: the table, the summary, and what it was measured on."""
     data, protocol, execution = result["data"], result["protocol"], result["execution"]
-    display = _display(result["intervals"])
+    display = DISPLAYS[_metric(result)]
     header, *rows = (f"| {' | '.join(cells)} |" for cells in _table(result, list(result["differences"]), "**{}**"))
     validated = "a validation split of its own" if protocol["own_validation"] else "validation cut anew for every seed"
     after = "then trained on both" if protocol.get("refit") else "not trained on validation examples"
@@ -296,7 +304,7 @@ def list_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             "method": name,
             "test_accuracy": row["test_accuracy"]["mean"],
             "test_std": row["test_accuracy"]["std"],
-            **{f"test_{metric}": score["mean"] for metric, score in row["test_metrics"].items()},
+            **{f"test_{metric}": score["mean"] for metric, score in _tests(row).items()},
             "validation_accuracy": (row["validation_accuracy"] or {}).get("mean"),
             "parameters": row["parameters"],
             "settings_tried": row.get("settings_tried"),
@@ -344,10 +352,10 @@ def _size(result: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _draw(result: Mapping[str, Any], figure: Any) -> None:
-    names, display = list(result["methods"])[::-1], _display(result["intervals"])
+    names, display = list(result["methods"])[::-1], DISPLAYS[_metric(result)]
     first, *others = figure.subplots(1, 1 + len(result["differences"]), sharey=True, squeeze=False)[0]
     for height, name in enumerate(names):
-        test = result["methods"][name]["test_metrics"][result["intervals"]["metric"]]
+        test = _tests(result["methods"][name])[_metric(result)]
         values = [display.scale * value for value in test["each"]]
         first.plot(values, height + np.linspace(-0.18, 0.18, len(values)), ".", color="#4878a8", markersize=6)
         first.plot(display.scale * test["mean"], height, "|", color="black", markersize=16)
