@@ -1,6 +1,6 @@
 """How often the intervals of `compare` hold, and how often it calls equals different: for docs/intervals.md.
 
-python results/coverage.py    # writes results/coverage/coverage.json and coverage.md; goes on with what is there
+python results/coverage.py    # goes on with what is there, and writes it into results/coverage and docs/intervals.md
 
 Heads are drawn whose true accuracies are known, and compared as `compare` does it: K splits of a data set (with five
 times as many examples as a test, so that tests overlap as those of its splits do; one split is the data's own), on each
@@ -18,6 +18,7 @@ claim is false where the truth is 0 or has the other sign. The method before thi
 import argparse
 import itertools
 import json
+import re
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from scipy.special import ndtr, ndtri
 from pspinal_jax.comparison.intervals import MIN_UNITS, paired_intervals, winners_of_draws
 
 HERE = Path(__file__).resolve().parent / "coverage"
+PAGE = HERE.parents[1] / "docs" / "intervals.md"
 SPLITS, SEEDS, TESTS = (1, 2, 3, 5), (1, 3, 5), (200, 2000)
 DOMINANT = ("seed", "split", "test examples", "tuning")
 LARGE, SMALL = 0.03, 0.003
@@ -94,7 +96,7 @@ class World:
         """True accuracies [M], over everything or, with `split_luck` [M], on a split."""
         if split_luck is None:
             return ndtr((skills + self.winners) / np.sqrt(self.inner**2 + self.split**2)).mean(0)
-        return ndtr((skills + split_luck + self.winners) / self.inner).mean(0)
+        return ndtr((skills + split_luck + self.winners[:4000]) / self.inner).mean(0)
 
     def _solve(self) -> np.ndarray:
         """The skills that give the first head `ACCURACY`, and the others `gaps` more."""
@@ -116,7 +118,7 @@ class World:
         skill = (self.skills[:, None] + luck + quality)[:, :, None] + of_seed
         latent = rng.standard_normal((methods, splits, seeds, tests), np.float32) * CHANCE
         correct = latent + ease[:, rows][:, :, None] + skill[..., None] > 0
-        truth = self.truth(self.skills, luck[:, 0]) if splits == 1 else self.truth(self.skills)
+        truth = self.truth(self.skills, luck[:, 0]) if splits == 1 else ACCURACY + self.gaps
         return correct, rows, seen, truth
 
 
@@ -177,13 +179,41 @@ def table(cells: dict[str, dict]) -> str:
             if cell is None:
                 continue
             texts = [f"{100 * cell[name]:.1f} ({100 * cell['old_' + name]:.0f})" for name in ("single", "together")]
-            claims = design[0] >= MIN_UNITS or (design[0] == 1 and design[1] >= MIN_UNITS)
-            false, found = (f"{100 * cell[name]:.1f}" if claims else "no claims" for name in ("false", "found"))
+            said = claimable(*design[:2])
+            false, found = (f"{100 * cell[name]:.1f}" if said else "no claims" for name in ("false", "found"))
             texts.append(f"{false} ({100 * cell['old_false']:.0f})")
             texts.append(f"{found} ({100 * cell['old_found']:.0f})" if world == "unequal" else "")
             texts.append(f"{100 * cell['half_width']:.1f}")
             lines.append(f"| {dominant} | {', '.join(map(str, design))} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
+
+
+def summary(cells: dict[str, dict]) -> str:
+    """Markdown for the page: the worst over sizes of the test, a line a number of splits and seeds."""
+    lines = []
+    for world, (_, _, sizes) in WORLDS.items():
+        of = " and ".join(f"{size:,}" for size in sizes)
+        lines += ["", f"**{world.capitalize()}**, tests of {of}:", "", f"| splits, seeds | {' | '.join(DOMINANT)} |"]
+        lines.append("|" + "---|" * (1 + len(DOMINANT)))
+        for splits, seeds in itertools.product(SPLITS, SEEDS):
+            texts = []
+            for dominant in DOMINANT:
+                found = [cells.get(key(world, dominant, (splits, seeds, size))) for size in sizes]
+                known = [cell for cell in found if cell]
+                if not known:
+                    texts.append("not run")
+                    continue
+                single, old_single = (100 * min(cell[name] for cell in known) for name in ("single", "old_single"))
+                false, old_false = (100 * max(cell[name] for cell in known) for name in ("false", "old_false"))
+                claims = f"{false:.1f}" if claimable(splits, seeds) else "none"
+                texts.append(f"{single:.1f} ({old_single:.0f}); {claims} ({old_false:.0f})")
+            lines.append(f"| {splits}, {seeds} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def claimable(splits: int, seeds: int) -> bool:
+    """Whether `compare` claims anything."""
+    return (splits if splits > 1 else seeds) >= MIN_UNITS
 
 
 def key(world: str, dominant: str, design: tuple[int, ...]) -> str:
@@ -195,12 +225,13 @@ def main() -> None:
     """Measure every cell that is not there yet, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=500, help="comparisons a cell")
+    parser.add_argument("--table", action="store_true", help="write the tables of what is there")
     parser.add_argument("--old-repeats", type=int, default=100, help="of these, by the old method too")
     arguments = parser.parse_args()
     HERE.mkdir(exist_ok=True)
     path = HERE / "coverage.json"
     cells = json.loads(path.read_text()) if path.exists() else {}
-    for name, dominant in itertools.product(WORLDS, DOMINANT):
+    for name, dominant in [] if arguments.table else itertools.product(WORLDS, DOMINANT):
         gaps, uneven, sizes = WORLDS[name]
         world = World(dominant, gaps, uneven)
         for design in itertools.product(SPLITS, SEEDS, sizes):
@@ -209,7 +240,10 @@ def main() -> None:
                 cells[key(name, dominant, design)] = measure(world, design, arguments.repeats, arguments.old_repeats)
                 print(key(name, dominant, design), f"{time.perf_counter() - start:.0f} s", flush=True)
                 path.write_text(json.dumps(cells, indent=1) + "\n")
-                (HERE / "coverage.md").write_text(table(cells))
+    (HERE / "coverage.md").write_text(table(cells))
+    marks = r"(<!-- table -->\n).*?(<!-- end -->)"
+    text = re.sub(marks, lambda found: f"{found[1]}{summary(cells)}\n\n{found[2]}", PAGE.read_text(), flags=re.DOTALL)
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":
