@@ -17,7 +17,7 @@ SMALL = [
     *("--trials", "2", "--num-seeds", "2", "--epochs", "1", "--batch-size", "16"),
     *("--layer-width", "4", "--num-layers", "2", "--heads", "mlp", "dense"),
 ]
-ALONE = ["--no-floors", "--no-refit", "--no-save"]
+ALONE = ["--no-floors", "--no-refit"]
 
 
 @pytest.fixture
@@ -75,6 +75,9 @@ def test_compare_flattens_pixels(npz_path, tmp_path):
     result = json.loads((tmp_path / "pixels" / "compare.json").read_text())
     assert result["data"]["features"] == 16
     assert {row["chosen"][0]["setting"]["standardize"] for row in result["methods"].values()} == {"all"}
+    best = load_run(tmp_path / "pixels" / "best")
+    assert best.config["input_shape"] == [4, 4, 1]
+    assert best.evaluate()["accuracy"] == best.result["test_accuracy"]["mean"]
 
 
 @pytest.mark.parametrize(
