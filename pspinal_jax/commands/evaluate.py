@@ -101,9 +101,9 @@ def suspects(args: Sequence[str]) -> int:
     from pspinal_jax.runs.suspects import write_suspects
 
     found, files = write_suspects(parsed.run_dir, parsed.output)
-    rows = [("example", "label", "", "looks like", "")]
-    for example, label, of_label, suggested, probability in found.rows(parsed.top):
-        rows.append((example, label, f"{of_label:.2%}", suggested, f"{probability:.2%}"))
+    rows = [("example", "split", "label", "", "looks like", "")]
+    for example, split, label, of_label, suggested, probability in found.rows(parsed.top):
+        rows.append((str(example), split, label, f"{of_label:.2%}", suggested, f"{probability:.2%}"))
     print(table([printable(cell) for cell in row] for row in rows))
     print(printable(f"{len(found.order):,} examples, the least likely label first: {', '.join(map(str, files))}"))
     return 0

@@ -220,11 +220,13 @@ class ArraySplit:
     Attributes:
       inputs: images uint8 [N, H, W, C], or features float32 [N, D].
       labels: see `Split`.
+      groups: likewise.
     """
 
     inputs: np.ndarray
     labels: np.ndarray
-    groups = looks = None
+    groups: np.ndarray | None = None
+    looks = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -246,7 +248,8 @@ class ArraySplit:
 
     def take(self, indices: np.ndarray) -> "ArraySplit":
         """See `Split`."""
-        return ArraySplit(self.inputs[indices], self.labels[indices])
+        groups = None if self.groups is None else self.groups[indices]
+        return ArraySplit(self.inputs[indices], self.labels[indices], groups)
 
     def random_crop(self, *seeds: int) -> "ArraySplit":
         """See `Split`; arrays are not cropped."""

@@ -254,7 +254,7 @@ class _Fold(NamedTuple):
         views = max(1, recipe.feature_views)
         count = len(data.train) // views
         first = data.train.take(np.arange(count))
-        rest, held = split_by_class(first.labels, _FOLD, recipe.data.split_seed, first.digests)
+        rest, held = split_by_class(first.labels, _FOLD, recipe.data.split_seed, first.digests, first.groups)
         return cls(np.concatenate([rest + view * count for view in range(views)]), held)
 
     def outputs(self, of_all: Trainer, setup: RunSetup, data: Dataset[Split]) -> Outputs:

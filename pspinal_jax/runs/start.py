@@ -171,7 +171,11 @@ def cached_features(
             directory.record(BACKBONE, FEATURES)
         barrier()
     directory.verify(BACKBONE, FEATURES)
-    return read_npz(features, data.num_classes)
+    held = read_npz(features, data.num_classes)
+    if data.train.groups is None:
+        return held
+    groups = np.tile(data.train.groups, max(1, recipe.feature_views))
+    return dataclasses.replace(held, splits={**held.splits, "train": dataclasses.replace(held.train, groups=groups)})
 
 
 def complete_backbone(recipe: Recipe, model: Classifier, start: dict[str, Any], data: Dataset[Split]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ al., "Confident learning", JAIR 2021, is on what to do with them). results/suspe
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,16 @@ class Suspects:
     suggested: np.ndarray
     probabilities: np.ndarray
 
-    def rows(self, most: int | None = None) -> list[tuple[str, str, float, str, float]]:
-        """(example, label, its probability, the class suggested, its probability) of the first `most`."""
-        names, name = self.data.class_names, self.data.contents().name
-        return [
-            (name(i), names[self.labels[i]], float(self.probabilities[i, 0]), names[self.suggested[i]],
-             float(self.probabilities[i, 1]))
-            for i in self.order[:most].tolist()
-        ]  # fmt: skip
+    def rows(self, most: int | None = None) -> list[tuple[Path, str, str, float, str, float]]:
+        """(example, its split, label, its probability, class suggested, its probability) of the first `most`."""
+        names, root, found = self.data.class_names, self.data.source + os.sep, []
+        for index in self.order[:most].tolist():
+            of_label, of_suggested = self.probabilities[index].tolist()
+            kind, number = self.data.place(index)
+            example = Path(self.data.splits[kind].name(number).removeprefix(root))
+            label, suggested = names[self.labels[index]], names[self.suggested[index]]
+            found.append((example, kind, label, of_label, suggested, of_suggested))
+        return found
 
     def pictures(self, most: int = _MAX_SHOWN) -> list[tuple[str, str, float, np.ndarray]]:
         """(label, class suggested, its probability, picture) of the first `most` whose label is not the suggested."""
@@ -89,10 +92,11 @@ def write_suspects(run: str | Path, output: str | Path | None = None) -> tuple[S
     check_target(folder, "--output", "suspects.csv")
     found = find_suspects(run)
     table, sheet = folder / "suspects.csv", folder / "suspects.png"
-    columns = ["example", "label", "probability_of_label", "suggested", "probability"]
+    columns = ["example", "split", "label", "probability_of_label", "suggested", "probability"]
+    rows = [(*row[:3], f"{row[3]:.6f}", row[4], f"{row[5]:.6f}") for row in found.rows()]
     with writing(table):
         folder.mkdir(parents=True, exist_ok=True)
-        write_csv(table, columns, [(Path(a), b, f"{c:.6f}", d, f"{e:.6f}") for a, b, c, d, e in found.rows()])
+        write_csv(table, columns, rows)
         sheet.unlink(missing_ok=True)
     plot_mistakes(found.pictures(), sheet, "labels to look at")
     return found, [path for path in (table, sheet) if path.exists()]
