@@ -156,7 +156,7 @@ def _write_csv(path: Path, predictions: Sequence["Prediction"], top: int) -> Non
         cells = [cell for name, probability in prediction.classes for cell in (name, f"{probability:.6f}")]
         rows.append([prediction.path, *cells, *[""] * (2 * top - len(cells)), prediction.error or ""])
         if scored:
-            numbers = ("", "") if prediction.score is None else (int(prediction.known or 0), f"{prediction.score:.6f}")
+            numbers = ("", "") if prediction.score is None else (int(prediction.known or 0), round(prediction.score, 6))
             rows[-1] += [prediction.label, *numbers]
     write_csv(path, [*columns, "error", *(("label", "known", "score") if scored else ())], rows)
 

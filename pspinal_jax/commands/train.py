@@ -23,7 +23,7 @@ DEFAULT_RECIPE = "digits"
 COMMON_FLAGS = {
     "data": (
         *("data.path", "data.name", "data.augment", "data.image-size", "data.fit", "data.num-classes"),
-        *("data.num-validation", "data.validation-fraction", "data.test-fraction"),
+        *("data.num-validation", "data.validation-fraction", "data.test-fraction", "data.labels", "data.group"),
     ),
     "model": (
         *("model.backbone", "model.weights", "freeze", "cache-features", "model.head", "model.layer-width"),

@@ -27,11 +27,12 @@ import numpy as np
 from pspinal_jax.data.dataset import Dataset, Split, draw_by_class, split_by_class
 from pspinal_jax.distributed import is_primary, whole
 from pspinal_jax.environment import jit_with
-from pspinal_jax.errors import UsageError
+from pspinal_jax.errors import PSpinalError, UsageError
 from pspinal_jax.recipes.schema import Recipe
 from pspinal_jax.runs.build import RunSetup, set_up, split_examples
 from pspinal_jax.runs.directory import RunDirectory, writing
 from pspinal_jax.runs.scores import Scored, calibration_error, log_softmax
+from pspinal_jax.training.fitted import HistoryLog
 from pspinal_jax.training.images import streaming_split
 from pspinal_jax.training.loop import Trainer
 from pspinal_jax.training.programs import padded_split
@@ -128,28 +129,30 @@ def calibrate(
     train, held = split_examples(setup.recipe, data)
     pool = data.train if data.validation is None else data.train.join(data.validation)
     found: dict[str, Any] = {"examples": len(held), "of": "validation", "reason": ""}
-    fold = None
-    if recipe.protocol == "paper":
-        found |= {"examples": 0, "reason": "the paper's protocol holds nothing out"}
-    elif recipe.retrain:
-        found |= {"examples": 0, "reason": "what was held out is trained on in the end (retrain)"}
+    of_fold: Outputs | None = None
+    if recipe.protocol == "paper" or recipe.retrain:
+        found["examples"] = 0
+        found["reason"] = "what was held out is trained on in the end" if recipe.retrain else "nothing was held out"
     elif not len(held) and len(data.example_shape) == 1:
         fold = _Fold.of(data, recipe)
         held = fold.held
         found |= {"examples": len(held), "of": f"{_FOLD:.0%} of the training examples, left out of another training"}
-    if not found["reason"] and found["examples"] < MIN_EXAMPLES:
-        found["reason"] = f"{found['examples']} examples were held out, and {MIN_EXAMPLES} are needed"
+        try:
+            of_fold = fold.outputs(trainer, setup, data) if len(held) >= MIN_EXAMPLES else None
+        except PSpinalError as error:  # the run itself has been trained
+            found["reason"] = f"another training on a part of the examples failed: {error}"
+    if not found["reason"] and len(held) < MIN_EXAMPLES:
+        found["reason"] = f"{len(held)} examples were held out, and {MIN_EXAMPLES} are needed"
     if found["reason"]:
         return found, {}
     rows, _ = draw_by_class(pool.labels[train], lambda members: max(0, members - _PER_CLASS), 0)
-    outputs = _Outputs(setup, workers, trainer.stop_if_asked)
-    of_fold = None if fold is None else fold.outputs(trainer, setup, data)
-    arrays: dict[str, Any] = {}
+    outputs, labels, arrays = _Outputs(setup, workers, trainer.stop_if_asked), pool.labels[held], dict[str, Any]()
     columns: dict[str, list[Any]] = {"temperature": [], "loss": [], "calibration_error": [], "threshold": []}
-    for index, variables in enumerate(_of_seeds(trainer, best=True)):
+    for index, variables in enumerate(_of_seeds(trainer)):
         seen = outputs(variables, pool.take(train[rows]))
         new = outputs(variables, pool.take(held)) if of_fold is None else of_fold
-        labels = pool.labels[held]
+        if not np.isfinite(new.logits).all():
+            return found | {"reason": "training diverged"}, {}
         temperature = fit_temperature(new.logits, labels)
         unknown = fit_unknown(seen.features, pool.labels[train[rows]], data.num_classes, new.features)
         arrays[str(index)] = {"temperature": np.float32(temperature), **vars(unknown)}
@@ -158,9 +161,9 @@ def calibrate(
         for name, measure in _MEASURES.items():
             columns[name].append([measure(Scored.of(labels, log_softmax(new.logits / t))) for t in (1.0, temperature)])
     for name in _MEASURES:
-        before, after = zip(*columns[name], strict=True)
+        before, after = zip(*columns.pop(name), strict=True)
         found[name] = {"before": list(before), "after": list(after)}
-    return found | {name: columns[name] for name in ("temperature", "threshold")} | {"accept": ACCEPT}, arrays
+    return found | columns | {"accept": ACCEPT}, arrays
 
 
 _MEASURES: dict[str, Callable[[Scored], float]] = {
@@ -235,9 +238,9 @@ class _Outputs:
             yield programs.shard_batch(padded_split((rows, ()), size)[0]), len(rows)
 
 
-def _of_seeds(trainer: Trainer, *, best: bool) -> Iterator[Any]:
-    """The variables of each seed."""
-    count, trees = len(trainer.seed_states.seeds), trainer.seed_states.variables(best=best)
+def _of_seeds(trainer: Trainer) -> Iterator[Any]:
+    """The selected variables of each seed."""
+    count, trees = len(trainer.seed_states.seeds), trainer.seed_states.variables(best=True)
     for index in range(count):
         yield jax.tree.map(lambda leaf, index=index: leaf[index], trees) if count > 1 else trees
 
@@ -260,27 +263,17 @@ class _Fold(NamedTuple):
     def outputs(self, of_all: Trainer, setup: RunSetup, data: Dataset[Split]) -> Outputs:
         """For the rows left out, of a head that is trained on the others as that `of_all` was."""
         splits = {"train": data.train.take(self.train), "test": data.train.take(self.held)}
-        recipe = dataclasses.replace(setup.recipe, num_seeds=1)
+        whole_batches = dataclasses.replace(setup.recipe.data, drop_remainder=True)
+        recipe = dataclasses.replace(setup.recipe, num_seeds=1, data=whole_batches)
         if recipe.batch_size > len(self.train):
             recipe = dataclasses.replace(recipe, batch_size=len(self.train), micro_batches=1)
         again = set_up(recipe, dataclasses.replace(data, splits=splits), mesh=setup.programs.mesh)
         stages = [dataclasses.replace(stage, name="calibrate") for stage in again.stages]
         trainer = Trainer(
-            dataclasses.replace(again, stages=stages), _NoLog(), None, of_all.stop, math.inf, of_all.start
+            dataclasses.replace(again, stages=stages), HistoryLog(None), None, of_all.stop, math.inf, of_all.start
         )
         trainer.run()
-        return _Outputs(again)(next(_of_seeds(trainer, best=True)), splits["test"])
-
-
-class _NoLog:
-    def rewind(self, finished: Any) -> None:
-        """Nothing is kept."""
-
-    def append(self, line: Any) -> None:
-        """Nothing is kept."""
-
-    def report(self, found: Any) -> None:
-        """Nothing is kept."""
+        return _Outputs(again)(next(_of_seeds(trainer)), splits["test"])
 
 
 def save_calibration(directory: RunDirectory, arrays: dict[str, Any]) -> None:

@@ -328,7 +328,7 @@ def _write_predictions(path: Path, evaluated: Evaluated) -> None:
         probabilities = (scored.confidence[index], np.exp(scored.log_likelihood[index]))
         shown: list[object] = [f"{value:.6f}" for value in probabilities]
         if threshold is not None:
-            shown += [int(scored.known[index] >= threshold), f"{scored.known[index]:.6f}"]
+            shown += [int(scored.known[index] >= threshold), round(float(scored.known[index]), 6)]
         rows.append([name, names[label], names[predicted], int(label == predicted), *shown])
     with writing(path):
         write_csv(path, columns, rows)

@@ -26,7 +26,7 @@ def blocks(page, language):
 
 def export_page(place, npz_path):
     """A run and its export, as the page's first commands make them; and images for it."""
-    small = {"epochs": 1, "batch_size": 16, "model__layer_width": 6, "data__num_validation": 20, "data__num_classes": 3}
+    small = {"epochs": 1, "batch_size": 16, "model__layer_width": 6, "data__num_validation": 48, "data__num_classes": 3}
     pspinal_jax.train("digits", data__path=npz_path, workdir=place / "run", **small)
     assert main(["export", str(place / "run"), "--output", str(place / "mnist-export"), "--format", "onnx"]) == 0
     return {"images": np.zeros((5, 4, 4, 1), np.uint8)}

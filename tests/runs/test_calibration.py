@@ -115,8 +115,8 @@ def test_strangers_are_unknown(run):
     known, unknown = run.predict(examples(100, 4)[0]), run.predict(strangers(60))
     assert np.mean([each.known for each in known]) > 0.85 and not any(each.known for each in unknown)
     assert unknown[0].label == "unknown" and known[0].label == known[0].classes[0][0]
-    more = run.predict(examples(100, 4)[0], accept=0.98)
-    assert sum(each.known for each in more) > sum(each.known for each in known)
+    fewer = run.predict(examples(100, 4)[0], accept=0.5)
+    assert 30 < sum(each.known for each in fewer) < 70
     with pytest.raises(UsageError, match=r"accept is 0.999, expected at most 0.9901"):
         run.predict(strangers(1), accept=0.999)
     passed = run.evaluate()["rejection"]
@@ -133,7 +133,7 @@ def test_predict_prints_and_writes_what_is_unknown(run, tmp_path, capsys):
     assert printed.out.count("unknown (nearest: ") == 2 and "5 of 5 rows classified, 2 of them unknown" in printed.err
     out = tmp_path / "out.csv"
     assert main(["predict", str(run.path), str(table), "--csv", str(out)]) == 0
-    lines = list(csv.DictReader(out.open()))
+    lines = list(csv.DictReader(out.read_text().splitlines()))
     assert list(lines[0]) == ["image", "class", "probability", "error", "label", "known", "score"]
     assert [line["known"] for line in lines] == ["1", "1", "1", "0", "0"] and lines[4]["label"] == "unknown"
     assert lines[0]["label"] == lines[0]["class"] and float(lines[0]["score"]) > float(lines[4]["score"])
@@ -141,7 +141,7 @@ def test_predict_prints_and_writes_what_is_unknown(run, tmp_path, capsys):
     assert main(["predict", str(run.path), str(table), "--json"]) == 0
     assert [each["known"] for each in json.loads(capsys.readouterr().out)] == [True, True, True, False, False]
     assert main(["predict", str(run.path), str(table), "--no-unknown", "--csv", str(out)]) == 0
-    assert list(next(csv.DictReader(out.open()))) == ["image", "class", "probability", "error"]
+    assert list(next(csv.DictReader(out.read_text().splitlines()))) == ["image", "class", "probability", "error"]
     assert main(["predict", str(run.path), str(table), "--no-unknown", "--accept", "0.9"]) == 2
 
 
