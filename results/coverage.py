@@ -135,7 +135,7 @@ def measure(world: World, design: tuple[int, int, int], repeats: int, old_repeat
         mean, half = found.mean[pairs], found.half_width[pairs]
         row = {"half_width": half.mean()} | judge(mean - half, mean + half, gap, found.units >= MIN_UNITS)
         if number < old_repeats:
-            means = percentile_bootstrap(correct, 400, number)
+            means = percentile_bootstrap(correct, 200, number)
             low, high = np.quantile(means[:, pairs[0]] - means[:, pairs[1]], [0.025, 0.975], axis=0)
             row |= {f"old_{name}": value for name, value in judge(low, high, gap, True).items()}
         rows.append(row)
@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=500, help="comparisons a cell")
     parser.add_argument("--table", action="store_true", help="write the tables of what is there")
-    parser.add_argument("--old-repeats", type=int, default=100, help="of these, by the old method too")
+    parser.add_argument("--old-repeats", type=int, default=60, help="of these, by the old method too")
     arguments = parser.parse_args()
     HERE.mkdir(exist_ok=True)
     path = HERE / "coverage.json"

@@ -15,7 +15,7 @@ LEVEL = 0.95
 MIN_UNITS = 3
 """Splits, or seeds of one split, below which nothing is claimed."""
 TUNING_DRAWS = 1000
-TUNING_DEGREES = 2.0
+TUNING_DEGREES = 3.0
 """Degrees of freedom of a variance over winners of half of the trials; results/coverage.py measures whether they do."""
 
 
@@ -46,8 +46,8 @@ def paired_intervals(
       values: float or bool [M, K, S, T], what each test example adds to a method's score (1 or 0, for accuracy), of K
         splits and S seeds.
       tests: integers [K, T], which examples are tested in each split.
-      tuned: [B, M], the mean scores of the winners in B draws of the trials, equal columns for methods that share their
-        trials, constant ones for those that have none; None where there is no such luck.
+      tuned: [M, K, B], the scores of the winners in B draws of the trials, equal for methods that share their trials,
+        constant for those that have none; None where there is no such luck.
       rounding: the least amount by which scores can differ; half of it each way is added, so that methods that agree on
         every example of a small test are not taken for equal (A. Agresti & Y. Min, Biometrics 2005).
     """
@@ -71,8 +71,8 @@ def paired_intervals(
     moderated, degrees = _moderated(between, max(units - 1, 1), varying - 2)
     variance, squares = moderated + shared, squared(moderated, degrees) + norm.isf(tail) ** 2 * shared
     if tuned is not None:
-        columns, source = np.unique(tuned, axis=1, return_inverse=True)
-        source, lucks = source.reshape(-1), columns.var(0, ddof=1)
+        sources, source = np.unique(tuned, axis=0, return_inverse=True)
+        source, lucks = source.reshape(-1), np.array([_luck(each) for each in sources])
         lucks, degrees = _moderated(lucks, TUNING_DEGREES, (lucks > 0).sum() - 1)
         luck = (lucks[source][:, None] + lucks[source]) * (source[:, None] != source)
         variance, squares = variance + luck, squares + squared(luck, degrees)
@@ -92,6 +92,13 @@ def _over_examples(values: np.ndarray) -> np.ndarray:
     if seeds == 1:
         return among
     return (seeds**2 * among - sum(map(_covariance, values.swapaxes(0, 1)))) / (seeds * (seeds - 1))
+
+
+def _luck(tuned: np.ndarray) -> float:
+    """Variance over draws of [K, B]; of several splits what they have in common, as the rest differs between them."""
+    among = _covariance(tuned)
+    splits = len(among)
+    return float(max((among.sum() - np.trace(among)) / (splits * (splits - 1)), 0.0) if splits > 1 else among[0, 0])
 
 
 def _of_pairs(covariance: np.ndarray) -> np.ndarray:
@@ -125,7 +132,7 @@ def _moderated(variances: np.ndarray, degrees: float, others: int) -> tuple[np.n
 
 
 def winners_of_draws(scores: np.ndarray, order: np.ndarray, draws: int = TUNING_DRAWS, seed: int = 0) -> np.ndarray:
-    """Scores [B, M] of the trial that wins in each of B draws of half of the trials, averaged over splits.
+    """Scores [M, K, B] of the trial that wins in each of B draws of half of the trials.
 
     Half without replacement, as the bootstrap of a maximum is inconsistent (P. Bickel & D. Freedman, 1981); all methods
     and splits see the same draws, as they have the same trials.
@@ -140,4 +147,4 @@ def winners_of_draws(scores: np.ndarray, order: np.ndarray, draws: int = TUNING_
     kept = np.random.default_rng(seed).random((draws, trials)).argsort(1) < -(-trials // 2)
     first = kept[:, order].argmax(-1)  # [B, M, K]
     winners = np.take_along_axis(order, np.moveaxis(first, 0, -1), -1)
-    return np.take_along_axis(scores, winners, -1).mean(1).T
+    return np.take_along_axis(scores, winners, -1)

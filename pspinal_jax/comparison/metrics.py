@@ -30,7 +30,7 @@ class Display(NamedTuple):
 
     def shown(self, value: float, sign: str = "") -> str:
         """A value as text; with "+" as `sign`, with its sign."""
-        return f"{self.scale * value:{sign}.{self.digits}f}"
+        return f"{round(self.scale * value, self.digits) + 0.0:{sign}.{self.digits}f}"  # + 0.0: of -0.0 makes 0.0
 
     @property
     def points(self) -> str:

@@ -150,7 +150,7 @@ def _spread(each: np.ndarray) -> dict[str, Any]:
 
 
 def _tuning_luck(comparer: Comparer) -> np.ndarray:
-    """What validation says of the winners in draws of the trials, [B, M]; baselines try all that there is to try.
+    """What validation says of the winners in draws of the trials, [M, K, B]; baselines try all that there is to try.
 
     By accuracy or, of log-likelihood, by the loss; nothing is known of calibration.
     """

@@ -48,16 +48,23 @@ def test_methods_that_agree_on_a_small_test_are_not_taken_for_equal():
 
 def test_the_luck_of_the_tuning_widens():
     values, tests = np.random.default_rng(0).random((3, 1, 5, 40)), np.arange(40)[None]
-    tuned = np.random.default_rng(1).random((100, 3))
-    tuned[:, 1] = tuned[:, 0]  # the same trials
+    tuned = np.random.default_rng(1).random((3, 1, 100))
+    tuned[1] = tuned[0]  # the same trials
     without, found = paired_intervals(values, tests), paired_intervals(values, tests, tuned)
     added = found.half_width**2 - without.half_width**2
-    luck = tuned[:, 0].var(ddof=1) + tuned[:, 2].var(ddof=1)
+    luck = tuned[0].var(ddof=1) + tuned[2].var(ddof=1)
     np.testing.assert_allclose(added[0, 2], t.isf(0.025 / 3, TUNING_DEGREES) ** 2 * luck)
     np.testing.assert_allclose(added[0, 1], 0, atol=1e-12)
-    tuned[:, 2] = 0.5  # none
+    tuned[2] = 0.5  # none
     added = paired_intervals(values, tests, tuned).half_width ** 2 - without.half_width**2
-    np.testing.assert_allclose(added[0, 2], t.isf(0.025 / 3, TUNING_DEGREES) ** 2 * tuned[:, 0].var(ddof=1))
+    np.testing.assert_allclose(added[0, 2], t.isf(0.025 / 3, TUNING_DEGREES) ** 2 * tuned[0].var(ddof=1))
+    # Of several splits it is what they have in common; the rest is between them.
+    values, tests = np.repeat(values, 3, axis=1), np.arange(120).reshape(3, 40)
+    common = np.random.default_rng(2).normal(size=(3, 1, 4000))
+    found = paired_intervals(values, tests, common + np.random.default_rng(3).normal(size=(3, 3, 4000)))
+    without = paired_intervals(values, tests)
+    added = (found.half_width**2 - without.half_width**2)[0, 2]
+    assert added == pytest.approx(t.isf(0.025 / 3, 9) ** 2 * 2, rel=0.15)  # three that are alike have 9 degrees
 
 
 def test_variances_of_few_units_learn_from_each_other():
@@ -87,13 +94,13 @@ def test_half_of_the_trials_elect_a_winner_the_same_half_for_all():
     found = winners_of_draws(scores[:, :1], order[:, :1], 4000)
     for method in range(2):
         ranked = np.sort(scores[method, 0])[::-1]
-        share = [(found[:, method] == score).mean() for score in ranked]
+        share = [(found[method] == score).mean() for score in ranked]
         # The best is among four of eight in half of the draws, the second without it in 2/7 of them, ..
         np.testing.assert_allclose(share, [1 / 2, 2 / 7, 1 / 7, 2 / 35, 1 / 70, 0, 0, 0], atol=0.03)
     same = winners_of_draws(np.stack([scores[0]] * 2), np.stack([order[0]] * 2), 50)
-    np.testing.assert_array_equal(same[:, 0], same[:, 1])
+    np.testing.assert_array_equal(same[0], same[1])
     only = winners_of_draws(scores[..., :1], np.zeros((2, 3, 1), int), 9)
-    np.testing.assert_allclose(only, np.broadcast_to(scores[..., 0].mean(1), (9, 2)))
+    np.testing.assert_allclose(only, np.broadcast_to(scores[..., :1], (2, 3, 9)))
 
 
 @pytest.mark.parametrize(("splits", "seeds", "uneven"), [(3, 1, 1.0), (5, 2, 3.0), (1, 3, 1.0)])
