@@ -7,6 +7,7 @@ The functions that exchange values are called by all processes, in the same orde
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 
 from pspinal_jax import __version__
 from pspinal_jax.errors import PSpinalError, RunError, UsageError
-from pspinal_jax.files import differences
+from pspinal_jax.files import cache_folder, differences, held
 from pspinal_jax.progress import say
 from pspinal_jax.recipes.schema import ProcessOptions
 
@@ -171,14 +172,38 @@ def joined(options: ProcessOptions) -> Iterator[None]:
     if jax.distributed.is_initialized():  # by an engine, which also ends it
         yield
         return
-    _initialize(options, given)
-    try:
-        assert_same({"jax": jax.__version__, "pspinal_jax": __version__, "num_processes": given.get("num_processes")})
+    with _place(given):
+        _initialize(options, given)
+        try:
+            everywhere = {"jax": jax.__version__, "pspinal_jax": __version__}
+            assert_same(everywhere | {"num_processes": given.get("num_processes")})
+            yield
+            barrier()
+        except BaseException as error:
+            _end(error)
+        jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _place(given: dict[str, Any]) -> Iterator[None]:
+    """Hold the place of this process in its run, on this machine: a second one there would make JAX end both runs.
+
+    Raises:
+      RunError: if another process holds it.
+    """
+    folder = cache_folder()
+    if not given or folder is None:
         yield
-        barrier()
-    except BaseException as error:
-        _end(error)
-    jax.distributed.shutdown()
+        return
+    (folder / "joined").mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^\w.-]", "-", f"{given['coordinator_address']}-{given['process_id']}.lock")
+    with held(folder / "joined" / name) as other:
+        if other is not None:
+            raise RunError(
+                f"{other} is process {given['process_id']} of a run at coordinator_address "
+                f"{given['coordinator_address']} already; choose another port"
+            )
+        yield
 
 
 def _end(error: BaseException) -> NoReturn:

@@ -23,6 +23,10 @@ from pspinal_jax.errors import RunError
 from pspinal_jax.files import plain_path, require_file
 from pspinal_jax.progress import warn
 
+SECONDS_FOR_OTHERS = 50
+"""How long a process waits at a save for the others, of which one may have found its disk full; Orbax: 20 minutes."""
+_OF_ANOTHER = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|barrier|coordination service", re.I)
+"""In what JAX's connection to the other processes raises when one of them has gone."""
 Trees = dict[str, Any]
 """Trees of arrays by the name of their item: params, batch_stats, opt_state, best."""
 
@@ -44,7 +48,11 @@ class CheckpointStore:
             self._directory.parent.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self._opened.enter_context(plain_path(self._directory)),
-                options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=2,
+                    cleanup_tmp_directories=True,
+                    async_options=ocp.AsyncOptions(timeout_secs=SECONDS_FOR_OTHERS),
+                ),
             )
         self._last_time = -float("inf")
         self._last_cost: float | None = None
@@ -114,9 +122,12 @@ class CheckpointStore:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            own = _error_of_the_disk(error)
+            if own is None:
+                raise  # `distributed` says what it means
             raise RunError(
-                f"a checkpoint cannot be written to {self._directory}: {_reason(error)}; put that right and run the "
+                f"a checkpoint cannot be written to {self._directory}: {_reason(own)}; put that right and run the "
                 "same command again: earlier checkpoints are kept"
             ) from error
 
@@ -133,6 +144,16 @@ class CheckpointStore:
 
 def _with_leaves(trees: Trees) -> Trees:
     return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+
+def _error_of_the_disk(error: BaseException | None) -> OSError | ValueError | None:
+    """`error`, or what it followed on: a process that cannot write waits in vain for the others before it says so."""
+    while error is not None:
+        of_another = count() > 1 and _OF_ANOTHER.search(str(error))
+        if isinstance(error, OSError | ValueError) and not of_another:  # tensorstore: a full disk is a ValueError
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _reason(error: Exception) -> str:

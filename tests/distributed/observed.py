@@ -2,13 +2,14 @@
 
 The environment says what to do: DEVICES simulates so many; STOP=PROCESS:STEP:SIGNAL sends that process a signal before
 step STEP, counted over the run, and takes that step alone, or, where STEP is "model", before the model is built;
-TINY_RESNET makes resnet18 small; HERE in an argument stands for the folder $HERE/PROCESS; OBSERVED names a file for
-what was seen: how many images were decoded, whether the data set stood prepared when it was asked for, and the step
-that the run went on from.
+TINY_RESNET makes resnet18 small; FULL=PROCESS:BYTES lets that process write no file beyond so many bytes, as on a full
+disk; HERE in an argument stands for the folder $HERE/PROCESS; OBSERVED names a file for what was seen: how many images
+were decoded, whether the data set stood prepared when it was asked for, and the step that the run went on from.
 """
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -74,6 +75,11 @@ def stop_at(process, step, name):
 
 
 watch()
+if "FULL" in os.environ:
+    process, size = map(int, os.environ["FULL"].split(":"))
+    if f"--process-id {process}" in " ".join(sys.argv):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 if "STOP" in os.environ:
     stop_at(*os.environ["STOP"].split(":"))
 if "TINY_RESNET" in os.environ:

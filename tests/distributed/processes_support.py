@@ -28,13 +28,15 @@ class Ended:
     seen: dict | None
 
 
-def run(folder, arguments, *, processes=2, devices=2, seconds=None, found_by="flags", counts=None, **environment):
+def run(
+    folder, arguments, *, processes=2, devices=2, seconds=None, found_by="flags", counts=None, port=None, **environment
+):
     """`pspinal-jax ARGUMENTS` as so many processes; waits for all, at most `seconds` after the one that STOP names.
 
     They learn of each other from flags, or from variables as srun ("slurm") or Kubeflow Trainer ("kubeflow") sets them.
     `counts` are what each of them takes for the number of processes.
     """
-    port = free_port()
+    port = port or free_port()
     started = []
     for index in range(processes):
         flags = _flags(port, counts[index] if counts else processes, index)

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import numpy as np
@@ -10,7 +12,8 @@ from processes_support import free_port, metrics, run, run_to_the_end, small, wr
 
 from pspinal_jax import distributed
 from pspinal_jax.__main__ import main
-from pspinal_jax.errors import UsageError
+from pspinal_jax.checkpoints import SECONDS_FOR_OTHERS
+from pspinal_jax.errors import RunError, UsageError
 from pspinal_jax.recipes.schema import ProcessOptions
 from pspinal_jax.runs.result import load_variables
 
@@ -236,6 +239,48 @@ def test_without_flags_or_a_cluster_it_says_so(data, tmp_path):
     assert alone.status == 2
     assert "--distributed found no cluster that JAX knows" in alone.err and alone.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_place_in_a_run_is_held_by_one_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("PSPINAL_JAX_CACHE", str(tmp_path))
+    given = {"coordinator_address": "10.0.0.1:1234", "num_processes": 2, "process_id": 1}
+    with distributed._place(given):
+        line = "is process 1 of a run at coordinator_address 10.0.0.1:1234 already; choose another port"
+        with pytest.raises(RunError, match=line), distributed._place(given):
+            pass
+        with distributed._place(given | {"process_id": 0}), distributed._place({}):
+            pass
+    with distributed._place(given):
+        pass
+
+
+@pytest.mark.slow
+def test_a_second_run_on_the_same_port_leaves_the_first_alone(data, tmp_path):
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run, folders[0], small(data, folders[0] / "run", "--epochs", "400"), port=port)
+        while not (folders[0] / "run" / "metrics.jsonl").exists():
+            time.sleep(0.2)
+            assert not first.done()
+        for process in run(folders[1], small(data, folders[1] / "run"), port=port):
+            assert process.status == 1 and process.err.count("\n") == 1
+            assert f"of a run at --coordinator-address 127.0.0.1:{port} already" in process.err
+        assert not first.done(), "the first must still be training for this to mean anything"
+        assert [process.status for process in first.result()] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_ends_both_within_a_minute(data, tmp_path):
+    arguments = small(data, tmp_path / "run", "--model.layer-width", "256")
+    start = time.monotonic()
+    first, second = run(tmp_path, arguments, FULL="1:3000", JAX_ENABLE_COMPILATION_CACHE="false")
+    assert time.monotonic() - start < 60 + SECONDS_FOR_OTHERS
+    assert second.status == 1 and "a checkpoint cannot be written to" in second.err, second.err
+    assert first.status in ENDED_BY_ANOTHER and "cannot be written" not in first.err, first.err
+    assert "Traceback" not in first.err + second.err
 
 
 @pytest.mark.slow

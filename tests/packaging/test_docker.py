@@ -39,7 +39,8 @@ def test_the_wheel_is_built_from_what_is_copied(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in copied("Dockerfile"):
-        subprocess.run(["cp", "-r", REPOSITORY / name, source], check=True)
+        (source / name).parent.mkdir(exist_ok=True)
+        subprocess.run(["cp", "-r", REPOSITORY / name, source / name], check=True)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", tmp_path / "dist", source]
     subprocess.run([str(word) for word in command], check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
