@@ -213,15 +213,16 @@ def run_all(
         say(f"left out: {reason}")
     about = {"command": command, "minutes": minutes, "date": time.strftime("%Y-%m-%d"), "left_out": left_out}
     end, failed = time.monotonic() + 60 * minutes, set[str]()
-    for further in (False, True):
-        for number, name in enumerate(names):
+    # The shortest comparisons first, so that as many sections as can be have theirs.
+    for further, order in ((False, sorted(names, key=SECTIONS.__getitem__)), (True, names)):
+        for number, name in enumerate(order):
             path, latest = workdir / f"{name}.json", end + _GRACE_SECONDS * (not further)
             begun, left = _read(path), end - time.monotonic()
             needed = _SECONDS_TO_START + begun.get("comparison_seconds", 0.0) if further else SECTIONS[name]
             fits = time.monotonic() + needed < latest
             if further and (name in failed or not begun.get("further") or not fits):
                 continue
-            seconds = max(needed, left * SECTIONS[name] / sum(SECTIONS[other] for other in names[number:]))
+            seconds = max(needed, left * SECTIONS[name] / sum(SECTIONS[other] for other in order[number:]))
             say(f"[{number + 1}/{len(names)}] {name}{', further cases' if further else ''}: up to {seconds:.0f} s")
             arguments = (name, seconds, path, tuple(precisions), _peaks(workdir), tiny, further)
             status = _run_section(arguments, end + _GRACE_SECONDS) if fits else _NO_TIME

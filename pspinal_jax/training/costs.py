@@ -155,7 +155,7 @@ def describe_costs(costs: Mapping[str, float]) -> dict[str, str]:
         "compiling": f"{costs['compile_seconds']:.1f} s",
         "waiting for input": f"{costs['input_seconds']:.1f} s",
         "products and convolutions": "not counted" if rate is None else f"{rate / scale:.3g} {unit}FLOP/s",
-        "share of the device's measured peak": _NOT_KNOWN if share is None else f"{100 * share:.0f} %",
+        "share of the device's measured peak": _NOT_KNOWN if share is None else f"{100 * share:.1f} %",
         "peak device memory": "not reported by the device" if memory is None else f"{memory:,.0f} MB",
     }
 
