@@ -168,12 +168,12 @@ def test_weights_that_are_none(capsys, value):
 
 
 def test_every_alias_means_a_flag_of_some_command():
+    from pspinal_jax.commands.benchmark import Flags
     from pspinal_jax.commands.evaluate import EvaluateArguments
     from pspinal_jax.commands.predict import PredictArguments
 
-    flags = {
-        flag.name for arguments in (TrainArguments, EvaluateArguments, PredictArguments) for flag in flags_of(arguments)
-    }
+    commands = (TrainArguments, EvaluateArguments, PredictArguments, Flags)
+    flags = {flag.name for arguments in commands for flag in flags_of(arguments)}
     ends = flags | {name.rpartition(".")[2] for name in flags}
     assert {meant for meant in ALIASES.values() if meant not in ends} == set()
 
