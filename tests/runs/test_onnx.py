@@ -40,7 +40,9 @@ class OffscreenCanvas {
 FUNCTIONS = {
     "activations": lambda x: jax.nn.gelu(x) + jax.nn.silu(x) * jax.nn.softplus(x) - jnp.tanh(x) / (2 + jnp.sin(x)),
     "approximate gelu": lambda x: jax.nn.gelu(x, approximate=False) + jax.nn.elu(x) + jax.nn.hard_swish(x),
-    "choices": lambda x: jnp.where(x > 0, jnp.sqrt(jnp.abs(x)), jnp.clip(x, -0.5, 0.5)) + jnp.sign(x) * (x != 0),
+    "choices": lambda x: (
+        jnp.where(x > 0, jnp.sqrt(jnp.abs(x)), jnp.clip(x, -0.5, 0.5)) + jnp.sign(x) * (x != 0) * jax.lax.rsqrt(2 + x)
+    ),
     "bounds": lambda x: jax.nn.relu6(x) + jnp.minimum(jnp.maximum(0.0, x), 6) + jnp.maximum(x, -x),
     "norms": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True) + jax.nn.logsumexp(x, -1, keepdims=True) ** 3,
     "columns": lambda x: jnp.concatenate([x[:, 1::2], x[:, :1], jnp.ones_like(x[:, :2]), x[:, None, 3]], 1).max(1),
@@ -51,8 +53,12 @@ FUNCTIONS = {
         jnp.pad(x, ((0, 0), (2, 1)), constant_values=3.0) * jax.lax.stop_gradient(jnp.log1p(jnp.expm1(2.0)))
     ),
     "maps": lambda x: jax.lax.conv_general_dilated(
-        x.reshape(-1, 1, 2, 3), jnp.full((2, 1, 1, 2), 0.3), (1, 2), ((1, 0), (0, 1)), rhs_dilation=(1, 2)
+        *(x.reshape(-1, 2, 3, 1), jnp.array([[[[0.3, -1.0]], [[0.7, 0.2]]]]), (1, 2), ((1, 0), (2, 1))),
+        rhs_dilation=(1, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     ),
+    "differences": lambda x: (x - 0.7)[:, None] * jnp.array([[1.0], [-2.0]]) - jnp.ones(6),
+    "not finite": lambda x: sum(jnp.where(jnp.isfinite(jnp.log(y)), x, 0.0) for y in (x, jax.nn.relu(x))),
 }
 
 
