@@ -286,7 +286,7 @@ def _is_finite(graph: _Graph, inputs: list[str], _: Any) -> str:
 
 
 _UNCHANGED = {"stop_gradient", "copy", "copy_p", "optimization_barrier", "sharding_constraint"}
-_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"}
+_CALLS = {"jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2"}
 _SAME_NAME = "add mul div pow exp log tanh erf neg abs sign sqrt floor ceil sin cos and or not"
 _OTHER_NAME = (
     "eq:Equal lt:Less le:LessOrEqual gt:Greater ge:GreaterOrEqual logistic:Sigmoid rsqrt:Sqrt,Reciprocal ne:Equal,Not"

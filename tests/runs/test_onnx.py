@@ -39,7 +39,9 @@ class OffscreenCanvas {
 
 FUNCTIONS = {
     "activations": lambda x: jax.nn.gelu(x) + jax.nn.silu(x) * jax.nn.softplus(x) - jnp.tanh(x) / (2 + jnp.sin(x)),
-    "approximate gelu": lambda x: jax.nn.gelu(x, approximate=False) + jax.nn.elu(x) + jax.nn.hard_swish(x),
+    "approximate gelu": lambda x: (
+        jax.nn.gelu(x, approximate=False) + jax.nn.elu(x) + jax.checkpoint(jax.nn.hard_swish)(x)
+    ),
     "choices": lambda x: (
         jnp.where(x > 0, jnp.sqrt(jnp.abs(x)), jnp.clip(x, -0.5, 0.5)) + jnp.sign(x) * (x != 0) * jax.lax.rsqrt(2 + x)
     ),
