@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime
 
 from pspinal_jax import load_run
-from pspinal_jax.runs.evaluate import evaluate_examples
+from pspinal_jax.data import load_data
 
 PAGE = Path(__file__).parents[1] / "docs" / "examples" / "classify.html"
 IN_BROWSER, BATCH = 50, 32
@@ -44,7 +44,7 @@ def main(run, web=None):
         start = time.perf_counter()
         opened.export(export, format="onnx")
         seconds = time.perf_counter() - start
-        split = evaluate_examples(run).data.test
+        split = load_data(opened.recipe.data, needs_test=False).test
         files = [Path(split.name(index)) for index in range(len(split))]
         names, answers = opened.class_names, opened.predict(files, top=len(opened.class_names))
         expected = np.array([[dict(answer.classes)[name] for name in names] for answer in answers])
