@@ -195,7 +195,8 @@ def _logistic(settings: Settings, rows: np.ndarray, labels: np.ndarray, inputs: 
         # Of two classes scikit-learn penalises the difference of the weights, of which these have a half each.
         decay = (2 if classes == 2 else 1) / (setting["C"] * len(labels))
         before = point
-        point, _ = _minimize(*operands, jnp.float32(decay), start)
+        with jax.default_matmul_precision("float32"):  # accelerators round inputs to fewer bits by default
+            point, _ = _minimize(*operands, jnp.float32(decay), start)
         start = jax.tree.map(lambda now, last: 2 * now - last, point, before)
         weights = np.asarray(point[0], np.float64)
         weights = weights if axes is None else axes @ weights
