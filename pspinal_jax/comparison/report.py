@@ -95,13 +95,9 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
 
 
 def _values(comparer: Comparer, method: str) -> dict[Metric, np.ndarray]:
-    """What test examples add to each metric that is recorded, [K, S, T]."""
-    answers = comparer.answers(method)
-    return {
-        metric: by_example(metric, answers)
-        for metric in DISPLAYS
-        if metric == "accuracy" or answers.predicted is not None
-    }
+    """What test examples add to each metric, [K, S, T]; in a comparison of an earlier version to accuracy alone."""
+    answers, metrics = comparer.answers(method), tuple(DISPLAYS)
+    return {metric: by_example(metric, answers) for metric in (metrics[:1] if comparer.log.earlier else metrics)}
 
 
 def _method(comparer: Comparer, method: str, values: Mapping[Metric, np.ndarray]) -> dict[str, Any]:
