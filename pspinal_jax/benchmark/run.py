@@ -213,19 +213,26 @@ def run_all(
         say(f"left out: {reason}")
     about = {"command": command, "minutes": minutes, "date": time.strftime("%Y-%m-%d"), "left_out": left_out}
     end, failed = time.monotonic() + 60 * minutes, set[str]()
+    planned, spent = 0.0, 0.0  # on a slow machine every section takes longer than it is expected to
     # The shortest comparisons first, so that as many sections as can be have theirs.
     for further, order in ((False, sorted(names, key=SECTIONS.__getitem__)), (True, names)):
         for number, name in enumerate(order):
             path, latest = workdir / f"{name}.json", end + _GRACE_SECONDS * (not further)
             begun, left = _read(path), end - time.monotonic()
-            needed = _SECONDS_TO_START + begun.get("comparison_seconds", 0.0) if further else SECTIONS[name]
+            needed = SECTIONS[name] * (spent / planned if planned else 1.0)
+            if further:
+                needed = _SECONDS_TO_START + begun.get("comparison_seconds", 0.0)
             fits = time.monotonic() + needed < latest
             if further and (name in failed or not begun.get("further") or not fits):
                 continue
             seconds = max(needed, left * SECTIONS[name] / sum(SECTIONS[other] for other in order[number:]))
-            say(f"[{number + 1}/{len(names)}] {name}{', further cases' if further else ''}: up to {seconds:.0f} s")
+            what = f"{', further cases' if further else ''}: " + (f"about {seconds:.0f} s" if fits else _NO_TIME)
+            say(f"[{number + 1}/{len(names)}] {name}{what}")
             arguments = (name, seconds, path, tuple(precisions), _peaks(workdir), tiny, further)
+            start = time.monotonic()
             status = _run_section(arguments, end + _GRACE_SECONDS) if fits else _NO_TIME
+            if fits:
+                planned, spent = planned + SECTIONS[name], spent + time.monotonic() - start
             if not status.startswith((_DONE, _NO_TIME)):
                 failed.add(name)
             write_json(path, _empty(name) | _read(path) | {"status": status})
@@ -251,7 +258,7 @@ def _run_section(arguments: tuple[Any, ...], latest: float) -> str:
     process.start()
     # A case that has begun may end; what hangs may not take the others' time.
     left = latest - time.monotonic()
-    patience = min(1.5 * seconds + 45.0, left)
+    patience = min(4.0 * seconds + 60.0, left)
     process.join(patience)
     status = process.exitcode
     process.kill()
