@@ -84,6 +84,12 @@ def run(texts, page, namespace):
         pytest.skip(f"without {', '.join(missing)}; the other blocks ran")
 
 
+def test_every_page_stands_in_the_sites_tree():
+    tree = (REPOSITORY / "docs" / "index.md").read_text()
+    pages = {path.stem for path in (REPOSITORY / "docs").glob("*.*") if path.suffix in (".md", ".rst")} - {"index"}
+    assert {page for page in pages if not re.search(rf"(^|<){page}>?$", tree, re.MULTILINE)} == set()
+
+
 def command_lines(page):
     """The command lines of pspinal-jax in `page`: in its blocks of shell, and in its text."""
     text = page.read_text()
