@@ -1,12 +1,15 @@
-"""Which score tells pictures of no known class from others: the table in docs/unknown.md.
+"""Which score tells pictures of no known class from others: the tables in docs/unknown.md.
 
+    python results/unknown.py folders CALTECH101.zip FRUITS.zip MNIST.npz pictures
     python results/unknown.py strangers FRUITS.zip MNIST.npz strangers.npz
     python results/unknown.py scores CALTECH_FEATURES.npz strangers.npz
 
-`strangers` computes EfficientNet-Lite0's features of 500 pictures each of noise, digits and fruit. `scores` holds 20
-classes of Caltech-101 out, three times others, and once all birds; trains the recipe `linear` on four fifths of each
-other class's 30 pictures, puts the threshold where it keeps 95 % of the last fifth, and counts the test pictures of
-known classes that it keeps and the strangers that it rejects.
+`folders` writes the pictures of 81 classes of Caltech-101 to pictures/known, a folder a class, those of the others to
+pictures/unseen, and 500 pictures each to pictures/noise, digits and fruit. `strangers` computes EfficientNet-Lite0's
+features of 500 pictures each of noise, digits and fruit. `scores` holds 20 classes of Caltech-101 out, three times
+others, and once all birds; trains the recipe `linear` on four fifths of each other class's 30 pictures, puts the
+threshold where it keeps 95 % of the last fifth, and counts the test pictures of known classes that it keeps and the
+strangers that it rejects.
 """
 
 import io
@@ -39,26 +42,46 @@ def noise(rng):
         yield pixels.resize((224, 224), Image.BICUBIC if index % 2 else Image.NEAREST)
 
 
-def strangers(fruits, mnist, output):
-    """Write the features of strangers as arrays [500, 1280] by kind."""
-    model = build_model(with_default_preprocessing(load_recipe("folder")), (224, 224, 3), 2)
-    variables = {
-        name: {"backbone": tree} for name, tree in backbone_variables("efficientnet_lite0", "pretrained").items()
-    }
-    features = jax.jit(lambda images: model.apply(variables, images, False, method="features"))
-    rng = np.random.default_rng(0)
+def pictures(fruits, mnist):
+    """500 pictures of each kind of strangers."""
     with np.load(mnist) as file:
         digits = [Image.fromarray(image) for image in file["test_images"][:COUNT]]
     with zipfile.ZipFile(fruits) as archive:
         names = sorted(name for name in archive.namelist() if "test/" in name and name.endswith(".jpg"))
         names = names[:: len(names) // COUNT][:COUNT]
         fruit = [Image.open(io.BytesIO(archive.read(name))) for name in names]
-    kinds = {"noise": list(noise(rng)), "digits": digits, "fruit": fruit}
+    return {"noise": list(noise(np.random.default_rng(0))), "digits": digits, "fruit": fruit}
+
+
+def strangers(fruits, mnist, output):
+    """Write the features of strangers as arrays [500, 1280] by kind."""
+    model = build_model(with_default_preprocessing(load_recipe("folder")), (224, 224, 3), 2)
+    weights = backbone_variables("efficientnet_lite0", "pretrained")
+    variables = {name: {"backbone": tree} for name, tree in weights.items()}
+    features = jax.jit(lambda images: model.apply(variables, images, False, method="features"))
     found = {}
-    for kind, images in kinds.items():
+    for kind, images in pictures(fruits, mnist).items():
         pixels = np.stack([np.asarray(image.convert("RGB").resize((224, 224), Image.BILINEAR)) for image in images])
         found[kind] = np.concatenate([features(pixels[i : i + 50]) for i in range(0, COUNT, 50)])
     np.savez(output, **found)
+
+
+def folders(caltech, fruits, mnist, output):
+    """Write the folders."""
+    output = Path(output)
+    with zipfile.ZipFile(caltech) as archive:
+        names = sorted({name.split("/")[1] for name in archive.namelist() if name.endswith(".jpg")})
+        held = {names[index] for index in np.random.default_rng(0).permutation(len(names))[:20]}
+        for name in archive.namelist():
+            if name.endswith(".jpg"):
+                _, label, file = name.split("/")
+                path = output / ("unseen" if label in held else "known") / label / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.read(name))
+    for kind, images in pictures(fruits, mnist).items():
+        (output / kind).mkdir()
+        for index, image in enumerate(images):
+            image.save(output / kind / f"{index:03}.png")
 
 
 def unit(rows):
@@ -71,20 +94,20 @@ def candidates(train, labels, head):
     means = np.stack([train[labels == label].mean(0) for label in range(labels.max() + 1)])
     centre, within = train.mean(0), train - means[labels]
     of_train = train @ head[0] + head[1]
+    covariance = 0.9 * within.T @ within / len(train)
+    covariance[np.diag_indices(len(covariance))] += 0.1 * within.var(0).mean()
+    whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T
+    null = np.linalg.eigh(np.cov(train.T))[1][:, :-256]
 
     def nearest(x, z):
         return -np.sort(-(unit(x) @ unit(train).T), 1)[:, :5].mean(1)
 
     def mahalanobis(x, z):
         """Lee et al., NeurIPS 2018; the covariance is shrunk by a tenth."""
-        covariance = 0.9 * within.T @ within / len(train)
-        covariance[np.diag_indices(len(covariance))] += 0.1 * within.var(0).mean()
-        whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T
         return -cdist(x @ whiten, means @ whiten).min(1)
 
     def virtual_logit(x, z):
         """ViM (Wang et al., CVPR 2022), of 256 principal directions."""
-        null = np.linalg.eigh(np.cov(train.T))[1][:, :-256]
         scale = of_train.max(1).mean() / np.linalg.norm((train - centre) @ null, axis=1).mean()
         return logsumexp(z, axis=1) - scale * np.linalg.norm((x - centre) @ null, axis=1)
 
@@ -155,4 +178,4 @@ def scores(caltech, strange):
 
 
 if __name__ == "__main__":
-    {"strangers": strangers, "scores": scores}[sys.argv[1]](*sys.argv[2:])
+    {"folders": folders, "strangers": strangers, "scores": scores}[sys.argv[1]](*sys.argv[2:])
