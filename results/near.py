@@ -60,7 +60,7 @@ CHANGES = {
 
 def looks(contents):
     """The looks of encoded images."""
-    return near.as_array(near.look(decode(content, (16, 16))) for content in contents)
+    return near.as_array(near.look(decode(content, (32, 32))) for content in contents)
 
 
 def main():

@@ -36,8 +36,8 @@ SPLIT_FOLDERS = {
 """Split -> names of its folder, in lower case."""
 
 T = TypeVar("T")
-_CHECK_SIZE = (16, 16)  # every byte is decoded whatever the size, and resizing costs least so
-_CACHE_FORMAT = 4
+_CHECK_SIZE = (32, 32)  # what `near.look` takes; every byte is decoded whatever the size
+_CACHE_FORMAT = 5
 _MAX_TABLE_BYTES = 2**28
 
 

@@ -185,8 +185,8 @@ def test_group_near_keeps_them_on_one_side(copied):
 
 def test_near_pairs_of_nothing_and_of_one_grey():
     assert len(near.find_pairs(near.as_array([]))[0]) == 0
-    grey = near.look(np.full((16, 16, 3), 7, np.uint8))
+    grey = near.look(np.full((32, 32, 3), 7, np.uint8))
     assert len(near.find_pairs(near.as_array([grey, grey]))[0]) == 0
-    one = near.look(np.asarray(textured(0, 16)))
+    one = near.look(np.asarray(textured(0, 32)))
     pairs, cosines = near.find_pairs(near.as_array([one, grey, one]))
     assert pairs.tolist() == [[0, 2]] and cosines[0] == pytest.approx(1)

@@ -1,6 +1,7 @@
 """Labels that look wrong: found by a classifier that has not seen them."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from PIL import Image
 import pspinal_jax
 from pspinal_jax.__main__ import main
 from pspinal_jax.errors import DataError, UsageError
+from pspinal_jax.runs import suspects
+from pspinal_jax.runs.directory import load_recipe_of as recipe_of
 from pspinal_jax.runs.suspects import _folds, find_suspects, out_of_fold
 
 
@@ -95,8 +98,8 @@ def test_suspects_of_changed_data_are_refused(run, tmp_path):
         path.write_bytes(held)
 
 
-def test_suspects_of_pictures(pictures, tiny_flags, tmp_path):
-    """Of cached features they are a sheet of pictures too; a backbone of random numbers has none."""
+def test_suspects_of_pictures(pictures, tiny_flags, tmp_path, monkeypatch):
+    """Of cached features they are a sheet of pictures too; a backbone of random numbers has none to give."""
     command = ["train", "folder", "--data.path", str(pictures), *tiny_flags, "--epochs", "1", "--freeze", "backbone"]
     assert main([*command, "--cache-features", "--workdir", str(tmp_path / "cached")]) == 0
     assert main(["suspects", str(tmp_path / "cached")]) == 0
@@ -108,6 +111,8 @@ def test_suspects_of_pictures(pictures, tiny_flags, tmp_path):
     assert main(["report", str(tmp_path / "cached")]) == 0
     page = (tmp_path / "cached" / "report.html").read_text()
     assert "Labels to look at" in page and "looks like" in page
-    assert main([*command, "--model.layer-width", "8", "--workdir", str(tmp_path / "frozen")]) == 0
-    with pytest.raises(UsageError, match="began with a backbone of random numbers"):
-        find_suspects(tmp_path / "frozen")
+    monkeypatch.setattr(
+        suspects, "load_recipe_of", lambda config: dataclasses.replace(recipe_of(config), cache_features=False)
+    )
+    with pytest.raises(UsageError, match="began with a backbone of random numbers"):  # as one that is fine-tuned
+        find_suspects(tmp_path / "cached")
