@@ -166,7 +166,7 @@ def test_every_backbone_and_head(settings, shape, tmp_path, tiny_resnet):
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 @pytest.mark.parametrize(
     ("fit", "channels", "sides"),
-    [("squash", 3, (61, 9)), ("crop", 3, (61, 40)), ("pad", 3, (9, 33)), (None, 1, (61, 40))],
+    [("squash", 3, (61, 40)), ("squash", 3, (61, 9)), ("crop", 3, (61, 40)), ("pad", 3, (9, 33)), (None, 1, (61, 40))],
 )
 def test_the_page_resizes_as_python_does(fit, channels, sides):
     pixels = np.random.default_rng(0).integers(0, 256, (*sides, 3), np.uint8)
@@ -186,4 +186,5 @@ def test_the_page_resizes_as_python_does(fit, channels, sides):
     rows = answer["classes"]
     assert [value for _, value in rows] == sorted((value for _, value in rows), reverse=True)
     found = np.array([value for _, value in sorted(rows)]).reshape(expected.shape)
-    np.testing.assert_array_equal(found, expected)
+    # Columns first, then rows, each rounded, as Pillow does but for shapes of which Pillow 13 takes the rows first.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0 if sides == (61, 40) else 1)
