@@ -77,8 +77,9 @@ def save_peak(precision: str, flops_per_second: float) -> None:
     if (folder := cache_folder()) is not None:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            peaks = _read_peaks(folder)
-            peaks.setdefault(device()["kind"], {})[precision] = flops_per_second
+            peaks, kind = _read_peaks(folder), device()["kind"]
+            before = measured_peak(precision) or 0.0  # a busy hour does not lower the peak
+            peaks.setdefault(kind, {})[precision] = max(before, flops_per_second)
             write_json(folder / _PEAKS, peaks)
 
 

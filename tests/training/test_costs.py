@@ -59,6 +59,7 @@ def test_flops_of_a_convolution_leave_out_the_zeros_that_its_gradient_spreads(st
 def test_a_peak_is_of_a_kind_of_device_and_a_damaged_file_is_none(peak, tmp_path, monkeypatch):
     assert costs.measured_peak("float32") == 1e9 and costs.measured_peak("bfloat16") is None
     costs.save_peak("bfloat16", 2e9)
+    costs.save_peak("bfloat16", 1e9)
     assert costs.measured_peak("float32") == 1e9 and costs.measured_peak("bfloat16") == 2e9
     monkeypatch.setattr(costs, "device", lambda: {"kind": "another"})
     assert costs.measured_peak("float32") is None
