@@ -118,6 +118,7 @@ def run(names: list[str], shared: Path) -> None:
         if done.returncode:
             raise SystemExit(f"{name} ended with status {done.returncode}")
         result = json.loads((WORK / name / "compare.json").read_text())
+        result["data"]["source"] = path.name
         result["command"] = f"pspinal-jax compare {path.name} {flags} --no-save"
         (KEPT / f"{name}.json").write_text(json.dumps(result) + "\n")
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
