@@ -121,7 +121,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class [N]."""
-        return np.asarray(self.classes_[self.predict_proba(X).argmax(1)])
+        best = self.predict_proba(X).argmax(1)
+        return np.asarray(self.classes_[best])
 
     def _scaled(self, X: np.ndarray) -> np.ndarray:
         return np.asarray((X - self._shift) * self._scale, np.float32)

@@ -29,7 +29,7 @@ def _as_flag(found: re.Match[str]) -> str:
     field, value = found.groups()
     if field not in FLAGS or (value is None and field.isalpha()):
         return found[0]
-    return f"--{FLAGS[field]}" if value is None else f"--{FLAGS[field]} {value}"
+    return f"--{FLAGS[field]}" if value in (None, "True") else f"--{FLAGS[field]} {value}"
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:
