@@ -143,8 +143,8 @@ def main() -> int:
     leave_at_once = train.leave_at_once
 
     @contextlib.contextmanager
-    def marked(advice):
-        with leave_at_once(advice):
+    def marked(advice, status):
+        with leave_at_once(advice, status):
             with marks.doing("imports"):  # they happen here without marks too
                 mark_calls(marks)
             marks.base("the loop")
