@@ -163,7 +163,7 @@ def kill_one(runs: Runs, name: str, aim: dict) -> dict | None:
     }
 
 
-SUMMARY = re.compile(r"digits: .* examples: | {2}(class|\d) |input 8 x 8|[\d,]+ parameters; |cpu \(")
+SUMMARY = re.compile(r"digits: .* examples: | {2}(class|\d) |input 8 x 8|[\d,]+ parameters; |costs: |cpu \(")
 """The lines that a run prints before it starts."""
 
 
