@@ -39,7 +39,13 @@ def metrics_page(place, npz_path):
     return {}
 
 
-BEFORE = {"export.md": export_page, "metrics.md": metrics_page}
+def which_head_page(place, npz_path):
+    """Features and labels, as few as will do."""
+    labels = np.arange(90) % 3
+    return {"x": np.eye(3, 5)[labels] + np.random.default_rng(0).normal(0, 0.5, (90, 5)), "y": labels}
+
+
+BEFORE = {"export.md": export_page, "metrics.md": metrics_page, "which_head.md": which_head_page}
 """What has to be there before a page's first block: it makes that, and gives the names that the page has of it."""
 
 
@@ -49,7 +55,7 @@ BEFORE = {"export.md": export_page, "metrics.md": metrics_page}
         pytest.param(
             page,
             id=page.name,
-            marks=[pytest.mark.slow] if re.search(r"pspinal_jax.(train|fit)\(", page.read_text()) else [],
+            marks=[pytest.mark.slow] if re.search(r"pspinal_jax.(train|fit|compare)\(", page.read_text()) else [],
         )
         for page in PAGES
         if blocks(page, "python")
