@@ -150,6 +150,8 @@ CHANGES = [
 
 ELSEWHERE = {
     "data.name": "which data set is read where no path is given: tests/data/test_prepare_sets.py",
+    "data.labels": "names a table of its own: tests/data/test_labels_and_groups.py",
+    "data.group": "parts of file names, or look-alikes: tests/data/test_labels_and_groups.py",
     "data.keep_copies_together": "no flag, what new runs record: tests/runs/test_seen.py, tests/data/test_copies.py",
     "num_seeds": "trained one after the other or together: tests/runs/test_train.py",
     "optimizer.steering": "draws learning rates while it trains: tests/runs/test_train.py (also refused above)",

@@ -88,7 +88,8 @@ def test_blocks_of_steps_have_a_known_length_and_change_no_bit(vectorized):
 
 def test_a_chunk_takes_as_long_as_two_looks_at_the_clock_lie_apart():
     setup = SimpleNamespace(examples=SimpleNamespace(first_chunk=8))
-    unknown, known, slow = (SimpleNamespace(setup=setup, _steps_per_second=rate) for rate in (None, 50.0, 0.01))
+    idle = {"setup": setup, "inspection": SimpleNamespace(due=False)}
+    unknown, known, slow = (SimpleNamespace(**idle, _steps_per_second=rate) for rate in (None, 50.0, 0.01))
     assert [Trainer._chunk_steps(each, 1000) for each in (unknown, known, slow)] == [8, int(50 * CHUNK_SECONDS), 1]
     assert [Trainer._chunk_steps(each, 5) for each in (unknown, known, slow)] == [5, 5, 1]
 
