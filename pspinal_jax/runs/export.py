@@ -4,10 +4,10 @@ model.jaxexport      the serialised program, parameters included
 model.onnx           the same for ONNX Runtime, scores included, where it was asked for
 export.json          class names, input, source and versions; checksums of the others, and of itself
 params.safetensors   the parameters and running statistics by themselves, see `pspinal_jax.weights.save_variables`
-score.jaxexport      where the run can tell what belongs to no class: a program that takes the arrays of the two
-                     .safetensors files by their names, in one dict, and inputs, and gives probabilities and scores
+score.jaxexport      where the run can tell what belongs to no class: gives probabilities and scores of inputs
 unknown.safetensors  what the score needs, see pspinal_jax.runs.calibration, which tells the formulas
 
+The program in score.jaxexport takes the arrays of the two .safetensors files by their names, in one dict, and inputs.
 export.json has `temperature`, which all programs apply, and `unknown`, the share `accept` and its `threshold`, where
 the run has them.
 """

@@ -74,7 +74,8 @@ def test_a_peak_is_of_a_kind_of_device_and_a_damaged_file_is_none(peak, tmp_path
 def test_float32_on_accelerators_is_compared_with_the_arithmetic_that_it_has_there(peak, monkeypatch):
     costs.save_peak("tf32", 4e9)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert costs.measured_peak("float32") == 4e9
+    with jax.default_matmul_precision("default"):  # whatever an earlier test has left
+        assert costs.measured_peak("float32") == 4e9
     with jax.default_matmul_precision("highest"):
         assert costs.measured_peak("float32") == 1e9
 
