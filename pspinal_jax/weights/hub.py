@@ -23,13 +23,14 @@ def fetch(source: str) -> Path:
     """
     try:
         import huggingface_hub
+        from huggingface_hub import constants
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise DataError(
             f"weights: {source} needs the package huggingface_hub (in the checkout: pip install '.[hub]'), or give "
             "a file FILE.safetensors"
         ) from error
-    repository, constants = source.removeprefix(PREFIX), huggingface_hub.constants
+    repository = source.removeprefix(PREFIX)
     try:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
             raise HFValidationError
