@@ -1,4 +1,4 @@
-"""Images that look alike: copies in another format, size or quality, or a little cropped.
+"""Images that look alike: copies in another format, size or quality; most cropped or mirrored copies are missed.
 
 Two images are near where their looks, grey thumbnails of 16 by 16 pixels without their mean, have a cosine of at least
 `NEAR`. docs/unknown.md has what that finds.
