@@ -1,4 +1,4 @@
-"""The command line's entry: finds the command, and turns errors into one line and an exit status."""
+"""The entry point of the command line: runs a command, and turns errors into one line and an exit status."""
 
 import contextlib
 import os
@@ -17,28 +17,28 @@ from pspinal_jax.progress import Unfailing, say
 SECONDS_TO_END = 20
 
 COMMANDS = {
-    "prepare": "download a data set, or take its raw files, and make it ready to train on",
-    "train": "train a recipe, or go on with an unfinished run of it",
-    "evaluate": "evaluate a run or an export: scores, classes, confusions, the surest mistakes",
-    "report": "write a page about one or several runs",
-    "predict": "classify images, or folders of them, with a run or an export",
-    "suspects": "name the labels of a run's data that look wrong",
-    "export": "write a run's classifier as one file that JAX alone runs",
-    "extract-features": "write a backbone's features of images as an .npz file",
-    "compare": "which head for this data: equal tuning, several seeds, intervals",
+    "prepare": "download a data set, or read its raw files, and convert it for training",
+    "train": "train a recipe, or resume an unfinished run",
+    "evaluate": "score a run or an export: accuracy, classes, confusions, mistakes",
+    "report": "write an HTML page about one or more runs",
+    "predict": "classify images, or folders of images, with a run or an export",
+    "suspects": "list the labels of a run's data that look wrong",
+    "export": "write a run's classifier as one file that only needs JAX",
+    "extract-features": "write a backbone's features of images to an .npz file",
+    "compare": "compare heads and baselines on your data, tuned alike, with intervals",
     "recipes": "list the recipes",
-    "benchmark": "time a training step beside its peers",
-    "doctor": "tell what is installed, what computes and where files lie",
-    "gradients": "measure the gradients that reach the features and each layer, by depth",
+    "benchmark": "time training steps and more, compared with PyTorch",
+    "doctor": "show versions, devices, caches and missing packages",
+    "gradients": "measure gradients at the features and at each layer, by depth",
 }
 MODULES = {"prepare": "data", "report": "evaluate", "suspects": "evaluate"}
 MODULES |= {"extract-features": "train", "recipes": "train"}
 MODULES |= dict.fromkeys(("export", "doctor", "gradients"), "tools")
-"""Command -> the module of `commands` that holds its function, where that has another name."""
+"""Command -> module of `commands` with its function, if the module has another name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in `argv` (by default the process's arguments) and return the exit status: 0, 1, 2 or 130."""
+    """Run the command in `argv`, by default the process's arguments, and return the exit status: 0, 1, 2 or 130."""
     args = list(sys.argv[1:] if argv is None else argv)
     with _standard_streams():
         try:
@@ -55,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             say("error: interrupted")
             return 130  # as shells report a program that SIGINT ended
         except MemoryError as error:
-            say(f"error: this machine's memory is not enough: {str(error) or 'nothing is left of it'}")
+            say(f"error: out of memory: {str(error) or 'this machine has no memory left'}")
             return 1
 
 
 def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         rows = table((f"  {name}", summary) for name, summary in COMMANDS.items())
-        print(f"usage: pspinal-jax COMMAND ...\n\n{rows}\n\nCOMMAND --help tells its arguments.")
+        print(f"usage: pspinal-jax COMMAND ...\n\n{rows}\n\nFor a command's arguments: pspinal-jax COMMAND --help")
         print("\nexample: pspinal-jax train digits")
         return 0 if args else UsageError.exit_status
     if args[0] == "--version":
@@ -77,11 +77,11 @@ def _dispatch(args: list[str]) -> int:
 
 @contextlib.contextmanager
 def _standard_streams() -> Iterator[None]:
-    """In a `with`, no standard stream can end a command in the middle.
+    """A context in which a broken standard stream cannot end a command halfway.
 
-    Text that standard error cannot write is dropped, and standard output then raises OSError. Letters that the terminal
-    lacks are written as escapes. Streams that the process was started without lead nowhere: otherwise the next file to
-    be opened, a checkpoint for example, would get the output of native code.
+    Text that standard error cannot write is dropped, while standard output raises OSError. Characters that the terminal
+    lacks are escaped. Missing streams are opened on the null device. Otherwise the next file to be opened, such as a
+    checkpoint, would receive the output of native code.
     """
     for number in range(3):
         try:
@@ -102,7 +102,7 @@ def _standard_streams() -> Iterator[None]:
 
 
 def _leave(stream: Any) -> None:
-    """Flush `stream`; a stream that fails is sent nowhere, as Python would end with status 120."""
+    """Flush `stream`; point a stream that fails at the null device, since Python would exit with status 120."""
     try:
         if stream is not None:
             stream.flush()
@@ -112,7 +112,7 @@ def _leave(stream: Any) -> None:
 
 
 def command_line() -> NoReturn:
-    """Run `main` and exit within `SECONDS_TO_END`: threads of libraries may wait at the end for what never comes."""
+    """Run `main` and exit within `SECONDS_TO_END`, since threads of libraries may block the exit."""
     status = main()
     timer = threading.Timer(SECONDS_TO_END, os._exit, [status])
     timer.daemon = True

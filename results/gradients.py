@@ -421,10 +421,10 @@ def _line(axis: Any, x: Sequence[int], low_to_high: tuple[np.ndarray, ...], name
 
 @dataclasses.dataclass(frozen=True)
 class GradientsArguments:
-    """Gradient norms at the features and at every layer, from initialisation through training, by depth."""
+    """Measure gradient norms at the features and at every layer, from initialisation through training, by depth."""
 
     workdir: Path = Path("runs/gradients")
-    """Where results.json and results.png go."""
+    """Folder for results.json and results.png."""
     data_path: Annotated[Path | None, tyro.conf.arg(name="data.path")] = None
     """An .npz file with train_images (or 2-D float features), train_labels, test_images and test_labels; by default
     scikit-learn's 8x8 digits."""
@@ -433,19 +433,19 @@ class GradientsArguments:
     width: int = 16
     """Width of each hidden layer."""
     num_seeds: int = 5
-    """Initialisations and orders, seeds 0 .. num_seeds - 1."""
+    """Number of seeds, 0 .. num_seeds - 1, of initialisation and order."""
     epochs: int = 20
-    """Epochs of training; 0 measures the initialisation only."""
+    """Epochs of training; 0 only measures the initialisation."""
     every: int = 5
     """Epochs between two measurements."""
     batch_size: int = 64
     """Examples per training step."""
     learning_rate: float = 0.05
-    """Of SGD with momentum 0.9."""
+    """Learning rate of SGD with momentum 0.9."""
     norm: Literal["none", "batch"] = "none"
-    """Batch norm in every hidden layer."""
+    """Normalisation in every hidden layer: none, or batch norm."""
     max_examples: int = 2000
-    """At most so many training and so many test examples are used, drawn with seed 0."""
+    """Largest number of training examples, and of test examples; more are sampled with seed 0."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_seeds", "every", "batch_size", "max_examples"):

@@ -1,4 +1,4 @@
-"""The command line: each module is imported when one of its commands is called. Errors of other rooms name fields."""
+"""The command line. Modules are imported when one of their commands runs. Errors of other packages name fields."""
 
 import contextlib
 import re
@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pspinal_jax.errors import PSpinalError
 
 FLAGS: dict[str, str] = {}
-"""Field -> flag of the running command, without its dashes: data.num_classes -> data.num-classes."""
+"""Field -> flag of the running command, without leading dashes: data.num_classes -> data.num-classes."""
 
 _FIELD = re.compile(r"(?<![\w./-])([a-z]+(?:[._][a-z]+)*)(?:=([\w./]*\w))?(?![\w/])")
 
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Errors from the `with` have flags in place of fields: data.num_classes=7 becomes --data.num-classes 7.
+    """A context whose errors name flags instead of fields: data.num_classes=7 becomes --data.num-classes 7.
 
-    A bare word, such as epochs or seed, stays: it may be English.
+    A single word such as epochs or seed stays as it is, since it may be English.
     """
     try:
         yield

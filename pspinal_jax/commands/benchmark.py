@@ -1,4 +1,4 @@
-"""`pspinal-jax benchmark WHAT`: measure something beside other ways to do it."""
+"""`pspinal-jax benchmark WHAT`: timings of our programs, compared with alternatives."""
 
 import dataclasses
 import shlex
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pspinal_jax.benchmark import BENCHMARKS
+from pspinal_jax.benchmark import BENCHMARKS, SECTIONS
 from pspinal_jax.commands import naming_flags, table
 from pspinal_jax.errors import UsageError
 from pspinal_jax.files import check_target, expanded
@@ -15,51 +15,51 @@ from pspinal_jax.recipes.schema import BackboneName
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """The flags of all benchmarks, each of which has some of them; they become arguments of its cases."""
+    """The flags of all benchmarks. Each benchmark has some of them, which become arguments of its cases."""
 
     workdir: Path
-    """Where results.json, results.csv and results.png go."""
+    """Folder for results.json, results.csv and results.png."""
     rounds: int
-    """How often each alternative is timed, in turn with the others."""
+    """Number of timings of each alternative, in turn with the others."""
     seconds_per_round: float
-    """About how long each timing takes; at least one repetition."""
+    """Approximate duration of each timing, of at least one repetition."""
     dtype: Literal["float32", "bfloat16"]
-    """dtype to compute in."""
+    """dtype of computations."""
     recipe: str | None
-    """Any recipe, or the path of a .py file with one, without its augmentation; by default mnist-paper, the head on 784
-    pixels, or with a backbone kmnist-paper or caltech101-paper."""
+    """Recipe to time, or the path of a .py file with one, without augmentation; by default mnist-paper (the head on 784
+    pixels) or, with a backbone, kmnist-paper or caltech101-paper."""
     backbone: BackboneName | None
-    """In place of the recipe's backbone."""
+    """Backbone to use instead of the recipe's."""
     image_size: int | None
-    """Side of the images in pixels, of recipes of image files."""
+    """Side of the images in pixels, for recipes of image files."""
     batch_size: int | None
-    """Examples a step."""
+    """Number of examples per step."""
     num_features: int | None
-    """Length of the feature vectors: 1280 by default for recipes on features, 784 for the head."""
+    """Length of the feature vectors, by default 1280 for recipes on features and 784 for the head."""
     num_classes: int | None
     """Number of classes."""
     layer_width: int | None
-    """Width of the head's hidden layers; a size given, the others are 784, 128, 4, 10 and 64."""
+    """Width of the head's hidden layers. If you give one size, the others are 784, 128, 4, 10 and 64."""
     num_layers: int | None
     """Number of hidden layers."""
     train: tuple[str, ...]
-    """The recipe and flags of `train`, flags written without their leading dashes as name=value: digits epochs=1."""
+    """Recipe and flags of `train`, with flags written as name=value without leading dashes: digits epochs=1."""
     published_data: Path | None
-    """Time the MNIST row's published settings in PyTorch too, on this .npz file."""
+    """An .npz file on which to also time the MNIST row's published settings in PyTorch."""
     published_epochs: int
-    """For so many epochs; the script has 50."""
+    """Number of epochs of the published settings; the script has 50."""
     depths: tuple[int, ...]
     """Numbers of layers."""
     pictures: int
-    """Images in a pass."""
+    """Number of images in a pass."""
     workers: int
-    """Worker processes."""
+    """Number of worker processes."""
     trials: int
-    """Trials of every head, on both sides."""
+    """Number of trials of every head, in JAX and in PyTorch."""
     epochs: int
-    """Passes of each."""
+    """Number of epochs of each trial."""
     heads: tuple[Literal["progressive", "spinal", "mlp", "dense"], ...]
-    """The heads."""
+    """Heads to train."""
 
 
 _COMPUTED = {"rounds": 7, "seconds_per_round": 0.2, "dtype": "float32"}
@@ -74,7 +74,7 @@ DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys(BENCHMARKS, _COMPUTED) | {
     "input": {"rounds": 5, "pictures": 4800, "workers": 2},
     "compare": {"trials": 4, "epochs": 20, "batch_size": 64, "heads": ("progressive", "spinal", "mlp", "dense")},
 }
-"""The flags of each benchmark beside `workdir`, with their defaults."""
+"""The flags of each benchmark besides `workdir`, with their defaults."""
 
 
 def benchmark(args: Sequence[str]) -> int:
@@ -105,22 +105,27 @@ def benchmark(args: Sequence[str]) -> int:
 
 
 def _all(args: Sequence[str]) -> int:
-    """Every benchmark, each with its part of the time, as one report with tables and plots."""
-    # argparse, since this one runs where nothing but JAX's own packages and PyTorch are installed.
+    """Run every benchmark for part of the time and write one report with tables and plots."""
+    # argparse, since this command also runs where only JAX's own packages and PyTorch are installed.
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             raise UsageError(message)
 
-    example = "example: pspinal-jax benchmark all --tiny"
-    parser = Parser(prog="pspinal-jax benchmark all", description=_all.__doc__, epilog=example)
-    parser.add_argument("--minutes", type=float, default=8.0, help="about how long it may take (default: 8)")
-    parser.add_argument("--workdir", type=expanded, default=Path("runs/benchmark-all"), help="where report.md goes")
-    parser.add_argument("--sections", nargs="+", default=[], help="only these")
-    parser.add_argument("--precisions", nargs="+", default=[], choices=("float32", "tf32", "bfloat16"))
-    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: a rehearsal, its figures mean nothing")
-    parser.add_argument("--overwrite", action="store_true", help="write over the results in --workdir")
+    parser = Parser(
+        prog="pspinal-jax benchmark all",
+        description=f"{_all.__doc__}\n\nsections:\n{table((f'  {name}', BENCHMARKS[name].title) for name in SECTIONS)}",
+        epilog="example: pspinal-jax benchmark all --tiny",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
+    )
+    flag, precisions, workdir = parser.add_argument, ("float32", "tf32", "bfloat16"), Path("runs/benchmark-all")
+    flag("--minutes", type=float, default=8.0, metavar="FLOAT", help="Approximate duration. (default: 8.0)")
+    flag("--workdir", type=expanded, default=workdir, metavar="PATH", help=f"Folder for report.md. (default: {workdir})")
+    flag("--sections", nargs="+", default=[], metavar="NAME", help="Sections to run. (default: all of the above)")
+    flag("--precisions", nargs="+", default=[], choices=precisions, help="Precisions to run. (default: those of the device)")
+    flag("--tiny", action="store_true", help="Use the smallest sizes, for a trial run whose figures mean nothing.")
+    flag("--overwrite", action="store_true", help="Replace the results in --workdir.")
     parsed = vars(parser.parse_args(args))
     from pspinal_jax.benchmark.run import run_all
 

@@ -1,4 +1,4 @@
-"""`pspinal-jax compare DATA`: which head for this data, tuned alike, and by more than the noise?"""
+"""`pspinal-jax compare DATA`: heads and baselines on this data, tuned alike, with intervals."""
 
 import dataclasses
 import shlex
@@ -16,25 +16,27 @@ from pspinal_jax.training.signals import leave_at_once
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the data comes from, and where results go."""
+    """Data to compare on, and the folder for results."""
 
     data: Annotated[str, tyro.conf.Positional]
     """An .npz file of features or images (train_images, train_labels, test_images, test_labels), a table of features
     (.csv, .tsv, .parquet) with a column of labels, the directory or the name of a prepared data set, or a folder of
     images in class folders."""
     workdir: Path | None = None
-    """Where trials.jsonl, compare.json, compare.md, compare.png and best, the best model, go; runs/compare-NAME by
-    default. The same command goes on with what is there: finished trials are not run again."""
+    """Folder for trials.jsonl, compare.json, compare.md, compare.png and best (the best model), by default
+    runs/compare-NAME. Repeating the command resumes a comparison; finished trials are not run again."""
     backbone: str | None = None
-    """Folder of images: whose features, efficientnet_lite0, 1 or 2; by default that of `train folder`."""
+    """Folder of images: backbone that computes the features, efficientnet_lite0, 1 or 2; by default that of `train
+    folder`."""
     weights: str | None = None
-    """Its weights, as --model.weights of `train` (random: 'random'); by default those of `train folder`."""
+    """The backbone's weights, as --model.weights of `train`, or 'random'; by default those of `train folder`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareArguments(CompareConfig, Source):
-    """Heads on the same data with the same tuning budget: TRIALS settings each, the best on validation trained with
-    NUM_SEEDS seeds, one look at the test split; beside logistic regression and other baselines. The best model is kept.
+    """Compare heads, logistic regression and other baselines on the same data with the same tuning budget. Each head
+    tries TRIALS settings; the best on validation is trained with NUM_SEEDS seeds and evaluated once on the test split.
+    The best model is kept.
     """
 
 

@@ -1,4 +1,4 @@
-"""`pspinal-jax prepare NAME`: make a data set ready to train on."""
+"""`pspinal-jax prepare NAME` converts a data set for training."""
 
 import dataclasses
 import shlex
@@ -16,19 +16,19 @@ from pspinal_jax.recipes import list_recipes
 
 @dataclasses.dataclass(frozen=True)
 class PrepareArguments:
-    """Prepare a data set as array_record, from a download, raw files or an .npz file."""
+    """Convert a data set to array_record, from a download, raw files or an .npz file."""
 
     name: Annotated[str, tyro.conf.Positional]
     """Data set: digits, mnist, fashion_mnist, kmnist, qmnist, emnist_digits, emnist_letters, stl10, caltech101,
     fruits360 or birds225."""
     raw: Path | None = None
-    """Folder with the raw files under the names they are published by, or with their archive, or what that holds; by
-    default they are downloaded, but for fruits360 and birds225."""
+    """Folder with the raw files under their published names, with their archive, or with its contents. By default they
+    are downloaded; fruits360 and birds225 cannot be."""
     npz: Path | None = None
-    """An .npz file in their place: train_images, train_labels, test_images, test_labels; images upright, labels
+    """An .npz file to use instead: train_images, train_labels, test_images, test_labels; images upright, labels
     from 0."""
     data_dir: Path | None = None
-    """TFDS data folder to prepare in; by default TFDS's own (TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
+    """TFDS data folder to write to; by default TFDS's own (TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
 
 
 def prepare(args: Sequence[str]) -> int:

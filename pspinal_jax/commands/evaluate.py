@@ -1,5 +1,5 @@
-"""`evaluate RUN_OR_EXPORT`, scores on the test split; `report RUN [RUN ..]`, one HTML page about runs; `suspects RUN`,
-labels to look at.
+"""`evaluate RUN_OR_EXPORT`: scores on the test split. `report RUN [RUN ..]`: an HTML page about runs. `suspects RUN`:
+labels that look wrong.
 """
 
 import dataclasses
@@ -17,44 +17,44 @@ from pspinal_jax.progress import warn
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArguments:
-    """Evaluate the selected parameters of a run, or an export, on the test split."""
+    """Evaluate a run's selected parameters, or an export, on the test split."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a `train`, or the directory of an `export`."""
+    """Run directory written by `train`, or directory written by `export`."""
     seed_index: int | None = None
-    """Which of the run's seeds, from 0; by default the best on validation."""
+    """Index of the seed, from 0; by default the seed that is best on validation."""
     data_path: Annotated[Path | None, tyro.conf.arg(name="data.path")] = None
-    """Evaluate on this data set's test split in place of the run's own, or on all pictures of a folder that holds no
-    split; an export needs it."""
+    """Other data to evaluate on: its test split or, for a folder without splits, all of its pictures. Required for an
+    export."""
     predictions: Path | None = None
     """Also write each example's prediction to this .csv file."""
     output: Path | None = None
-    """Folder for evaluation.json, classes.csv, confusion.png and mistakes.png; by default the run directory. Of an
-    export nothing is written without it."""
+    """Folder for evaluation.json, classes.csv, confusion.png and mistakes.png; by default the run directory. For an
+    export, nothing is written by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportArguments:
-    """Evaluate runs and write one HTML page about them, with pictures inside and nothing to load."""
+    """Evaluate runs and write a self-contained HTML page about them."""
 
     runs: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ..]", help_behavior_hint="")
     ]
-    """Run directories of `train`; several are shown side by side."""
+    """Run directories written by `train`; several are shown side by side."""
     output: Path | None = None
-    """The page to write; by default report.html in the run directory, of several runs in the current folder."""
+    """File to write; by default report.html in the run directory or, for several runs, in the current folder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SuspectsArguments:
-    """Name the labels of a run's data that are least likely, by a classifier on its features that never saw them."""
+    """List the least likely labels in a run's data, according to a classifier on its features that never saw them."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a `train`, on cached features, on features, or on pictures with a pretrained backbone."""
+    """Run directory written by `train`, on cached features, on features, or on pictures with a pretrained backbone."""
     top: int = 20
-    """How many to print; suspects.csv has all examples, the least likely label first."""
+    """Number of examples to print; suspects.csv has all of them, the least likely label first."""
     output: Path | None = None
-    """Folder for suspects.csv and suspects.png, the pictures of the first; by default the run directory."""
+    """Folder for suspects.csv and for suspects.png with the first pictures; by default the run directory."""
 
 
 def evaluate(args: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Parses flags with tyro: aliases that people type, a short help, and one line for whatever is wrong."""
+"""Parsing of flags with tyro, with aliases, a short help, and errors of one line."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ ALIASES = {
     "val-split": "validation-fraction", "warmup": "warmup-epochs", "wd": "weight-decay", "width": "layer-width",
 }
 # fmt: on
-"""Names that other trainers have for a flag or for the last part of one, where a command has such a flag."""
+"""Names in other trainers -> our flag, or the last part of one. They apply to commands with such a flag."""
 
 _FRAME = re.compile(r"[╭╮╰╯│─]+|-{4,}")
 _REGISTRY = ConstructorRegistry()
@@ -44,7 +44,7 @@ _REGISTRY = ConstructorRegistry()
 
 @_REGISTRY.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """A flag of type X or None takes the word None too; the help shows X, where tyro has {None}|X."""
+    """Let a flag of type X or None take the word None too, and show X in the help, where tyro shows {None}|X."""
     options = set(typing.get_args(info.type)) - {types.NoneType}
     if types.NoneType not in typing.get_args(info.type) or len(options) > 1:
         return None
@@ -60,7 +60,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def _join_lines(arguments_class: type) -> None:
-    """Give tyro the fields' docstrings without line breaks; it keeps those before an indented line."""
+    """Give tyro the fields' docstrings without line breaks, since it keeps those before an indented line."""
     documented = {
         each.arg_name: each.description for each in docstring_parser.parse_from_object(arguments_class).params
     }
@@ -75,7 +75,7 @@ def _join_lines(arguments_class: type) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class NoArguments:
-    """The arguments of a command that takes none."""
+    """No arguments."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +83,17 @@ class Flag:
     """A flag of the command line."""
 
     name: str
-    """Without the dashes in front: data.num-classes."""
+    """Name without leading dashes: data.num-classes."""
     attribute: str
-    """Its place in the parsed arguments: recipe.data.num_classes."""
+    """Attribute of the parsed arguments: recipe.data.num_classes."""
     hint: Any
-    """Its type."""
+    """Type."""
     owner: type
-    """The dataclass that it is a field of."""
+    """Dataclass with this field."""
 
 
 def flags_of(arguments_class: type, prefix: str = "", attribute: str = "") -> Iterator[Flag]:
-    """All flags that tyro makes of the dataclass and of those in it, without positional arguments."""
+    """All flags that tyro makes of a dataclass and of dataclasses in it, without positional arguments."""
     for field, annotated in typing.get_type_hints(arguments_class, include_extras=True).items():
         hint, *extras = typing.get_args(annotated) if typing.get_origin(annotated) is Annotated else (annotated,)
         if tyro.conf.Suppress in extras or tyro.conf.Positional in extras:
@@ -117,19 +117,19 @@ def parse(
     default: Any = tyro.MISSING_NONPROP,
     groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """An instance of the dataclass `arguments_class` from `args`; `--help` prints the flags and exits with 0.
+    """Parse `args` into an instance of the dataclass `arguments_class`; `--help` prints the flags and exits with 0.
 
     Args:
-      arguments_class: its fields are the flags.
+      arguments_class: a dataclass whose fields are the flags.
       args: the words after the command.
       command: the command.
-      example: words after the command that make a whole command line, which ends the help.
-      description: what it does; by default the docstring of the dataclass.
+      example: the rest of an example command line, which ends the help.
+      description: what the command does; by default the docstring of the dataclass.
       default: an instance of `arguments_class`.
-      groups: heading -> the flags that `--help` shows under it, where there are too many; `--help-all` shows them all.
+      groups: heading -> flags that `--help` shows under it, if only part of the flags is shown; `--help-all` shows all.
 
     Raises:
-      UsageError: on an unknown flag (with those like it), a value of the wrong type or an unknown choice.
+      UsageError: on an unknown flag (naming similar ones), a value of the wrong type or an unknown choice.
     """
     prog = f"pspinal-jax {command}"
     description = description or " ".join(str(arguments_class.__doc__).split())
@@ -141,7 +141,7 @@ def parse(
         if groups is not None and HELP_ALL not in args:
             arguments_class, others = _most_used(arguments_class, groups, default)
             default = arguments_class()
-            footer = f"{others} more flags, and more about these: {prog} {HELP_ALL}\n{footer}"
+            footer = f"{others} more flags, and longer descriptions: {prog} {HELP_ALL}\n{footer}"
         _join_lines(arguments_class)
         with contextlib.ExitStack() as at_the_end:
             at_the_end.callback(print, footer)
@@ -163,7 +163,7 @@ def parse(
 
 
 def _written_out(word: str, names: set[str]) -> str:
-    """`word` with the flag out of `names` that it is an alias or the last part of, and with ~ as the user's home."""
+    """`word` with an alias, or the last part of a flag, replaced by the flag in `names`; and with ~ expanded."""
     flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     value = str(expanded(value)) if value.startswith("~") else value
     name = flag.lstrip("-").replace("_", "-").lower()
@@ -177,7 +177,7 @@ def _written_out(word: str, names: set[str]) -> str:
 
 
 def _most_used(arguments_class: type, groups: Mapping[str, Sequence[str]], default: Any) -> tuple[type, int]:
-    """A dataclass whose help shows some flags of `arguments_class`, by groups, and how many flags it leaves out."""
+    """A dataclass with the flags of `arguments_class` that are in `groups`, and the number of flags that are not."""
     known = {flag.name: flag for flag in flags_of(arguments_class)}
     view = []
     for group, names in groups.items():
@@ -188,7 +188,7 @@ def _most_used(arguments_class: type, groups: Mapping[str, Sequence[str]], defau
 
 
 def field_of(flag: Flag, default: Any) -> tuple[str, Any, Any]:
-    """The flag as a field for `make_dataclass`; its help is one sentence, or everything where it has choices."""
+    """The flag as a field for `make_dataclass`. Its help is the first sentence, or everything if it has choices."""
     documented = docstring_parser.parse_from_object(flag.owner).params
     field = flag.attribute.rpartition(".")[2]
     text = next((" ".join((each.description or "").split()) for each in documented if each.arg_name == field), "")

@@ -1,4 +1,4 @@
-"""`predict RUN_OR_EXPORT IMAGES...`: classes and probabilities of images, folders or a list of them."""
+"""`predict RUN_OR_EXPORT IMAGES...`: classes and probabilities of images, of folders, or of a list of them."""
 
 import codecs
 import dataclasses
@@ -25,31 +25,30 @@ STANDARD_INPUT = "-"
 
 @dataclasses.dataclass(frozen=True)
 class PredictArguments:
-    """Classify images with the selected parameters of a run, or with an export."""
+    """Classify images with a run's selected parameters, or with an export."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a `train`, or the directory of an `export`; with --artifact the first image."""
+    """Run directory written by `train`, or directory written by `export`; with --artifact, the first image."""
     images: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE ..]", help_behavior_hint="")
     ]
-    """Image files; folders, in which all images are taken, those in folders below included; - for a list on standard
-    input, a file or folder a line, or with NUL between them. For a run that was trained on features, tables (.csv,
-    .tsv, .parquet)."""
+    """Image files, or folders with all images in them and their subfolders; - reads a list from standard input, with
+    one path per line or NUL between paths. For a run on features: tables (.csv, .tsv, .parquet)."""
     artifact: Path | None = None
-    """Classify with this export, the directory that `export` wrote, in place of a run."""
+    """Directory written by `export`, to use instead of a run."""
     top: int = 1
-    """How many classes to name for each image."""
+    """Number of classes to give for each image."""
     csv: Path | None = None
-    """Write a line an image to this file, in place of the table."""
+    """File for the predictions, one line per image, instead of the printed table."""
     json: bool = False
-    """Print JSON in place of a table."""
+    """Print JSON instead of a table."""
     accept: float | None = None
-    """Share of new pictures of the run's classes that shall pass as known, by default 0.95; the others and what is of
-    no class are called unknown. More lets more strangers pass."""
+    """Fraction of new pictures of the run's classes to accept as known, by default 0.95; all other pictures are called
+    unknown. A larger fraction also accepts more pictures of other things."""
     no_unknown: bool = False
-    """Call nothing unknown: the most probable class is the answer, whatever the score."""
+    """Never answer unknown, but always the most probable class."""
     seed_index: int | None = None
-    """Which of the run's seeds, from 0; by default the best on validation."""
+    """Index of the seed, from 0; by default the seed that is best on validation."""
 
 
 def predict(args: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""`export RUN_DIR`, a run as a program by itself; `doctor`, what is installed; and `gradients`, a study."""
+"""`export RUN_DIR` writes a run as a program; `doctor` shows what is installed; `gradients` is a study."""
 
 import contextlib
 import dataclasses
@@ -26,22 +26,22 @@ from pspinal_jax.files import CACHE_SWITCH, cache_folder, shipped
 _DEVELOPERS = ("test", "docs", "notebooks", "examples")
 """Extras that doctor leaves out."""
 _PLUGINS = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}
-"""The packages that extras of jax bring."""
+"""The packages that jax's extras install."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportArguments:
-    """Write a run's classifier, images or features to probabilities, as a file for CPU, CUDA and TPU."""
+    """Write a run's classifier, from images or features to probabilities, as one file for CPU, CUDA and TPU."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a finished `train`; or an older export, which is written again by the JAX of today."""
+    """Directory of a finished run, or of an older export, which is then written again with the installed JAX."""
     output: Path | None = None
-    """The directory to write; by default RUN_DIR/export, of an export its own. An export that is there is replaced,
-    nothing else is."""
+    """Directory to write, by default RUN_DIR/export, or the older export's own. An existing export is replaced; any
+    other folder is left alone."""
     format: Literal["jax", "onnx"] = "jax"
-    """onnx: also model.onnx, for ONNX Runtime on servers, in browsers and on phones (extra `onnx`)."""
+    """onnx: also write model.onnx, for ONNX Runtime on servers, in browsers and on phones (extra `onnx`)."""
     seed_index: int | None = None
-    """Which of the run's seeds, from 0; by default the best on validation."""
+    """Index of the seed, from 0; by default the seed that is best on validation."""
 
 
 def export(args: Sequence[str]) -> int:
@@ -62,7 +62,7 @@ def gradients(args: Sequence[str]) -> int:
 
 
 def load_study() -> ModuleType:
-    """The gradient study, results/gradients.py, which travels in the wheel, as a module."""
+    """The gradient study as a module: results/gradients.py, which is part of the wheel."""
     name = "pspinal_jax_gradients"
     spec = importlib.util.spec_from_file_location(name, shipped("results") / "gradients.py")
     assert spec is not None and spec.loader is not None
@@ -72,7 +72,7 @@ def load_study() -> ModuleType:
 
 
 def doctor(args: Sequence[str]) -> int:
-    """Print a line for each thing looked at; returns the exit status, which is 0 whatever is missing."""
+    """Print one line per finding; returns the exit status, which is always 0."""
     parse(NoArguments, args, "doctor", "", description="Print versions, devices, caches, free space and extras.")
     for name, text in _findings():
         print(printable(f"{name:<20}  {text}"), flush=True)
@@ -105,17 +105,17 @@ def _findings() -> Iterator[tuple[str, str]]:
 
 
 def ending_exports(folder: Path, before: datetime.date) -> Iterator[tuple[str, str]]:
-    """The exports in `folder`, and where `export` puts them below it, that JAX is sure to read only until `before`."""
+    """The exports in `folder` and in its runs/ whose guarantee by JAX ends before the date `before`."""
     for path in sorted({*folder.glob("*/export.json"), *folder.glob("runs/*/export/export.json")}):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged file, or of an earlier version
             until = datetime.date.fromisoformat(json.loads(path.read_bytes())["guaranteed_until"])
             if until < before:
                 advice = f"pspinal-jax export {path.parent} writes it again"
-                yield "export", f"{path.parent}: newer versions of JAX are sure to read it until {until} only; {advice}"
+                yield "export", f"{path.parent}: JAX guarantees to read it until {until} only; {advice}"
 
 
 def requirements() -> Iterator[tuple[str, str]]:
-    """The packages that this one names, each with its extra or "", and without extras for developers."""
+    """The required packages, each with its extra or "", except those of extras for developers."""
     named = importlib.metadata.requires("pspinal-jax") if _version("pspinal-jax") else None
     for requirement in named or ():  # nothing in a checkout that is not installed
         package = re.split(r"[^\w.-]", requirement)[0]
@@ -132,7 +132,7 @@ def _version(package: str) -> str | None:
 
 
 def _describe_folder(folder: Path) -> str:
-    """Path, size and free space of a folder that need not exist."""
+    """Path and free space of a folder, which may not exist yet."""
     place = next(each for each in (folder, *folder.parents) if each.exists())
     free = f"{shutil.disk_usage(place).free / 1e9:,.1f} GB free"
     return f"{folder}, {free}{'' if place == folder else ', not there yet'}"

@@ -1,4 +1,4 @@
-"""`train RECIPE`, `extract-features RECIPE` and `recipes`: commands that take a recipe, and the list of them."""
+"""`train RECIPE` and `extract-features RECIPE`, which take a recipe, and `recipes`, which lists them."""
 
 import dataclasses
 import shlex
@@ -35,13 +35,13 @@ COMMON_FLAGS = {
     ),
     "run": ("workdir", "num-seeds", "seed", "init-from", "dtype", "tensorboard", "protocol"),
 }
-"""What `--help` shows, by what people do and the most used first; `--help-all` shows every flag."""
+"""The flags that `--help` shows, by topic and the most used first; `--help-all` shows every flag."""
 
 _EXAMPLES = {
     "folder": "--data.path my_pictures --freeze backbone --cache-features",
     "features": "--data.path features.npz --num-seeds 3",
 }
-"""Flags of the example in a recipe's help, by its data."""
+"""The flags of the example in a recipe's help, by the recipe's data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ class TrainArguments:
     options: Annotated[RunOptions, tyro.conf.arg(name="")]
     processes: Annotated[ProcessOptions, tyro.conf.arg(name="")]
     exit_status_when_stopped: int = 0
-    """Exit status of a run that SIGTERM or Ctrl-C stopped and that can go on; an engine that takes 0 for finished needs
-    another, 143 for example."""
+    """Exit status after SIGTERM or Ctrl-C, when the run can resume. Workflow engines that take 0 for finished need
+    another one, such as 143."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +62,15 @@ class ExtractArguments:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     output: Path = Path("features.npz")
-    """The file to write."""
+    """File to write."""
     init_from: Path | None = None
-    """Take the backbone of this run directory in place of --model.weights."""
+    """Use the backbone of this run directory instead of --model.weights."""
     workers: int = 0
-    """Processes that decode images; 0 for threads of this one."""
+    """Number of processes that decode images; 0 for threads."""
 
 
 def train(args: Sequence[str]) -> int:
-    """Train a recipe, or go on with an unfinished run of it; returns the exit status."""
+    """Train a recipe, or resume an unfinished run of it; returns the exit status."""
     name, recipe, flags = _take_recipe("train", args)
 
     def parsed(recipe: Recipe) -> TrainArguments:
@@ -111,14 +111,14 @@ def train(args: Sequence[str]) -> int:
 
 
 def extract_features(args: Sequence[str]) -> int:
-    """Write the features that a recipe's backbone gives of its images; returns the exit status."""
+    """Write the features of a recipe's images, computed by its backbone; returns the exit status."""
     name, recipe, flags = _take_recipe("extract-features", args)
     parsed = parse(
         ExtractArguments,
         flags,
         f"extract-features {name}",
         "--data.path my_pictures --output features.npz",
-        description=f"Write the features that the backbone of {name} gives for its data, for `train features`.",
+        description=f"Compute features of the data of {name} with its backbone, and write them for `train features`.",
         default=ExtractArguments(recipe),
     )
     from pspinal_jax.environment import enable_compilation_cache
@@ -157,10 +157,10 @@ def recipes(args: Sequence[str]) -> int:
 
 
 def _take_recipe(command: str, args: Sequence[str]) -> tuple[str, Recipe, Sequence[str]]:
-    """The recipe's name, the recipe and the flags in `args`; the default recipe where help is asked for.
+    """The recipe's name, the recipe, and the flags in `args`; for help without a recipe, the default recipe.
 
     Raises:
-      UsageError: if there is no recipe in front of the flags, or data stands in its place.
+      UsageError: if the first argument is missing, or is data instead of a recipe.
     """
     if args and args[0] in (*HELP, HELP_ALL):
         return DEFAULT_RECIPE, load_recipe(DEFAULT_RECIPE), args

@@ -1,8 +1,8 @@
-"""What a comparison tries: the heads, and hyper-parameters drawn for each trial.
+"""The settings of a comparison, and the hyper-parameters drawn for each trial.
 
-Trial k is a function of the settings and k, whatever else runs. The points of all trials are those of an additive
-recurrence (M. Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018) behind a random shift: each is
-uniform by itself, and together they leave smaller gaps than independent draws, which counts with 16 of them.
+Trial k depends only on the settings and k. The trials are points of an additive recurrence with a random shift
+(M. Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018). Each point is uniform, and together they
+leave smaller gaps than independent draws, which matters with 16 of them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Mode = Literal["auto", "loop", "vmap"]
 Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "log_likelihood", "calibration_error"]
 Range = tuple[float, float]
 Scaling = Literal["each", "all", "none"]
-"""How features are standardised: each by its own mean and deviation, all by one of each, or not at all."""
+"""How features are standardised: each by its own mean and standard deviation, all by one of each, or not at all."""
 
 
 class Hparams(NamedTuple):
@@ -33,70 +33,71 @@ class Hparams(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """All that is drawn for a training: numbers, and how the features are standardised."""
+    """The hyper-parameters drawn for a training, and how its features are standardised."""
 
     hparams: Hparams
     standardize: Scaling
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in the files."""
+        """The trial as it is written to files."""
         return {**self.hparams._asdict(), "standardize": self.standardize}
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """What is compared, and how."""
+    """The settings of a comparison."""
 
     heads: tuple[HeadName, ...] = HEADS
-    """The heads."""
+    """Heads to compare."""
     floors: bool = True
-    """Also the baselines, their settings chosen on validation: logistic regression (45 values of C), linear
-    discriminants, the nearest class mean, k nearest neighbours and ridge regression."""
+    """Also compare with baselines, whose settings are chosen on validation: logistic regression (45 values of C),
+    linear discriminant analysis, nearest class mean, k nearest neighbours and ridge regression."""
     trials: int = 16
-    """Settings tried of every head: trial K is a function of (seed, K) and the ranges below alone."""
+    """Number of settings that every head tries. Trial K depends only on (seed, K) and the ranges below."""
     num_seeds: int = 5
-    """Trainings of the setting that did best on validation: other initialisation, order, masks and validation part."""
+    """Number of trainings of the setting that is best on validation, each with its own initialisation, order, dropout
+    masks and validation part."""
     refit: bool = True
-    """Then train that setting on training and validation examples together, as many times, and look at the test with
-    these. Without, the test sees the trainings before."""
+    """Train the best setting again, as many times, on training and validation examples together, and evaluate these on
+    the test split. Otherwise the trainings before are evaluated."""
     save: bool = True
-    """Leave the best head or linear baseline as a run in WORKDIR/best, for predict, evaluate, report and export."""
+    """Keep the best head or linear baseline as a run in WORKDIR/best, for predict, evaluate, report and export."""
     splits: int = 1
-    """1: the data's own test split. K: K splits, of which the first is the data's own; the others draw test examples
-    anew, as many of each class. Each is tuned by itself."""
+    """Number of splits. The first is the data's own; the others draw the same number of test examples of each class.
+    Each split is tuned separately."""
     seed: int = 0
-    """Decides trials, trainings and splits."""
+    """Seed of trials, trainings and splits."""
     match: Match = "published"
-    """published: progressive and spinal have num_layers hidden layers of layer_width. parameters: spinal is as wide as
-    makes it equal progressive in parameters. mlp always does so; dense has no hidden layer."""
+    """published: progressive and spinal have num_layers hidden layers of layer_width. parameters: spinal is widened to
+    the number of parameters of progressive. mlp always has that number; dense has no hidden layer."""
     layer_width: int = 256
     """Width of each hidden layer."""
     num_layers: int = 4
     """Number of hidden layers."""
     epochs: int | None = None
-    """Passes of a training, by AdamW with a one-cycle schedule to 0; by default 20, or as many as make 600 steps."""
+    """Epochs of a training, by AdamW with a one-cycle schedule to 0; by default 20, or enough for 600 steps."""
     batch_size: int = 64
     """Examples per step."""
     validation_fraction: float = 0.2
-    """Of each class of the training data, cut by the seed where there is no validation split."""
+    """Fraction of each class of the training data that is held out by the seed, if there is no validation split."""
     standardize: Literal["auto", "each", "all", "none"] = "auto"
-    """Features by the training part's mean and standard deviation: each by its own, all by one. auto: of every trial
-    drawn like the rest, one of these two; pixels: all."""
+    """Standardisation of features by the training part's mean and standard deviation. each: every feature by its own;
+    all: all features by one. auto: one of these two, drawn for every trial; for pixels, all."""
     metric: Metric = "accuracy"
-    """What methods are compared by on the test, beside accuracy; the last two after a temperature on validation.
-    Validation accuracy chooses all the same, so that another metric of a finished comparison trains nothing."""
+    """Score on the test split to compare by, besides accuracy; the last two use calibrated probabilities. Validation
+    accuracy still chooses the settings, so another metric of a finished comparison trains nothing."""
     learning_rate: Range = (1e-4, 1e-2)
-    """Lowest and highest peak learning rate; log-uniform, as the others. Both alike: one value."""
+    """Range of the peak learning rate, drawn log-uniformly like the others. Equal numbers fix the value."""
     weight_decay: Range = (1e-2, 3.0)
-    """Of AdamW, of kernels."""
+    """Range of AdamW's weight decay of kernels."""
     dropout_rate: Range = (0.02, 0.6)
-    """The head's; for its meaning see `train`."""
+    """Range of the head's dropout rate; see `train` for its meaning."""
     label_smoothing: Range = (0.1, 0.1)
-    """Not tuned by default."""
+    """Range of label smoothing, by default one value."""
     mode: Mode = "auto"
-    """loop: trainings on a core each; vmap: many as one program, over all devices. auto: loop on CPU."""
+    """loop: one training per core; vmap: many trainings as one program, on all devices. auto: loop on CPU."""
     workers: int | None = None
-    """loop: trainings at a time; by default the cores of this process."""
+    """loop: number of trainings at a time; by default the number of this process's cores."""
 
     def __post_init__(self) -> None:
         for name in ("trials", "num_seeds", "splits", "layer_width", "num_layers", "batch_size", "epochs", "workers"):
@@ -117,7 +118,7 @@ class CompareConfig:
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """Lowest and highest value of each hyper-parameter; in between, their logarithms are uniform."""
+        """Lowest and highest value of each hyper-parameter. Values are drawn log-uniformly."""
         return {name: getattr(self, name) for name in Hparams._fields}
 
 
@@ -125,7 +126,7 @@ _DIMENSIONS = len(Hparams._fields) + 1
 
 
 def draw_trial(config: CompareConfig, trial: int, scalings: Sequence[Scaling]) -> Trial:
-    """Trial `trial`, counted from 0; each of `scalings` is as likely."""
+    """Trial `trial`, counted from 0; `scalings` are equally likely."""
     shift = np.random.default_rng([config.seed, 18]).random(_DIMENSIONS)
     point = (shift + trial * _steps()) % 1.0
     values = []
@@ -144,6 +145,6 @@ def _steps() -> np.ndarray:
 
 
 def training_seed(seed: int, kind: str, number: int) -> int:
-    """Seed 0 .. 2**31 - 1 of all random numbers of a training: trial `number`, or final training `number`."""
+    """Seed, 0 .. 2**31 - 1, of all random numbers of trial or final training `number`."""
     words = np.random.SeedSequence([seed, {"trial": 1, "seed": 2, "refit": 3}[kind], number]).generate_state(1)
     return int(words[0] >> 1)

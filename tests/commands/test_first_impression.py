@@ -75,7 +75,7 @@ def test_the_help_of_train_shows_the_most_used_by_what_people_do():
     assert re.findall(r"^ (\w+) options", text, re.MULTILINE) == list(COMMON_FLAGS)
     flags = {flag.name for flag in flags_of(TrainArguments)}
     hidden = len(flags) - len(shown_flags(text))
-    assert f"{hidden} more flags, and more about these: pspinal-jax train folder --help-all" in text
+    assert f"{hidden} more flags, and longer descriptions: pspinal-jax train folder --help-all" in text
     assert "(default: efficientnet_lite0)" in text, "the recipe's own values are the defaults"
     assert "crop: the middle square" in " ".join(text.split()), "each choice is explained"
 
