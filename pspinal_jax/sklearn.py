@@ -24,10 +24,11 @@ from pspinal_jax.training.step import cross_entropy
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):
-    """A head of this package on features, trained by AdamW on the cross-entropy.
+    """A classifier on features: one of our heads, trained by AdamW on the cross-entropy.
 
-    Features are standardised. Training compiles once for a head, a number of features, of classes and, up to a factor
-    of two, of examples; refitting with another learning rate, number of epochs or seed compiles nothing.
+    Features are standardised. Training compiles once per head, number of features, number of classes and, up to a
+    factor of two, number of examples. Fitting again with another learning rate, number of epochs or seed compiles
+    nothing.
 
     Example::
 
@@ -40,11 +41,11 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Args:
       head: ``"progressive"``, ``"spinal"``, ``"mlp"`` (one hidden layer) or ``"dense"`` (a linear layer).
       layer_width: width of each hidden layer.
-      num_layers: number of hidden layers, of 'progressive' and 'spinal'.
+      num_layers: number of hidden layers of 'progressive' and 'spinal'.
       dropout_rate: probability of dropping a feature in training.
-      learning_rate: the largest; it rises over a tenth of the steps and falls to 0 along a cosine.
-      weight_decay: of AdamW.
-      label_smoothing: fraction of the target that is distributed evenly over the classes.
+      learning_rate: peak learning rate; it rises over a tenth of the steps and then falls to 0 along a cosine.
+      weight_decay: weight decay of AdamW.
+      label_smoothing: fraction of the target that is spread evenly over the classes.
       epochs: passes over the examples.
       batch_size: examples per step.
       random_state: seed of the initial parameters, the order of examples and dropout.
@@ -53,8 +54,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
       classes_: the labels, in the order of the columns of `predict_proba`.
       n_features_in_: number of features.
-      feature_names_in_: their names, if the training's frame had text for columns.
-      params_: the head's parameters, NumPy arrays.
+      feature_names_in_: names of the features, if `X` was a frame whose column names are text.
+      params_: the head's parameters, as NumPy arrays.
       loss_curve_: mean training loss of each epoch.
     """
 
@@ -86,7 +87,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "HeadClassifier":
-        """Train on features [N, D] and labels [N] of any type; `sample_weight` [N] multiplies the examples' losses."""
+        """Train on features [N, D] and labels [N] of any type; `sample_weight` [N] weights the examples' losses."""
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self.classes_, labels = np.unique(column_or_1d(y, warn=True), return_inverse=True)
@@ -112,7 +113,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities [N, C] of the classes."""
+        """Class probabilities [N, C]."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         variables = {"params": self.params_, "batch_stats": {}}

@@ -1,7 +1,4 @@
-"""The benchmarks by name: what `benchmark NAME` measures, and in which order and how long `benchmark all` does.
-
-`step` times a training step of any module.
-"""
+"""The registry of benchmarks, by name and in the order of `benchmark all`; and `step`, which times any module."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -9,14 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 
 class Benchmark(NamedTuple):
-    """One measurement.
+    """A benchmark.
 
     Attributes:
-      title: its heading.
+      title: heading.
       cases: ``module.function`` of this package that makes its cases, called with `Settings` and options.
-      seconds: that its comparison with PyTorch takes on 2 cores of a CPU, about, start included; 0 if it is not a
+      seconds: approximate time of its comparison with PyTorch on 2 CPU cores, including start-up; 0 if it is not a
         section of `benchmark all`.
-      against_peak: whether its products are compared with the machine's best.
+      against_peak: whether its operations are compared with the machine's peak rate.
     """
 
     title: str
@@ -25,7 +22,7 @@ class Benchmark(NamedTuple):
     against_peak: bool = False
 
     def make_cases(self, settings: Any, **options: Any) -> list[Any]:
-        """Its cases; see timing.py for `Case` and `Settings`."""
+        """Make the cases; see timing.py for `Case` and `Settings`."""
         module, function = self.cases.split(".")
         made: list[Any] = getattr(import_module(f"pspinal_jax.benchmark.{module}"), function)(settings, **options)
         return made
@@ -48,7 +45,7 @@ BENCHMARKS = {
     "compare": Benchmark("Trials of `compare`, beside the same trainings in eager PyTorch", "whole.compare"),
 }
 SECTIONS = {name: benchmark.seconds for name, benchmark in BENCHMARKS.items() if benchmark.seconds}
-"""The sections of `benchmark all`, in its order, and about how many seconds the comparison of each takes."""
+"""The sections of `benchmark all` in order -> approximate seconds of their comparison with PyTorch."""
 
 
 def step(
@@ -61,7 +58,7 @@ def step(
     seconds_per_round: float = 0.2,
     **training: Any,
 ) -> dict[str, Any]:
-    """Time a training step of `model`, as `fit` takes it: inside the compiled loop, and called from Python.
+    """Time a training step of any model that `fit` accepts, inside the compiled loop and called from Python.
 
     Example::
 
@@ -73,21 +70,21 @@ def step(
         ['compiled loop', 'jitted step, Python loop']
 
     Args:
-      model: as of `fit`.
-      batch: (x, y), arrays [B, ...] of the B examples of one step, or trees of them.
-      peers: other ways to take the step, timed in turn, name -> a function whose result is waited for.
-      precision: of products, JAX's and PyTorch's, set for this process: float32, tf32 or bfloat16.
-      rounds: how often each is timed.
-      seconds_per_round: about how long each timing takes.
-      **training: optimizer, loss, metrics, augment and mesh as of `fit`, and the fields of `FitOptions`.
+      model: model, as for `fit`.
+      batch: (x, y), arrays [B, ...] with the B examples of one step, or trees of them.
+      peers: name -> function that does the same step in another way; it is timed in turn, until its result is ready.
+      precision: precision of matrix products in JAX and PyTorch, set for this process: float32, tf32 or bfloat16.
+      rounds: number of timings of each alternative.
+      seconds_per_round: approximate duration of each timing.
+      **training: optimizer, loss, metrics, augment and mesh, as for `fit`, and the fields of `FitOptions`.
 
     Returns:
-      title, columns and rows of a table, the operations (`flops`) of a step's products and convolutions, and
-      `alternatives`: by name the seconds (`median`, `interval_95`), `examples_per_second`, and `times_faster`, how many
-      times faster the first one is.
+      A dict with title, columns and rows of a table; `flops`, the operations of a step's products and convolutions; and
+      `alternatives`: name -> seconds (`median`, `interval_95`), `examples_per_second`, and `times_faster`, the speed of
+      the first alternative as a multiple of this one's.
 
     Raises:
-      PSpinalError: as `fit`.
+      PSpinalError: like `fit`.
     """
     from pspinal_jax.benchmark.steps import time_step
     from pspinal_jax.benchmark.timing import machine_settings, set_precision

@@ -1,4 +1,4 @@
-"""`pspinal_jax.compare`: a comparison of heads on arrays in memory, or on a data set that a command has read."""
+"""`pspinal_jax.compare`: a comparison of heads on arrays, or on a data set read by the command."""
 
 import dataclasses
 import functools
@@ -45,11 +45,11 @@ from pspinal_jax.runs.run import Run, load_run
 from pspinal_jax.runs.start import complete_backbone, extract_features, save_features, start_variables
 
 MAX_PIXELS = 64 * 64 * 3
-"""Of images that a head sees as they are; of larger ones it sees a backbone's features."""
+"""Largest number of pixels of images that heads see directly; of larger images they see a backbone's features."""
 
 
 class Comparison:
-    """The outcome of a comparison; printed, or at the end of a notebook's cell, it is a table and a summary.
+    """The result of a comparison. Printing it, or displaying it in a notebook, shows a table and a summary.
 
     Attributes:
       result: the contents of compare.json: ``result["methods"]["dense"]["test_accuracy"]["mean"]`` is 0 .. 1.
@@ -69,12 +69,12 @@ class Comparison:
 
     @property
     def best(self) -> str:
-        """The head, or baseline, that did best on validation."""
+        """Name of the head or baseline that is best on validation."""
         return str(self.result["best_on_validation"])
 
     @property
     def table(self) -> Any:
-        """A row of numbers for each method: a pandas.DataFrame or, without pandas, a list of dicts."""
+        """One row per method, as a pandas.DataFrame or, without pandas, a list of dicts."""
         rows = list_rows(self.result)
         try:
             from pandas import DataFrame
@@ -86,10 +86,11 @@ class Comparison:
     def best_model(self) -> Run:
         """The best head or linear baseline, ``result["saved"]``, as a run: ``best_model.predict_proba(x)``.
 
-        It lies in the work directory, in the folder best; without one in a temporary folder that goes with this object.
+        It is stored in the folder best of the work directory. Without a work directory, it is in a temporary folder that
+        is deleted with this object.
 
         Raises:
-          UsageError: if the comparison has neither.
+          UsageError: if the comparison has neither a head nor a linear baseline.
         """
         if self._save is None or self.result.get("saved") is None:
             raise UsageError("there is no best model: a run directory holds heads and linear baselines")
@@ -100,7 +101,7 @@ class Comparison:
         return load_run(path)
 
     def plot(self) -> Any:
-        """A matplotlib Figure: test accuracy of every seed, and paired differences with their 95 % intervals."""
+        """Test accuracy of every seed, and paired differences with 95 % intervals, as a matplotlib Figure."""
         return plot(self.result)
 
 
@@ -117,7 +118,7 @@ def compare(
     also: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Comparison:
-    """Compare heads on arrays: which one, tuned alike, is better than a linear layer by more than the noise?
+    """Compare heads and baselines on arrays, all tuned alike, with intervals for every difference.
 
     Example::
 
@@ -132,19 +133,19 @@ def compare(
 
     Args:
       features: numbers [N, D], as an array or a frame (pandas, Polars, PyArrow); or images uint8 [N, H, W] or
-        [N, H, W, C], which are flattened; or tokens, floats [N, T, D], of which the mean over T is taken.
-      labels: integers or text [N], as an array, list or series. Integers 0 .. C-1 are numbers of classes; other labels
-        are names of classes.
-      test_features: of the test split, likewise; without it `test_fraction` of each class is cut from `features` by
-        the seed.
-      test_labels: its labels.
+        [N, H, W, C], which are flattened; or tokens, floats [N, T, D], which are averaged over T.
+      labels: integers or text [N], as an array, list or series. Integers 0 .. C-1 are class numbers; other labels are
+        class names.
+      test_features: features of the test split. By default, `test_fraction` of each class is split off from `features`
+        by the seed.
+      test_labels: labels of the test split.
       test_fraction: see `test_features`.
       class_names: names of the C classes.
-      workdir: folder for trials.jsonl, compare.json, compare.md, compare.png, probabilities and best, the best model;
-        called again with it, finished trials are not run again. None: nothing is written.
+      workdir: folder for trials.jsonl, compare.json, compare.md, compare.png, probabilities and best (the best model).
+        Repeating the call resumes a comparison: finished trials are not run again. None writes nothing.
       progress: whether to show progress on standard error.
-      also: scikit-learn classifiers by the names of their rows, each one setting, on the features as they are; those
-        with a random state are fitted with `num_seeds` of them.
+      also: row name -> scikit-learn classifier, with one setting each and on unscaled features. Classifiers with a
+        random state are fitted with `num_seeds` of them.
       **settings: fields of `pspinal_jax.comparison.settings.CompareConfig`: heads, floors, trials, num_seeds, refit,
         save, splits, seed, match ('published' or 'parameters'), layer_width, num_layers, epochs, batch_size,
         validation_fraction, standardize, mode, workers; and learning_rate, weight_decay, dropout_rate and
@@ -154,10 +155,10 @@ def compare(
       A `Comparison`.
 
     Raises:
-      DataError: if the arrays do not fit, a column is text, or a cell or a label is missing or masked.
-      UsageError: if a setting does not fit, or `workdir` holds something else.
+      DataError: if the arrays do not match, a column is text, or a cell or a label is missing or masked.
+      UsageError: if a setting is invalid, or `workdir` holds something else.
       RunError: if `workdir` is damaged, in use or not writable.
-      OSError: if `workdir` cannot be written to the end.
+      OSError: if writing to `workdir` fails.
     """
     known = CompareConfig.__dataclass_fields__
     if unknown := settings.keys() - known:
@@ -184,7 +185,7 @@ def compare(
 
 
 def _pooled(features: Any) -> Any:
-    """Tokens [N, T, D] by their mean over those of T that are not masked; anything else as it is."""
+    """Tokens [N, T, D] averaged over those of T that are not masked; anything else unchanged."""
     tokens = np.asanyarray(features) if getattr(features, "ndim", 0) == 3 else np.zeros(0, int)
     if tokens.dtype.kind != "f":
         return features
@@ -195,7 +196,7 @@ def _pooled(features: Any) -> Any:
 def compare_data(
     source: Source, config: CompareConfig, log: TrialLog, command: str, progress: bool = True
 ) -> Comparison:
-    """The comparison on `source`, or what is left of it in the work directory of `log`; raises as `compare`."""
+    """Run, or resume, the comparison on `source` in the work directory of `log`; raises like `compare`."""
     enable_compilation_cache()
     comparer = Comparer(source.data, config, log, progress, source.estimators)
     counts, text = comparer.copies
@@ -229,14 +230,14 @@ def load_features(source: str, log: TrialLog, backbone: str | None, weights: str
     Args:
       source: an .npz file, a table (.csv, .tsv, .parquet), the directory or the name of a prepared data set, or a
         folder of class folders.
-      log: of the comparison, in whose work directory the features of a folder of images are kept.
-      backbone: what gives them; None for that of the recipe `folder`.
-      weights: its weights; None for that recipe's, 'random' for random numbers.
-      seed: cuts the test split of a table, a fifth of each class.
+      log: the comparison's log, in whose work directory the features of a folder of images are kept.
+      backbone: backbone that computes them; None for that of the recipe `folder`.
+      weights: weights of the backbone; None for those of that recipe, 'random' for random numbers.
+      seed: seed of a table's test split, which is a fifth of each class.
 
     Raises:
-      DataError: if it does not exist, or is not readable.
-      UsageError: if a backbone is named where none is used, or there is no such backbone.
+      DataError: if the data does not exist or cannot be read.
+      UsageError: if a backbone is given but not used, or does not exist.
     """
     path = expanded(source)
     if path.is_dir() and not ((path / "dataset_info.json").is_file() and _has_small_images(path)):

@@ -37,7 +37,7 @@ _ACCEPTED = (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)
 
 
 class _Scores(TypedDict):
-    """The one entry of evaluation.json that is read back."""
+    """The entry of evaluation.json that is read back."""
 
     data: str
 
@@ -47,9 +47,9 @@ class Mistake(NamedTuple):
 
     Attributes:
       true: name of the true class.
-      predicted: name of the predicted one.
-      probability: of the predicted class.
-      picture: uint8 [H, W, C], C 1 or 3, upright, what the model sees, files at 112x112.
+      predicted: name of the predicted class.
+      probability: probability of the predicted class.
+      picture: uint8 [H, W, C], C 1 or 3, upright, as the model sees it; files at 112x112.
     """
 
     true: str
@@ -63,11 +63,11 @@ class Evaluated:
     """A predictor's answers for the test split of `data`.
 
     Attributes:
-      predictor: gave the answers.
-      data: its test split holds the examples.
+      predictor: the predictor.
+      data: the data set whose test split was evaluated.
       scored: the answers.
       report: the result of `evaluate`, without files.
-      transposed: the examples of `data` have rows and columns swapped.
+      transposed: whether the examples of `data` have rows and columns swapped.
     """
 
     predictor: Predictor
@@ -77,7 +77,7 @@ class Evaluated:
     transposed: bool
 
     def mistakes(self, most: int = _MAX_MISTAKES) -> list[Mistake]:
-        """The surest mistakes, the surest first; none where the examples are not pictures."""
+        """The most confident mistakes, the most confident first; none if the examples are not pictures."""
         shape, names = self.data.example_shape, self.predictor.class_names
         if len(shape) != 3 or shape[2] not in (1, 3):
             return []
@@ -99,32 +99,37 @@ def evaluate(
     output: str | Path | None = None,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate exactly, every test example once, and write evaluation.json, classes.csv, confusion.png, mistakes.png.
+    """Evaluate on every test example once, and write evaluation.json, classes.csv, confusion.png and mistakes.png.
 
-    They are written into the run. Of other data than the run was trained on they are evaluation-CHECKSUM.json and so
-    on, with the data's checksum, and evaluation.json lists them as other_data. Where they cannot be written, a warning
-    says so. Nothing is written into an export.
+    The files are written into the run directory. For data that the run was not trained on, their names contain the
+    data's checksum (evaluation-CHECKSUM.json ..), and evaluation.json lists them as other_data. If they cannot be
+    written, a warning says so. Nothing is written into an export.
 
     Args:
-      source: run directory, or an export: its directory or a file in it; or a loaded predictor.
-      seed_index: which of the run's seeds; by default the best on validation.
-      data_path: a data set whose test split is taken in place of the run's own, or all examples of a folder that holds
-        no split and is not what the run was trained on; an export needs one.
-      predictions: a .csv file to write, a line an example: its file or number, true and predicted class, whether they
-        are the same, and the probabilities of the two.
-      output: a folder to write to in place of the run.
-      show_progress: whether to show a bar on standard error when it takes long.
+      source: a run directory; an export, as its directory or a file in it; or a loaded predictor.
+      seed_index: index of the run's seed; by default the seed that is best on validation.
+      data_path: other data to evaluate on, required for an export. Its test split is scored or, for a folder without
+        splits that the run was not trained on, all of its examples.
+      predictions: a .csv file to write, with a line for each example: its file or number, true and predicted class,
+        whether they are equal, and the probabilities of both.
+      output: folder for the files, by default the run directory.
+      show_progress: whether to show a progress bar on standard error if evaluation takes long.
 
     Returns:
-      The entries of `score_report`, rejection where the run has a score for the unknown (see `rejections`), and data,
-      where it came from, data_fingerprint, its checksum, trained_on_it, whether this is the data that was trained on
-      (None for an export that does not say), part, what of it was scored ('test' or 'all'), seen_in_training, how many
-      of the examples scored the run was trained on and the accuracy of the others (None where that is not known: a
-      warning says so), and files, the names of what was written.
+      The entries of `score_report`, and:
+
+      - rejection: see `rejections`, if the run can reject unknown images
+      - data: where the data came from
+      - data_fingerprint: checksum of the data
+      - trained_on_it: whether the run was trained on this data; None for an export that does not say
+      - part: 'test' or 'all', the part that was scored
+      - seen_in_training: number of scored examples that the run was trained on, and the accuracy on the others; None,
+        with a warning, if that is not known
+      - files: names of the files that were written
 
     Raises:
-      PSpinalError: if the source or the data cannot be read or do not fit each other, the run's own data is no longer
-        what it was trained on, its logits are not finite, or `predictions` cannot be written.
+      PSpinalError: if the source or the data cannot be read or do not match, the run's own data has changed since
+        training, its logits are not finite, or `predictions` cannot be written.
     """
     table = None if predictions is None else expanded(predictions)
     if table is not None:
@@ -147,7 +152,7 @@ def evaluate_examples(
     data_path: str | Path | None = None,
     show_progress: bool = False,
 ) -> Evaluated:
-    """As `evaluate`, but nothing is written."""
+    """Like `evaluate`, but without writing files."""
     enable_compilation_cache()
     predictor = source if isinstance(source, Predictor) else load_predictor(source, seed_index)
     config, protocol, trained_with = _trained_on(predictor)
@@ -189,7 +194,7 @@ def evaluate_examples(
 
 
 def _trained_on(predictor: Predictor) -> tuple[DataConfig, str | None, str | None]:
-    """How the data of training is read, its protocol and its checksum; None where an older export does not say."""
+    """How the training data is read, its protocol and its checksum; None if an older export does not say."""
     metadata, shape = predictor.metadata, predictor.input_shape
     if predictor.recipe is not None:
         return predictor.recipe.data, predictor.recipe.protocol, metadata["identity"]["data_fingerprint"]
@@ -205,7 +210,7 @@ def _trained_on(predictor: Predictor) -> tuple[DataConfig, str | None, str | Non
 
 
 def _check_fits(predictor: Predictor, data: Dataset[Split]) -> None:
-    """Raise UsageError where `data` has other classes, inputs or columns than those of training."""
+    """Raise UsageError if `data` has other classes, inputs or columns than the training data."""
     names, source = predictor.class_names, predictor.source
     if data.class_names != names:
         raise UsageError(
@@ -228,11 +233,11 @@ def _check_fits(predictor: Predictor, data: Dataset[Split]) -> None:
 def _seen_in_training(
     predictor: Predictor, data: Dataset[Split], scored: Scored, same: bool | None
 ) -> dict[str, Any] | None:
-    """Count, and warn of, the examples of the test split that the predictor has seen; None where that is not known.
+    """Count, and warn about, examples of the test split that the predictor has seen; None if that is not known.
 
     Returns:
-      examples, how many it has seen; trained_on, validated_on and trained_on_before, of these by the run and by that
-      of --init-from; accuracy_of_others, of all that it has not seen, None where there is nothing else.
+      examples, the number that it has seen; trained_on, validated_on and trained_on_before (by the run of --init-from),
+      the number of each kind; accuracy_of_others, the accuracy on all others, or None if there are none.
     """
     source, test = predictor.source, data.test
     seen = None if predictor.recipe is None else read_seen(RunDirectory(source))
@@ -261,10 +266,10 @@ def _score(predictor: Predictor, split: Split, *, turned: bool, shown: bool) -> 
     """The predictor's answers for `split`.
 
     Args:
-      predictor: gives them.
-      split: examples.
-      turned: the examples lie transposed, as the run saw them, and an export takes them upright.
-      shown: whether to show a bar on standard error.
+      predictor: the predictor.
+      split: the examples.
+      turned: whether the examples are transposed, as the run saw them, while an export takes them upright.
+      shown: whether to show a progress bar on standard error.
     """
     parts, size = [], predictor.batch_size
     temperature = None if predictor.calibration is None else predictor.calibration.temperature
@@ -287,7 +292,7 @@ def _score(predictor: Predictor, split: Split, *, turned: bool, shown: bool) -> 
 
 
 def _write(folder: Path, evaluated: Evaluated) -> list[Path]:
-    """Write scores and pictures; where they cannot be written, a warning says so. Returns the paths."""
+    """Write scores and pictures, and return their paths; warn if they cannot be written."""
     report, predictor = evaluated.report, evaluated.predictor
     ending = f"-{report['data_fingerprint']}" if report["trained_on_it"] is False else ""
     names = (f"evaluation{ending}.json", f"classes{ending}.csv", f"confusion{ending}.png", f"mistakes{ending}.png")
@@ -317,7 +322,7 @@ def _write(folder: Path, evaluated: Evaluated) -> list[Path]:
 
 
 def _write_predictions(path: Path, evaluated: Evaluated) -> None:
-    """Write a line an example; RunError if that is not possible. See `evaluate`."""
+    """Write a line for each example, see `evaluate`; raise RunError if that fails."""
     scored, names, split = evaluated.scored, evaluated.predictor.class_names, evaluated.data.test
     rows = []
     threshold = evaluated.predictor.threshold()
@@ -335,7 +340,7 @@ def _write_predictions(path: Path, evaluated: Evaluated) -> None:
 
 
 def _list_others(run: Path) -> None:
-    """Name the evaluations of other data in evaluation.json; damaged files are left out."""
+    """List the evaluations of other data in evaluation.json, without damaged files."""
     others = {}
     for path in sorted(run.glob("evaluation-*.json")):
         with contextlib.suppress(RunError):

@@ -1,4 +1,4 @@
-"""`predict`: the classes that a run, or an export of one, gives images or rows of features."""
+"""`predict`: classes of images or rows of features, by a run or an export."""
 
 import dataclasses
 import os
@@ -31,18 +31,18 @@ from pspinal_jax.runs.scores import log_softmax
 from pspinal_jax.training.sharding import divisible_size, make_mesh, replicated_on, shard_batch
 
 UNKNOWN = "unknown"
-"""The label of what belongs to no class of the run."""
+"""Label of images that belong to no class of the run."""
 BATCH_SIZE = 32
 _EXPORT_BATCH = 64
 _MAX_THREADS = 8
 
 Images = Any
-"""Paths, Pillow images, arrays and frames, see `predict`."""
+"""Paths, Pillow images, arrays and frames; see `predict`."""
 ResizeMode = Literal["squash", "crop", "pad"]
 
 
 class Answers(NamedTuple):
-    """Log-probabilities float64 [B, C], nats, and the scores of the unknown float64 [B], None without calibration."""
+    """Log-probabilities float64 [B, C], in nats, and scores of known images float64 [B], None without calibration."""
 
     log_probabilities: np.ndarray
     scores: np.ndarray | None
@@ -50,22 +50,22 @@ class Answers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A run or an export as evaluation and prediction need it.
+    """A loaded run or export, for evaluation and prediction.
 
     Attributes:
       source: the run or the export.
       class_names: names of the C classes.
-      input_shape: one example's shape.
+      input_shape: shape of one example.
       input_dtype: 'uint8' for images, 'float32' for features.
-      columns: names of the features, where a table gave them.
-      batch_size: examples that an evaluation hands it at a time.
-      answers: inputs [B, ...] on the host to log-probabilities and scores, see `Answers`; RunError where they are not
-        finite. It compiles for each B.
-      transposed: it takes images with rows and columns swapped.
-      fit: how an image of another aspect becomes one of the input's, see `pspinal_jax.data.images.decode.decode`.
-      calibration: the temperature of these probabilities and the score; None where there is none.
-      recipe: what the run was trained by, its data included; None for an export.
-      metadata: config.json of the run, export.json of the export.
+      columns: names of the features, if a table gave them.
+      batch_size: number of examples per evaluation step.
+      answers: function from inputs [B, ...] on the host to log-probabilities and scores, see `Answers`. It compiles
+        once for each B, and raises RunError if they are not finite.
+      transposed: whether it takes images with rows and columns swapped.
+      fit: how images of another aspect ratio are resized, see `pspinal_jax.data.images.decode.decode`.
+      calibration: temperature and score, or None.
+      recipe: the run's recipe, including its data; None for an export.
+      metadata: config.json of the run, or export.json of the export.
     """
 
     source: Path
@@ -82,10 +82,10 @@ class Predictor:
     metadata: dict[str, Any]
 
     def threshold(self, accept: float | None = None) -> float | None:
-        """The score below which an answer is unknown, see `Unknown.threshold`; None where there is no score.
+        """The score below which an image is unknown, see `Unknown.threshold`; None without a score.
 
         Raises:
-          UsageError: if `accept` is given and there is none, or cannot be.
+          UsageError: if `accept` is given but the run has no score, or too few images for that threshold.
         """
         if self.calibration is not None and self.calibration.unknown is not None:
             return self.calibration.unknown.threshold(ACCEPT if accept is None else accept)
@@ -95,11 +95,11 @@ class Predictor:
 
 
 def load_predictor(source: str | Path, seed_index: int | None = None) -> Predictor:
-    """The predictor of a run's selected parameters, or of an export.
+    """Load the predictor of a run's selected parameters, or of an export.
 
     Args:
-      source: run directory, the directory of an export, or a file in it.
-      seed_index: which of the run's seeds; by default the best on validation. An export has but one.
+      source: a run directory, the directory of an export, or a file in it.
+      seed_index: index of the run's seed; by default the seed that is best on validation. An export has only one.
 
     Raises:
       UsageError: if the run has no such seed.
@@ -199,11 +199,12 @@ class Prediction:
     """The most probable classes of one image.
 
     Attributes:
-      path: the image's file, or a table's with the row's number after a colon; None for an array or a Pillow image.
-      classes: (name, probability) of the most probable classes, most probable first; empty where there is an error.
-      error: why it could not be read, or None.
-      score: how well it is known, see `pspinal_jax.runs.calibration`; None where the run has no such score.
-      known: whether the score reaches the threshold; None likewise.
+      path: path of the image, or of a table with the row's number after a colon; None for arrays and Pillow images.
+      classes: (name, probability) of the most probable classes, most probable first; empty after an error.
+      error: why the image could not be read, or None.
+      score: how well the image resembles its nearest class, see `pspinal_jax.runs.calibration`; None if the run has no
+        such score.
+      known: whether the score reaches the threshold; None without a score.
     """
 
     path: Path | None
@@ -214,7 +215,7 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """The most probable class, or `UNKNOWN`; "" where there is an error."""
+        """The most probable class, or `UNKNOWN`; "" after an error."""
         return "" if not self.classes else UNKNOWN if self.known is False else self.classes[0][0]
 
 
@@ -228,25 +229,25 @@ def predict(
 ) -> list[Prediction]:
     """Classify images, or rows of features, with a run's selected parameters.
 
-    Images are decoded by threads while the model works on those before. All batches have one size, a power of two up
-    to 32, the last one is padded. A predictor compiles for each such size once.
+    Threads decode images while the model computes. All batches have the same size, a power of two up to 32, and the
+    last one is padded. A predictor compiles once for each size.
 
     Args:
-      source: run directory, or an export: its directory or a file in it; or a loaded predictor.
+      source: a run directory; an export, as its directory or a file in it; or a loaded predictor.
       images: files of any format that Pillow reads, Pillow images, and arrays uint8 [H, W] or [H, W, C], C 1 or 3; or
-        one array uint8 [N, H, W] or [N, H, W, C]. Each may have any size: it is resized to what the model sees.
-        For a run that was trained on features, numbers [N, D] as an array or a frame, or tables by their paths.
-      top: how many classes to name for each.
-      seed_index: which of the run's seeds; by default the best on validation. An export has but one.
-      show_progress: whether to show a bar on standard error when it takes long.
-      accept: the share of new images of the run's classes that shall count as known, by default 0.95.
+        one array uint8 [N, H, W] or [N, H, W, C]. Images of any size are resized to the model's input. For a run on
+        features: numbers [N, D] as an array or a frame, or paths of tables.
+      top: number of classes to give for each image.
+      seed_index: index of the run's seed; by default the seed that is best on validation. An export has only one.
+      show_progress: whether to show a progress bar on standard error if prediction takes long.
+      accept: fraction of new images of the run's classes to accept as known, by default 0.95.
 
     Returns:
-      A prediction an image or row, in their order; images that cannot be read have an error.
+      A prediction for each image or row, in the same order. Images that cannot be read have an error.
 
     Raises:
-      UsageError: if `images`, `top`, `seed_index` or `accept` are not as above.
-      DataError: if features are not of numbers, or some are missing.
+      UsageError: if `images`, `top`, `seed_index` or `accept` are not as described.
+      DataError: if features are not numbers, or some are missing.
       RunError: if the run or the export cannot be read.
     """
     enable_compilation_cache()
@@ -267,7 +268,7 @@ def predict(
 
 
 def predict_proba(predictor: Predictor, images: Images) -> np.ndarray:
-    """Class probabilities float64 [N, C] of `images`; raises as `predict`.
+    """Class probabilities float64 [N, C] of `images`; raises like `predict`.
 
     Raises:
       DataError: if an image cannot be read.
@@ -284,7 +285,7 @@ def predict_proba(predictor: Predictor, images: Images) -> np.ndarray:
 def _answers(
     predictor: Predictor, images: Images, show_progress: bool = False
 ) -> Iterator[tuple[Path | None, np.ndarray | str, float | None]]:
-    """The path of each image or row, its probabilities float64 [C] or why it cannot be read, and its score, if any."""
+    """For each image or row: its path, its probabilities float64 [C] or the reason for an error, and its score."""
     shape = predictor.input_shape
     if len(shape) == 3 and shape[2] not in (1, 3):
         raise UsageError(
@@ -320,10 +321,10 @@ def _answers(
 
 
 def find_images(given: Iterable[Path]) -> list[Path]:
-    """The files `given` and, in place of a folder, what is named like an image in it and in the folders below, sorted.
+    """The files `given`, with each folder replaced by the sorted image files in it and its subfolders.
 
     Raises:
-      UsageError: if there is no such file in a folder.
+      UsageError: if a folder has no image files.
     """
     found: list[Path] = []
     for path in map(expanded, given):
@@ -382,7 +383,7 @@ def _opened(image: Any) -> Path | Image.Image:
 
 
 def _read(predictor: Predictor, image: Path | Image.Image) -> np.ndarray | str:
-    """The image as the model sees it, or why it cannot be read."""
+    """The image as the model sees it, or the reason why it cannot be read."""
     shape = predictor.input_shape
     try:
         content = read_bytes(image, MAX_BYTES) if isinstance(image, Path) else image

@@ -1,4 +1,4 @@
-"""The Python API of runs: train a recipe, or open a run, and use it; the commands call the same functions."""
+"""The Python API of runs: train a recipe or open a run, and use it. The commands call the same functions."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A run in its directory. `load_run` opens one, `train` returns one; parameters are read when they are asked for.
+    """A run in its directory, opened by `load_run` or returned by `train`. Parameters are read on first use.
 
     Attributes:
       path: the run directory.
-      seed_index: which of the run's seeds its answers are of; None for the best on validation.
-      config: what config.json holds.
-      recipe: the recipe that was trained, its data included.
+      seed_index: index of the seed to use; None for the seed that is best on validation.
+      config: the contents of config.json.
+      recipe: the recipe that was trained, including its data.
       class_names: names of the C classes, in the order of the logits.
     """
 
@@ -51,7 +51,7 @@ class Run:
 
     @functools.cached_property
     def result(self) -> dict[str, Any]:
-        """What result.json holds; ``result["test_accuracy"]["mean"]`` is 0 .. 1.
+        """The contents of result.json; ``result["test_accuracy"]["mean"]`` is 0 .. 1.
 
         Raises:
           RunError: if the run is not finished, or result.json is damaged.
@@ -60,11 +60,11 @@ class Run:
 
     @property
     def history(self) -> History:
-        """The epochs so far, a dict each: the lines of metrics.jsonl, see `History`."""
+        """The lines of metrics.jsonl: a dict for each epoch so far, see `History`."""
         return History(RunDirectory(self.path).metrics())
 
     def plot(self) -> "Figure":
-        """Loss and accuracy by epoch as a matplotlib Figure; of K seeds their mean and range."""
+        """Loss and accuracy by epoch as a matplotlib Figure; for K seeds, their mean and range."""
         return self.history.plot()
 
     def _repr_html_(self) -> str:
@@ -102,20 +102,20 @@ class Run:
 
         Args:
           images: paths (Path or text), Pillow images and arrays uint8 [H, W] or [H, W, C] of any size, in any mixture;
-            or one array uint8 [N, H, W] or [N, H, W, C]. C is 1 or 3. Of a run on features, numbers [N, D] as an array
-            or a frame, whose columns are found by their names, or tables by their paths.
-          top: how many classes to name for each.
-          accept: the share of new images of the run's classes that shall count as known, by default 0.95.
+            or one array uint8 [N, H, W] or [N, H, W, C]. C is 1 or 3. For a run on features: numbers [N, D] as an array
+            or a frame, whose columns are matched by name, or paths of tables.
+          top: number of classes to give for each image.
+          accept: fraction of new images of the run's classes to accept as known, by default 0.95.
 
         Returns:
-          A `Prediction` an image, in their order; a file that cannot be read has its `error`, and where the run has a
-          score for the unknown, `known` tells whether the image is of one of its classes.
+          A `Prediction` for each image, in the same order. For a file that cannot be read, it has an `error`. If the
+          run can reject unknown images, `known` says whether the image belongs to one of its classes.
         """
         return predict(self._predictor, images, top, accept=accept)
 
     @absl_quietened()
     def predict_proba(self, images: Images) -> np.ndarray:
-        """Class probabilities float64 [N, C] of `images`, which `predict` describes; columns as `class_names`.
+        """Class probabilities float64 [N, C] of `images` (see `predict`), with columns in the order of `class_names`.
 
         Raises:
           DataError: if an image cannot be read.
@@ -124,18 +124,18 @@ class Run:
 
     @absl_quietened()
     def evaluate(self, data_path: str | Path | None = None) -> dict[str, Any]:
-        """Evaluate on the run's test split, or that of `data_path`; as `pspinal_jax.runs.evaluate.evaluate`."""
+        """Evaluate on the test split of the run or of `data_path`; see `pspinal_jax.runs.evaluate.evaluate`."""
         return evaluate(self._predictor, data_path=data_path)
 
     def export(self, output: str | Path | None = None, format: Literal["jax", "onnx"] = "jax") -> Path:
-        """Write the classifier as files that JAX, or ONNX Runtime, alone runs; as `export_run`, which has the details.
+        """Write the classifier as a program for JAX alone, or for ONNX Runtime; see `export_run`.
 
         Args:
-          output: the directory to write; by default ``export`` in the run.
+          output: directory to write, by default ``export`` in the run directory.
           format: 'onnx' adds model.onnx.
 
         Returns:
-          The directory written.
+          The directory that was written.
         """
         return export_run(self.path, output, self.seed_index, format)
 
@@ -144,8 +144,8 @@ def load_run(path: str | Path, seed_index: int | None = None) -> Run:
     """The run in the directory `path`.
 
     Args:
-      path: run directory of a `train`, finished or not.
-      seed_index: which of its seeds, from 0; by default the best on validation.
+      path: run directory written by `train`, finished or not.
+      seed_index: index of the seed, from 0; by default the seed that is best on validation.
 
     Raises:
       RunError: if it is not a run directory, or its config.json is damaged.
@@ -155,25 +155,25 @@ def load_run(path: str | Path, seed_index: int | None = None) -> Run:
 
 @absl_quietened()
 def train(recipe: Recipe | str | Path, **changes: Any) -> Run:
-    """Train `recipe`, or what is left of it, in its run directory; a finished run is opened.
+    """Train `recipe`, resume its unfinished run, or open its finished run.
 
-    ``train("digits", epochs=5, model__layer_width=64, workdir="runs/mine")`` is the command
+    ``train("digits", epochs=5, model__layer_width=64, workdir="runs/mine")`` does the same as the command
     ``pspinal-jax train digits --epochs 5 --model.layer-width 64 --workdir runs/mine``.
 
     Args:
       recipe: a recipe, the name of one, or the path of a .py file that defines one.
-      **changes: flags of `train` by their names: fields of `pspinal_jax.recipes.Recipe`, nested ones with a double
-        underscore (``data__path``) or, in a ``**{"data.path": ..}``, a dot; and fields of `RunOptions` (``workdir``,
-        ``init_from``, ``checkpoint_seconds``, ``workers``, ``tensorboard``). A nested config can be given whole.
+      **changes: flags of `train` by name: fields of `pspinal_jax.recipes.Recipe`, where nested fields have a double
+        underscore (``data__path``) or, in ``**{"data.path": ..}``, a dot; and fields of `RunOptions` (``workdir``,
+        ``init_from``, ``checkpoint_seconds``, ``workers``, ``tensorboard``). A nested config can be given as a whole.
 
     Returns:
       The finished run.
 
     Raises:
-      UsageError: if there is no such recipe, field or choice, or a value is of the wrong type or out of range.
+      UsageError: if there is no such recipe, field or choice, or a value has the wrong type or is out of range.
       PSpinalError: if the data or the run directory cannot be used, or training fails.
-      pspinal_jax.training.signals.Stopped: after SIGINT (Ctrl-C) or SIGTERM, once the run is saved; call again to go
-        on.
+      pspinal_jax.training.signals.Stopped: after SIGINT (Ctrl-C) or SIGTERM, once the run is saved; repeat the call to
+        resume.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     given = {name.replace("__", ".").replace("-", "_"): value for name, value in changes.items()}
@@ -197,7 +197,7 @@ def resolve(recipe: Recipe, change: Callable[[Recipe], Recipe], options: RunOpti
 
 
 def _replaced(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The dataclass `config` with `changes` by dotted name, all at once, as some only fit together."""
+    """The dataclass `config` with `changes` by dotted name, all at once, since some are only valid together."""
     values = {name: getattr(config, name) for name in config.__dataclass_fields__}
     for name, value in sorted(changes.items(), key=lambda change: "." in change[0]):  # configs given whole come first
         field, _, inner = name.partition(".")

@@ -1,4 +1,4 @@
-"""`fit`: train anyone's model with the compiled, sharded loop that the recipes use."""
+"""`fit` trains any model with the compiled, sharded loop that the recipes use."""
 
 import contextlib
 import dataclasses
@@ -36,26 +36,28 @@ _RESERVED = ("loss", "count", "bad_step", "skipped", "predictions", "correct")
 
 @dataclasses.dataclass(frozen=True)
 class FitOptions:
-    """How `fit` trains, beside what it trains; each is a keyword of `fit`.
+    """Further options of training. Each field is a keyword of `fit`.
 
     Attributes:
-      micro_batches: K: a batch goes through the model in K parts, to save memory; the gradient is their mean.
+      micro_batches: K, number of parts that each batch is split into to save memory; the gradient is their mean.
       gradient_clip: largest global L2 norm of the gradient; 0 for no limit.
-      ema_decay: of moving averages of parameters and statistics, which then are evaluated and returned; 0 for none.
-      frozen: entries at the top of the parameters that stay as they are.
-      drop_remainder: leave out the last, smaller batch of an epoch.
-      eval_batch_size: examples evaluated at a time; by default `batch_size`. Every example counts once, whatever it is.
-      select: what the epoch to keep is the best in on the validation examples: ``"loss"`` or a metric's name (a larger
-        one is better). By default the last epoch is kept.
-      patience: stop after so many epochs that are no better; needs `select`. 0 for no limit.
-      on_nonfinite: ``"stop"`` with an error that names the step, or ``"skip"`` such steps.
-      seed_mode: several seeds as one program (``"vmap"``) or one after the other (``"loop"``); ``"auto"`` chooses vmap
-        on accelerators.
-      on_device: whether arrays lie on the devices whole, and an epoch is one compiled loop over them. By default they
-        do, except for models that convolve on CPU: XLA compiles the gradients of convolutions badly in loops there.
-      checkpoint_seconds: time between checkpoints; the end of the first epoch saves one too.
-      profile: folder for a trace of a few steps, after the first ones, which XProf and ui.perfetto.dev open.
-      dump_hlo: folder for the text of the compiled programs.
+      ema_decay: decay of moving averages of parameters and statistics, which are then evaluated and returned; 0 for
+        none.
+      frozen: names of top-level entries of the parameters that are not trained.
+      drop_remainder: leave out the last, smaller batch of each epoch.
+      eval_batch_size: examples per evaluation step, by default `batch_size`. Every example counts once in any case.
+      select: keep the epoch with the best value on the validation examples: ``"loss"``, or the name of a metric, of
+        which the largest is best. By default the last epoch is kept.
+      patience: stop after this many epochs without improvement; needs `select`. 0 for no limit.
+      on_nonfinite: what to do if the loss or a gradient is not finite: ``"stop"`` with an error that names the step, or
+        ``"skip"`` the step.
+      seed_mode: train several seeds as one program (``"vmap"``) or one after the other (``"loop"``); ``"auto"`` uses
+        vmap on accelerators.
+      on_device: whether all arrays are kept on the devices, with an epoch as one compiled loop. The default is True,
+        except for models that convolve on CPU, where XLA compiles the gradients of convolutions badly in loops.
+      checkpoint_seconds: time between checkpoints; the end of the first epoch is always saved.
+      profile: folder for a trace of a few steps, after the first ones; open it with XProf or ui.perfetto.dev.
+      dump_hlo: folder for the compiled programs, as text.
     """
 
     micro_batches: int = 1
@@ -95,10 +97,10 @@ def fit(
     workdir: Path | str | None = None,
     **options: Any,
 ) -> Fit:
-    """Train a model of yours, compiled and over all devices.
+    """Train your own model with compiled steps on all devices.
 
-    An epoch over arrays is one compiled loop on the device. Batches of an iterable are sharded as they
-    come, the next one while the last one computes. Random numbers and the order of examples are functions of
+    An epoch over arrays is one compiled loop on the device. Batches of an iterable are sharded over the devices, and
+    the next one is prepared while the current one computes. Random numbers and the order of examples depend only on
     (seed, epoch, step).
 
     Example::
@@ -117,33 +119,33 @@ def fit(
 
     Args:
       model: a linen module called as ``model(x)`` or ``model(x, train=..)``, an nnx module, or a pair of functions
-        (init(key, x) -> params, apply(params, x) -> logits). Batch statistics and dropout are found.
-      data: ``(x, y)``, arrays [N, ...] of NumPy, JAX or PyTorch, pandas or polars frames, or tuples and dicts of them.
-        Or batches: an iterable of ``(x, y)`` that can be gone through once an epoch, or a function that returns one.
-      validation: ``(x, y)``, or the fraction of the arrays to hold out, chosen by `seed`; None for none.
-      optimizer: any optax transformation, with its schedule inside; by default ``optax.adamw(1e-3)``.
-      epochs: passes over the data. In a `workdir` more of them go on from the end.
-      batch_size: examples per step over all devices. An iterable's batches are as it gives them.
-      loss: ``"cross_entropy"`` of logits [N, C] and integer labels [N], or a function of (logits, labels) that gives
-        the loss of each example [N], or their mean. It is traced into the step.
-      metrics: by name, functions of (logits, labels) of the same kind; by default accuracy for the cross-entropy.
-      seed: the first seed.
-      num_seeds: K models, trained with seeds seed .. seed + K - 1; results then have a leading axis K.
-      mesh: a `jax.sharding.Mesh` with axes data, fsdp and model; by default all devices that the batch divides over.
-      augment: (key, x) -> x, traced into the step and applied to every training batch.
+        (init(key, x) -> params, apply(params, x) -> logits). Batch statistics and dropout are detected.
+      data: ``(x, y)``, arrays [N, ...] of NumPy, JAX or PyTorch, pandas or Polars frames, or tuples and dicts of them.
+        Or batches: an iterable of ``(x, y)`` that can be iterated once per epoch, or a function that returns one.
+      validation: ``(x, y)``, or the fraction of the arrays to hold out, chosen by `seed`; None for no validation.
+      optimizer: any optax transformation, including its schedule; by default ``optax.adamw(1e-3)``.
+      epochs: passes over the data. With a `workdir`, a larger number continues a finished training.
+      batch_size: examples per step over all devices. It does not change the batches of an iterable.
+      loss: ``"cross_entropy"`` of logits [N, C] and integer labels [N], or a function of (logits, labels) that returns
+        the loss of each example [N], or the mean. It becomes part of the compiled step.
+      metrics: name -> function of (logits, labels), like `loss`; by default accuracy for the cross-entropy.
+      seed: first seed.
+      num_seeds: K, number of models, with seeds seed .. seed + K - 1; results then have a leading axis K.
+      mesh: a `jax.sharding.Mesh` with axes data, fsdp and model; by default all devices that divide the batch.
+      augment: (key, x) -> x, applied to every training batch as part of the compiled step.
       callbacks: functions of (finished epochs, state, metrics), called between chunks of an epoch with means over the
-        examples so far, and after an epoch with its line of the history. One that returns True ends the training
-        there. The state's arrays (`TrainState`) are overwritten by the next step: copy what you keep.
-      workdir: folder for checkpoints and metrics.jsonl. The same call then goes on where it was stopped or killed, and
-        ends bit for bit where it would have ended.
+        examples so far, and after each epoch with its entry of the history. A callback stops the training by returning
+        True. The next step overwrites the arrays of the state (`TrainState`), so copy those that you keep.
+      workdir: folder for checkpoints and metrics.jsonl. To resume a training that was stopped or killed, repeat the
+        call; the result is bit for bit that of an uninterrupted training.
       **options: the fields of `FitOptions`.
 
     Returns:
-      A `Fit`: variables, history, predict, evaluate, plot, save.
+      A `Fit` with variables, history, predict, evaluate, plot and save.
 
     Raises:
       UsageError: if an argument is not as described.
-      DataError: if arrays do not hold numbers, or do not fit together.
+      DataError: if arrays do not hold numbers, or do not match each other.
       RunError: if the loss or a gradient is not finite, or the workdir cannot be written or read.
     """
     chosen = FitOptions(**options)
@@ -165,14 +167,14 @@ def fit(
 
 
 class CompiledTraining:
-    """A model with the programs that train it on examples of one shape, to be used for several trainings.
+    """A model and the programs that train it on examples of one shape, for several trainings.
 
-    Arguments and errors are those of `fit`; `example` is (inputs, labels) of one example, trees of
-    `jax.ShapeDtypeStruct`, and with `from_host` batches come from an iterable.
+    Arguments and errors are those of `fit`. `example` is (inputs, labels) of one example, as trees of
+    `jax.ShapeDtypeStruct`. With `from_host`, batches come from an iterable.
 
     Attributes:
-      programs: compiled when they are first called.
-      on_device: whether the examples lie on the devices whole.
+      programs: the programs, each compiled when first called.
+      on_device: whether all examples are kept on the devices.
     """
 
     def __init__(
@@ -250,7 +252,7 @@ class CompiledTraining:
         workdir: Path | str | None = None,
         **loop: Any,
     ) -> Fit:
-        """Train on `source`; the other arguments are those of `fit`, and further fields of `LoopConfig`."""
+        """Train on `source`. The other arguments are those of `fit`, and fields of `LoopConfig`."""
         options, programs = self._options, self.programs
         check_at_least(1, epochs=epochs)
         check_at_least(0, patience=options.patience)

@@ -1,4 +1,4 @@
-"""What `fit` gives back, the trained model and its history, and the folder in which it keeps them."""
+"""The results of `fit`: the trained model, its history, and their folder."""
 
 import contextlib
 import json
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 _IDENTITY, _METRICS = "fit.json", "metrics.jsonl"
 _SPLITS = ("train", "validation", "test")
 _MAX_POINTS = 1000
-"""Of a curve: more of them lie within a line's width and make the drawing large."""
+"""Largest number of points of a curve; more of them are closer than a line's width and make the drawing large."""
 
 
 class History(list[dict[str, Any]]):
-    """A dict for each epoch: stage, epoch, step, train_loss, validation_loss, .., seconds; lists by seed for K seeds.
+    """A list with a dict for each epoch: stage, epoch, step, train_loss, validation_loss, .., seconds.
 
-    In a notebook it shows itself as a table.
+    With K seeds, values that differ by seed are lists of K. Notebooks display the history as a table.
     """
 
     def to_pandas(self) -> Any:
-        """As a pandas.DataFrame with a row for each epoch."""
+        """The history as a pandas.DataFrame with a row for each epoch."""
         from pandas import DataFrame
 
         return DataFrame(list(self))
 
     def plot(self) -> "Figure":
-        """Loss and metrics by epoch as a matplotlib Figure; of K seeds their mean and range."""
+        """Loss and metrics by epoch as a matplotlib Figure; for K seeds, their mean and range."""
         from matplotlib.figure import Figure
 
         names = self._metrics()
@@ -53,7 +53,7 @@ class History(list[dict[str, Any]]):
         return figure
 
     def draw(self, figure: "Figure", names: list[str]) -> None:
-        """Draw the metrics `names` into `figure`, one beside the other."""
+        """Draw the metrics `names` into `figure`, side by side."""
         epochs = self._epochs()
         shown = np.unique(np.linspace(0, max(0, len(self) - 1), _MAX_POINTS).round().astype(int))[: len(self)]
         for axis, name in zip(np.ravel(figure.subplots(1, max(1, len(names)))), names, strict=False):
@@ -75,7 +75,7 @@ class History(list[dict[str, Any]]):
                 axis.legend()
 
     def summary(self) -> str:
-        """The last epoch on one line."""
+        """The last epoch as one line."""
         if not self:
             return "no epochs"
         means = ", ".join(f"{name} {_shown(value)}" for name, value in self[-1].items() if _is_mean(name))
@@ -123,7 +123,7 @@ class HistoryLog:
         self.history, self._folder = History(), folder
 
     def rewind(self, finished: Sequence[tuple[str, int]]) -> None:
-        """Keep the lines of these epochs."""
+        """Keep only the lines of these epochs."""
         if self._folder is not None and (path := self._folder / _METRICS).exists():
             lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
             self.history = History(lines[: len(finished)])
@@ -187,17 +187,17 @@ class Fit:
 
     @property
     def variables(self) -> Any:
-        """What was trained: linen's collections, the nnx module in evaluation mode, or params as ``init`` made them.
+        """The trained variables: linen's collections, the nnx module in evaluation mode, or params as from ``init``.
 
-        Of K seeds a list of K.
+        For K seeds, a list of K.
         """
         return per_seed([self._model.restore(variables) for variables in self._of_seeds()])
 
     def predict(self, x: Any) -> np.ndarray:
-        """The logits [N, ...] of `x` in evaluation mode, float32 or as the model computes; of K seeds [K, N, ...].
+        """The logits [N, ...] of `x` in evaluation mode, in float32 or the model's dtype; for K seeds [K, N, ...].
 
         Raises:
-          DataError: if `x` does not hold numbers, or other shapes than the training's.
+          DataError: if `x` does not hold numbers, or has other shapes than in training.
         """
         inputs = to_numpy(x, "x")
         count_examples(inputs, "x")
@@ -206,10 +206,10 @@ class Fit:
         return logits[0] if len(logits) == 1 else np.stack(logits)
 
     def evaluate(self, x: Any, y: Any) -> dict[str, Any]:
-        """Mean loss and metrics over all examples, each counted once; of K seeds a list of K for each.
+        """Mean loss and metrics over all examples, each counted once; for K seeds, a list of K for each.
 
         Raises:
-          DataError: as `predict`.
+          DataError: like `predict`.
         """
         arrays = to_batch((x, y))
         self._check(arrays, (self._programs.inputs, self._programs.labels), "(x, y)")
@@ -219,13 +219,13 @@ class Fit:
         return {name: per_seed((sums[name] / split.count).tolist()) for name in names}
 
     def plot(self) -> "Figure":
-        """Loss and metrics by epoch as a matplotlib Figure; of K seeds their mean and range."""
+        """Loss and metrics by epoch as a matplotlib Figure; for K seeds, their mean and range."""
         return self.history.plot()
 
     def save(self, path: Path | str) -> None:
-        """Write the variables as one .safetensors file, which `pspinal_jax.weights.read_variables` reads.
+        """Write the variables to a .safetensors file, which `pspinal_jax.weights.read_variables` reads.
 
-        Names are those of `variables`, levels joined by "/"; of nnx and functions below ``params``.
+        Names are those of `variables`, with levels joined by "/"; for nnx and functions, they are below ``params``.
         """
         from pspinal_jax.weights.variables import save_variables
 
