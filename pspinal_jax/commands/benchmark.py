@@ -105,7 +105,7 @@ def benchmark(args: Sequence[str]) -> int:
 
 
 def _all(args: Sequence[str]) -> int:
-    """Run every benchmark for part of the time and write one report with tables and plots."""
+    """Run all benchmarks, each for part of the time, and write one report."""
     # argparse, since this command also runs where only JAX's own packages and PyTorch are installed.
     import argparse
 
@@ -115,15 +115,18 @@ def _all(args: Sequence[str]) -> int:
 
     parser = Parser(
         prog="pspinal-jax benchmark all",
+        usage="pspinal-jax benchmark all [-h] [OPTIONS]",
         description=f"{_all.__doc__}\n\nsections:\n{table((f'  {name}', BENCHMARKS[name].title) for name in SECTIONS)}",
         epilog="example: pspinal-jax benchmark all --tiny",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
     )
-    flag, precisions, workdir = parser.add_argument, ("float32", "tf32", "bfloat16"), Path("runs/benchmark-all")
+    names, workdir, flag = ("float32", "tf32", "bfloat16"), Path("runs/benchmark-all"), parser.add_argument
     flag("--minutes", type=float, default=8.0, metavar="FLOAT", help="Approximate duration. (default: 8.0)")
-    flag("--workdir", type=expanded, default=workdir, metavar="PATH", help=f"Folder for report.md. (default: {workdir})")
+    about = f"Folder for report.md. (default: {workdir})"
+    flag("--workdir", type=expanded, default=workdir, metavar="PATH", help=about)
     flag("--sections", nargs="+", default=[], metavar="NAME", help="Sections to run. (default: all of the above)")
-    flag("--precisions", nargs="+", default=[], choices=precisions, help="Precisions to run. (default: those of the device)")
+    about = f"Some of {', '.join(names)}. (default: those of the device)"
+    flag("--precisions", nargs="+", default=[], metavar="NAME", choices=names, help=about)
     flag("--tiny", action="store_true", help="Use the smallest sizes, for a trial run whose figures mean nothing.")
     flag("--overwrite", action="store_true", help="Replace the results in --workdir.")
     parsed = vars(parser.parse_args(args))

@@ -45,14 +45,16 @@ _REGISTRY = ConstructorRegistry()
 @_REGISTRY.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Let a flag of type X or None take the word None too, and show X in the help, where tyro shows {None}|X."""
-    options = set(typing.get_args(info.type)) - {types.NoneType}
-    if types.NoneType not in typing.get_args(info.type) or len(options) > 1:
+    options = [option for option in typing.get_args(info.type) if option is not types.NoneType]
+    if len(options) == len(typing.get_args(info.type)):
         return None
-    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(options.pop(), set(info.markers)))
-    if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1 or spec.choices is not None:
+    hint = functools.reduce(operator.or_, options)
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set(info.markers)))
+    if not isinstance(spec, PrimitiveConstructorSpec) or spec.choices is not None:
         return None
     return dataclasses.replace(
         spec,
+        metavar=re.sub(r"\{([^{},]*)\}", r"\1", spec.metavar),
         instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
         is_instance=lambda value: value is None or spec.is_instance(value),
         str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),

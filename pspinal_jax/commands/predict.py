@@ -45,7 +45,7 @@ class PredictArguments:
     accept: float | None = None
     """Fraction of new pictures of the run's classes to accept as known, by default 0.95; all other pictures are called
     unknown. A larger fraction also accepts more pictures of other things."""
-    no_unknown: bool = False
+    no_unknown: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Never answer unknown, but always the most probable class."""
     seed_index: int | None = None
     """Index of the seed, from 0; by default the seed that is best on validation."""

@@ -75,12 +75,13 @@ def train(args: Sequence[str]) -> int:
 
     def parsed(recipe: Recipe) -> TrainArguments:
         card = recipe.card
+        row = "" if card.row == "none" else f", for the row {card.row} of the paper's table"
         arguments: TrainArguments = parse(
             TrainArguments,
             flags,
             f"train {name}",
             _EXAMPLES.get(recipe.data.name, "--num-seeds 3"),
-            description=f"Train {card.name}: {card.model}, row {card.row} of the paper's table.",
+            description=f"Train the recipe {card.name}: {card.model}{row}.",
             groups=COMMON_FLAGS,
             default=TrainArguments(recipe, RunOptions(), ProcessOptions()),
         )

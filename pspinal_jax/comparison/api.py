@@ -86,8 +86,8 @@ class Comparison:
     def best_model(self) -> Run:
         """The best head or linear baseline, ``result["saved"]``, as a run: ``best_model.predict_proba(x)``.
 
-        It is stored in the folder best of the work directory. Without a work directory, it is in a temporary folder that
-        is deleted with this object.
+        It is stored in the folder best of the work directory. Without a work directory, it is in a temporary folder,
+        which is deleted with this object.
 
         Raises:
           UsageError: if the comparison has neither a head nor a linear baseline.
