@@ -77,7 +77,7 @@ def test_the_help_of_train_shows_the_most_used_by_what_people_do():
     hidden = len(flags) - len(shown_flags(text))
     assert f"{hidden} more flags, and longer descriptions: pspinal-jax train folder --help-all" in text
     assert "(default: efficientnet_lite0)" in text, "the recipe's own values are the defaults"
-    assert "crop: the middle square" in " ".join(text.split()), "each choice is explained"
+    assert "crop: take the central square" in " ".join(text.split()), "each choice is explained"
 
 
 def test_every_flag_is_in_help_all_and_is_one():
@@ -182,6 +182,8 @@ def test_a_flags_text_flows_and_its_value_is_written_as_people_write_it(monkeypa
     text = help_of("predict", "--help")
     assert "predict [-h] [OPTIONS] PATH [IMAGE ..]\n" in text and "{None}" not in text
     assert "labels from 0." in help_of("prepare", "--help"), "a line ends where the source breaks it"
-    assert "--csv PATH" in text and "[IMAGE ..]" in text
+    assert "--csv PATH" in text and "[IMAGE ..]" in text and "--no-no-unknown" not in text
+    assert "--data.image-size INT|own" in help_of("train", "folder", "--help")
+    assert all(f"\n  {section}  " in help_of("benchmark", "all", "--help") for section in ("machine", "resnet50"))
     with pytest.raises(Understood):
         main(["predict", "run", "a.png", "--csv", "None", "--seed-index", "2"])
