@@ -52,7 +52,9 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 autodoc_default_options = {"members": True, "special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_typehints = "none"  # docstrings give shapes and dtypes, which say more than jax.Array
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
 
 
 class Commands(Directive):
@@ -97,7 +99,7 @@ def read(app: Any, name: str, source: list[str]) -> None:
 
 def shorten(app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None) -> Any:
     """Without the arguments that linen adds to every module."""
-    return (signature and re.sub(r", parent=.*\)$", ")", signature)), returns
+    return (signature and re.sub(r", parent[:=].*\)$", ")", signature)), returns
 
 
 def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:

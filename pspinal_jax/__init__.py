@@ -8,7 +8,7 @@ side, see `pspinal_jax.runs.run`; so is `compare`, see `pspinal_jax.comparison.a
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from pspinal_jax.comparison.api import compare

@@ -64,13 +64,6 @@ def test_every_example_is_here():
     assert {path.stem for path in FOLDER.glob("*.py")} == set(EXAMPLES)
 
 
-def test_the_programs_of_the_front_page_run(environment, tmp_path):
-    commands = environment(None)
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2  # the second trains the model of the first
-    run(commands / "python", "-c", "\n".join(blocks), cwd=tmp_path)
-
-
 def test_an_interface_whose_package_is_missing_says_what_to_install(environment, tmp_path):
     commands = environment(None)
     for framework in ("equinox", "haiku"):

