@@ -240,7 +240,7 @@ def _search(
             warn(f"{problem}; using checkpoint {step} instead")
         return step, trees, progress
     end = "no whole checkpoint is left: train again in another workdir"
-    raise RunError(f"{'; '.join(problems)}; {end if fall_back else 'only `train` goes on from an older one'}")
+    raise RunError(f"{'; '.join(problems)}; {end if fall_back else 'only `train` resumes from an older one'}")
 
 
 def _read(

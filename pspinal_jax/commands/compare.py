@@ -48,7 +48,7 @@ def compare(args: Sequence[str]) -> int:
         )
     parsed = parse(CompareArguments, args, "compare", "features.npz")
     command = f"pspinal-jax compare {shlex.join(args)}"
-    with leave_at_once(f"finished trials are kept. Go on with: {command}"):
+    with leave_at_once(f"finished trials are kept. Resume with: {command}"):
         from pspinal_jax.comparison.api import compare_data, load_features
         from pspinal_jax.comparison.trial_log import TrialLog
 

@@ -124,7 +124,7 @@ def _listed(images: Sequence[Path]) -> list[Path]:
         content = getattr(sys.stdin, "buffer", sys.stdin).read() if sys.stdin is not None else b""
         found += read_list(os.fsencode(content) if isinstance(content, str) else content)
         if not found:
-            raise UsageError("standard input lists no image; give a file or a folder a line")
+            raise UsageError("standard input lists no image; give one file or folder per line")
     return found
 
 
@@ -140,7 +140,7 @@ def read_list(content: bytes) -> list[Path]:
         try:
             content = content.decode("utf-16").encode()
         except UnicodeError as error:
-            raise UsageError(f"standard input is a list in UTF-16 that is damaged: {error}; write it anew") from error
+            raise UsageError(f"standard input is a damaged list in UTF-16: {error}; write it again") from error
     content = content.removeprefix(codecs.BOM_UTF8)
     names = content.split(b"\0") if b"\0" in content else content.splitlines()
     return [Path(os.fsdecode(name)) for name in names if name.strip()]

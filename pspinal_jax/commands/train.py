@@ -88,7 +88,7 @@ def train(args: Sequence[str]) -> int:
         return arguments
 
     arguments = parsed(recipe)
-    again = f"Go on with: pspinal-jax train {shlex.join(args)}"
+    again = f"Resume with: pspinal-jax train {shlex.join(args)}"
     if not 0 <= arguments.exit_status_when_stopped < 256:
         raise UsageError(f"--exit-status-when-stopped is {arguments.exit_status_when_stopped}, expected 0 .. 255")
     with joined(arguments.processes), naming_flags():

@@ -267,8 +267,8 @@ def _features_of_images(folder: Path, log: TrialLog, backbone: str | None, weigh
     name: Any = backbone or recipe.model.backbone
     if name not in SCALES:
         raise UsageError(
-            f"--backbone is {name}, expected one of {', '.join(SCALES)}; compare takes another one's features as the "
-            ".npz file that extract-features writes"
+            f"--backbone is {name}, expected one of {', '.join(SCALES)}; for another backbone, give compare the .npz "
+            "file that extract-features writes"
         )
     weights = None if weights == "random" else weights or recipe.model.weights
     changes: dict[str, Any] = {"path": folder, "augment": "none", "validation_fraction": 0.0}

@@ -407,7 +407,7 @@ def cut_test(
     rest, drawn = split_by_class(whole.labels, fraction, seed, copies if keep_copies_together else None, whole.groups)
     if needs_test and not len(drawn):
         raise UsageError(
-            f"{data.source}: no class has enough examples to hold out {fraction:g} of it; give test examples apart"
+            f"{data.source}: no class has enough examples to hold out {fraction:g} of it; provide a test split"
         )
     splits = {"train": whole.take(rest), "test": whole.take(drawn)}
     return dataclasses.replace(data, splits=splits, uncut=whole)

@@ -154,8 +154,8 @@ def _read_labels(table: Path) -> tuple[dict[str, dict[str, list[str]]], dict[str
     found = [name for name in LABEL_COLUMNS if name in columns]
     if "path" not in columns or len(found) != 1:
         raise DataError(
-            f"{table} has the columns {', '.join(columns)}, expected path and label, and perhaps split and group: one "
-            "label an image"
+            f"{table} has the columns {', '.join(columns)}, expected path and label, and optionally split and group, "
+            "with one label per image"
         )
     several = "one label an image is expected: images of several labels are not taken"
     listed: dict[str, dict[str, list[str]]] = {}
@@ -216,9 +216,9 @@ def _groups(
             raise UsageError(f"data.group is {group!r}, expected near or a regular expression: {error}") from None
         keys = ["" if match is None else next(filter(None, match.groups()), match[0]) for match in matches]
         if not any(keys):
-            raise UsageError(f"data.group is {group!r}, which fits none of {len(files)} paths, {files[0]} for one")
+            raise UsageError(f"data.group is {group!r}, which matches none of {len(files)} paths, such as {files[0]}")
     if (missing := keys.count("")) and is_primary():
-        say(f"{missing:,} of {len(keys):,} pictures are of no group: each is one of its own")
+        say(f"{missing:,} of {len(keys):,} pictures match no group; each is a group of its own")
     return np.unique([f"={key}" if key else f"#{number}" for number, key in enumerate(keys)], return_inverse=True)[1]
 
 
@@ -287,7 +287,7 @@ def warn_of_skipped(names: Sequence[str], source: str, strict: bool = False) -> 
     """
     line = f"{source}: {len(names)} images cannot be decoded: {first_names(names)}"
     if names and strict:
-        raise DataError(f"{line}; repair or remove them, or leave --data.strict out")
+        raise DataError(f"{line}; repair or remove them, or omit --data.strict")
     if names and is_primary():
         warn(f"{line}; left out")
 

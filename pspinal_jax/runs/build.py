@@ -270,7 +270,7 @@ def run_mesh(recipe: Recipe, *, resuming: bool = False) -> Mesh:
     if not is_primary():
         return mesh
     if any(length not in (-1, mesh.shape[axis]) for axis, length in zip(AXES, asked, strict=True)):
-        say(f"the run goes on over {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)} of {devices} devices")
+        say(f"the run uses a mesh of {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)} of {devices} devices")
     elif rows % shards:
         say(f"{problem}: each of them computes every batch whole")
     elif asked[0] == -1 and mesh.size < devices:

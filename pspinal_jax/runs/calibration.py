@@ -89,7 +89,7 @@ class Unknown:
         count, place = len(self.held_out), self._place(accept)
         if place < 1:
             most = 1 - 1 / (count + 1)
-            raise UsageError(f"accept is {accept:g}, expected at most {most:.4f}: {count} held-out scores tell no more")
+            raise UsageError(f"accept is {accept:g}, expected at most {most:.4f}: {count} held-out scores allow no more")
         return float(self.held_out[place - 1])
 
     def thresholds(self, accepted: Sequence[float]) -> dict[float, float]:

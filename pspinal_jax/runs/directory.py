@@ -264,7 +264,7 @@ class RunDirectory:
           RunError: if the run is not finished.
         """
         if (result := self.result()) is None:
-            raise RunError(f"{self.path} is not finished: it has no result.json; run `train` again to go on")
+            raise RunError(f"{self.path} is not finished: it has no result.json; run `train` again to resume it")
         return result
 
     def write_result(self, result: dict[str, Any]) -> None:

@@ -162,7 +162,7 @@ def evaluate_examples(
         config = dataclasses.replace(config, path=None if table else Path(data_path), labels=table)
     elif predictor.recipe is None:
         raise UsageError(
-            f"{predictor.source} is an export, which does not know where its data lies; name it with data.path"
+            f"{predictor.source} is an export, which does not store where its data is; give data.path"
         )
     # Folders have names for their classes, which are compared below.
     asked = dataclasses.replace(config, num_classes=None if config.image_size else len(names))
@@ -176,7 +176,7 @@ def evaluate_examples(
     if data_path is None and not same:
         raise DataError(
             f"{data.source} is no longer what the run was trained on: examples were added, removed or changed, so its "
-            "test split may be another; put them back, or name the data to evaluate on with data.path"
+            "test split may differ; restore them, or give other data with data.path"
         )
     part = "test"
     if not same and data.uncut is not None:

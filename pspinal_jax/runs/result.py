@@ -208,7 +208,7 @@ def load_variables(run: Path, seed_index: int | None = None) -> Loaded:
 
     def expected(position: dict[str, Any]) -> dict[str, Any]:
         if not any(typed("position", position, TrainingProgress).best_epoch):
-            raise RunError(f"{run} has not finished an epoch yet; run `train` again to go on")
+            raise RunError(f"{run} has not finished an epoch yet; run `train` again to resume it")
         trees = {name: shapes.get(name, {}) for name in ("params", "batch_stats")}
         trees = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(lead + leaf.shape, leaf.dtype, sharding=sharding), trees)
         return trees if takes_last else {"best": trees}

@@ -71,7 +71,7 @@ def start_variables(recipe: Recipe, model: Classifier, init_from: Path | None, d
         raise UsageError(f"init_from {init_from} does not fit this model: {listed}")
     if others and is_primary():
         counts = f"{len(config['class_names'])} classes, not the {data.num_classes} of this data"
-        say(f"init_from {init_from} knows {counts}: the output layer starts anew, all else is kept")
+        say(f"init_from {init_from} has {counts}: the output layer is initialised anew, and everything else is kept")
     tree: dict[str, Any] = unflatten_dict(found)
     return tree
 

@@ -291,7 +291,7 @@ class CompiledTraining:
                 trainer.run()
             except Stopped as stopped:
                 if stop.received == signal.SIGINT:
-                    raise KeyboardInterrupt(f"saved in {workdir}: the same call goes on") from stopped
+                    raise KeyboardInterrupt(f"saved in {workdir}: repeat the call to resume") from stopped
                 raise SystemExit(128 + signal.SIGTERM) from stopped
         return Fit(self._model, programs, trainer.seed_states, log.history, best=options.select is not None)
 

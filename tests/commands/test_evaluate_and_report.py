@@ -101,7 +101,7 @@ def test_an_export_is_evaluated_as_its_run_and_nothing_is_written_into_it(place,
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["confusion"] == run["confusion"] and report["loss"] == pytest.approx(run["loss"], rel=1e-4)
     refused = said(capsys, "evaluate", place / "export", status=2).err
-    assert "does not know where its data lies" in refused and "--data.path" in refused
+    assert "does not store where its data is" in refused and "--data.path" in refused
 
 
 def test_an_export_of_before_says_so_and_a_damaged_description_is_one_line(place, capsys, tmp_path):

@@ -113,7 +113,7 @@ def test_group_lies_on_one_side(folder, group):
 
 def test_groups_that_cannot_be_are_refused(folder):
     table = write_table(folder, "path,label", listed())
-    with pytest.raises(UsageError, match=r"data.group is 'q', which fits none of 24 paths, p0_0.png for one"):
+    with pytest.raises(UsageError, match=r"data.group is 'q', which matches none of 24 paths, such as p0_0.png"):
         read(folder, labels=table, group="q")
     with pytest.raises(UsageError, match=r"data.group is '\(', expected near or a regular expression"):
         read(folder, labels=table, group="(")

@@ -105,7 +105,7 @@ def test_sigterm_to_one_saves_and_stops_both(data, whole, tmp_path, process):
     ended = run(tmp_path, [*arguments, "--exit-status-when-stopped", "143"], STOP=f"{process}:6:SIGTERM")
     first, second = ended
     assert first.status == second.status == 143
-    assert "stopped by SIGTERM; the run is saved. Go on with: pspinal-jax train digits" in first.err
+    assert "stopped by SIGTERM; the run is saved. Resume with: pspinal-jax train digits" in first.err
     assert second.err == "" and first.out == ""
     assert not (tmp_path / "run" / "result.json").exists()
     resumed = run_to_the_end(tmp_path, arguments)
@@ -118,7 +118,7 @@ def test_sigterm_to_one_saves_and_stops_both(data, whole, tmp_path, process):
 def test_sigterm_before_there_is_anything_to_save_ends_both(data, tmp_path, process):
     ended = run(tmp_path, small(data, tmp_path / "run"), STOP=f"{process}:model:SIGTERM", seconds=30)
     assert ended[process].status == 0
-    assert "stopped by SIGTERM; nothing is lost. Go on with: pspinal-jax train digits" in ended[process].err
+    assert "stopped by SIGTERM; nothing is lost. Resume with: pspinal-jax train digits" in ended[process].err
     assert ended[1 - process].status in ENDED_BY_ANOTHER and "Traceback" not in ended[1 - process].err
 
 

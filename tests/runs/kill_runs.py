@@ -268,7 +268,7 @@ def page(table: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for index, row in enumerate(table["kills"], 1):
-        said = "; ".join(line.split(" Go on with")[0] for line in row["said"])
+        said = "; ".join(re.split(r" (?:Go on|Resume) with", line)[0] for line in row["said"])
         cells = [index, row["run"], row["signal"], row["seconds"], row["doing"], STAGES[row["stage"]]]
         cells += [row["epochs"], row["steps"], row["exit_status"], said, row["resumed_from_step"]]
         if row["ended"]:

@@ -108,7 +108,7 @@ def test_a_stop_in_any_part_is_saved_and_the_run_goes_on(run, undisturbed, tmp_p
         assert status == 0
         was, newest = newest, checkpoints(tmp_path / "run")[-1]
         assert newest == was if steps == 0 else newest > was
-        assert said.startswith("stopped by SIGTERM; the run is saved. Go on with: pspinal-jax train digits --data.num")
+        assert said.startswith("stopped by SIGTERM; the run is saved. Resume with: pspinal-jax train digits --data.num")
         assert not (tmp_path / "run" / "result.json").exists()
     assert run() == (0, [])
     assert_same(tmp_path / "run", undisturbed)

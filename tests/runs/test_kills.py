@@ -37,7 +37,7 @@ def check_row(row):
             assert not row["said"], row
         else:
             (line,) = row["said"]
-            assert line.startswith("stopped by SIGTERM; ") and "Go on with: pspinal-jax train digits" in line
+            assert line.startswith("stopped by SIGTERM; ") and "Resume with: pspinal-jax train digits" in line
 
 
 def test_the_committed_table_is_one_of_fifty_and_of_no_difference():

@@ -348,7 +348,7 @@ def test_init_from_keeps_hidden_layers_and_statistics_where_the_classes_are_othe
     tiny = dataclasses.replace(recipe.optimizer, learning_rate=1e-12)
     data = dataclasses.replace(recipe.data, path=tmp_path / "named.npz", num_classes=4)
     train(dataclasses.replace(recipe, optimizer=tiny, data=data), options(tmp_path / "run", init_from=finished[0]))
-    assert "knows 3 classes, not the 4 of this data: the output layer starts anew" in capsys.readouterr().err
+    assert "has 3 classes, not the 4 of this data: the output layer is initialised anew" in capsys.readouterr().err
     before, start = load_variables(finished[0])[0], read_variables(tmp_path / "run" / "start.safetensors")
     after = load_variables(tmp_path / "run")[0]["params"]["head"]
     assert after.pop("output")["kernel"].shape[-1] == 4 and before["params"]["head"].pop("output")
