@@ -26,11 +26,11 @@ class Classifier(nn.Module):
     Attributes:
       head: a module called as ``head(features [N, D], train) -> logits [N, C]``.
       backbone: a module called as ``backbone(images, train) -> features [N, D]``, or None to flatten the inputs.
-      mean: subtracted from images scaled to 0 .. 1; a number, or one a channel.
-      std: divides them after that.
-      freeze_backbone: in training too the backbone normalises with its running statistics, which stay as they are,
-        and no gradient reaches it.
-      dtype: dtype to compute in.
+      mean: mean subtracted from images scaled to 0 .. 1, a number or one per channel.
+      std: standard deviation that images are then divided by.
+      freeze_backbone: whether the backbone normalises with its running statistics in training too, which stay the same,
+        and gets no gradient.
+      dtype: dtype of computations.
     """
 
     head: nn.Module
@@ -41,7 +41,7 @@ class Classifier(nn.Module):
     dtype: Any = jnp.float32
 
     def __call__(self, inputs: jax.Array, train: bool) -> jax.Array:
-        """Logits [N, C] of images uint8 [N, H, W, C'], or of features [N, D], which are taken as they are."""
+        """Logits [N, C] of images uint8 [N, H, W, C'], or of features [N, D], which are used unchanged."""
         return self.head(self.features(inputs, train), train)
 
     def features_and_logits(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -85,7 +85,7 @@ def count_features(recipe: Recipe, input_shape: tuple[int, ...]) -> int:
 
 
 def abstract_variables(model: nn.Module, example_shape: tuple[int, ...], dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Shapes and dtypes of what ``model.init`` makes for examples of that shape and dtype; nothing is computed."""
+    """Shapes and dtypes of the variables from ``model.init`` for examples of that shape and dtype."""
     inputs = jax.ShapeDtypeStruct((2, *example_shape), dtype)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
 
@@ -102,10 +102,10 @@ def normalisation(recipe: Recipe) -> tuple[Number, Number]:
 
 
 def with_default_preprocessing(recipe: Recipe) -> Recipe:
-    """`recipe` with numbers for image size, mean and std, as a run uses them and its config.json records them.
+    """`recipe` with the backbone's image size, mean and std filled in, as config.json records them.
 
     Raises:
-      UsageError: if the image size is to be the backbone's default, and that has none.
+      UsageError: if the image size is the backbone's default, but the backbone has none.
     """
     mean, std = normalisation(recipe)
     size = recipe.data.image_size

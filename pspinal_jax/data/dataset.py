@@ -1,4 +1,4 @@
-"""A data set: its splits, its classes, and what a model sees of an example."""
+"""A data set: its splits, its classes, and the shape of its examples."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ _MAX_NAMES = 5
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first few of `names` with commas between them, for a message."""
+    """The first few of `names`, separated by commas, for a message."""
     return ", ".join(names[:_MAX_NAMES]) + (", .." if len(names) > _MAX_NAMES else "")
 
 
 def digest_rows(rows: np.ndarray) -> np.ndarray:
-    """Digests uint64 [N] of `rows` [N, ...]; equal numbers have equal digests, floats as float32 sees them."""
+    """Digests uint64 [N] of `rows` [N, ...]; equal numbers have equal digests, where floats are compared as float32."""
     if np.issubdtype(rows.dtype, np.floating):
         with np.errstate(over="ignore"):
             rows = rows.astype(np.float32) + np.float32(0)  # -0 becomes 0
@@ -46,10 +46,10 @@ def digest_bytes(data: bytes) -> int:
 
 
 def copies_of_a_class(digests: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Integers [N], equal for rows of equal digest whose label is the same wherever that digest occurs.
+    """Integers [N], equal for rows with equal digests whose label is the same wherever the digest occurs.
 
-    Rows that have several labels, as in tables of few distinct values, are not copies that a cut could keep together:
-    with one class on either side of it, a model would be asked for the opposite of what it was taught.
+    Rows with several labels, as in tables of few distinct values, do not count as copies to keep together. With one
+    class on each side of a split, a model would be asked for the opposite of what it was taught.
     """
     _, groups = np.unique(digests, return_inverse=True)
     low = np.full(groups.max(initial=-1) + 1, np.iinfo(np.int64).max)
@@ -61,17 +61,17 @@ def copies_of_a_class(digests: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def draw_together(order: np.ndarray, count: int, groups: np.ndarray | None, exact: bool = False) -> np.ndarray:
-    """The first `count` of the indices `order`, but with what is equal in `groups` drawn whole or not at all.
+    """The first `count` of the indices `order`, except that members of a group are drawn together or not at all.
 
-    Where `order` holds no copies, or `groups` is None, they are the first `count`. With copies they are as many as
-    come nearest to it, which the sizes of the groups decide and `order` does not. Where every group has more than twice
-    `count` members, as in tables of few distinct values, copies are separated.
+    If `order` holds no copies, or `groups` is None, these are the first `count`. With copies, the number is as close to
+    `count` as the sizes of the groups allow, and does not depend on `order`. If every group has more than twice `count`
+    members, as in tables of few distinct values, copies are separated.
 
     Args:
       order: distinct indices.
-      count: how many to draw.
-      groups: by index.
-      exact: whether to draw `count` whatever that takes: where no whole groups give it, some copies are separated.
+      count: number of indices to draw.
+      groups: groups by index.
+      exact: draw exactly `count`, and separate copies if whole groups do not add up to it.
     """
     if groups is None or len(np.unique(groups[order])) == len(order):
         return order[:count]
@@ -104,7 +104,7 @@ def _sums_of_the_last(sizes: list[int], most: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What all examples of a data set are: train first, then validation where it has such a split, then test.
+    """Digests, labels and names of all examples: train first, then validation if there is one, then test.
 
     Attributes:
       digests: uint64 [N].
@@ -128,23 +128,23 @@ class Contents:
         return pairs[self.digests[pairs[:, 0]] != self.digests[pairs[:, 1]]]
 
     def named(self, places: np.ndarray) -> str:
-        """The first of the examples at `places`."""
+        """The names of the first examples at `places`."""
         return first_names([self.name(int(index)) for index in places[: _MAX_NAMES + 1]])
 
     def find_copies(self, train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> tuple[dict[str, int], str]:
-        """Count the examples that are there on both sides of a split, or in several classes.
+        """Count the examples that are on both sides of a split, or in several classes.
 
         Args:
-          train: indices of what is trained on.
-          validation: of what is validated on.
-          test: of what is tested on.
+          train: indices of the training examples.
+          validation: indices of the validation examples.
+          test: indices of the test examples.
 
         Returns:
-          Counts: test_in_train, test examples that are trained or validated on as well; validation_in_train; and
-          in_several_classes, examples whose content has another label too. Of images also test_near_train, test
-          examples that look like one that is trained or validated on, without being identical, and near_pairs, of all
-          examples; with groups test_groups_in_train, test examples whose group is there too. And what to warn of, ""
-          for nothing.
+          A dict of counts, and the text of a warning, "" for none. test_in_train counts test examples that are also in
+          train or validation; validation_in_train likewise; in_several_classes counts examples whose content also has
+          another label. For images, test_near_train counts test examples that look like a training or validation
+          example without being identical, and near_pairs such pairs among all examples. With groups,
+          test_groups_in_train counts test examples whose group is also in train or validation.
         """
         test_too = test[np.isin(self.digests[test], self.digests[np.concatenate([train, validation])])]
         validation_too = validation[np.isin(self.digests[validation], self.digests[train])]
@@ -174,7 +174,7 @@ class Split(Protocol):
 
     @property
     def inputs(self) -> np.ndarray | None:
-        """All examples [N, ...]; None where they are read one by one."""
+        """All examples [N, ...]; None if they are read one by one."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -186,11 +186,11 @@ class Split(Protocol):
 
     @property
     def groups(self) -> np.ndarray | None:
-        """Integers [N], equal for examples that lie on one side of every cut; None where copies alone do."""
+        """Integers [N], equal for examples that stay in the same split; None if only copies do."""
 
     @property
     def looks(self) -> np.ndarray | None:
-        """uint8 [N, 256], see `pspinal_jax.data.near`; None where nothing is known of them."""
+        """uint8 [N, 256], see `pspinal_jax.data.near`; None if unknown."""
 
     def name(self, index: int) -> str:
         """The name of example number `index` in a message."""
@@ -204,7 +204,7 @@ class Split(Protocol):
         """The examples at `indices`, in that order; nothing is read."""
 
     def random_crop(self, *seeds: int) -> Self:
-        """These examples, each with a crop drawn by `seeds`, where images are cropped when they are read."""
+        """These examples with crops drawn by `seeds`, if images are cropped when they are read."""
 
     def join(self, other: Self) -> Self:
         """These examples, then those of `other`."""
@@ -275,18 +275,18 @@ _UINT8 = np.dtype(np.uint8)
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(Generic[S]):
-    """Splits of one kind, their classes, and where they came from.
+    """Splits of one kind, with their classes and source.
 
     Attributes:
-      splits: 'train', 'test', and 'validation' if there is one of its own.
-      class_names: in the order of the labels 0 .. C-1.
-      source: named in messages.
-      example_shape: of one example as a model sees it, (H, W, C) or (D,).
+      splits: 'train', 'test' and, if the data has one, 'validation'.
+      class_names: names of the classes, in the order of the labels 0 .. C-1.
+      source: name of the source in messages.
+      example_shape: shape of one example as the model sees it, (H, W, C) or (D,).
       example_dtype: uint8 for images, float32 for features.
       skipped: names of the unreadable files that were left out.
-      passed_over: what else was left out of a folder or a file, a line each.
-      uncut: all examples, where the test split was cut from them and is none of the data's own.
-      columns: names of the D features, where a frame or a table gave them.
+      passed_over: one line for everything else that was left out of a folder or a file.
+      uncut: all examples, if the test split was split off from them.
+      columns: names of the D features, if a frame or a table gave them.
     """
 
     splits: Mapping[str, S]
@@ -360,10 +360,10 @@ class Dataset(Generic[S]):
         """The data set with a validation split drawn from every class of the training split.
 
         Args:
-          fraction: share of each class to hold out, rounded to the nearest number; a class keeps at least one training
-            example. 0 holds nothing out.
-          seed: decides the draw.
-          keep_copies_together: whether copies go to one side.
+          fraction: fraction of each class to hold out, rounded to the nearest number; a class keeps at least one
+            training example. 0 holds nothing out.
+          seed: seed of the draw.
+          keep_copies_together: whether copies stay in the same split.
 
         Returns:
           The data set; unchanged if it has its own validation split, or if there is nothing to hold out.

@@ -1,4 +1,4 @@
-"""From a recipe's data configuration to its data set: arrays, or images where it has an image_size."""
+"""From a recipe's data configuration to its data set: arrays, or images if it has an image_size."""
 
 import dataclasses
 import shlex
@@ -28,18 +28,18 @@ from pspinal_jax.recipes.schema import TABLES, DataConfig
 
 
 def load_data(config: DataConfig, class_names: Sequence[str] | None = None, needs_test: bool = True) -> Dataset[Split]:
-    """The data set that `config` names, as its recipe takes it.
+    """Load the data set that `config` names.
 
     Args:
-      config: with `path`, that .npz file, table, prepared TFDS directory or, for images, folder of class folders is
-        read. Without, the TFDS data set `name` is read from `data_dir`; one that needs no files (digits) is prepared
-        there on first use.
-      class_names: of a run, to which the labels of arrays belong; None for those that the data has.
-      needs_test: whether a folder or a table of too few examples to cut a test split from is refused.
+      config: data configuration. With `path`, the .npz file, table, prepared TFDS directory or, for images, folder of
+        class folders is read. Otherwise the TFDS data set `name` is read from `data_dir`; data that needs no files
+        (digits) is prepared there on first use.
+      class_names: class names of a run, to which the labels of arrays refer; None for those of the data.
+      needs_test: whether a folder or a table with too few examples for a test split is an error.
 
     Raises:
-      DataError: if it is not there or not readable, or to be transposed but not square images; the message says what
-        to do.
+      DataError: if the data does not exist or cannot be read, or is to be transposed but not square; the message says
+        what to do.
     """
     if config.image_size is not None:
         return _load_images(config, config.side, needs_test)
@@ -56,7 +56,7 @@ def load_data(config: DataConfig, class_names: Sequence[str] | None = None, need
 def read_file(
     path: Path, classes: Classes, test_fraction: float = 0.2, seed: int = 0, needs_test: bool = True
 ) -> Dataset[ArraySplit]:
-    """The data set in an .npz file, or in a table, of which the others cut the test split; raises as `load_data`."""
+    """Load an .npz file or a table, without splitting off a test split; raises like `load_data`."""
     if path.suffix.lower() in TABLES:
         return read_table(path, classes, test_fraction, seed, needs_test)
     return read_npz(path, classes)

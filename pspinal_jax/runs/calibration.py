@@ -1,17 +1,18 @@
-"""The temperature of a run's probabilities, and its score for what belongs to none of its classes.
+"""The temperature of a run's probabilities, and its score for rejecting images of none of its classes.
 
 calibration.safetensors   float32, by seed: SEED/temperature [], SEED/means [D, C] and SEED/held_out [M]
 
-Both are found on pictures that were held out of training: the validation part or, for a head on features that is
-trained on all, a fifth that one more training of the head leaves out. With logits z [C] and features x [D],
+Both are fitted on pictures that were held out of training: the validation part or, for a head on features that is
+trained on all pictures, a fifth that an additional training of the head leaves out. With logits z [C] and features x
+[D],
 
     probabilities = softmax(z / temperature)
     score = max(means^T x) / |x|
 
-A temperature (C. Guo et al., "On calibration of modern neural networks", ICML 2017) changes no predicted class. Columns
-of `means` are the means of each class's training features, scaled to length 1, so that the score is the cosine to the
-nearest of them. What scores below a threshold is called unknown; the threshold lets the share `accept` of `held_out`,
-the scores of the pictures that were held out, pass. results/unknown.py compares this score with others.
+A temperature (C. Guo et al., "On calibration of modern neural networks", ICML 2017) never changes a predicted class.
+The columns of `means` are the mean training features of each class, scaled to length 1, so the score is the cosine to
+the nearest class mean. Pictures with a score below a threshold are called unknown. The threshold accepts the fraction
+`accept` of `held_out`, the scores of the held-out pictures. results/unknown.py compares this score with others.
 """
 
 import contextlib
@@ -41,15 +42,15 @@ from pspinal_jax.weights.variables import read_variables, save_variables
 CALIBRATION = "calibration.safetensors"
 ACCEPT = 0.95
 MIN_EXAMPLES = 40
-"""Held-out examples from which on there is a temperature and a threshold: two of them score below it."""
+"""Smallest number of held-out examples for a temperature and a threshold; with it, two of them score below."""
 _PER_CLASS = 50
-"""Training pictures of each class that its mean is of, at most: each has to run through the backbone."""
+"""Largest number of training pictures per class for its mean, since each has to run through the backbone."""
 _FOLD = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Unknown:
-    """The score for what is of no known class, see the module's docstring.
+    """The score for rejecting images of no known class; see the module's docstring.
 
     Attributes:
       means: float32 [D, C], columns of length 1.
@@ -61,7 +62,7 @@ class Unknown:
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any]) -> "Unknown":
-        """Of arrays that bear the names of the attributes, after ``unknown/`` and among others."""
+        """Make it from `arrays` named after the attributes with the prefix ``unknown/``; others are ignored."""
         return cls(*(arrays[f"unknown/{field.name}"] for field in dataclasses.fields(cls)))
 
     @property
@@ -70,12 +71,12 @@ class Unknown:
         return {f"unknown/{name}": np.asarray(value) for name, value in vars(self).items()}
 
     def scores(self, features: Any) -> jax.Array:
-        """Scores float32 [N], the larger the better known, of features [N, D]."""
+        """Scores float32 [N] of features [N, D]; larger scores are closer to a known class."""
         rows = features.astype(jnp.float32)
         return (rows @ self.means).max(-1) / jnp.maximum(jnp.linalg.norm(rows, axis=-1), 1e-12)
 
     def threshold(self, accept: float = ACCEPT) -> float:
-        """The score that the share `accept` of new pictures of known classes is expected to reach.
+        """The score that the fraction `accept` of new pictures of known classes is expected to reach.
 
         It is the k-th smallest of the M held-out scores, k = (1 - accept) (M + 1) rounded down: a new score is as
         likely to fall into any of the M + 1 gaps between them (V. Vovk et al., "Algorithmic learning in a random
@@ -89,11 +90,11 @@ class Unknown:
         count, place = len(self.held_out), self._place(accept)
         if place < 1:
             most = 1 - 1 / (count + 1)
-            raise UsageError(f"accept is {accept:g}, expected at most {most:.4f}: {count} held-out scores allow no more")
+            raise UsageError(f"accept is {accept:g}, expected at most {most:.4f} with {count} held-out scores")
         return float(self.held_out[place - 1])
 
     def thresholds(self, accepted: Sequence[float]) -> dict[float, float]:
-        """The `threshold` of each of the shares `accepted` that the held-out scores can tell."""
+        """The `threshold` of each fraction in `accepted` for which there are enough held-out scores."""
         told = [accept for accept in accepted if self._place(accept) >= 1]
         return {accept: self.threshold(accept) for accept in told}
 
@@ -111,17 +112,17 @@ class Calibration(NamedTuple):
 def calibrate(
     trainer: Trainer, setup: RunSetup, data: Dataset[Split], recipe: Recipe, workers: int = 0
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Find the temperature and the score of a trained run; called by all processes.
+    """Fit the temperature and the score of a trained run; called by all processes.
 
     Args:
-      trainer: has trained.
-      setup: what it trained with.
-      data: what it trained on.
-      recipe: the whole run's.
-      workers: processes that decode images; 0 for threads of this one.
+      trainer: the trainer, after training.
+      setup: the set-up that it trained with.
+      data: the data that it trained on.
+      recipe: the recipe of the whole run.
+      workers: number of processes that decode images; 0 for threads.
 
     Returns:
-      The entry of result.json, and the arrays of calibration.safetensors by seed: {} where too little was held out.
+      The entry of result.json, and the arrays of calibration.safetensors by seed, {} if too little was held out.
 
     Raises:
       Stopped: after SIGINT or SIGTERM.
@@ -173,10 +174,10 @@ _MEASURES: dict[str, Callable[[Scored], float]] = {
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature at which the labels [N] are likeliest, given the logits [N, C].
+    """The temperature that maximises the likelihood of the labels [N], given the logits [N, C].
 
-    One example more counts as evenly spread over the classes: where all predictions are right, the likeliest
-    temperature would be 0.
+    An additional example counts as evenly spread over the classes, since otherwise the temperature would be 0 if all
+    predictions are right.
     """
     from scipy.optimize import minimize_scalar
 
@@ -285,7 +286,7 @@ def save_calibration(directory: RunDirectory, arrays: dict[str, Any]) -> None:
 
 
 def read_calibration(directory: RunDirectory, seed_index: int) -> Calibration | None:
-    """The calibration of one seed; None where the run has none, as those of earlier versions.
+    """The calibration of one seed; None if the run has none, such as runs of earlier versions.
 
     Raises:
       PSpinalError: if the file is missing or damaged.

@@ -161,9 +161,7 @@ def evaluate_examples(
         table = Path(data_path) if config.image_size and Path(data_path).suffix.lower() in TABLES else None
         config = dataclasses.replace(config, path=None if table else Path(data_path), labels=table)
     elif predictor.recipe is None:
-        raise UsageError(
-            f"{predictor.source} is an export, which does not store where its data is; give data.path"
-        )
+        raise UsageError(f"{predictor.source} is an export, which does not store where its data is; give data.path")
     # Folders have names for their classes, which are compared below.
     asked = dataclasses.replace(config, num_classes=None if config.image_size else len(names))
     data = load_data(asked, names, needs_test=False)

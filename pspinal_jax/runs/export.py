@@ -1,15 +1,15 @@
-"""`export`: a run's selected parameters as files that JAX, or ONNX Runtime, alone runs.
+"""`export`: a run's selected parameters as programs that need only JAX, or ONNX Runtime.
 
 model.jaxexport      the serialised program, parameters included
-model.onnx           the same for ONNX Runtime, scores included, where it was asked for
+model.onnx           the same for ONNX Runtime, with scores; with format='onnx'
 export.json          class names, input, source and versions; checksums of the others, and of itself
-params.safetensors   the parameters and running statistics by themselves, see `pspinal_jax.weights.save_variables`
-score.jaxexport      where the run can tell what belongs to no class: gives probabilities and scores of inputs
-unknown.safetensors  what the score needs, see pspinal_jax.runs.calibration, which tells the formulas
+params.safetensors   the parameters and running statistics, see `pspinal_jax.weights.save_variables`
+score.jaxexport      if the run can reject unknown images: a program for probabilities and scores
+unknown.safetensors  the arrays that the score needs; pspinal_jax.runs.calibration has the formulas
 
-The program in score.jaxexport takes the arrays of the two .safetensors files by their names, in one dict, and inputs.
-export.json has `temperature`, which all programs apply, and `unknown`, the share `accept` and its `threshold`, where
-the run has them.
+The program in score.jaxexport takes a dict with the arrays of the two .safetensors files by name, and inputs. If the
+run has them, export.json has `temperature`, which all programs apply, and `unknown`, with the fraction `accept` and its
+`threshold`.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 # Of parameters: the format (flatbuffers) ends at 2 GiB, and the program itself takes some.
 MAX_BYTES = 2**31 - 2**24
 GUARANTEE = datetime.timedelta(days=182)
-"""JAX's: what is built up to six months after the jaxlib that wrote a program reads it; so at most after the export."""
+"""Duration of JAX's guarantee: versions built up to six months after the jaxlib that wrote a program can read it."""
 _MAX_CHECKED = 100
 _TOLERANCE = 1e-5
 _FILES = (PROGRAM, ONNX, DESCRIPTION, PARAMETERS, SCORE_PROGRAM, UNKNOWN)
@@ -80,7 +80,7 @@ class _Data(TypedDict):
 
 
 class _Description(TypedDict):
-    """What is read of export.json; the settings of its data are checked where they are used."""
+    """The entries of export.json that are read; the settings of its data are checked where they are used."""
 
     format: Literal["pspinal_jax export 1"]
     class_names: list[str]
@@ -161,13 +161,13 @@ def export_run(
     """Write the export of a finished run.
 
     Args:
-      run: run directory, or an older export, which is written again.
-      output: the directory to write; by default ``run / "export"``, of an export `run` itself.
-      seed_index: which of the run's seeds; by default the best on validation.
+      run: a run directory, or an older export, which is written again.
+      output: directory to write, by default ``run / "export"`` or, for an export, `run` itself.
+      seed_index: index of the run's seed; by default the seed that is best on validation.
       format: 'onnx' adds model.onnx, for ONNX Runtime.
 
     Returns:
-      The directory written.
+      The directory that was written.
 
     Raises:
       PSpinalError: if `run` is neither a finished run nor an export, `output` cannot be written or holds anything but
@@ -273,14 +273,15 @@ def export_classifier(
 
     Args:
       model: called as ``model.apply(variables, inputs [N, ...], train=False) -> logits [N, C]``.
-      variables: what it applies.
-      input_shape: one example's shape; the batch size N is left open.
-      input_dtype: their dtype.
-      transposed: the model saw images with rows and columns swapped; the program takes them upright and swaps them.
-      temperature: divides the logits; None for 1.
+      variables: the model's variables.
+      input_shape: shape of one example; the batch size N is variable.
+      input_dtype: dtype of the inputs.
+      transposed: whether the model saw images with rows and columns swapped. The program takes upright images and swaps
+        them.
+      temperature: divisor of the logits; None for 1.
 
     Returns:
-      Its ``call`` takes one array of inputs and gives float32 [N, C], each row of sum 1.
+      The exported program. Its ``call`` maps inputs to float32 [N, C], where each row sums to 1.
 
     Raises:
       RunError: if the variables are too large for one file, or not finite.
@@ -371,7 +372,7 @@ def _write_onnx(source: _Source, folder: Path) -> dict[str, Any]:
 
 
 def _examples(source: _Source) -> tuple[np.ndarray, str]:
-    """Up to 100 examples of the test split, upright, and what they are; noise where the data is not to be had."""
+    """Up to 100 upright examples of the test split, or noise if the data cannot be read; and a description of them."""
     data, shape, dtype = source.recipe.data, source.shape, source.dtype
     num_classes = None if data.image_size else len(source.description["class_names"])
     try:
@@ -397,14 +398,14 @@ def write_export(
     description: dict[str, Any],
     more: Iterable[Callable[[Path], dict[str, Any]]] = (),
 ) -> None:
-    """Write an export to the directory `path`, whole or not at all, in place of an older one.
+    """Write an export to the directory `path` atomically, replacing an older one.
 
     Args:
-      path: the directory; its parents are made.
-      exported: of `export_classifier`.
-      variables: written beside it, by themselves.
-      description: the content of export.json besides format and checksums: at least class_names, input and output.
-      more: each writes further files into the folder that it is given, and returns further entries of export.json.
+      path: the directory; its parents are created.
+      exported: the program of `export_classifier`.
+      variables: the variables, which are also written to a file of their own.
+      description: the entries of export.json besides format and checksums: at least class_names, input and output.
+      more: functions that write further files into the given folder and return further entries of export.json.
 
     Raises:
       RunError: if `path` holds something else, or cannot be written.
@@ -422,7 +423,7 @@ def write_export(
 
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, which takes its place at the end of the `with`; what a kill leaves, the next removes."""
+    """A context with a temporary folder that replaces `path` at its end; leftovers of a kill are removed next time."""
     part, old = (path.with_name(f".{path.name}.export-{kind}") for kind in ("part", "old"))
     for folder in (part, old):
         shutil.rmtree(folder, ignore_errors=True)
@@ -443,7 +444,7 @@ def is_export(path: Path) -> bool:
 
 
 def require_export(path: Path) -> None:
-    """Return if `path` is an export; RunError says what to give otherwise."""
+    """Raise RunError unless `path` is an export."""
     if not is_export(path):
         raise RunError(f"{path} is not an export: it has no {DESCRIPTION}; give the output of an `export`")
 
@@ -491,7 +492,7 @@ def _read_program(program: Path, sha256: dict[str, str]) -> export.Exported:
 
 
 def read_score(path: Path, description: dict[str, Any]) -> Score | None:
-    """The program for scores of the export in `path`, of this description; None where it has none.
+    """The program for scores of the export in `path` with this description, or None.
 
     Raises:
       PSpinalError: if it is damaged.

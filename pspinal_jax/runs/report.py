@@ -1,7 +1,7 @@
-"""Runs described for people: lines on the terminal, and an HTML page that holds its pictures and runs no script.
+"""Descriptions of runs: lines on the terminal, and a self-contained HTML page without scripts.
 
-The names of classes, files, settings and versions on the page are text from strangers. The template report.html escapes
-every value that it is given, and its Content-Security-Policy lets a browser load nothing and run nothing.
+The names of classes, files, settings and versions on the page may come from strangers. The template report.html escapes
+every value, and its Content-Security-Policy prevents the browser from loading or running anything.
 """
 
 import base64
@@ -57,7 +57,7 @@ _SCORES = {
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, whose first column is aligned to the left and the others to the right."""
+    """The lines of a table with a left-aligned first column and right-aligned others."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([f"  {first.ljust(widths[0])}", *map(str.rjust, others, widths[1:])]).rstrip()
@@ -68,14 +68,14 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
 def describe_start(
     recipe: Recipe, init_from: Path | None, data: Dataset[Split], model: Classifier, stages: list[TrainingStage]
 ) -> list[str]:
-    """The lines about a training before it starts: its data by class, its model, its devices, its steps.
+    """The summary before a training: data by class, model, devices and steps.
 
     Args:
       recipe: the recipe.
       init_from: the run whose parameters it starts from, or None.
-      data: with its validation split, where one was drawn by class.
-      model: the recipe's, backbone included.
-      stages: what the run does.
+      data: the data set, with its validation split if one was drawn by class.
+      model: the recipe's model, including the backbone.
+      stages: the stages of the run.
     """
     counts = class_counts(recipe, data)
     sizes = ", ".join(f"{split} {of_class.sum():,}" for split, of_class in counts.items())
@@ -165,7 +165,7 @@ def _of_seeds(values: dict[str, Any]) -> str:
 
 
 def describe_scores(report: dict[str, Any]) -> list[str]:
-    """The lines about a `score_report`: scores, classes worst first, confusions."""
+    """The lines about a `score_report`: scores, classes with the worst first, confusions."""
     low, high = report["intervals"]["accuracy"]
     lines = [
         f"test accuracy {percent(report['accuracy'])} ({report['correct']} of {report['examples']}; "
@@ -205,15 +205,15 @@ def describe_scores(report: dict[str, Any]) -> list[str]:
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path, show_progress: bool = False) -> list[str]:
-    """Evaluate `runs` on their own data and write the page `output` about them, side by side; nothing else is written.
+    """Evaluate `runs` on their own data, and write one page about them, side by side. Nothing else is written.
 
     Args:
       runs: run directories, finished or not.
       output: the .html file to write.
-      show_progress: whether to show a bar on standard error for evaluations that take long.
+      show_progress: whether to show a progress bar on standard error if evaluation takes long.
 
     Returns:
-      What could not be shown, a line each: a run whose data is gone is not evaluated.
+      One line for each thing that could not be shown; a run whose data is gone is not evaluated.
 
     Raises:
       PSpinalError: if a run's config.json or result.json cannot be read, or the page cannot be written.

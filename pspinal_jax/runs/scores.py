@@ -1,10 +1,10 @@
 """Scores of predictions, their intervals, scores by class and confusions, and plots of them.
 
-Accuracy hides classes: of 90 % in one class, a model that knows no other has 90 %. Balanced accuracy is the mean of the
-classes' recalls, macro F1 the mean of their F1, over the classes that have examples (K. Brodersen et al., "The balanced
-accuracy and its posterior distribution", ICPR 2010). The calibration error is the expected one of C. Guo et al., "On
-calibration of modern neural networks", ICML 2017: the gap between accuracy and confidence in bins of equal width,
-weighted by their examples.
+Accuracy hides classes that fail: if 90 % of the examples are in one class, a model that always predicts it has 90 %.
+Balanced accuracy is the mean recall of the classes with examples, and macro F1 their mean F1 (K. Brodersen et al., "The
+balanced accuracy and its posterior distribution", ICPR 2010). The calibration error is the expected calibration error
+of C. Guo et al., "On calibration of modern neural networks", ICML 2017: the gap between accuracy and confidence in bins
+of equal width, weighted by the number of examples.
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ class Scored:
       labels: integers [N].
       predictions: integers [N], the most probable class.
       confidence: float64 [N], its probability.
-      log_likelihood: float64 [N], the log-probability of the true class, nats.
-      rank: integers [N], how many classes are named before the true one.
-      untempered: float64 [N, 2], confidence and log-likelihood at temperature 1; the same as above without one.
-      known: float64 [N], the scores of the unknown, see `pspinal_jax.runs.calibration`; NaN without.
+      log_likelihood: float64 [N], the log-probability of the true class, in nats.
+      rank: integers [N], the number of classes that are more probable than the true one.
+      untempered: float64 [N, 2], confidence and log-likelihood at temperature 1.
+      known: float64 [N], scores of known images, see `pspinal_jax.runs.calibration`; NaN without such scores.
     """
 
     labels: np.ndarray
@@ -65,9 +65,9 @@ class Scored:
         known: np.ndarray | None = None,
         temperature: float | None = None,
     ) -> "Scored":
-        """Of labels [N], log-probabilities [N, C], at a temperature, and scores [N].
+        """Make the answers from labels [N], log-probabilities [N, C] at a temperature, and scores [N].
 
-        Among equal probabilities the first class is the most probable.
+        Among equally probable classes, the first is predicted.
         """
         rows = np.arange(len(labels))
         predictions = log_probabilities.argmax(1)
@@ -82,12 +82,12 @@ class Scored:
 
     @classmethod
     def joined(cls, parts: "list[Scored]") -> "Scored":
-        """Of all `parts`, one after the other."""
+        """The concatenation of `parts`."""
         fields = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})
 
     def confusion(self, num_classes: int) -> "csr_array":
-        """int64 [C, C], how often the row's class was taken for the column's."""
+        """Confusion matrix int64 [C, C]: rows are true classes, columns are predictions."""
         from scipy.sparse import coo_array
 
         shape = (num_classes, num_classes)
@@ -106,7 +106,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def scores_by_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each class name, support, precision, recall and f1; None where there is nothing to divide by."""
+    """Class name -> support, precision, recall and f1; None for an undefined quotient."""
     # scikit-learn, which gives the same numbers, takes 140 MB to import.
     counted = _count_classes(labels, predictions, np.ones(len(labels)), len(class_names))
     return [
@@ -144,22 +144,22 @@ def averages(classes: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def worst_first(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`classes` that have examples, by recall, then F1, then by how many examples are got wrong; then those without."""
+    """`classes` sorted by recall, then F1, then number of wrong examples; classes without examples come last."""
     present = [each for each in classes if each["support"]]
     order = sorted(present, key=lambda each: (each["recall"], each["f1"], -each["support"]))
     return order + [each for each in classes if not each["support"]]
 
 
 def score_report(scored: Scored, class_names: Sequence[str], temperature: float | None = None) -> dict[str, Any]:
-    """The scores in evaluation.json, of answers at this temperature.
+    """The scores in evaluation.json, for answers at this temperature.
 
     Returns:
-      accuracy, balanced_accuracy, macro_f1 (0 .. 1), intervals of these (95 %, see `intervals`), top_5_accuracy (from
-      six classes on), loss (the negative log-likelihood, nats), calibration_error (0 .. 1) and calibration_bins,
-      correct, examples, classes (see `scores_by_class`), class_accuracy (recall by name), confusion [C, C], rows the
-      true class, and most_confused, pairs with their count and its share of the true class. Of more than 1,000 classes
-      confusion is None, and confusion_counts lists [true, predicted, count] of all pairs that occur. With a
-      temperature there are that and untempered, loss and calibration_error at 1.
+      A dict with accuracy, balanced_accuracy and macro_f1 (0 .. 1), their intervals (95 %, see `intervals`),
+      top_5_accuracy (from six classes on), loss (negative log-likelihood in nats), calibration_error (0 .. 1),
+      calibration_bins, correct, examples, classes (see `scores_by_class`), class_accuracy (recall by name), confusion
+      [C, C] (rows are true classes), and most_confused (pairs with their count and its fraction of the true class).
+      For more than 1,000 classes, confusion is None and confusion_counts lists [true, predicted, count] of all pairs
+      that occur. With a temperature, it also has temperature and untempered (loss and calibration_error at 1).
     """
     labels, predictions, count = scored.labels, scored.predictions, len(scored.labels)
     confusion = scored.confusion(len(class_names))
@@ -192,12 +192,12 @@ def score_report(scored: Scored, class_names: Sequence[str], temperature: float 
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
-    """The expected calibration error: mean gap of accuracy and confidence in bins (k/B, (k+1)/B], by their examples.
+    """Expected calibration error: mean gap between accuracy and confidence over bins (k/B, (k+1)/B], by example.
 
     Args:
       confidence: [N], probability of the predicted class.
-      correct: bool [N], whether that is the true class.
-      bins: B.
+      correct: bool [N], whether the prediction is right.
+      bins: B, number of bins.
     """
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(place, weights=correct - confidence, minlength=bins)
@@ -205,10 +205,10 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = C
 
 
 def rejections(scored: Scored, thresholds: Mapping[float, float]) -> list[dict[str, float | None]]:
-    """How rejecting trades against accuracy: of each share `accept` and its threshold, what it does to the examples.
+    """Accuracy on accepted examples for each fraction `accept` and its threshold.
 
     Returns:
-      accept, threshold, accepted, the share of examples that reach it, and accuracy, theirs (None of none).
+      Dicts with accept, threshold, accepted (fraction of the examples that reach it) and accuracy (theirs, or None).
     """
     right, found = scored.predictions == scored.labels, []
     for accept, threshold in thresholds.items():
@@ -231,7 +231,7 @@ def _pairs(confusion: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def bootstrap(confusion: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Balanced accuracy and macro F1, each [R], of 1,000 draws of the test examples with replacement, with seed 0.
+    """Balanced accuracy and macro F1, each [R], of 1,000 bootstrap samples of the test examples with seed 0.
 
     Args:
       confusion: [C, C], an array or a sparse one.
@@ -254,12 +254,11 @@ def _mean_scores(support: np.ndarray, named: np.ndarray, correct: np.ndarray) ->
 
 
 def intervals(confusion: Any) -> dict[str, Any]:
-    """95 % intervals over test examples, from the confusion matrix [C, C], an array or a sparse one.
+    """95 % intervals over test examples, from the confusion matrix [C, C], as an array or a sparse matrix.
 
-    accuracy: Wilson's score interval. balanced_accuracy: the bootstrap's percentiles, of 1,000 draws of as many
-    examples with replacement (B. Efron, 1979), with seed 0. macro_f1: see `_macro_f1_interval`; None where classes
-    have too few examples for any. They tell how another test set of this size might have come out, not how
-    another training would have.
+    accuracy: Wilson's score interval. balanced_accuracy: percentiles of 1,000 bootstrap samples with seed 0 (B. Efron,
+    1979). macro_f1: see `_macro_f1_interval`, or None if classes have too few examples. The intervals cover the choice
+    of test examples, and not the randomness of training.
     """
     total, right = int(confusion.sum()), int(confusion.trace())
     recall, f1 = bootstrap(confusion)
@@ -311,7 +310,7 @@ def _wilson(proportion: float, size: float) -> tuple[float, float]:
 
 
 def most_confused(confusion: Any, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """The pairs of a true and a predicted class that are most often confused, at most 10, the most frequent first."""
+    """Up to 10 pairs of true and predicted class that are confused most often, the most frequent first."""
     true, predicted, counts = _pairs(confusion)
     support = np.bincount(true, counts, len(class_names))
     wrong = np.flatnonzero(true != predicted)
@@ -332,14 +331,14 @@ def percent(value: float | None) -> str:
 
 
 def without_examples(classes: list[dict[str, Any]]) -> str:
-    """Which of `classes` have no test example and count nowhere, for the end of a line; nothing where all have some."""
+    """A remark for the end of a line on `classes` without test examples, which no score includes; "" if none."""
     names = [printable(each["name"]) for each in classes if not each["support"]]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f" (without test examples: {', '.join(names[:_NAMED])}{more})" if names else ""
 
 
 def summary(values: list[float]) -> dict[str, Any]:
-    """mean, std (of the sample; null for one value) and each."""
+    """A dict with mean, std (sample standard deviation; None for one value) and each."""
     with np.errstate(invalid="ignore"):  # of a loss that is infinite
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "each": list(values)}
@@ -354,9 +353,9 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def plot_confusion(matrix: Any, class_names: Sequence[str], path: Path, title: str) -> None:
-    """The confusion matrix [C, C], an array or a sparse one, rows the true class; colours are fractions of the row.
+    """Plot the confusion matrix [C, C], an array or a sparse matrix. Rows are true classes, colours fractions of a row.
 
-    Of more than 500 classes neighbours are drawn together.
+    For more than 500 classes, neighbours are merged.
     """
     from scipy.sparse import coo_array
 
@@ -387,7 +386,7 @@ def plot_confusion(matrix: Any, class_names: Sequence[str], path: Path, title: s
 
 
 def plot_mistakes(mistakes: Sequence[tuple[str, str, float, np.ndarray]], path: Path, title: str) -> None:
-    """A contact sheet of `mistakes`, see `pspinal_jax.runs.evaluate.Mistake`; nothing is drawn where there are none."""
+    """Plot a contact sheet of `mistakes` (see `pspinal_jax.runs.evaluate.Mistake`), unless there are none."""
     if not mistakes:
         return
     columns = min(6, len(mistakes))

@@ -1,9 +1,9 @@
-"""`suspects`: the labels of a run's data that are least likely, by a classifier that has not seen them.
+"""`suspects`: the least likely labels in a run's data, according to a classifier that has not seen them.
 
-A ridge regression on features (the frozen backbone's, or the inputs of a run on features) learns four fifths of all
-examples, train, validation and test together, and gives the last fifth probabilities; five times others. Copies and
-groups lie in one fold. A temperature makes probabilities of its answers, the likeliest at all labels (Y. Northcutt et
-al., "Confident learning", JAIR 2021, is on what to do with them). results/suspects.py compares it with others.
+A ridge regression on features (of the frozen backbone, or the inputs of a run on features) is fitted to four fifths of
+all examples, train, validation and test together, and predicts the remaining fifth; this is done for each fifth. Copies
+and groups are in the same fold. A temperature, fitted to all labels, turns its outputs into probabilities. (Y.
+Northcutt et al., "Confident learning", JAIR 2021, discusses their use.) results/suspects.py compares it with others.
 """
 
 import dataclasses
@@ -76,17 +76,17 @@ class Suspects:
 
 
 def write_suspects(run: str | Path, output: str | Path | None = None) -> tuple[Suspects, list[Path]]:
-    """Find the suspects of a run's data, and write suspects.csv and, of pictures, suspects.png.
+    """Find the suspects in a run's data, and write suspects.csv and, for pictures, suspects.png.
 
     Args:
-      run: run directory.
-      output: a folder to write to in place of the run.
+      run: the run directory.
+      output: folder for the files, by default the run directory.
 
     Returns:
-      The suspects and the paths of what was written.
+      The suspects, and the paths of the files.
 
     Raises:
-      PSpinalError: as `find_suspects`, or if the files cannot be written.
+      PSpinalError: like `find_suspects`, or if the files cannot be written.
     """
     folder = expanded(run if output is None else output)
     check_target(folder, "--output", "suspects.csv")
@@ -103,10 +103,10 @@ def write_suspects(run: str | Path, output: str | Path | None = None) -> tuple[S
 
 
 def find_suspects(run: str | Path) -> Suspects:
-    """The suspects of a run's data, see the module's docstring; nothing is written.
+    """The suspects in a run's data, see the module's docstring; nothing is written.
 
     Raises:
-      UsageError: if the run has no features that have not seen the labels.
+      UsageError: if the run's features have seen the labels.
       DataError: if the data is no longer what the run was trained on.
       PSpinalError: if the run or its data cannot be read.
     """
@@ -175,7 +175,7 @@ def _folds(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _ridge(features: np.ndarray, labels: np.ndarray, train: np.ndarray, num_classes: int) -> np.ndarray:
-    """What a ridge regression on the rows `train` gives the others, [M, C]."""
+    """Outputs [M, C] for the other rows of a ridge regression on the rows `train`."""
     centre = features[train].mean(0, dtype=np.float32)
     known, new = features[train].astype(np.float32) - centre, features[~train].astype(np.float32) - centre
     targets = np.eye(num_classes, dtype=np.float32)[labels[train]]

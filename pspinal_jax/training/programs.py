@@ -1,4 +1,4 @@
-"""The compiled programs, where jit, donation and shardings are decided, and the seeds' states, which they move."""
+"""The compiled programs, with their jit, donation and shardings, and the states of the seeds."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -23,27 +23,27 @@ _GPU_BLOCK = 32
 
 @dataclasses.dataclass(eq=False)
 class Programs:
-    """The programs that a run calls, for a mesh of devices, each compiled when it is first called.
+    """The programs of a run on a mesh of devices, each compiled when first called.
 
-    The data lies on every device whole; batches and parameters are sharded as sharding.py says. XLA inserts the
-    exchanges, so that the programs compute what one device would, batch norm over the whole batch included. With
-    `vectorized`, states, seeds, totals and plans have a leading seed axis.
+    The data is replicated on every device; batches and parameters are sharded as described in sharding.py. XLA inserts
+    the communication, so that the programs compute what one device would, including batch norm over the whole batch.
+    With `vectorized`, states, seeds, totals and plans have a leading seed axis.
 
     Attributes:
       model: initialised as ``model.init(key, inputs, train=False)``; the steps apply it.
       train_step: the training step. The last, smaller batch of an epoch is not split into micro-batches.
       eval_step: the evaluation step.
       inputs: shape and dtype of one example's inputs, without the batch axis: `jax.ShapeDtypeStruct` or a tree of them.
-      batch_size: examples per step over all devices; each computes them all unless they divide over the devices.
-      eval_batch_size: examples per evaluation step; rounded up to a multiple of the devices that they divide over.
-      labels: shape and dtype of one example's labels, likewise.
-      vectorized: run all seeds as one program, over a leading axis.
-      head_layouts: of heads' variables inside a chunk; what goes in and out is the documented tree.
+      batch_size: examples per step over all devices; if they do not divide evenly, each device computes all of them.
+      eval_batch_size: examples per evaluation step, rounded up to a multiple of the devices that share them.
+      labels: shape and dtype of one example's labels, like `inputs`.
+      vectorized: whether all seeds run as one program over a leading axis.
+      head_layouts: layouts of the heads' variables inside a chunk; programs take and return the documented tree.
       mesh: the devices; by default all of them on the axis data.
-      compiler_options: XLA's, for the programs that train and evaluate; `loop_options` come on top.
-      block: steps whose number the compiler knows, see `run_chunk`; by default 32 on GPUs, where that matters, else 1.
-      batch_norm_per_device: normalise each device's part of a training batch by itself; the last, smaller batch of an
-        epoch is normalised whole. Parameters must not be sharded.
+      compiler_options: XLA options of the programs that train and evaluate, in addition to `loop_options`.
+      block: number of steps in a block, see `run_chunk`; by default 32 on GPUs, where it matters, else 1.
+      batch_norm_per_device: whether each device's part of a training batch is normalised separately. The last, smaller
+        batch of an epoch is normalised as a whole. Parameters must not be sharded.
     """
 
     model: Any
@@ -90,12 +90,12 @@ class Programs:
 
     @cached_property
     def tail(self) -> Callable[[int], Step]:
-        """Number of examples -> the same program for one last batch of so many."""
+        """Number of examples -> the same program for a last batch of that size."""
         return cache(partial(self._chunk, last=True))
 
     @cached_property
     def batch_step(self) -> Step:
-        """(state, totals, seed, learning_rate, batch) -> (state, totals), one step on a batch that the host brings.
+        """(state, totals, seed, learning_rate, batch) -> (state, totals), one step on a batch from the host.
 
         State and totals are donated. Never vectorised.
         """
@@ -135,15 +135,15 @@ class Programs:
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of what every device holds whole."""
+        """The sharding of replicated arrays."""
         return sharding.replicated_on(self.mesh)
 
     def replicate(self, tree: Any) -> Any:
-        """`tree` on every device of the mesh, whole."""
+        """`tree`, replicated on every device of the mesh."""
         return put(tree, self.replicated)
 
     def place(self, tree: Any) -> Any:
-        """A state, or parts of one, where the programs want it: parameters sharded as the mesh says."""
+        """A state, or parts of one, sharded over the mesh as the programs expect it."""
         return put(tree, sharding.shardings(self.mesh, tree, stacked=self.vectorized))
 
     def shard_batch(self, batch: Batch) -> Batch:
@@ -223,14 +223,14 @@ def padded_split(split: Batch, batch_size: int) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Steps of an epoch, and the data that they take.
+    """Steps of an epoch and their data.
 
     Attributes:
-      first: number of the first step in the epoch.
-      steps: how many.
-      data: all examples, on the devices; the steps gather their batches there. None where batches are brought.
-      tail_size: examples of the last, smaller batch, if this is the one; else 0.
-      batches: a step's batches, one for each seed, until they are used up; there may be fewer than `steps`.
+      first: index of the first step in the epoch.
+      steps: number of steps.
+      data: all examples, on the devices, from which the steps gather their batches; None if batches come from the host.
+      tail_size: number of examples of the last, smaller batch, if the chunk is that batch; else 0.
+      batches: iterator over steps, with one batch for each seed; there may be fewer than `steps`.
     """
 
     first: int
@@ -253,10 +253,10 @@ class _Group:
 
 
 class SeedStates:
-    """K seeds in training.
+    """The states of K seeds in training.
 
-    One group per seed when they run one after the other; a single group with a leading axis when vectorised. Either way
-    the checkpointed trees are the same: plain for one seed, with a leading axis of length K for more.
+    Seeds that run one after the other have one group each; vectorised seeds have a single group with a leading axis.
+    The checkpointed trees are the same in both cases: plain for one seed, with a leading axis of length K for more.
 
     Attributes:
       seeds: the K seeds.
@@ -277,10 +277,10 @@ class SeedStates:
             self._groups.append(_Group(which, seed, state, programs.zero_totals(seed), best))
 
     def start_from(self, variables: dict[str, Any]) -> None:
-        """Start every seed from these variables (of one seed) in place of its own initialisation.
+        """Start every seed from these variables of one seed, instead of its own initialisation.
 
         Args:
-          variables: 'params' and 'batch_stats', or parts of them; what is absent stays as initialised.
+          variables: 'params' and 'batch_stats', or parts of them; missing entries stay as initialised.
         """
 
         def place(new: Any, old: jax.Array) -> jax.Array:
@@ -338,7 +338,7 @@ class SeedStates:
         jax.block_until_ready(self._call(name, self._programs.batch_step, *given))
 
     def run(self, chunk: Chunk) -> int:
-        """Take the steps of `chunk` for every seed; returns how many when they are done."""
+        """Take the steps of `chunk` for every seed, and return their number when they are done."""
         taken = 0
         if chunk.data is not None:
             taken = chunk.steps
@@ -372,7 +372,7 @@ class SeedStates:
         return {}
 
     def idle(self) -> bool:
-        """Whether the devices have done all that the seeds asked of them."""
+        """Whether the devices have finished all work of the seeds."""
         return bool(self._groups[-1].totals.count.is_ready())
 
     def totals(self) -> dict[str, list[Any]]:
@@ -381,7 +381,7 @@ class SeedStates:
         return {name: self._gather([sums[name] for sums in groups]).tolist() for name in groups[0]}
 
     def set_totals(self, totals: dict[str, list[Any]] | None) -> None:
-        """Set the epoch's sums, to zero for None."""
+        """Set the epoch's sums; None sets them to zero."""
         for group in self._groups:
             group.totals = zero = self._programs.zero_totals(group.seed)
             if totals is not None:
@@ -409,7 +409,7 @@ class SeedStates:
         return {name: getattr(state, name) for name in names} | {"best": self.variables(best=True)}
 
     def set_trees(self, trees: dict[str, Any], step: int) -> None:
-        """Go on from a checkpoint's arrays, taken `step` steps into the stage."""
+        """Resume from a checkpoint's arrays, saved after `step` steps of the stage."""
         for group in self._groups:
             picked = dict(trees)
             if len(self._groups) > 1:

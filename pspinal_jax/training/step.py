@@ -1,5 +1,5 @@
-"""One training step and one evaluation step, pure functions of arrays; and many of them as one program over data
-that lies on the devices.
+"""A training step and an evaluation step as pure functions of arrays, and many steps as one program over data on the
+devices.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ Apply = Callable[..., Any]
 
 
 MAX_CHECKED_ENTRIES = 8192
-"""Larger gradients are not looked at to stop a run: that makes a step of the MNIST row 15 % longer. Where one of them
-is not finite, its layer's bias or norm is hardly ever, and the loss of the next step is not."""
+"""Larger gradients are not checked for being finite, which would make a step of the MNIST row 15 % longer. If one of
+them is not finite, neither is the next loss, and almost never the gradient of its layer's bias or norm."""
 
 
 Loss = Callable[[jax.Array, Any], jax.Array]
-"""(logits, targets) -> the loss of each example [N], or their mean, a scalar."""
+"""(logits, targets) -> losses [N] of the examples, or their mean, a scalar."""
 Metrics = Mapping[str, Callable[[jax.Array, Any], jax.Array]]
-"""By name, (logits, labels) -> a value of each example [N], or their mean, a scalar."""
+"""Name -> (logits, labels) -> values [N] of the examples, or their mean, a scalar."""
 
 
 class Evaluation(NamedTuple):
@@ -36,8 +36,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
       loss: float32, sum of the examples' losses.
-      metrics: sums of their metrics, by name.
-      predictions: int32 [N], the most probable class of each example, padding included.
+      metrics: name -> sum of the examples' values.
+      predictions: int32 [N], the most probable class of each example, including padding.
     """
 
     loss: jax.Array
@@ -78,13 +78,13 @@ def target_losses(
     label_smoothing: float | jax.Array = 0.0,
     class_weights: tuple[float, ...] | None = None,
 ) -> jax.Array:
-    """The loss [N] of each example that is trained on; of `Mixed` labels, those of both by their lam.
+    """Training losses [N]; for `Mixed` labels, the losses of both labels weighted by lam.
 
     Args:
       logits: [N, C].
-      targets: labels, integers [N], or mixed ones.
+      targets: labels, integers [N], or `Mixed` labels.
       label_smoothing: see `cross_entropy`.
-      class_weights: what the loss of an example is multiplied with, by its class, C numbers; None for 1.
+      class_weights: C factors of the losses, by class; None for 1.
     """
     if isinstance(targets, Mixed):
         own, other = (
@@ -97,22 +97,22 @@ def target_losses(
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """One gradient step: (state, totals, batch, learning_rate, key) -> (state, totals).
+    """A gradient step: (state, totals, batch, learning_rate, key) -> (state, totals).
 
     Attributes:
-      apply: the model, linen's ``model.apply``.
-      optimizer: gives the direction of descent.
-      loss: of (logits, targets); the targets are labels, or `Mixed` ones where `mix` makes them. The step descends on
-        the mean over the batch.
-      metrics: summed over the epoch as it is trained; of `Mixed` labels they see the one of the larger lam.
-      augment: (key, inputs) -> inputs, applied to the batch on the device; None for none.
-      mix: (key, inputs, labels) -> (inputs, targets), applied after that; None for none.
-      ema_decay: of the state's moving averages, see `averaged`; a state without stays without.
-      frozen: entries at the top of `params` that stay as they are; they have no gradient and no optimiser state.
-      micro_batches: K, into how many parts of B / K examples the batch is split, one after the other, to save memory.
-        The gradient is their mean. Batch norm sees each part by itself.
-      skip_nonfinite: leave the state as it was, but for its step, where the loss, a gradient or a new running
-        statistic is not finite. Otherwise `EpochMetrics.bad_step` names it, and the state is lost.
+      apply: the model's ``apply``, as in linen.
+      optimizer: optimizer, which returns the direction of descent.
+      loss: loss of (logits, targets). Targets are labels, or `Mixed` labels if `mix` makes them. The step minimises the
+        mean over the batch.
+      metrics: metrics summed over the epoch during training; for `Mixed` labels they use the label with the larger lam.
+      augment: (key, inputs) -> inputs, applied to the batch on the device; None for no augmentation.
+      mix: (key, inputs, labels) -> (inputs, targets), applied after `augment`; None for no mixing.
+      ema_decay: decay of the state's moving averages, see `averaged`; ignored if the state has none.
+      frozen: top-level entries of `params` that are not trained; they have no gradient and no optimizer state.
+      micro_batches: K, number of parts of B / K examples that the batch is split into to save memory. The gradient is
+        their mean. Batch norm normalises each part separately.
+      skip_nonfinite: if the loss, a gradient or a new running statistic is not finite, keep the state except for its
+        step. Otherwise `EpochMetrics.bad_step` names the step, and the state is lost.
     """
 
     apply: Apply
@@ -129,7 +129,7 @@ class TrainStep:
     def __call__(
         self, state: TrainState, totals: EpochMetrics, batch: tuple[Any, Any], learning_rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, EpochMetrics]:
-        """The state and the epoch's sums after one step.
+        """Take one step, and return the state and the epoch's sums.
 
         Args:
           state: state before the step.
@@ -141,7 +141,7 @@ class TrainStep:
         return self.descend(state, totals, self.prepare(batch, key), learning_rate, key)
 
     def init(self, model: Any, inputs: Any, seed: jax.Array) -> TrainState:
-        """The state that `model` starts from with `seed` (uint32 scalar), for `inputs` of these shapes and dtypes."""
+        """The initial state of `model` with `seed` (uint32 scalar), for `inputs` of these shapes and dtypes."""
         batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
         variables = model.init(keys.init_key(seed), batch, train=False)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -166,11 +166,11 @@ class TrainStep:
         *,
         axes: tuple[str, ...] = (),
     ) -> tuple[TrainState, EpochMetrics]:
-        """A step on a batch that is prepared.
+        """Take a step on a prepared batch.
 
-        With `axes`, names of mapped axes inside of `jax.shard_map`, `batch` is this device's part of a batch, and batch
-        norm sees that part alone. The step is the whole batch's: loss and gradients are means over the devices, and so
-        are the running statistics. Every device draws dropout masks of its own.
+        With `axes`, the names of mapped axes inside `jax.shard_map`, `batch` is this device's part of the batch, and
+        batch norm sees only that part. The step is still that of the whole batch: loss, gradients and running
+        statistics are means over the devices. Every device draws its own dropout masks.
         """
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         if axes:
@@ -228,7 +228,7 @@ class TrainStep:
 
 
 def count_rows(batch: tuple[Any, Any]) -> int:
-    """How many examples a batch holds."""
+    """Number of examples in a batch."""
     return len(jax.tree.leaves(batch[0])[0])
 
 
@@ -288,13 +288,13 @@ def _accumulate(
 
 @dataclasses.dataclass(frozen=True)
 class EvalStep:
-    """Sums over a batch.
+    """An evaluation step, which sums loss and metrics over a batch.
 
     Attributes:
-      apply: the model, linen's ``model.apply``.
-      loss: of (logits, labels).
-      metrics: of (logits, labels).
-      classifies: whether the logits are [N, C], of C classes, so that there are predictions.
+      apply: the model's ``apply``, as in linen.
+      loss: loss of (logits, labels).
+      metrics: metrics of (logits, labels).
+      classifies: whether the logits are [N, C] of C classes, so that there are predictions.
     """
 
     apply: Apply
@@ -322,11 +322,11 @@ Batch = tuple[Any, Any]
 
 
 class EpochPlan(NamedTuple):
-    """What an epoch will do, as arrays.
+    """The plan of an epoch, as arrays.
 
     Attributes:
-      order: int32 [N], the examples in the order of their visit; entries past the epoch's examples are not used.
-      learning_rates: float32 [S], of each step of the epoch.
+      order: int32 [N], order of the examples; entries beyond the epoch's examples are not used.
+      learning_rates: float32 [S], learning rate of each step.
     """
 
     order: Any
@@ -346,27 +346,27 @@ def run_chunk(
     num_steps: jax.Array,
     data: Batch,
 ) -> tuple[TrainState, EpochMetrics]:
-    """Consecutive training steps of an epoch.
+    """Take consecutive training steps of an epoch.
 
-    The number of steps is an operand, not part of the program: one compilation serves every chunk length, and since
-    every length runs the very same instructions, results do not depend on how an epoch is split into chunks. (A
-    lax.scan is the same loop with its length compiled in.)
+    The number of steps is an operand of the program. One compilation therefore serves every chunk length, and results
+    do not depend on how an epoch is split into chunks, since every length runs the same instructions. (A lax.scan is
+    the same loop with a fixed length.)
 
-    XLA's GPU runtime copies the condition of such a loop to the host at every step, and waits for it. In blocks, the
-    loop that takes the steps has a length that the compiler knows; what a last block computes beyond the chunk is
-    dropped, which costs a choice between the old and the new state at every step.
+    XLA's GPU runtime copies the condition of such a loop to the host at every step and waits for it. With blocks, the
+    compiler knows the length of the inner loop. Steps of the last block beyond the chunk are discarded, which costs a
+    selection between the old and the new state at every step.
 
     Args:
       step: the training step.
       batch_size: examples per step.
-      stride: where step i of the epoch starts in the order, divided by i; `batch_size` but for a smaller last batch.
-      block: steps in a block; 1 for a plain loop.
+      stride: start of step i in the order, divided by i; `batch_size` except for a smaller last batch.
+      block: number of steps in a block; 1 for a plain loop.
       state: state before the chunk.
       totals: the epoch's sums before the chunk.
       seed: uint32 scalar.
       plan: the epoch's order and learning rates.
-      first: int32 scalar, the chunk's first step, counted within the epoch.
-      num_steps: int32 scalar.
+      first: int32 scalar, index of the chunk's first step in the epoch.
+      num_steps: int32 scalar, number of steps.
       data: all training examples, (inputs [N, ...], labels [N]).
 
     Returns:
@@ -405,8 +405,8 @@ def evaluate_split(
       step: evaluation of one batch (inputs, labels) under a mask bool [B].
       batch_size: B.
       data: (inputs [M, ...], labels [M]), M a multiple of B.
-      count: int32 scalar, how many of the M are real; batches without a real example are not computed.
-      whole: compute those too, so that the compiler knows the number of batches; see `run_chunk`.
+      count: int32 scalar, number of real examples among the M; batches without a real example are skipped.
+      whole: compute all batches, so that the compiler knows their number; see `run_chunk`.
 
     Returns:
       Sums over the real examples, and the predictions [M].

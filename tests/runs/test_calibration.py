@@ -64,7 +64,7 @@ def test_threshold_is_the_score_that_the_share_reaches():
     unknown = Unknown(np.zeros((2, 2), np.float32), np.arange(99, dtype=np.float32))
     assert unknown.threshold() == 4 and unknown.threshold(0.9) == 9 and unknown.threshold(0.99) == 0
     assert unknown.thresholds([0.999, 0.9]) == {0.9: 9}
-    with pytest.raises(UsageError, match=r"accept is 0.995, expected at most 0.9900: 99 held-out scores"):
+    with pytest.raises(UsageError, match=r"accept is 0.995, expected at most 0.9900 with 99 held-out scores"):
         unknown.threshold(0.995)
     with pytest.raises(UsageError, match="accept is 1, expected 0 < accept < 1"):
         unknown.threshold(1)
