@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax, with a checksum of every array, and the newest whole one found again."""
+"""Checkpoints by Orbax, with a checksum of every array, and a reader of the newest intact one."""
 
 import contextlib
 import copy
@@ -32,11 +32,11 @@ Trees = dict[str, Any]
 
 
 class CheckpointStore:
-    """The checkpoints of one run; use in a `with`, or the last save is lost.
+    """The checkpoints of one run. Use it as a context manager, or the last save is lost.
 
-    Saves are asynchronous: `save` returns when the arrays have been copied. The two newest are kept, so that one stays
-    when the other is damaged; the best parameters so far travel inside each. Of several processes all save and restore,
-    each its part of the arrays.
+    Saves are asynchronous: `save` returns once the arrays have been copied. The two newest checkpoints are kept, in case
+    one is damaged. Each contains the best parameters so far. With several processes, every process saves and restores
+    its part of the arrays.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -81,13 +81,13 @@ class CheckpointStore:
         return time.monotonic() - self._last_time >= max(seconds, 20 * (self._last_cost or 0.0))
 
     def save(self, step: int, trees: Trees, progress: dict[str, Any]) -> None:
-        """Save `trees` and the JSON value `progress`; does nothing if they are saved.
+        """Save `trees` and the JSON value `progress`, unless they are saved already.
 
-        The checkpoint's number is `step`, or the next free one if other progress was saved at that step: nothing is
+        The checkpoint's number is `step`, or the next free one if other progress was saved at that step. Nothing is
         overwritten.
 
         Raises:
-          RunError: if the disk is full or not writable; what was saved before stays.
+          RunError: if the disk is full or not writable. Earlier checkpoints are kept.
         """
         start, newest = time.monotonic(), self._manager.latest_step()
         if newest is not None and progress == self._progress:
@@ -110,10 +110,10 @@ class CheckpointStore:
         self._last_cost = 0.0 if self._last_cost is None else self._last_time - start
 
     def finish(self) -> None:
-        """Return when the last save is on the disk; called by all processes.
+        """Wait until the last save is on the disk; called by all processes.
 
         Raises:
-          RunError: if it could not be written; what was saved before stays.
+          RunError: if it could not be written. Earlier checkpoints are kept.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -132,7 +132,7 @@ class CheckpointStore:
             ) from error
 
     def restore(self, abstract: Callable[[dict[str, Any]], Trees]) -> tuple[Trees, dict[str, Any]] | None:
-        """The newest whole checkpoint, see `read_newest`; damaged newer ones are deleted. None if it is empty."""
+        """The newest intact checkpoint, see `read_newest`, or None. Damaged newer ones are deleted."""
         if self.empty:
             return None
         step, trees, progress = _newest(self._manager, abstract)
@@ -165,7 +165,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_newest(directory: Path, abstract: Callable[[dict[str, Any]], Trees]) -> tuple[Trees, dict[str, Any]]:
-    """The newest checkpoint in `directory`, which is left as it is; an older one never stands in for it.
+    """Read the newest checkpoint in `directory`, without changing the directory or falling back to an older one.
 
     Args:
       directory: a run's checkpoints folder.

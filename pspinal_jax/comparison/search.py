@@ -1,4 +1,4 @@
-"""The order of a comparison: tune on validation, train seeds of the best hyper-parameters, look at the test once."""
+"""The course of a comparison: tune on validation, train seeds of the best hyper-parameters, evaluate on test once."""
 
 import dataclasses
 import json
@@ -38,15 +38,15 @@ from pspinal_jax.errors import UsageError
 from pspinal_jax.progress import progress_bar, say
 
 MIN_STEPS = 600
-"""A training whose number of epochs is not given has at least so many: little data is seen more often."""
+"""Smallest number of steps of a training if the number of epochs is not given, so small data gets more epochs."""
 
 
 class Split(NamedTuple):
     """Rows of one split.
 
     Attributes:
-      pool: int [P], sorted; a part of these is validated on.
-      test: int [T], sorted.
+      pool: int [P], sorted, rows for training and validation.
+      test: int [T], sorted, rows of the test split.
     """
 
     pool: np.ndarray
@@ -56,8 +56,8 @@ class Split(NamedTuple):
 def make_split(labels: np.ndarray, num_pool: int, number: int, seed: int, copies: np.ndarray | None) -> Split:
     """Split `number` of examples with `labels`.
 
-    Split 0 is the data's own, whose pool comes first. The others draw, by class, as many test examples from all as that
-    has. `copies`: integers, equal for rows to keep together where that can be.
+    Split 0 is the data's own, whose pool comes first. The others draw the same number of test examples of each class
+    from all rows. `copies` are integers, equal for rows that are kept together if possible.
     """
     rows = np.arange(len(labels))
     if number == 0:
@@ -71,11 +71,11 @@ def make_split(labels: np.ndarray, num_pool: int, number: int, seed: int, copies
 
 
 def standardisation(inputs: np.ndarray, scaling: Scaling) -> tuple[np.ndarray, np.ndarray]:
-    """(shift, scale), float32 [D], of (x - shift) * scale, from the training rows alone.
+    """(shift, scale), float32 [D], of (x - shift) * scale, computed from the training rows alone.
 
-    'each': every feature is centred and divided by its standard deviation; a constant one becomes 0. 'all': one mean
-    and one deviation for all features, which keeps them in proportion. 'none': features stay as they are, and pixels
-    (uint8) go to 0 .. 1.
+    'each': every feature is centred and divided by its standard deviation; a constant feature becomes 0. 'all': one
+    mean and one standard deviation for all features, which keeps their proportions. 'none': features are unchanged, and
+    pixels (uint8) are scaled to 0 .. 1.
     """
     width = inputs.shape[1]
     if scaling == "none":
@@ -88,24 +88,24 @@ def standardisation(inputs: np.ndarray, scaling: Scaling) -> tuple[np.ndarray, n
 
 
 class Comparer:
-    """One comparison on its way from data to records in a trial log.
+    """A comparison, from data to records in a trial log.
 
     Attributes:
-      sizes: parameters of each head, by name.
-      averages: rows that are the mean probabilities of the seeds of a head, and that head.
-      grids: the settings that are tried of each baseline and estimator, by name.
+      sizes: head -> number of parameters.
+      averages: row of mean probabilities over seeds -> head.
+      grids: baseline or estimator -> settings to try.
       methods: heads, averages, baselines and estimators, in the order of the table.
-      inputs: float32 or uint8 [N, D], of train, validation and test, one after the other.
+      inputs: float32 or uint8 [N, D] of train, validation and test, in this order.
       labels: integers [N].
       splits: rows of each split.
-      own_validation: how many at the end of the pool are a validation split of the data's own; 0 for none.
-      rows: (split, seed) -> rows (train, validation); trials have those of seed 0.
-      final: kind of the trainings that the table is of: 'refit', or 'seed' without refits.
-      trainers: by kind of training.
-      copies: see `pspinal_jax.data.dataset.Contents.find_copies`, of the data's own split and the first seed; and
-        how many test examples of the splits that are drawn are in their pools too.
-      choices: (split, method) -> number of the trial that did best on validation.
-      seconds: wall time of what this process did, by stage.
+      own_validation: number of rows at the end of the pool that are the data's own validation split; 0 for none.
+      rows: (split, seed) -> rows (train, validation); trials use those of seed 0.
+      final: kind of the trainings in the table: 'refit', or 'seed' without refits.
+      trainers: kind of training -> trainer.
+      copies: counts of `pspinal_jax.data.dataset.Contents.find_copies` for the data's own split and the first seed, and
+        the number of test examples of drawn splits that are also in their pools.
+      choices: (split, method) -> number of the trial that is best on validation.
+      seconds: stage -> elapsed time of this process.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Comparer:
         return 0 if self._copies is None else int(np.isin(self._copies[split.test], self._copies[split.pool]).sum())
 
     def identity(self) -> dict[str, Any]:
-        """What decides every record; kept in config.json."""
+        """The settings and data that determine every record; kept in config.json."""
         deciding = ("seed", "match", "layer_width", "num_layers", "batch_size", "validation_fraction", "standardize")
         return {
             "data_fingerprint": self.data.fingerprint(),
@@ -211,7 +211,7 @@ class Comparer:
         return self.log.records[Key(kind, split, method, number)]
 
     def final_numbers(self, method: str) -> list[tuple[str, int]]:
-        """Kind and number of the records on each split that the row of `method` is of."""
+        """Kind and number of the records on each split that belong to the row of `method`."""
         if method in self.averages:
             return [("average", self.config.num_seeds)]
         # On all examples, what draws no random numbers does the same every time.
@@ -219,20 +219,20 @@ class Comparer:
         return [(self.final, n) for n in range(self.config.num_seeds if drawn or self.final == "seed" else 1)]
 
     def final_records(self, method: str) -> list[list[dict[str, Any]]]:
-        """The records that the row of `method` is of: of each split, of each training."""
+        """The records that belong to the row of `method`, for each split and training."""
         return [
             [self.record(kind, split, method, number) for kind, number in self.final_numbers(method)]
             for split in range(self.config.splits)
         ]
 
     def answers(self, method: str) -> Answers:
-        """What the row of `method` answers; where there is one training for all seeds, so often."""
+        """The answers of the row of `method`, repeated if all seeds share one training."""
         records, seeds = self.final_records(method), self.config.num_seeds
         repeated = [each if len(each) == seeds else each * seeds for each in records]
         return read_records(repeated, np.stack([self.labels[split.test] for split in self.splits]))
 
     def run(self) -> None:
-        """Do what is not yet done."""
+        """Run what is not finished yet."""
         config, kinds = self.config, list(self.trainers)
         if self.log.earlier:
             say(
@@ -253,7 +253,7 @@ class Comparer:
 
     @property
     def scalings(self) -> tuple[Scaling, ...]:
-        """How features may be standardised; pixels, which all mean the same, are so by one mean and deviation."""
+        """The possible standardisations of features; pixels always share one mean and standard deviation."""
         if self.config.standardize != "auto":
             return (self.config.standardize,)
         return ("all",) if self.data.example_dtype == np.uint8 else ("each", "all")
@@ -310,7 +310,7 @@ class Comparer:
         return Examples(inputs, labels)
 
     def fit_final(self, name: str) -> tuple[Any, np.ndarray, np.ndarray]:
-        """(params, shift, scale) of the first training of a row on the data's own split, which is done again.
+        """(params, shift, scale) of a row's first training on the data's own split, which is repeated.
 
         `params` are the documented tree of a head, which sees (x - shift) scale; of a linear baseline that of 'dense'.
         """
@@ -433,9 +433,9 @@ class Comparer:
 
 
 def rank(record: dict[str, Any]) -> tuple[float, float]:
-    """What the trials of a head are chosen by, larger is better: accuracy, and of equal ones the loss.
+    """The score that trials of a head are chosen by, larger is better: accuracy, then loss.
 
-    The loss is -inf where it is not finite or, in records from before it was kept, not known.
+    The loss term is -inf if the loss is not finite, or unknown in older records.
     """
     loss = record.get("validation_loss")
     return record["validation_accuracy"], -np.inf if loss is None else -loss

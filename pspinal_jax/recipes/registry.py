@@ -1,4 +1,4 @@
-"""Recipes by name or from a user's own file, and as which of them a head trains on cached features."""
+"""Recipes by name or from a user's own file, and the recipe that a head on cached features is trained with."""
 
 import dataclasses
 import operator
@@ -47,15 +47,15 @@ def load_recipe(name: str) -> Recipe:
 
 
 def on_cached_features(recipe: Recipe, change: Callable[[Recipe], Recipe]) -> Recipe:
-    """`change(recipe)`; where that turns cache_features on, made of a shipped recipe whose head trains on features.
+    """`change(recipe)`, with the training settings of a recipe on features if the change turns cache_features on.
 
-    Its head is then trained as by the recipe `linear`, or by `features` where the change asks for hidden layers: on all
-    training data, to the last epoch, unless patience or retrain need held-out examples. What the change sets itself
-    stays, and so does the paper's protocol as a whole.
+    The head is then trained as in the recipe `linear` or, if the change asks for hidden layers, as in `features`: on
+    all training data, to the last epoch, unless patience or retrain need held-out examples. Fields that the change sets
+    take precedence, and the paper's protocol is left unchanged.
 
     Args:
-      recipe: a recipe as its file has it.
-      change: applies flags or keywords to a recipe.
+      recipe: a shipped recipe.
+      change: function that applies flags or keywords to a recipe.
     """
     asked = change(recipe)
     shipped = recipe.card.name in list_recipes()
@@ -70,12 +70,12 @@ def on_cached_features(recipe: Recipe, change: Callable[[Recipe], Recipe]) -> Re
 
 
 def recipe_of_head(recipe: Recipe) -> Recipe:
-    """The recipe whose training the head of `recipe` has on cached features by default."""
+    """The recipe that the head of `recipe` is trained with on cached features by default."""
     return load_recipe("linear" if recipe.model.head == "dense" else "features")
 
 
 def describe_head_training(recipe: Recipe) -> str:
-    """A line on how the head of `recipe` trains on cached features: as in which recipe, and but for what."""
+    """A line on how the head of `recipe` is trained on cached features: the recipe, and the exceptions."""
     like, names = recipe_of_head(recipe), [f"optimizer.{field.name}" for field in dataclasses.fields(recipe.optimizer)]
     values = {name: operator.attrgetter(name) for name in (*names, *_TRAINING[1:])}
     others = ", ".join(f"{name} {get(recipe)}" for name, get in values.items() if get(recipe) != get(like))
