@@ -34,9 +34,9 @@ Trees = dict[str, Any]
 class CheckpointStore:
     """The checkpoints of one run. Use it as a context manager, or the last save is lost.
 
-    Saves are asynchronous: `save` returns once the arrays have been copied. The two newest checkpoints are kept, in case
-    one is damaged. Each contains the best parameters so far. With several processes, every process saves and restores
-    its part of the arrays.
+    Saves are asynchronous: `save` returns once the arrays have been copied. The two newest checkpoints are kept, in
+    case one is damaged. Each contains the best parameters so far. With several processes, every process saves and
+    restores its part of the arrays.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -235,9 +235,7 @@ class Comparer:
         """Run what is not finished yet."""
         config, kinds = self.config, list(self.trainers)
         if self.log.earlier:
-            say(
-                f"{self.log.workdir} was begun by an earlier version and resumes as it began, without refits and new rows"
-            )
+            say(f"{self.log.workdir} was begun by an earlier version; it resumes without refits and new rows")
         each = len(config.heads) * (config.trials + config.num_seeds * (len(kinds) - 1))
         each += sum(1 + config.num_seeds + len(self.final_numbers(name)) * (len(kinds) - 2) for name in self.grids)
         with progress_bar(config.splits * each, "compare", "training", self._shown, unit_scale=False) as self._bar:
