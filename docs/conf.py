@@ -1,7 +1,7 @@
-"""Sphinx: the documentation site. `make docs` builds it offline in build/docs, and fails on a warning.
+"""Configuration of the documentation site. `make docs` builds it offline in build/docs, and fails on a warning.
 
-The source directory is the repository, so that a link between Markdown files works on the site as it does beside the
-files. The first page is README, and the rest of the tree stands in docs/index.md.
+The source directory is the repository, so that links between Markdown files work on the site as they do in the files.
+The first page is README; the rest of the tree is in docs/index.md.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pspinal_jax.__main__ import COMMANDS, main
 REPOSITORY = Path(__file__).parents[1]
 SHOWN_AS = {"../README.md": "index.md", "../configs": "recipes.rst"}
 SHOWN_AS["../notebooks"] = "../notebooks/1_head_in_five_minutes.ipynb"
-"""What pages link to -> the site's page of it."""
+"""Target of a link -> page of the site."""
 
 project = "pspinal_jax"
 author = "the pspinal_jax authors"
@@ -61,7 +61,7 @@ class Commands(Directive):
     """``.. commands::`` is a section for each command."""
 
     def run(self) -> list[nodes.Node]:
-        """The sections."""
+        """Make the sections."""
         found = []
         for name, summary in COMMANDS.items():
             about = nodes.paragraph("", f"{summary[0].upper()}{summary[1:]}.")
@@ -76,12 +76,12 @@ class Recipes(Directive):
     """``.. recipes::`` is the list of recipes."""
 
     def run(self) -> list[nodes.Node]:
-        """The list as a block."""
+        """Make a block of the list."""
         return [nodes.literal_block(text := printed(["recipes"]), text, language="text")]
 
 
 def printed(arguments: list[str]) -> str:
-    """What the command line prints at 80 columns."""
+    """The output of a command at 80 columns."""
     silent = contextlib.redirect_stderr(io.StringIO())
     with contextlib.redirect_stdout(io.StringIO()) as text, silent, contextlib.suppress(SystemExit):
         main(arguments)
@@ -89,7 +89,7 @@ def printed(arguments: list[str]) -> str:
 
 
 def read(app: Any, name: str, source: list[str]) -> None:
-    """The first page opens with README, whose links start at the repository; links to README lead to the first page."""
+    """Put README at the start of the first page, with its links adjusted, and point links to README to that page."""
     if name == root_doc:
         readme = re.sub(r"\]\((?!https?:|#)", "](../", (REPOSITORY / "README.md").read_text())
         source[0] = f"{readme}\n{source[0]}"
@@ -98,24 +98,27 @@ def read(app: Any, name: str, source: list[str]) -> None:
 
 
 def shorten(app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None) -> Any:
-    """Without the arguments that linen adds to every module."""
-    return (signature and re.sub(r", parent[:=].*\)$", ")", signature)), returns
+    """Remove the arguments that linen adds to every module, and show defaults by name, which Sphinx can parse."""
+    if signature:
+        signature = re.sub(r", parent[:=].*\)$", ")", signature)
+        signature = re.sub(r"<(?:function (\w+)|class '(?:\w+\.)*(\w+)')[^>]*>", r"\1\2", signature)
+    return signature, returns
 
 
 def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
-    """Leave out fields that have no docstring of their own but a default with one."""
+    """Leave out fields without a docstring, whose default has one."""
     foreign = str(getattr(obj, "__module__", "")).startswith(("jax", "flax", "sklearn"))
     return True if foreign or str(obj.__doc__).startswith("Alias for field number") else None
 
 
 def keep(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Before napoleon: it takes what stands before a colon in a field's docstring for the field's type."""
+    """Keep a field's docstring, of which napoleon takes everything before a colon for the field's type."""
     if what == "attribute":
         fields[name] = list(lines)
 
 
 def restore(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """After napoleon."""
+    """Restore the docstring after napoleon has run."""
     lines[:] = fields.pop(name, lines)
 
 

@@ -10,15 +10,17 @@ from pathlib import Path
 HERE = Path(__file__).parent
 HEADER = """# Results
 
-Every row is a run; its `result.json` is in the folder in the last column. "paper" is the figure in the paper. "ours" is the
-mean ± standard deviation over seeds, in percent of the test split. Seconds are those of training and evaluation of all seeds
-together, without imports and compilation. Seeds that were separate runs each have a `result_seed_K.json`.
+Every row is a run; its `result.json` is in the folder in the last column. "paper" is the figure in the paper. "ours"
+is the mean ± standard deviation over seeds, in percent of the test split. Seconds are those of training and
+evaluation of all seeds together, without imports and compilation. Seeds that were separate runs each have a
+`result_seed_K.json`.
 
-- `runs/fruits/features.npz` is made by the command of fruits360-119-frozen. That data is 119 of 120 classes, with 40 pictures
-  of each for training and 20 for testing. caltech101-frozen tests on a fifth of each class. Neither is the paper's split.
+- `runs/fruits/features.npz` is made by the command of fruits360-119-frozen. That data is 119 of 120 classes, with 40
+  pictures of each for training and 20 for testing. caltech101-frozen tests on a fifth of each class. Neither is the
+  paper's split.
 - `caltech101/1.0.0` is made by `pspinal-jax prepare caltech101 --raw DIR`: 30 photographs of each class for training.
-- The commands with `--cache-features` are as they were run, when the head was progressive and trained by SGD. Today's default is
-  a linear layer; docs/photographs_measured.md has the flags for the former.
+- The commands with `--cache-features` are as they were run, when the head was progressive and trained by SGD. Today's
+  default is a linear layer; docs/photographs_measured.md has the flags for the former.
 - [kills](kills/README.md) has a separate table of 50 moments at which runs were killed.
 """
 

@@ -45,6 +45,8 @@ def test_docstrings_are_shown_whole(site):
     for shown in ("Attributes:", "W, width of each hidden layer.", "Parameters:", "Returns:", "Raises:"):
         assert shown in head
     assert "parent" not in head.split(")")[0]  # linen's own argument
+    types = re.sub(r"\s+", " ", head[:1000])
+    assert "num_layers: int = 4," in types and "activation: Callable[[Array], Array] = relu," in types
     recipes = text_of(site / "docs" / "api" / "recipes.html")
     assert ": the head sees the pixels or features as they are" in recipes  # a field's docstring, whole
 
