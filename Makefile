@@ -78,7 +78,7 @@ $(VENV)/.installed-torch: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 $(VENV)/.installed-slow: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[test,torch,examples,docs]'
+	$(PIP_INSTALL) -e '.[test,torch,examples,docs,ray]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-torch $(VENV)/.installed-docs
 
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python

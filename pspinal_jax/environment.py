@@ -56,6 +56,14 @@ for _ in range(3):  # before XLA of December 2025 the second execution crashed
 _PROOF_SECONDS = 120
 
 
+# JAX's settings with which the same run gives other numbers.
+_DECIDING = (
+    "default_prng_impl",
+    "threefry_partitionable",
+    "random_seed_offset",
+    "enable_x64",
+    "default_matmul_precision",
+)
 _library_convolves = ContextVar("library_convolves", default=False)
 
 
@@ -178,6 +186,17 @@ def versions() -> dict[str, str]:
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {"python": platform.python_version(), "pspinal_jax": pspinal_jax.__version__}
     return found | {name: importlib.metadata.version(name) for name in names}
+
+
+def jax_settings() -> dict[str, Any]:
+    """JAX's settings that decide numbers, by their names without "jax_"."""
+    return {name: getattr(jax.config, f"jax_{name}", None) for name in _DECIDING}
+
+
+def set_jax(settings: Mapping[str, Any]) -> None:
+    """Give this process the settings that `jax_settings` found in another one."""
+    for name, value in settings.items():
+        jax.config.update(f"jax_{name}", value)
 
 
 def check_platform() -> None:

@@ -148,8 +148,8 @@ def compare(
         random state are fitted with `num_seeds` of them.
       **settings: fields of `pspinal_jax.comparison.settings.CompareConfig`: heads, floors, trials, num_seeds, refit,
         save, splits, seed, match ('published' or 'parameters'), layer_width, num_layers, epochs, batch_size,
-        validation_fraction, standardize, mode, workers; and learning_rate, weight_decay, dropout_rate and
-        label_smoothing as (low, high).
+        validation_fraction, standardize, mode, workers, engine ('threads' or 'ray'), ray_address; and learning_rate,
+        weight_decay, dropout_rate and label_smoothing as (low, high).
 
     Returns:
       A `Comparison`.
@@ -204,7 +204,7 @@ def compare_data(
         text += f"{'; ' if text else ''}of the splits that are drawn, {drawn:,} test examples are also in train"
     if text:
         warn(f"{source.data.source}: {text}")
-    with log.opened(comparer.identity()):
+    with comparer.cluster(), log.opened(comparer.identity()):
         comparer.run()
         result = make_result(comparer, command)
         held, best = best_held(result), result["best_on_validation"]

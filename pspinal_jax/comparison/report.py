@@ -86,6 +86,7 @@ def make_result(comparer: Comparer, command: str) -> dict[str, Any]:
             "wall_seconds_of_the_last_start": comparer.seconds,
             "compilations": {head: sum(one.compilations[head] for one in each) for head in config.heads},
             "mode": trainer.mode,
+            "engine": config.engine,
             "workers": trainer.workers if trainer.mode == "loop" else None,
             "slots": dict.fromkeys(config.heads, trainer.slots),
             "device": device(),

@@ -1,5 +1,6 @@
 """The course of a comparison: tune on validation, train seeds of the best hyper-parameters, evaluate on test once."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -31,11 +32,12 @@ from pspinal_jax.comparison.baselines import (
     random_states,
 )
 from pspinal_jax.comparison.settings import CompareConfig, Scaling, draw_trial, training_seed
-from pspinal_jax.comparison.train import Examples, Part, Schedule, Task, Trainer, build_head
+from pspinal_jax.comparison.train import Examples, Part, RayTrainer, Schedule, Task, Trainer, build_head
 from pspinal_jax.comparison.trial_log import ADVICE, Key, TrialLog
 from pspinal_jax.data.dataset import ArraySplit, Dataset, copies_of_a_class, draw_together, split_by_class
 from pspinal_jax.errors import UsageError
 from pspinal_jax.progress import progress_bar, say
+from pspinal_jax.ray import cluster
 
 MIN_STEPS = 600
 """Smallest number of steps of a training if the number of epochs is not given, so small data gets more epochs."""
@@ -156,11 +158,11 @@ class Comparer:
                 f"accuracy alone; {ADVICE}"
             )
         most = max(config.trials, config.num_seeds)
-        trainer = Trainer(self.heads, self.schedule, most, config.mode, config.workers)
+        trainer = self._trainer(self.schedule, most)
         self.trainers = {"trial": trainer, "seed": trainer}
         if self.final == "refit":
             whole = dataclasses.replace(self.schedule, steps=num_pool // config.batch_size)
-            self.trainers["refit"] = Trainer(self.heads, whole, config.num_seeds, config.mode, config.workers)
+            self.trainers["refit"] = self._trainer(whole, config.num_seeds)
         averaged = config.heads if config.num_seeds > 1 and not log.earlier else ()
         self.averages: dict[str, str] = {f"{head}_average": head for head in averaged}
         names = () if not config.floors else FIRST_BASELINES if log.earlier else tuple(BASELINES)
@@ -173,6 +175,17 @@ class Comparer:
         self.methods: list[str] = [*config.heads, *self.averages, *self.grids]
         self.choices: dict[tuple[int, str], int] = {}
         self.seconds = {"floors": 0.0, "trials": 0.0, "seeds": 0.0, "refits": 0.0}
+
+    def _trainer(self, schedule: Schedule, max_slots: int) -> Trainer:
+        mode, workers, address = self.config.mode, self.config.workers, self.config.ray_address
+        if self.config.engine == "ray":
+            return RayTrainer(self.heads, schedule, workers, address)
+        return Trainer(self.heads, schedule, max_slots, mode, workers)
+
+    def cluster(self) -> contextlib.AbstractContextManager[None]:
+        """In a `with`, the engine is ready; raises as `pspinal_jax.ray.cluster`."""
+        ray = self.config.engine == "ray"
+        return cluster(self.config.ray_address, self.config.workers) if ray else contextlib.nullcontext()
 
     def _cut(self, pool: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (train, validation) of a pool; where the data brings no validation split, `seed` cuts it by class.

@@ -17,6 +17,7 @@ HeadName = Literal["progressive", "spinal", "mlp", "dense"]
 HEADS: tuple[HeadName, ...] = get_args(HeadName)
 Match = Literal["published", "parameters"]
 Mode = Literal["auto", "loop", "vmap"]
+Engine = Literal["threads", "ray"]
 Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "log_likelihood", "calibration_error"]
 Range = tuple[float, float]
 Scaling = Literal["each", "all", "none"]
@@ -98,6 +99,12 @@ class CompareConfig:
     """loop: one training per core; vmap: many trainings as one program, on all devices. auto: loop on CPU."""
     workers: int | None = None
     """loop: number of trainings at a time; by default the number of this process's cores."""
+    engine: Engine = "threads"
+    """threads: train on this machine. ray: train on a Ray cluster, each training on one core, and again on another
+    worker if its own is lost. The results are the same."""
+    ray_address: str | None = None
+    """ray: address of the cluster, HOST:PORT of its head or auto; by default RAY_ADDRESS, or else a new cluster of this
+    machine's cores."""
 
     def __post_init__(self) -> None:
         for name in ("trials", "num_seeds", "splits", "layer_width", "num_layers", "batch_size", "epochs", "workers"):
@@ -110,6 +117,10 @@ class CompareConfig:
             raise UsageError(f"validation_fraction is {self.validation_fraction:g}, expected 0 < FRACTION < 1")
         if not self.heads or not set(self.heads) <= set(HEADS) or len(set(self.heads)) < len(self.heads):
             raise UsageError(f"heads are {' '.join(self.heads)}, expected some of {' '.join(HEADS)}, each once")
+        if self.engine == "ray" and self.mode == "vmap":
+            raise UsageError("mode is vmap, but engine ray gives each training a core; leave mode out")
+        if self.ray_address is not None and self.engine != "ray":
+            raise UsageError(f"ray_address is {self.ray_address}, but engine is {self.engine}; give engine ray with it")
         for name, (low, high) in self.ranges.items():
             limit = 1.0 if name in ("dropout_rate", "label_smoothing") else 1e6
             never = low == high == 0.0 and name != "learning_rate"

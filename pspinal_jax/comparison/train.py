@@ -9,12 +9,13 @@ is cut over the devices of the mesh; the devices exchange nothing.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -27,10 +28,12 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pspinal_jax.comparison.settings import HeadName, Hparams, Match, Mode, Trial
+from pspinal_jax.environment import enable_compilation_cache, jax_settings
 from pspinal_jax.heads import DenseHead, MLPHead, ProgressiveSpinalHead, SpinalHead
 from pspinal_jax.heads.baselines import matching_width
 from pspinal_jax.heads.layouts import training_layout
 from pspinal_jax.models import Classifier, abstract_variables, count_parameters
+from pspinal_jax.ray import cluster, run_tasks
 from pspinal_jax.training import keys, optimizers
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 from pspinal_jax.training.state import EpochMetrics, Layouts, convert_state, head_layouts
@@ -218,7 +221,7 @@ class Trainer:
 
     Attributes:
       mode: 'loop' or 'vmap'.
-      workers: trainings at a time with 'loop'.
+      workers: trainings at a time with 'loop'; None for as many as there are cores in a cluster.
       compilations: how many programs were compiled, by head.
       slots: how many trainings are one program; 1 with 'loop'.
     """
@@ -235,7 +238,7 @@ class Trainer:
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
         self.mode = ("loop" if one_cpu else "vmap") if mode == "auto" else mode
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        self.workers = workers or len(cores)
+        self.workers: int | None = workers or len(cores)
         self.compilations: dict[str, int] = dict.fromkeys(heads, 0)
         devices = self._mesh.size
         self.slots = 1 if self.mode == "loop" else -(-min(max_slots, MAX_SLOTS) // devices) * devices
@@ -304,3 +307,43 @@ class Trainer:
             lambda *leaves: np.stack(leaves), *made, *made[-1:] * (self.slots - len(made))
         )
         return stacked
+
+
+class RayTrainer(Trainer):
+    """The same trainings on a Ray cluster, each on a core of its own; every process there compiles what it runs."""
+
+    def __init__(
+        self, heads: dict[str, nn.Module], schedule: Schedule, workers: int | None, address: str | None
+    ) -> None:
+        super().__init__(heads, schedule, 1, "loop")
+        self.workers, self._address = workers, address
+
+    def run(
+        self, tasks: Sequence[Task], examples: Examples, with_params: bool = False
+    ) -> Iterator[tuple[Task, Outcome, float]]:
+        """As `Trainer.run`; raises as `pspinal_jax.ray.run_tasks`."""
+        trainer = tuple(self._heads.items()), self._schedule
+        calls = [(trainer, task, with_params) for task in tasks]
+        with (
+            cluster(self._address, self.workers),
+            contextlib.closing(run_tasks(_train_there, examples, calls, tasks, self.workers)) as ended,
+        ):
+            for task, (outcome, seconds, compiled) in ended:
+                self.compilations[task.head] += compiled
+                yield task, outcome, seconds
+
+
+def _train_there(
+    examples: Examples, trainer: tuple[Any, Schedule], task: Task, with_params: bool
+) -> tuple[Outcome, float, int]:
+    """One training in a process of a cluster: its outcome, seconds, and how many programs were compiled for it."""
+    there = _trainer_there(*trainer, tuple(jax_settings().items()))
+    before = there.compilations[task.head]
+    ((_, outcome, seconds),) = there.run([task], examples, with_params)
+    return outcome, seconds, there.compilations[task.head] - before
+
+
+@lru_cache(maxsize=4)
+def _trainer_there(heads: Any, schedule: Schedule, settings: Any) -> Trainer:
+    enable_compilation_cache()
+    return Trainer(dict(heads), schedule, 1, "loop", 1)

@@ -175,13 +175,22 @@ def train(recipe: Recipe | str | Path, **changes: Any) -> Run:
       pspinal_jax.training.signals.Stopped: after SIGINT (Ctrl-C) or SIGTERM, once the run is saved; repeat the call to
         resume.
     """
+    settled, options = settle(recipe, changes)
+    train_recipe(settled, options)
+    return Run(work_directory(settled, options))
+
+
+def settle(recipe: Recipe | str | Path, changes: Mapping[str, Any]) -> tuple[Recipe, RunOptions]:
+    """The recipe and options that `train` runs, of its arguments.
+
+    Raises:
+      UsageError: as `train`.
+    """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     given = {name.replace("__", ".").replace("-", "_"): value for name, value in changes.items()}
     for_options = {name: given.pop(name) for name in RunOptions.__dataclass_fields__ if name in given}
     options = _replaced(RunOptions(), for_options)
-    changed = resolve(loaded, lambda recipe: _replaced(recipe, given), options)
-    train_recipe(changed, options)
-    return Run(work_directory(changed, options))
+    return resolve(loaded, lambda recipe: _replaced(recipe, given), options), options
 
 
 def resolve(recipe: Recipe, change: Callable[[Recipe], Recipe], options: RunOptions) -> Recipe:

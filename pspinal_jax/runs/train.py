@@ -16,7 +16,15 @@ from pspinal_jax.data import load_data
 from pspinal_jax.data.dataset import Dataset, Split
 from pspinal_jax.data.stream import end_within_a_worker
 from pspinal_jax.distributed import assert_same, broadcast_from_primary, is_primary, primary_first
-from pspinal_jax.environment import convolution_options, device, enable_compilation_cache, loop_options, versions
+from pspinal_jax.environment import (
+    convolution_options,
+    device,
+    enable_compilation_cache,
+    jax_settings,
+    loop_options,
+    set_jax,
+    versions,
+)
 from pspinal_jax.errors import PSpinalError, UsageError, printable
 from pspinal_jax.files import check_target, expanded
 from pspinal_jax.models import build_model, with_default_preprocessing
@@ -42,15 +50,6 @@ from pspinal_jax.runs.start import (
 from pspinal_jax.training.costs import Inspection
 from pspinal_jax.training.loop import Trainer
 from pspinal_jax.training.signals import Stopped, StopRequest
-
-# JAX's settings with which the same run gives other numbers.
-_DECIDING = (
-    "default_prng_impl",
-    "threefry_partitionable",
-    "random_seed_offset",
-    "enable_x64",
-    "default_matmul_precision",
-)
 
 
 def train(recipe: Recipe, options: RunOptions, *, calibrates: bool = True) -> dict[str, Any]:
@@ -178,8 +177,7 @@ def train_part() -> None:
     path, seconds = Path(sys.argv[1]), float(sys.argv[2])
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     config = RunDirectory(path.parents[1]).config()
-    for name, value in config["identity"].get("jax", {}).items():
-        jax.config.update(f"jax_{name}", value)
+    set_jax(config["identity"].get("jax", {}))
     whole, seeds = load_recipe_of(config), seeds_of(path)
     recipe = dataclasses.replace(whole, seed=whole.seed + seeds.start, num_seeds=len(seeds), seed_mode="loop")
     try:
@@ -229,7 +227,7 @@ def run_config(recipe: Recipe, options: RunOptions, data: Dataset[Split]) -> dic
             **settings,
             "init_from": None if options.init_from is None else str(options.init_from.resolve()),
             "data_fingerprint": data.fingerprint(),
-            "jax": {name: getattr(jax.config, f"jax_{name}", None) for name in _DECIDING},
+            "jax": jax_settings(),
         },
         "num_seeds": recipe.num_seeds,
         "class_names": list(data.class_names),

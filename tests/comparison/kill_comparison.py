@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,13 @@ def write_data(folder: Path) -> Path:
     return path
 
 
-def start(folder: Path, name: str, devices: int = 1) -> subprocess.Popen:
+def start(folder: Path, name: str, devices: int = 1, more: Sequence[str] = ()) -> subprocess.Popen:
     """The comparison in the work directory `name`, with a compilation cache of its own."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "PSPINAL_"))}
     kept |= {"PSPINAL_JAX_CACHE": str(folder / f"{name}-cache"), "PYTHONPATH": str(REPOSITORY)}
     if devices > 1:
         kept |= {"JAX_NUM_CPU_DEVICES": str(devices), "NPROC": str(2 * devices)}
-    command = [sys.executable, "-m", "pspinal_jax", "compare", "data.npz", "--workdir", name, *FLAGS]
+    command = [sys.executable, "-m", "pspinal_jax", "compare", "data.npz", "--workdir", name, *FLAGS, *more]
     return subprocess.Popen(command, cwd=folder, env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

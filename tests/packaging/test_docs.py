@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pspinal_jax.commands import parse
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-OPTIONAL = {"equinox", "haiku"}
+OPTIONAL = {"equinox", "haiku", "ray", "submitit"}
 STANDS_FOR = {"RECIPE": "digits", "K": "3"}
 """What a reader puts in their place; other words in capitals are paths."""
 
@@ -65,7 +66,12 @@ def test_the_blocks_of_a_page_run_in_order(page, npz_path, tmp_path, monkeypatch
     namespace = BEFORE[page.name](tmp_path, npz_path) if page.name in BEFORE else {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
-    run(blocks(page, "python"), page, namespace | {"__name__": page.stem})
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # no token is written into the user's home
+    try:
+        run(blocks(page, "python"), page, namespace | {"__name__": page.stem})
+    finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
 
 
 @pytest.mark.slow
