@@ -61,21 +61,25 @@ def gather(values: Sequence[float]) -> np.ndarray:
     """The `values` of every process, [count, N]; in float32 where there is more than one."""
     if count() == 1:
         return np.asarray([values], float)
+    import jax
     from jax.experimental.multihost_utils import process_allgather
 
-    return np.asarray(process_allgather(np.asarray(values, np.float32)))
+    with jax.transfer_guard("allow"):  # here and below: of what JAX itself moves to and fro
+        return np.asarray(process_allgather(np.asarray(values, np.float32)))
 
 
 def broadcast_from_primary(action: Callable[[], Result]) -> Result:
     """What `action`, a JSON value, returns on process 0; the others do not call it."""
     if count() == 1:
         return action()
+    import jax
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     content = json.dumps(action()).encode() if is_primary() else b""
-    buffer = np.zeros(broadcast_one_to_all(np.int32(len(content))), np.uint8)
-    buffer[: len(content)] = np.frombuffer(content, np.uint8)
-    return json.loads(broadcast_one_to_all(buffer).tobytes())
+    with jax.transfer_guard("allow"):
+        buffer = np.zeros(broadcast_one_to_all(np.int32(len(content))), np.uint8)
+        buffer[: len(content)] = np.frombuffer(content, np.uint8)
+        return json.loads(broadcast_one_to_all(buffer).tobytes())
 
 
 def primary_first(action: Callable[[], Result]) -> Result:
@@ -118,7 +122,7 @@ def put(tree: Any, shardings: Any) -> Any:
     def one(leaf: Any, sharding: Any) -> Any:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        array = np.asarray(leaf)
+        array = np.asarray(jax.device_get(leaf))
         array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
         return jax.make_array_from_callback(array.shape, sharding, lambda place: array[place])
 
@@ -131,11 +135,14 @@ def put(tree: Any, shardings: Any) -> Any:
 
 def whole(array: Any) -> np.ndarray:
     """All of `array` on the host of every process, wherever its parts lie; all processes call it."""
+    import jax
+
     if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
-        return np.asarray(array)
+        return np.asarray(jax.device_get(array))
     from jax.experimental.multihost_utils import process_allgather
 
-    return np.asarray(process_allgather(array, tiled=True))
+    with jax.transfer_guard("allow"):
+        return np.asarray(process_allgather(array, tiled=True))
 
 
 def rows_of(array: Any) -> Iterator[np.ndarray]:
@@ -145,7 +152,7 @@ def rows_of(array: Any) -> Iterator[np.ndarray]:
     64 MiB, or one row.
     """
     if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
-        yield np.asarray(array)
+        yield whole(array)
         return
     rows = max(1, _BLOCK_BYTES // max(1, array.nbytes // len(array)))
     for start in range(0, len(array), rows):

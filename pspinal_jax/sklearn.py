@@ -108,7 +108,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             learning_rates=lambda epoch, steps: learning_rates(schedule, epoch, steps, self.epochs),
             shows_progress=self.verbose,
         )
-        self.params_ = jax.tree.map(np.asarray, result.variables["params"])
+        self.params_ = jax.device_get(result.variables["params"])
         self.loss_curve_ = [line["train_loss"] for line in result.history]
         return self
 
@@ -116,8 +116,9 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         """Class probabilities [N, C]."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        variables = {"params": self.params_, "batch_stats": {}}
-        logits = predict_logits(self._compiled().programs, variables, self._scaled(X))
+        programs = self._compiled().programs
+        variables = programs.replicate({"params": self.params_, "batch_stats": {}})
+        logits = predict_logits(programs, variables, self._scaled(X))
         return np.asarray(softmax(logits.astype(np.float64), axis=1))
 
     def predict(self, X: Any) -> np.ndarray:

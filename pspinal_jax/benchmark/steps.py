@@ -153,7 +153,7 @@ class Steps:
 
     def begin_epoch(self, number: int) -> None:
         """Draw the order of epoch `number`."""
-        self.order = self._draw_order(self.seed, np.int32(number))
+        self.order = self._draw_order(self.seed, self.programs.replicate(np.int32(number)))
         self._plan = self.programs.replicate(EpochPlan(self.order, self._rates))
 
     @property

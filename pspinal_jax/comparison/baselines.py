@@ -189,14 +189,15 @@ def _logistic(settings: Settings, rows: np.ndarray, labels: np.ndarray, inputs: 
         turned = (rows - centre) @ axes.astype(rows.dtype)
     else:
         variances, axes, turned = rows.var(0), None, rows - centre
-    point = start = jnp.zeros((len(variances), classes), jnp.float32), jnp.zeros(classes, jnp.float32)
-    operands = jnp.asarray(turned, jnp.float32), jnp.asarray(labels), jnp.asarray(variances, jnp.float32)
+    point: Any = (np.zeros((len(variances), classes), np.float32), np.zeros(classes, np.float32))
+    start, operands = point, jax.device_put((turned.astype(np.float32), labels, variances.astype(np.float32)))
     for setting in settings:
         # Of two classes scikit-learn penalises the difference of the weights, of which these have a half each.
         decay = (2 if classes == 2 else 1) / (setting["C"] * len(labels))
         before = point
-        with jax.default_matmul_precision("float32"):  # accelerators round inputs to fewer bits by default
-            point, _ = _minimize(*operands, jnp.float32(decay), start)
+        # Accelerators round inputs to fewer bits by default; optax mixes dtypes.
+        with jax.default_matmul_precision("float32"), jax.numpy_dtype_promotion("standard"):
+            point, _ = jax.device_get(_minimize(*operands, *jax.device_put((np.float32(decay), start))))
         start = jax.tree.map(lambda now, last: 2 * now - last, point, before)
         weights = np.asarray(point[0], np.float64)
         weights = weights if axes is None else axes @ weights

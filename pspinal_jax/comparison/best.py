@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from pspinal_jax.checkpoints import CheckpointStore
@@ -163,7 +163,7 @@ def folded(head: str, params: dict[str, Any], shift: np.ndarray, scale: np.ndarr
             rows *= scale[seen][:, None]
         last = temperature if layer == "output" else 1.0
         found[layer] = {
-            "kernel": jnp.asarray(kernel / last, jnp.float32),
-            "bias": jnp.asarray(bias / last, jnp.float32),
+            "kernel": jax.device_put((kernel / last).astype(np.float32)),
+            "bias": jax.device_put((bias / last).astype(np.float32)),
         }
     return found

@@ -188,7 +188,7 @@ def train_head(
 
     batches = lax.map(predict, part.evaluated.reshape(-1, schedule.eval_batch_size))
     logits, losses = (values.reshape(-1, *values.shape[2:]) for values in batches)
-    loss = totals.loss[-1] / totals.count[-1]
+    loss = totals.loss[-1] / totals.count[-1].astype(jnp.float32)
     finite = jnp.all(totals.bad_step < 0) & jnp.isfinite(loss)
     params = convert_state(state, dict.fromkeys(layouts, "tree")).params["head"]
     return state, Outcome(logits, losses, loss, finite, params)
@@ -254,14 +254,16 @@ class Trainer:
           examples: all examples, of the same shapes in every call.
           with_params: whether outcomes hold them, else None.
         """
-        device = replicated_on(self._mesh) if self.mode == "vmap" else jax.devices()[0]
-        resident = Examples(*jax.device_put(tuple(examples), device))
+        whole = cut = jax.devices()[0]
+        if self.mode == "vmap":
+            whole, cut = replicated_on(self._mesh), NamedSharding(self._mesh, _SLOTS)
+        resident = Examples(*jax.device_put(tuple(examples), whole))
         by_head = [[task for task in tasks if task.head == head] for head in dict.fromkeys(t.head for t in tasks)]
         groups = [same[i : i + self.slots] for same in by_head for i in range(0, len(same), self.slots)]
 
         def work(group: list[Task]) -> tuple[list[Task], Outcome, float]:
             start = time.perf_counter()
-            outcome = self._programs[group[0].head](*self._operands(group), resident)
+            outcome = self._programs[group[0].head](*jax.device_put(self._operands(group), cut), resident)
             outcome = jax.device_get(outcome if with_params else outcome._replace(params=None))
             return group, outcome, (time.perf_counter() - start) / len(group)
 

@@ -235,7 +235,10 @@ class Fit:
 
     def _of_seeds(self) -> list[Any]:
         count = len(self._seed_states.seeds)
-        return [jax.tree.map(lambda leaf, i=i: leaf[i] if count > 1 else leaf, self._trees) for i in range(count)]
+        if count == 1:
+            return [self._trees]
+        pick = partial(jax.lax.index_in_dim, keepdims=False)
+        return [jax.tree.map(partial(pick, index=index), self._trees) for index in range(count)]
 
     def _check(self, arrays: Any, example: Any, name: str) -> None:
         found = one_example(arrays)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pspinal_jax.distributed import put
+
 Seed = jax.Array | int
 
 
@@ -71,7 +73,12 @@ def make_order(
     The fixed length lets every stage of a run, with its own subset, use the same compiled chunk.
     """
     if balanced is None:
-        return partial(_order, length, shuffle, np.asarray(subset, np.int32))
+        numbers = np.asarray(subset, np.int32)
+
+        def shuffled(seed: jax.Array, epoch: jax.Array) -> jax.Array:
+            return _order(length, shuffle, put(numbers, getattr(seed, "sharding", None)), seed, epoch)
+
+        return shuffled
     classes = balanced[subset]
 
     def order(seed: jax.Array, epoch: jax.Array) -> jax.Array:

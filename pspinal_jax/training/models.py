@@ -112,7 +112,8 @@ class LinenModel:
             return call(*args, **kwargs)
 
         with nn.intercept_methods(note):
-            params = flatten_dict(jax.eval_shape(self.init, jax.random.key(0), inputs)["params"])
+            variables = jax.eval_shape(lambda inputs: self.init(jax.random.key(0), inputs), inputs)
+        params = flatten_dict(variables["params"])
         return [
             FoundHead(head, path, ("batch_stats", *path))
             for path, head in found.items()

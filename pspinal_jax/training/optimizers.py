@@ -72,8 +72,10 @@ def _scale_backbone(rate: float, updates: Any, params: Any) -> Any:
 def learning_rates(schedule: Schedule, epoch: int, steps_per_epoch: int, epochs: int) -> np.ndarray:
     """Learning rates float32 [steps_per_epoch] of epoch `epoch`, counted from 0, in a run of `epochs`."""
     steps = np.arange(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
-    rates = _optax_schedule(schedule, epochs * steps_per_epoch, steps_per_epoch)(steps)
-    return np.broadcast_to(np.asarray(rates, np.float32), steps.shape)
+    # Optax computes with Python's numbers, on the host or where it traces: what strict settings of JAX are not about.
+    with jax.numpy_dtype_promotion("standard"), jax.transfer_guard("allow"):
+        rates = np.asarray(_optax_schedule(schedule, epochs * steps_per_epoch, steps_per_epoch)(steps), np.float32)
+    return np.broadcast_to(rates, steps.shape)
 
 
 def _optax_schedule(schedule: Schedule, total_steps: int, steps_per_epoch: int) -> optax.Schedule:

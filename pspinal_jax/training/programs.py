@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from pspinal_jax.distributed import put
@@ -188,13 +189,13 @@ class Programs:
             batch = step.prepare(batch if last else self._sharded(batch), key)
             state, totals = descend(state, totals, batch, rate, key)
             if sharding.shards_parameters(mesh):  # or XLA may gather in one step what it has to shard again in the next
-                state = jax.lax.with_sharding_constraint(state, sharding.shardings(mesh, state))
+                state = lax.with_sharding_constraint(state, sharding.shardings(mesh, state))
             return state, totals
 
         return take
 
     def _sharded(self, batch: Batch) -> Batch:
-        return jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(self.mesh, count_rows(batch)))
+        return lax.with_sharding_constraint(batch, sharding.batch_sharding(self.mesh, count_rows(batch)))
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,7 +312,7 @@ class SeedStates:
         """Fix the order and the learning rates [K, S] of the coming epoch, counted from 0."""
         self.epoch, self.rates = epoch, rates
         for group in self._groups:
-            indices = order(group.seed, np.int32(epoch))
+            indices = order(group.seed, self._programs.replicate(np.int32(epoch)))
             group.plan = self._programs.replicate(EpochPlan(indices, rates[group.which]))
 
     def orders(self) -> np.ndarray:
@@ -334,7 +335,7 @@ class SeedStates:
         group = self._groups[0]
         state, totals = jax.tree.map(jnp.copy, (group.state, group.totals))
         name = "step" if count_rows(batch) == self._programs.batch_size else "tail"
-        given = state, totals, group.seed, np.float32(0), batch
+        given = state, totals, group.seed, self._programs.replicate(np.float32(0)), batch
         jax.block_until_ready(self._call(name, self._programs.batch_step, *given))
 
     def run(self, chunk: Chunk) -> int:
@@ -344,14 +345,14 @@ class SeedStates:
             taken = chunk.steps
             take = self._programs.tail(chunk.tail_size) if chunk.tail_size else self._programs.chunk
             name = "tail" if chunk.tail_size else "steps"
-            rest = np.int32(chunk.first), np.int32(taken), chunk.data
+            rest = *self._programs.replicate((np.int32(chunk.first), np.int32(taken))), chunk.data
             for group in self._groups:
                 sums = group.state, group.totals, group.seed, group.plan
                 group.state, group.totals = self._call(name, take, *sums, *rest)
         for batches in chunk.batches:
             take, step = self._programs.batch_step, min(chunk.first + taken, self.rates.shape[1] - 1)
             for group, batch in zip(self._groups, batches, strict=True):
-                rate = self.rates[group.which, step]
+                rate = self._programs.replicate(self.rates[group.which, step])
                 group.state, group.totals = take(group.state, group.totals, group.seed, rate, batch)
             taken += 1
         jax.block_until_ready([group.totals for group in self._groups])
@@ -391,7 +392,7 @@ class SeedStates:
 
     def evaluate(self, data: Batch, count: int, *, best: bool = False) -> dict[str, np.ndarray]:
         """Sums of loss and metrics [K], predictions [K, M], of the current or the best parameters on a padded split."""
-        program, rest = self._programs.evaluate, (data, np.int32(count))
+        program, rest = self._programs.evaluate, (data, self._programs.replicate(np.int32(count)))
         starts = [group.best if best else group.state.variables for group in self._groups]
         results = [self._call("evaluate", program, variables, *rest) for variables in starts]
         sums = [{**result.metrics, "loss": result.loss, "predictions": result.predictions} for result in results]
@@ -400,7 +401,8 @@ class SeedStates:
     def update_best(self, improved: np.ndarray) -> None:
         """Make the current parameters the best of every seed where `improved` bool [K] says so."""
         for group in self._groups:
-            group.best = self._programs.update_best(group.best, group.state.variables, improved[group.which])
+            better = self._programs.replicate(improved[group.which])
+            group.best = self._programs.update_best(group.best, group.state.variables, better)
 
     def trees(self) -> dict[str, Any]:
         """The arrays of a checkpoint, by item."""
@@ -413,12 +415,12 @@ class SeedStates:
         for group in self._groups:
             picked = dict(trees)
             if len(self._groups) > 1:
-                picked = jax.tree.map(lambda leaf, index=group.which: leaf[index], trees)
-            best, steps = picked.pop("best"), jnp.full_like(group.state.step, step)
+                picked = jax.tree.map(partial(lax.index_in_dim, index=group.which, keepdims=False), trees)
+            best, steps = picked.pop("best"), np.full(group.state.step.shape, step, np.int32)
             group.best, group.state = self._programs.place((best, TrainState(step=steps, **picked)))
 
     def _gather(self, values: list[jax.Array]) -> np.ndarray:
-        arrays = [np.asarray(value) for value in values]
+        arrays = jax.device_get(values)
         return arrays[0] if self._programs.vectorized else np.stack(arrays)
 
 

@@ -189,14 +189,15 @@ def commutes(optimizer: optax.GradientTransformation, shapes: Any, layouts: Layo
     leaves, structure = jax.tree.flatten(params)
     convert = partial(_convert_heads, layouts, "params")
     try:
-        for scale in (0.0, 10.0):
-            gradients = jax.tree.unflatten(structure, [leaf * scale * (i + 1) for i, leaf in enumerate(leaves)])
-            total, state = jax.jit(moved)(params, gradients)
-            expected = convert(total), _convert_copies(convert, params, state)
-            found = jax.jit(moved)(convert(params), convert(gradients))
-            same = jax.tree.map(partial(np.allclose, rtol=1e-3, atol=1e-30), found, expected)
-            if not all(jax.tree.leaves(same)):
-                return False
+        with jax.numpy_dtype_promotion("standard"), jax.transfer_guard("allow"):  # nothing here is the training's
+            for scale in (0.0, 10.0):
+                gradients = jax.tree.unflatten(structure, [leaf * scale * (i + 1) for i, leaf in enumerate(leaves)])
+                total, state = jax.jit(moved)(params, gradients)
+                expected = convert(total), _convert_copies(convert, params, state)
+                found = jax.jit(moved)(convert(params), convert(gradients))
+                same = jax.tree.map(partial(np.allclose, rtol=1e-3, atol=1e-30), found, expected)
+                if not all(jax.tree.leaves(same)):
+                    return False
     except (ValueError, TypeError, KeyError, AttributeError):  # an optimiser for this tree of parameters alone
         return False
     return True

@@ -198,7 +198,8 @@ class TrainStep:
     def _moved(self, state: TrainState, gradients: Any, batch_stats: Any, learning_rate: jax.Array) -> TrainState:
         """`state` one step on, with the new running statistics `batch_stats`."""
         moving = trainable(state.params, self.frozen)
-        direction, opt_state = self.optimizer.update(gradients, state.opt_state, moving)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies Python's floats with its int32 counts
+            direction, opt_state = self.optimizer.update(gradients, state.opt_state, moving)
         moved = jax.tree.map(lambda p, d: p - learning_rate.astype(p.dtype) * d, moving, direction)
         params = {**state.params, **moved}
         ema = averaged(state.ema, params, batch_stats, state.step, self.ema_decay) if state.ema else state.ema
@@ -307,12 +308,14 @@ class EvalStep:
         inputs, labels = batch
         logits = self.apply(variables, inputs, train=False)
         nothing = jnp.zeros(len(mask), jnp.int32)
+
+        def masked(function: Callable[[jax.Array, Any], jax.Array]) -> jax.Array:
+            values = each_example(function, logits, labels)
+            return jnp.where(mask, values, jnp.zeros((), values.dtype))
+
         return Evaluation(
-            loss=jnp.sum(jnp.where(mask, each_example(self.loss, logits, labels), 0)),
-            metrics={
-                name: _total(jnp.where(mask, each_example(metric, logits, labels), 0))
-                for name, metric in self.metrics.items()
-            },
+            loss=jnp.sum(masked(self.loss)),
+            metrics={name: _total(masked(metric)) for name, metric in self.metrics.items()},
             predictions=jnp.argmax(logits, -1).astype(jnp.int32) if self.classifies else nothing,
         )
 

@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from pspinal_jax import checkpoints as store
@@ -57,6 +58,14 @@ def copied(saved, tmp_path):
 def test_the_two_newest_are_kept_and_the_newest_comes_back(saved):
     assert steps(saved) == [11, 12]
     assert_holds(read_newest(saved, abstract), 3.0, {"epoch": 2})
+
+
+def test_orbax_v1_reads_what_is_written(saved):
+    """The interface that Orbax moves to, which needs nothing of ours."""
+    like = {name: tree for name, tree in abstract(None).items() if tree}
+    found = ocp.v1.load_checkpointables(saved / "12", like)
+    jax.tree.map(np.testing.assert_array_equal, found, {name: trees(3.0)[name] for name in like})
+    assert ocp.v1.load_checkpointables(saved / "12", {"record": None})["record"]["position"] == {"epoch": 2}
 
 
 @pytest.mark.parametrize(("item", "named"), [("params", "params/head/kernel"), ("best", "best/kernel")])
