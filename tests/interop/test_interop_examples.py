@@ -11,10 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 HEADS = {"plain_jax": "jax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku"}
-OTHER_MODELS = {
-    "jax_resnet": ["--steps", "60", "--hidden-sizes", "32", "32", "64", "64"],
-    "equimo": ["--steps", "60", "--depth", "1"],
-}
+OTHER_MODELS = {"jax_resnet": ["--steps", "60", "--hidden-sizes", "32", "32", "64", "64"], "equimo": []}
 
 
 @pytest.fixture
@@ -46,8 +43,8 @@ def test_a_head_learns_in_its_framework(name, compile_fast, monkeypatch, capsys)
 def test_somebody_elses_model_learns_with_the_head(package, monkeypatch, capsys):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (extra `examples`)")
-    before, after = run_example(f"other_model_{package}", OTHER_MODELS[package], monkeypatch, capsys)
-    assert before < 0.3 and after > 0.7
+    *_, accuracy = run_example(f"other_model_{package}", OTHER_MODELS[package], monkeypatch, capsys)
+    assert accuracy > 0.7
 
 
 def test_every_example_is_tested_and_documented():

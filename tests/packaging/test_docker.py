@@ -11,6 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = ("Dockerfile", "Dockerfile.cuda")
+CONSTRAINTS = (REPOSITORY / "constraints.txt").read_text()
 
 
 def copied(name):
@@ -32,6 +33,16 @@ def test_the_two_differ_in_the_extra_alone():
         [line for line in (REPOSITORY / name).read_text().splitlines() if not line.startswith("#")] for name in FILES
     )
     assert [line.replace("cuda,", "") for line in other] == one != other
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_version_is_pinned_and_nothing_runs_as_root(name):
+    text = (REPOSITORY / name).read_text()
+    installs = re.findall(r"pip install [^&]*", text)
+    assert len(installs) == 2 and all("constraints.txt" in each for each in installs)
+    assert "--no-build-isolation" in text, "or pip would build with the newest hatchling"
+    assert {"hatchling", "trove-classifiers"} <= set(re.findall(r"^([\w-]+)==", CONSTRAINTS, re.MULTILINE))
+    assert re.search(r"^USER 1000$", text, re.MULTILINE)
 
 
 @pytest.mark.slow
