@@ -416,7 +416,8 @@ class SeedStates:
             picked = dict(trees)
             if len(self._groups) > 1:
                 picked = jax.tree.map(partial(lax.index_in_dim, index=group.which, keepdims=False), trees)
-            best, steps = picked.pop("best"), np.full(group.state.step.shape, step, np.int32)
+            steps: Any = np.full(group.state.step.shape, step, np.int32)
+            best = picked.pop("best")
             group.best, group.state = self._programs.place((best, TrainState(step=steps, **picked)))
 
     def _gather(self, values: list[jax.Array]) -> np.ndarray:
