@@ -91,7 +91,7 @@ def test_the_blocks_of_the_front_page_run_in_order(wheel, installed, tmp_path):
     rng = np.random.default_rng(0)
     for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
         (tmp_path / "my_pictures" / name).mkdir(parents=True)
-        for number in range(12):
+        for number in range(30):
             pixels = np.clip(rng.normal(colour, 20, (48, 64, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "my_pictures" / name / f"{number}.png")
     shutil.copy(tmp_path / "my_pictures" / "red" / "0.png", tmp_path / "new2.png")
