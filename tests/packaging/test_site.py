@@ -109,11 +109,15 @@ def text_of_string(text):
 
 
 @pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("width", [1280, 420])
-def test_a_page_fits_its_width(site, name, width, tmp_path):
-    """A picture of it is neither blank nor wider than the window."""
-    address = (site / "docs" / f"{name}.html").as_uri()
-    picture = tmp_path / "page.png"
-    chromium("--virtual-time-budget=5000", f"--window-size={width},1400", f"--screenshot={picture}", address)
+@pytest.mark.parametrize("width, scheme, brightness", [(1280, "light", (180, 255)), (420, "dark", (0, 100))])
+def test_a_page_fits_its_width_in_either_theme(site, name, width, scheme, brightness, tmp_path):
+    address, picture, frame = (site / "docs" / f"{name}.html").as_uri(), tmp_path / "page.png", tmp_path / "frame.html"
+    theme = f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"
+    chromium("--virtual-time-budget=5000", theme, f"--window-size={width},1400", f"--screenshot={picture}", address)
     pixels = np.asarray(Image.open(picture).convert("L"))
     assert pixels.shape == (1400, width) and pixels.std() > 10
+    assert brightness[0] <= np.median(pixels) <= brightness[1]
+    measure = "document.title = this.contentDocument.documentElement.scrollWidth"
+    frame.write_text(f'<iframe src="{address}" style="width: {width}px; border: 0" onload="{measure}"></iframe>')
+    found = chromium("--virtual-time-budget=5000", "--dump-dom", frame.as_uri())
+    assert int(re.search(r"<title>(\d+)</title>", found)[1]) <= width, "wider than the window"
