@@ -150,12 +150,12 @@ def describe_result(result: dict[str, Any]) -> str:
 def _calibration(found: dict[str, Any]) -> list[str]:
     """The line about the entry `calibration` of result.json."""
     if found["reason"]:
-        return [f"no temperature, and nothing is called unknown: {found['reason']}"]
+        return [f"no temperature, and predict never answers unknown: {found['reason']}"]
     before, after = (percent(float(np.mean(found["calibration_error"][when]))) for when in ("before", "after"))
     return [
-        f"temperature {np.mean(found['temperature']):.3f}: calibration error {before}, with it {after}, on "
-        f"{found['examples']:,} held-out examples; predict calls unknown what scores below "
-        f"{np.mean(found['threshold']):.3f}, as {1 - found['accept']:.0%} of these do"
+        f"temperature {np.mean(found['temperature']):.3f}: calibration error {before} before and {after} after, on "
+        f"{found['examples']:,} held-out examples; predict answers unknown below a score of "
+        f"{np.mean(found['threshold']):.3f} ({1 - found['accept']:.0%} of these)"
     ]
 
 
@@ -184,10 +184,10 @@ def describe_scores(report: dict[str, Any]) -> list[str]:
         lines[-1] += f"; at temperature {report['temperature']:.3f} ({before} without)"
     if "rejection" in report:
         passed = ", ".join(
-            f"{percent(each['accuracy'])} of the {100 * each['accepted']:.1f} % known at {each['accept']:g}"
+            f"{percent(each['accuracy'])} of {100 * each['accepted']:.1f} % (accept {each['accept']:g})"
             for each in report["rejection"][:_NAMED]
         )
-        lines.append(f"accuracy where the unknown is rejected: {passed}")
+        lines.append(f"accuracy on accepted examples: {passed}")
     rows = [["class, worst first", "examples", "precision", "recall", "F1"]]
     for each in worst_first(report["classes"])[:MAX_ROWS]:
         scores = [percent(each[name]) for name in ("precision", "recall", "f1")]
@@ -200,7 +200,7 @@ def describe_scores(report: dict[str, Any]) -> list[str]:
             f"{printable(each['true'])} taken for {printable(each['predicted'])} {each['count']} times"
             for each in report["most_confused"][:_NAMED]
         ]
-        lines.append(f"most often: {'; '.join(named)}")
+        lines.append(f"most frequent confusions: {'; '.join(named)}")
     return lines
 
 

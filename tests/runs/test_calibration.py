@@ -221,6 +221,6 @@ def test_head_on_cached_features_is_calibrated_by_another_training(pictures, tin
     assert main(["train", "folder", "--data.path", str(pictures), "--workdir", str(workdir), *tiny_flags, *flags]) == 0
     found = RunDirectory(workdir).result()["calibration"]
     assert found["examples"] == 6 and "left out of another training" in found["of"] and len(found["temperature"]) == 2
-    assert "on 6 held-out examples; predict calls unknown what scores below" in capsys.readouterr().out
+    assert "on 6 held-out examples; predict answers unknown below a score of" in capsys.readouterr().out
     held = read_variables(workdir / module.CALIBRATION)
     assert held["0"]["means"].shape == (8, 3) and len(held["1"]["held_out"]) == 6
