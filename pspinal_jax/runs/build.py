@@ -81,14 +81,17 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
     if (recipe.patience or recipe.retrain) and not len(validation):
         given = f"patience is {recipe.patience}, expected 0" if recipe.patience else "retrain is True, expected False"
         field = "num_validation" if data.in_memory else "validation_fraction"
-        raise UsageError(f"{given} where nothing is held out to validate on; hold some out with data.{field}")
+        raise UsageError(f"{given} if no examples are held out to validate on; hold some out with data.{field}")
     if recipe.batch_size > len(train):
-        raise UsageError(f"batch_size is {recipe.batch_size}, expected at most {len(train)}, the examples to train on")
+        count = len(train)
+        raise UsageError(
+            f"batch_size is {recipe.batch_size}, expected at most {count}, the number of training examples"
+        )
     for stage in make_stages(recipe, train, validation):
         if stage.tail_size == 1 and recipe.refuses_batches_of_one:
             raise UsageError(
                 f"batch_size is {recipe.batch_size}, which leaves 1 example for the last batch of an epoch, and batch "
-                "norm needs 2; choose another, or leave it out with data.drop_remainder"
+                "norm needs 2; choose another, or drop the last batch with data.drop_remainder"
             )
     return train, validation
 
