@@ -81,7 +81,7 @@ def split_examples(recipe: Recipe, data: Dataset[Split]) -> tuple[np.ndarray, np
     if (recipe.patience or recipe.retrain) and not len(validation):
         given = f"patience is {recipe.patience}, expected 0" if recipe.patience else "retrain is True, expected False"
         field = "num_validation" if data.in_memory else "validation_fraction"
-        raise UsageError(f"{given} if no examples are held out to validate on; hold some out with data.{field}")
+        raise UsageError(f"{given} where nothing is held out to validate on; hold some out with data.{field}")
     if recipe.batch_size > len(train):
         count = len(train)
         raise UsageError(
