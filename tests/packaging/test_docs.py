@@ -56,7 +56,7 @@ BEFORE = {"export.md": export_page, "metrics.md": metrics_page, "which_head.md":
         pytest.param(
             page,
             id=page.name,
-            marks=[pytest.mark.slow] if re.search(r"pspinal_jax.(train|fit|compare)\(", page.read_text()) else [],
+            marks=[pytest.mark.slow] if re.search(r"(pspinal_jax.(train|fit|compare)|benchmark.step)\(", page.read_text()) else [],
         )
         for page in PAGES
         if blocks(page, "python")

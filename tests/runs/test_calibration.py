@@ -213,6 +213,7 @@ def test_too_few_held_out_reject_nothing_and_say_so(npz_path, tmp_path):
     assert read_calibration(RunDirectory(tmp_path / "run"), 0) is None
 
 
+@pytest.mark.slow
 def test_head_on_cached_features_is_calibrated_by_another_training(pictures, tiny_flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "MIN_EXAMPLES", 6)
     monkeypatch.setattr(module, "ACCEPT", 0.8)

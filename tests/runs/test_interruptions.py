@@ -165,6 +165,7 @@ def full_disk():
         room()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_nothing_is_lost(run, undisturbed, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
 

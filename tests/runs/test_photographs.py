@@ -106,9 +106,8 @@ EVERY_OPTION = (
 )
 
 
-@pytest.mark.parametrize(
-    "more", [pytest.param("", id="plain"), pytest.param(EVERY_OPTION, marks=pytest.mark.slow, id="every option")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [pytest.param("", id="plain"), pytest.param(EVERY_OPTION, id="every option")])
 def test_a_streamed_run_resumed_equals_one_that_never_stopped(pictures, tmp_path, monkeypatch, more):
     flags = ["--num-seeds", "2", "--checkpoint-seconds", "0", "--model.backbone", "none", *more.split()]
     if more:  # of which --data.fit crop takes another part each epoch

@@ -86,6 +86,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(finished, tmp_path, monkeyp
         chex.assert_trees_all_equal(load_variables(tmp_path / "run", index)[0], load_variables(workdir, index)[0])
 
 
+@pytest.mark.slow
 def test_what_is_reported_is_what_is_kept_and_the_settings_come_back(finished):
     """The averages: evaluating the checkpoint's selected parameters gives the result's accuracy."""
     recipe, workdir, result = finished["vmap"]
@@ -166,7 +167,8 @@ def scripted(monkeypatch, accuracies):
     monkeypatch.setattr(SeedStates, "evaluate", evaluated)
 
 
-@pytest.mark.parametrize("retrain", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("retrain", [False, True])
 def test_patience_ends_the_run_and_no_seed_depends_on_the_other(recipe, tmp_path, monkeypatch, retrain):
     """Seed 0 gives up after epoch 3, its better epoch 5 comes too late; seed 1 after epoch 6."""
     accuracies = [[10, 5], [9, 6], [8, 7], [9, 8], [24, 7], [24, 6], [24, 24], [24, 24]]

@@ -45,7 +45,7 @@ def test_options_without_effect_are_not_asked_for(monkeypatch, fresh, optimised)
     assert convolution_options("cpu") == {}
 
 
-@pytest.mark.parametrize(("backbone", "reached"), [("vgg5", True), ("none", False)])
+@pytest.mark.parametrize(("backbone", "reached"), [pytest.param("vgg5", True, marks=pytest.mark.slow), ("none", False)])
 def test_they_reach_the_programs_with_convolutions_and_no_others(monkeypatch, backbone, reached):
     monkeypatch.setattr(build, "convolution_options", lambda platform: UNKNOWN)
     recipe = load_recipe("mnist")

@@ -135,7 +135,8 @@ def states(run, steps=5):
     return found, order, totals
 
 
-@pytest.mark.parametrize("layout", [pytest.param("fused", marks=pytest.mark.slow), "packed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fused", "packed"])
 def test_the_moving_average_is_that_of_params_and_running_statistics(layout):
     found, *_ = states(programs(ema_decay=0.3, head_layouts=head_layouts(layout)))
     expected = {"params": found[0].params, "batch_stats": found[0].batch_stats}
