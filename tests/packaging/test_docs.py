@@ -49,6 +49,8 @@ def which_head_page(place, npz_path):
 BEFORE = {"export.md": export_page, "metrics.md": metrics_page, "which_head.md": which_head_page}
 """What has to be there before a page's first block: it makes that, and gives the names that the page has of it."""
 
+TRAINS = re.compile(r"pspinal_jax\.(train|fit|compare)\(|benchmark\.step\(")
+
 
 @pytest.mark.parametrize(
     "page",
@@ -56,7 +58,7 @@ BEFORE = {"export.md": export_page, "metrics.md": metrics_page, "which_head.md":
         pytest.param(
             page,
             id=page.name,
-            marks=[pytest.mark.slow] if re.search(r"(pspinal_jax.(train|fit|compare)|benchmark.step)\(", page.read_text()) else [],
+            marks=[pytest.mark.slow] if TRAINS.search(page.read_text()) else [],
         )
         for page in PAGES
         if blocks(page, "python")
