@@ -156,7 +156,7 @@ class EfficientNetLite(nn.Module):
 
     Attributes:
       variant: one of `SCALES`.
-      dtype: dtype to compute in and of the features; None for the wider of the images' and `param_dtype`. Batch norm
+      dtype: dtype of computations and features; None for the wider of the images' and `param_dtype`. Batch norm
         always computes in float32 or wider.
       param_dtype: dtype of the parameters.
 

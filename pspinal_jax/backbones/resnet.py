@@ -136,7 +136,7 @@ class ResNet(nn.Module):
 
     Attributes:
       variant: one of `VARIANTS`.
-      dtype: dtype to compute in and of the features; None for the wider of the images' and `param_dtype`. Batch norm
+      dtype: dtype of computations and features; None for the wider of the images' and `param_dtype`. Batch norm
         always computes in float32 or wider.
       param_dtype: dtype of the parameters.
       remat: store each block's input alone for the backward pass and compute the block again there: less memory, more

@@ -82,7 +82,7 @@ class VGG5(nn.Module):
     Batch norm follows torch: epsilon 1e-5, weight 0.9 on the old running value, unbiased running variance.
 
     Attributes:
-      dtype: dtype to compute in and of the features; None for the wider of the images' and `param_dtype`. Batch norm
+      dtype: dtype of computations and features; None for the wider of the images' and `param_dtype`. Batch norm
         always computes in float32 or wider.
       param_dtype: dtype of the parameters.
 

@@ -1,6 +1,6 @@
-"""The baselines: SpinalNet's head, which ProgressiveSpinalNet set out to improve; one hidden layer; one linear layer.
+"""The baselines: SpinalNet's head, on which ProgressiveSpinalNet builds, an MLP with one hidden layer, a linear layer.
 
-A layer is dropout, linear, norm, activation, in the order of the published scripts.
+A layer is dropout, linear, norm and activation, in the order of the published scripts.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ from pspinal_jax.layers.norm import check_mutable, check_rows
 
 
 class DropLinear(nn.Module):
-    """act(norm(W dropout(x) + b)) on rows [N, D] -> [N, width]; no activation where it is None."""
+    """act(norm(W dropout(x) + b)) on rows [N, D] -> [N, width]; activation None for none."""
 
     linear: Linear
     dropout_rate: Rate = 0.0
@@ -52,7 +52,7 @@ class DropLinear(nn.Module):
 
 
 class SpinalHead(nn.Module):
-    """SpinalNet's head (arXiv 2007.03347): half of the features and the previous layer's output at each layer.
+    """SpinalNet's head (arXiv 2007.03347), in which each layer sees half of the features and the previous output.
 
     With the features [..., D] split into a (the first D // 2) and b (the rest)::
 
@@ -75,11 +75,11 @@ class SpinalHead(nn.Module):
       num_classes: C, number of logits.
       layer_width: W, width of each hidden layer.
       num_layers: L, number of hidden layers.
-      dropout_rate: probability of dropping an input of a layer or of the output, a fresh mask each. Or a scalar array,
-        see `ProgressiveSpinalHead`.
+      dropout_rate: probability of dropping an input of a layer or of the output, with separate masks. It may be a
+        scalar array, see `ProgressiveSpinalHead`.
       norm: None or 'none', or 'batch' for batch norm with torch's conventions before the activation.
       activation: elementwise function, ReLU by default.
-      dtype: dtype to compute in; None for the wider of the features' and `param_dtype`.
+      dtype: dtype of computations; None for the wider of the features' and `param_dtype`.
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the kernels; None for uniform in ±1/sqrt(fan_in), torch.nn.Linear's default.
       bias_init: initializer of the biases; None for the same.
@@ -126,7 +126,7 @@ class SpinalHead(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """One hidden layer: logits = W_2 dropout(act(norm(W_1 dropout(x) + b_1))) + b_2.
+    """A head with one hidden layer: logits = W_2 dropout(act(norm(W_1 dropout(x) + b_1))) + b_2.
 
     Example::
 
@@ -142,13 +142,12 @@ class MLPHead(nn.Module):
 
     Attributes:
       num_classes: C, number of logits.
-      layer_width: width of the hidden layer. `matching_width` gives the one that equals a progressive head in
-        parameters.
-      dropout_rate: probability of dropping an input of either layer, in training. Or a scalar array, see
+      layer_width: width of the hidden layer. `matching_width` computes the width for a number of parameters.
+      dropout_rate: probability of dropping an input of either layer in training. It may be a scalar array, see
         `ProgressiveSpinalHead`.
       norm: None or 'none', or 'batch' for batch norm with torch's conventions before the activation.
       activation: elementwise function, ReLU by default.
-      dtype: dtype to compute in; None for the wider of the features' and `param_dtype`.
+      dtype: dtype of computations; None for the wider of the features' and `param_dtype`.
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the kernels; None for uniform in ±1/sqrt(fan_in), torch.nn.Linear's default.
       bias_init: initializer of the biases; None for the same.
@@ -186,13 +185,13 @@ class MLPHead(nn.Module):
 
 
 def matching_width(num_parameters: int, num_features: int, num_classes: int, batch_norm: bool) -> int:
-    """The hidden width at which an `MLPHead` comes closest to `num_parameters` trainable parameters, at least 1."""
+    """The hidden width, at least 1, for which an `MLPHead` is closest to `num_parameters` trainable parameters."""
     per_unit = num_features + 1 + num_classes + (2 if batch_norm else 0)
     return max(1, round((num_parameters - num_classes) / per_unit))
 
 
 class DenseHead(nn.Module):
-    """Linear classifier, the smallest baseline: logits = W dropout(x) + b.
+    """A linear classifier, the smallest baseline: logits = W dropout(x) + b.
 
     Example::
 
@@ -207,8 +206,8 @@ class DenseHead(nn.Module):
 
     Attributes:
       num_classes: C, number of logits.
-      dropout_rate: probability of dropping a feature, in training. Or a scalar array, see `ProgressiveSpinalHead`.
-      dtype: dtype to compute in; None for the wider of the features' and `param_dtype`.
+      dropout_rate: probability of dropping a feature in training; a scalar array too, see `ProgressiveSpinalHead`.
+      dtype: dtype of computations; None for the wider of the features' and `param_dtype`.
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the kernel; None for uniform in ±1/sqrt(D), torch.nn.Linear's default.
       bias_init: initializer of the bias; None for the same.

@@ -35,7 +35,7 @@ from pspinal_jax.layers.norm import check_mutable, check_rows
 
 
 class ProgressiveSpinalHead(nn.Module):
-    """Fully connected head in which every layer sees the features and the outputs of all earlier layers.
+    """A fully connected head in which every layer sees the features and the outputs of all earlier layers.
 
     With features x [..., D], L = `num_layers`, W = `layer_width`, C = `num_classes` (P. Chopra, "ProgressiveSpinalNet
     architecture for FC layers", arXiv 2103.11373, and its published scripts)::
@@ -59,7 +59,7 @@ class ProgressiveSpinalHead(nn.Module):
     With ``norm='batch'``, training updates running statistics:
     ``logits, new = head.apply(variables, features, train=True, rngs=..., mutable=['batch_stats'])``.
 
-    Variables, the same tree for every implementation::
+    The variables form the same tree for every implementation::
 
         params       layer_i/kernel      [D + (i - 1) W, W]   i = 1 .. L; rows: the features, then y_1 .. y_{i-1}
                      layer_i/bias        [W]
@@ -68,34 +68,34 @@ class ProgressiveSpinalHead(nn.Module):
                      output/bias         [C]
         batch_stats  layer_i/norm/mean   [W]                  with norm='batch', likewise layer_i/norm/var
 
-    ``params`` have dtype `param_dtype`; ``batch_stats`` have it too, but float32 at least. In place of the tree,
-    ``apply`` also takes what `fuse_params`, or `pack_params` and `pack_batch_stats`, make of it; a training loop may
-    hold them in the layout that its implementation computes with, and so save a copy of the parameters per step.
+    ``params`` have dtype `param_dtype`, and ``batch_stats`` the same, but at least float32. ``apply`` also takes the
+    layouts made by `fuse_params`, or by `pack_params` and `pack_batch_stats`. A training loop can keep the variables in
+    the layout of its implementation, which saves a copy of the parameters per step.
 
     Attributes:
       num_classes: C, number of logits.
       layer_width: W, width of each hidden layer.
       num_layers: L, number of hidden layers.
-      dropout_rate: probability of dropping a feature in u. One mask per forward pass. A scalar floating-point array,
-        also a traced one, is taken as it is and gives the masks of the number that it holds: with
-        ``head.clone(dropout_rate=rate)`` inside a jitted function one program serves every rate.
-      layer_dropout_rate: probability of dropping an entry of the whole input of a layer, or of the output, drawn
-        afresh for each and on top of u's mask (QMNIST script; layer 1 then sees its own dropout of x, not u).
+      dropout_rate: probability of dropping a feature in u, with one mask per forward pass. It may be a scalar
+        floating-point array, also a traced one, and gives the same masks as the number: with
+        ``head.clone(dropout_rate=rate)`` inside a jitted function, one program serves every rate.
+      layer_dropout_rate: probability of dropping an entry of the whole input of a layer or of the output, drawn
+        separately for each and in addition to u's mask (QMNIST script; layer 1 then sees its own dropout of x, not u).
       norm: None or 'none', or 'batch' for batch norm before the activation with torch's conventions (epsilon 1e-5,
         running averages with weight 0.9 on the old value, unbiased running variance).
       activation: elementwise function, ReLU by default.
-      implementation: 'unrolled' writes the layers one after the other; 'fused' makes one matrix product of all that
-        read the same input, the fastest for a few layers and a batch of 32 or more on parameters in its own layout
-        (`fuse_params`; from the documented tree, which it copies at every call, slower than 'unrolled'); 'scan' runs
-        one lax.scan whose program does not grow with L and whose backward pass stores one buffer [N, L W]
-        (reverse-mode derivatives only; its layout: `pack_params`). 'auto' takes the one whose layout the parameters
-        have, and for the documented tree 'unrolled' below 64 layers, 'scan' from there on. All give the same logits,
-        gradients and statistics up to rounding, with the same masks from the same key.
-      dtype: dtype to compute in and of the logits; None for the wider of the features' and `param_dtype`.
-        Batch norm always computes in float32 or wider.
+      implementation: 'unrolled' computes the layers one after the other. 'fused' computes one matrix product for
+        everything that reads the same input. It is fastest for few layers and batches of 32 or more with parameters in
+        its layout (`fuse_params`); with the documented tree, which it copies at every call, it is slower than
+        'unrolled'. 'scan' runs one lax.scan, whose program does not grow with L and whose backward pass stores one
+        buffer [N, L W] (reverse-mode derivatives only; layout `pack_params`). 'auto' selects the implementation of the
+        parameters' layout and, for the documented tree, 'unrolled' below 64 layers and 'scan' from there on. All give
+        the same logits, gradients and statistics up to rounding, with the same masks from the same key.
+      dtype: dtype of computations and logits; None for the wider of the features' and `param_dtype`. Batch norm always
+        computes in float32 or wider.
       param_dtype: dtype of the parameters.
       kernel_init: initializer of the kernels; None for uniform in ±1/sqrt(fan_in), torch.nn.Linear's default.
-      bias_init: initializer of the biases; None for the same as torch.nn.Linear's.
+      bias_init: initializer of the biases; None for torch.nn.Linear's default.
 
     Raises:
       ValueError: on an attribute outside its range, features without a last axis, packed or fused variables of another
@@ -128,12 +128,12 @@ class ProgressiveSpinalHead(nn.Module):
         """Logits [..., C] of features [..., D].
 
         Args:
-          features: floating-point array [..., D]; every axis but the last is batch.
-          train: True draws dropout masks (from the ``'dropout'`` rng, needed only where a rate is above 0) and
+          features: floating-point array [..., D]; all axes except the last are batch axes.
+          train: True draws dropout masks (from the ``'dropout'`` rng, which is needed only if a rate is above 0) and
             normalises with batch statistics; False drops nothing and uses the running statistics.
 
         Returns:
-          Logits [..., C] in the compute dtype.
+          Logits [..., C] in the dtype of computations.
         """
         rows = as_rows(features, self.dtype, self.param_dtype)
         if self.norm and train and not self.is_initializing():

@@ -1,4 +1,4 @@
-"""The progressive head as two pure functions, for hand-written JAX; the other modules here are built on them."""
+"""The progressive head as two pure functions for plain JAX, on which the other modules of this package are built."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Unpack
@@ -18,8 +18,8 @@ class HeadFunctions(NamedTuple):
     Attributes:
       init: ``init(key, num_features) -> (params, batch_stats)`` draws the parameters for features [..., num_features];
         `batch_stats` is {} without batch norm.
-      apply: ``apply(params, batch_stats, features, *, train, key=None) -> (logits, batch_stats)``, logits [..., C] of
-        features [..., D] and the running statistics after them; see `apply_head`.
+      apply: ``apply(params, batch_stats, features, *, train, key=None) -> (logits, batch_stats)`` computes logits
+        [..., C] of features [..., D] and the new running statistics; see `apply_head`.
     """
 
     init: Callable[..., tuple[Tree, Tree]]
@@ -40,8 +40,8 @@ def progressive_head(num_classes: int, layer_width: int, **options: Unpack[HeadO
         >>> logits.shape
         (64, 10)
 
-    `params` and `batch_stats` are the linen head's collections of those names, as nested dicts: variables of a linen
-    head are used as ``apply(variables['params'], variables.get('batch_stats', {}), ...)``, and the other way round.
+    `params` and `batch_stats` are nested dicts like the linen head's collections of those names. Variables of a linen
+    head are used as ``apply(variables['params'], variables.get('batch_stats', {}), ...)``, and vice versa.
 
     Args:
       num_classes: C, number of logits.
@@ -50,13 +50,13 @@ def progressive_head(num_classes: int, layer_width: int, **options: Unpack[HeadO
 
     Returns:
       ``init(key, num_features) -> (params, batch_stats)`` and
-      ``apply(params, batch_stats, features, *, train, key=None) -> (logits, batch_stats)``, both pure: differentiate
-      ``apply`` in its first argument, jit it with `train` static. `batch_stats` is {} without batch norm and comes
-      back as it went in unless `train`. `key` draws the dropout masks.
+      ``apply(params, batch_stats, features, *, train, key=None) -> (logits, batch_stats)``. Both are pure.
+      Differentiate ``apply`` in its first argument, and jit it with `train` static. `batch_stats` is {} without batch
+      norm, and is returned unchanged unless `train`. `key` draws the dropout masks.
 
     Raises:
-      ValueError: on an option outside its range; from `apply`, where dropout needs a key, the features have no last
-        axis, or batch norm is trained on one row.
+      ValueError: on an option outside its range; from `apply`, if dropout needs a key, the features have no last axis,
+        or batch norm is trained on one row.
       TypeError: from `apply`, if the features are not floating-point.
     """
     head = ProgressiveSpinalHead(num_classes, layer_width, **options)
@@ -73,7 +73,7 @@ def progressive_head(num_classes: int, layer_width: int, **options: Unpack[HeadO
 
 
 def init_head(head: ProgressiveSpinalHead, key: jax.Array, num_features: int) -> tuple[Tree, Tree]:
-    """Params and batch_stats of `head` for features [..., num_features]; what ``head.init`` draws from `key`.
+    """Draw params and batch_stats of `head` for features [..., num_features], as ``head.init`` does from `key`.
 
     Raises:
       ValueError: if `num_features` is below 1.
@@ -92,22 +92,22 @@ def apply_head(
     train: bool,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Tree]:
-    """Logits of a linen head, and its running statistics after it.
+    """Logits of a linen head, and its new running statistics.
 
     Args:
-      head: what to compute.
+      head: the head.
       params: its parameters, in any layout that the head takes.
       batch_stats: its running statistics; {} without batch norm.
       features: floating-point array [..., D].
       train: True draws dropout masks and normalises with batch statistics; False does neither.
-      key: key of the dropout masks, the same masks as ``head.apply(..., rngs={'dropout': key})``; needed in training
-        where a rate is above 0.
+      key: key of the dropout masks, which are those of ``head.apply(..., rngs={'dropout': key})``; needed in training
+        if a rate is above 0.
 
     Returns:
       (logits [..., C], batch_stats).
 
     Raises:
-      ValueError: where dropout needs a key and there is none.
+      ValueError: if dropout needs a key and there is none.
     """
     rngs: dict[str, jax.Array] = {}
     if train and draws_masks(head):

@@ -1,4 +1,4 @@
-"""Shared by the other libraries' heads: the keyword options, and a linen head's variables, checked to fit."""
+"""Shared by the heads of other libraries: the keyword options, and a check of a linen head's variables."""
 
 from typing import Any, Literal, TypedDict
 
@@ -11,7 +11,7 @@ from pspinal_jax.layers.linear import Activation, Initializer, Tree
 
 
 class HeadOptions(TypedDict, total=False):
-    """What may be left out, with the defaults of `pspinal_jax.ProgressiveSpinalHead`, whose docstring has the details.
+    """The optional keywords, with the defaults of `pspinal_jax.ProgressiveSpinalHead`, whose docstring has the details.
 
     Attributes:
       num_layers: L, number of hidden layers; 4 by default.
