@@ -91,11 +91,11 @@ def describe_start(
     frozen = ("backbone",) if recipe.freeze == "backbone" else ()
     trained = f"{count_parameters(trainable(params, frozen)):,}, as the backbone is frozen" if frozen else "all"
     lines.append(f"{count_parameters(params):,} parameters; trained: {trained}")
-    devices = device()
+    devices, steps = device(), stages[0].steps_per_epoch
     lines.append(
         f"{devices['platform']} ({devices['kind']}), devices: {devices['count']}; seeds: {recipe.num_seeds}; "
-        f"{' then '.join(stage.name for stage in stages)}: {recipe.epochs} epochs of {stages[0].steps_per_epoch:,} "
-        f"steps of {recipe.batch_size} examples"
+        f"{' then '.join(stage.name for stage in stages)}: {recipe.epochs} epochs of {steps:,} step{'s' * (steps != 1)} "
+        f"of {recipe.batch_size} examples"
     )
     return [*lines, describe_head_training(recipe)] if recipe.cache_features else lines
 

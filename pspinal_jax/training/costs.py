@@ -30,7 +30,7 @@ MEASURED = (
 PROFILED_STEPS = 8
 _PEAKS = "peaks.json"
 _MOST = 1e30
-_NOT_KNOWN = "not known (`pspinal-jax benchmark machine` measures it)"
+_NOT_KNOWN = "not known (run `pspinal-jax benchmark machine`)"
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> Counter[str]:
@@ -157,7 +157,7 @@ def describe_costs(costs: Mapping[str, float]) -> dict[str, str]:
         "waiting for input": f"{costs['input_seconds']:.1f} s",
         "products and convolutions": "not counted" if rate is None else f"{rate / scale:.3g} {unit}FLOP/s",
         "share of the device's measured peak": _NOT_KNOWN if share is None else f"{100 * share:.1f} %",
-        "peak device memory": "not reported by the device" if memory is None else f"{memory:,.0f} MB",
+        "peak device memory": "not reported" if memory is None else f"{memory:,.0f} MB",
     }
 
 
