@@ -94,8 +94,8 @@ def describe_start(
     devices, steps = device(), stages[0].steps_per_epoch
     lines.append(
         f"{devices['platform']} ({devices['kind']}), devices: {devices['count']}; seeds: {recipe.num_seeds}; "
-        f"{' then '.join(stage.name for stage in stages)}: {recipe.epochs} epochs of {steps:,} step{'s' * (steps != 1)} "
-        f"of {recipe.batch_size} examples"
+        f"{' then '.join(stage.name for stage in stages)}: {recipe.epochs} epochs of "
+        f"{steps:,} step{'s' * (steps != 1)} of {recipe.batch_size} examples"
     )
     return [*lines, describe_head_training(recipe)] if recipe.cache_features else lines
 
