@@ -11,13 +11,13 @@ from pspinal_jax.recipes.schema import Card, DataConfig, Recipe
 
 
 def check_settings(recipe: Recipe) -> None:
-    """Check that every setting of `recipe` that is not at its default has an effect on a run of it.
+    """Check that every setting of `recipe` that differs from its default has an effect.
 
-    What a shipped recipe sets itself, or the recipe of a head on cached features, is left alone: with
-    `--optimizer.name sgd` its weight decay of adamw means nothing, and nobody asked for it.
+    Settings of a shipped recipe, or of the recipe for a head on cached features, are not checked. With
+    `--optimizer.name sgd`, for example, the recipe's weight decay for adamw has no effect, but the user did not set it.
 
     Raises:
-      UsageError: naming the first setting without an effect, and with what it would have one.
+      UsageError: naming the first setting without an effect, and when it would have one.
     """
     data, model, optimizer = recipe.data, recipe.model, recipe.optimizer
     images, held_out = data.image_size is not None, data.num_validation > 0
@@ -62,7 +62,7 @@ def check_settings(recipe: Recipe) -> None:
 
 
 def check_settings_for(recipe: Recipe, source: str, example_shape: Sequence[int]) -> None:
-    """As `check_settings`, for data whose examples have this shape: features [D], or images [H, W, C].
+    """Like `check_settings`, for data with examples of this shape: features [D] or images [H, W, C].
 
     Raises:
       UsageError: also if mean or std do not fit the channels.

@@ -49,10 +49,10 @@ CLASSIFIER = ("_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias")
 
 
 def pretrained_efficientnet(variant: str) -> dict[str, np.ndarray]:
-    """The ImageNet weights of `variant`, classifier included: of its pip package where that is installed, or the hub's.
+    """The ImageNet weights of `variant`, including the classifier, from its pip package or else from the hub.
 
     Raises:
-      DataError: if neither is to be had, or the package's file is not the published one.
+      DataError: if neither is available, or the package's file is not the published one.
     """
     check_choice("variant", variant, tuple(SCALES))
     path = _packaged(variant)
@@ -85,15 +85,15 @@ def _packaged(variant: str) -> Path | None:
 def efficientnet_variables(
     state_dict: StateDict, variant: str, *, drop: tuple[str, ...] = CLASSIFIER
 ) -> dict[str, Any]:
-    """Variables of our `EfficientNetLite` from a state dict of the pip packages' or timm's; all of it has to be used.
+    """Variables of our `EfficientNetLite` from a state dict with names of the pip packages or of timm, all used.
 
     Args:
       state_dict: names to arrays, see `read_state_dict`.
       variant: of the `EfficientNetLite`.
-      drop: tensors to leave out knowingly, where they are there.
+      drop: names of tensors to ignore if they are present.
 
     Returns:
-      ``{'params': .., 'batch_stats': ..}`` of NumPy arrays, in the dtype they came in (float32 for half precision).
+      ``{'params': .., 'batch_stats': ..}`` of NumPy arrays, in their original dtype (float32 for half precision).
 
     Raises:
       DataError: if tensors are missing, left over or of another shape; all of them are listed.
@@ -104,7 +104,7 @@ def efficientnet_variables(
 
 
 def efficientnet_state_dict(variables: Mapping[str, Any], variant: str, names: Names = "package") -> dict[str, Any]:
-    """The way back: that one's names and torch's order of axes, without the classifier.
+    """The inverse of `efficientnet_variables`: names of that kind and torch's axes, without classifier.
 
     Raises:
       DataError: if `variables` are not those of our `EfficientNetLite`.
@@ -148,7 +148,7 @@ def backbone_variables(name: str, source: str) -> dict[str, Any]:
       ``{'params': .., 'batch_stats': ..}`` of NumPy arrays.
 
     Raises:
-      DataError: if the weights cannot be had or read, or do not fit.
+      DataError: if the weights cannot be found or read, or do not fit.
     """
     pretrained = source == "pretrained"
     if name in SCALES:

@@ -1,4 +1,4 @@
-"""One file of a repository on the Hugging Face hub: from the cache without the network, and a quick answer offline."""
+"""A file of a repository on the Hugging Face hub: from the cache without a network, and a quick error offline."""
 
 import hashlib
 import re
@@ -13,10 +13,10 @@ _SECONDS_TO_ANSWER = 1.5
 
 
 def fetch(source: str) -> Path:
-    """The file model.safetensors of `source`, hf:OWNER/NAME.
+    """Fetch the file model.safetensors of `source`, hf:OWNER/NAME.
 
-    A copy in the hub's cache (HF_HOME) is taken without asking the network. A downloaded one is compared with the
-    SHA-256 that the hub has on record.
+    A copy in the hub's cache (HF_HOME) is used without the network. The SHA-256 of a download is compared with the
+    hub's.
 
     Raises:
       DataError: if there is no such file, or no network, or the package huggingface_hub is missing.

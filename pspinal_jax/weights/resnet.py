@@ -27,15 +27,15 @@ CLASSIFIER = ("fc.weight", "fc.bias")
 
 
 def resnet_variables(state_dict: StateDict, variant: str, *, drop: tuple[str, ...] = CLASSIFIER) -> dict[str, Any]:
-    """Variables of our `ResNet` from torchvision's (or timm's) state dict; every other tensor has to be used.
+    """Variables of our `ResNet` from torchvision's (or timm's) state dict, all of whose other tensors must be used.
 
     Args:
       state_dict: names to arrays, see `read_state_dict`.
       variant: of the `ResNet`.
-      drop: tensors to leave out knowingly, where they are there.
+      drop: names of tensors to ignore if they are present.
 
     Returns:
-      ``{'params': .., 'batch_stats': ..}`` of NumPy arrays, in the dtype they came in (float32 for half precision).
+      ``{'params': .., 'batch_stats': ..}`` of NumPy arrays, in their original dtype (float32 for half precision).
 
     Raises:
       DataError: if tensors are missing, left over or of another shape; all of them are listed.
@@ -46,7 +46,7 @@ def resnet_variables(state_dict: StateDict, variant: str, *, drop: tuple[str, ..
 
 
 def resnet_state_dict(variables: Mapping[str, Any], variant: str) -> dict[str, np.ndarray]:
-    """The way back: torchvision's names and order of axes, without ``fc``.
+    """The inverse of `resnet_variables`: torchvision's names and order of axes, without ``fc``.
 
     Raises:
       DataError: if `variables` are not those of our `ResNet`.
@@ -106,9 +106,9 @@ class _Sizes(NamedTuple):
 
 
 def classifier_variables(state_dict: StateDict, layout: str) -> dict[str, Any]:
-    """Variables of our `Classifier` from a published script's state dict; every tensor has to be used.
+    """Variables of our `Classifier` from a published script's state dict, all of whose tensors must be used.
 
-    The head's sizes (width, classes, number of layers; for 'mnist' features) are those of its tensors.
+    The head's sizes (width, classes, number of layers; for 'mnist' also features) are inferred from the tensors.
 
     Args:
       state_dict: names to arrays, see `read_state_dict`.
@@ -128,7 +128,7 @@ def classifier_variables(state_dict: StateDict, layout: str) -> dict[str, Any]:
 
 
 def classifier_state_dict(variables: Mapping[str, Any], layout: str) -> dict[str, np.ndarray]:
-    """The way back: the script's names and torch's order of axes.
+    """The inverse of `classifier_variables`: the script's names and torch's order of axes.
 
     Raises:
       DataError: if `variables` are not those of such a `Classifier`.

@@ -1,4 +1,4 @@
-"""State dicts of PyTorch: read from a file or the hub, and mapped to linen's variables and back, strictly both ways."""
+"""State dicts of PyTorch: reading from a file or the hub, and strict conversion to linen's variables and back."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 
 def read_state_dict(source: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch model by their names, as NumPy arrays; PyTorch itself is not needed.
+    """Read the tensors of a PyTorch model by name, as NumPy arrays, without PyTorch.
 
     Example::
 
@@ -36,15 +36,15 @@ def read_state_dict(source: str | Path) -> dict[str, np.ndarray]:
         >>> variables = resnet_variables(state_dict, 'wide_resnet101_2')  # doctest: +SKIP
 
     Args:
-      source: a .safetensors file; a .pt or .pth file that holds a state dict; or hf:OWNER/NAME, model.safetensors of
-        that repository on the Hugging Face hub, from its cache where it lies there.
+      source: a .safetensors file; a .pt or .pth file with a state dict; or hf:OWNER/NAME for model.safetensors of that
+        repository on the Hugging Face hub, which is read from the hub's cache if it is there.
 
     Returns:
-      Names to arrays in torch's order of axes; floating-point ones are float32, whatever precision they were stored in.
+      Names to arrays in torch's order of axes. Floating-point arrays are float32, whatever their stored precision.
 
     Raises:
-      DataError: if the source cannot be had or read, is damaged as far as checksums tell, or holds anything but dense
-        tensors of real numbers in 8-bit integers to float64 (docs/pretrained_weights.md has the table).
+      DataError: if the source cannot be found or read, is damaged according to its checksums, or holds anything but
+        dense tensors of real numbers, from 8-bit integers to float64 (docs/pretrained_weights.md has the table).
     """
     path = fetch(str(source)) if str(source).startswith(PREFIX) else expanded(source)
     if path.suffix not in (".safetensors", *_PYTORCH):
@@ -66,7 +66,7 @@ def read_state_dict(source: str | Path) -> dict[str, np.ndarray]:
 
 
 def _read_pytorch(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of the file by their names, views of what was read."""
+    """The tensors of the file by name, as views of its content."""
     held, limit, total = read_torch_file(path), _MAX_SHARED * path.stat().st_size, 0
     tensors: Mapping[Any, Any] = held if isinstance(held, dict) else {f"a {type(held).__name__}": None}
     wrong = [name for name, each in tensors.items() if not isinstance(name, str) or not isinstance(each, StoredTensor)]
@@ -80,7 +80,7 @@ def _read_pytorch(path: Path) -> dict[str, np.ndarray]:
 
 
 def _single(name: str, array: np.ndarray) -> np.ndarray:
-    """A copy of `array`, which may be a view of the file: in float32 if it is floating-point, else as it is."""
+    """A copy of `array`, which may be a view of the file, in float32 if it is floating-point."""
     if array.dtype.name not in DTYPES:
         raise ValueError(f"it holds {listed([name])} as {array.dtype}, expected one of {', '.join(DTYPES)}")
     if array.dtype.name in ("bool", *INTEGERS):
@@ -93,7 +93,7 @@ def _single(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def unwrapped(state_dict: StateDict) -> StateDict:
-    """`state_dict` without what DataParallel (module.) and torch.compile (_orig_mod.) set before every name."""
+    """`state_dict` without the prefixes of DataParallel (module.) and torch.compile (_orig_mod.)."""
     for prefix in _WRAPPERS * 2:  # either may wrap the other
         if state_dict and all(name.startswith(prefix) for name in state_dict):
             state_dict = {name.removeprefix(prefix): array for name, array in state_dict.items()}
@@ -101,7 +101,7 @@ def unwrapped(state_dict: StateDict) -> StateDict:
 
 
 class Entry(NamedTuple):
-    """One tensor: its torch name, the path of ours with the collection, and the shape and axes of ours."""
+    """A tensor: its torch name, and the path (including the collection), shape and axes of our array."""
 
     name: str
     path: tuple[str, ...]
@@ -110,11 +110,11 @@ class Entry(NamedTuple):
 
 
 def entries_of(variables: Mapping[str, Any], module_of: Callable[[str, bool], str]) -> list[Entry]:
-    """One entry for each leaf of `variables`, a model's tree of arrays or shapes.
+    """An entry for each leaf of `variables`, a model's tree of arrays or shapes.
 
     Args:
       variables: the tree.
-      module_of: gives the torch module of a layer of ours, such as "stage_1/block_2/conv_1", or of its batch norm.
+      module_of: function from our layer, such as "stage_1/block_2/conv_1", or its batch norm, to torch's module.
     """
     entries = []
     for path, leaf in flatten_dict(variables).items():
@@ -126,17 +126,17 @@ def entries_of(variables: Mapping[str, Any], module_of: Callable[[str, bool], st
 
 
 def to_variables(state_dict: StateDict, entries: list[Entry], model: str) -> dict[str, Any]:
-    """The tree of `entries` filled from `state_dict`.
+    """The tree of `entries`, filled from `state_dict`.
 
-    torch's counters num_batches_tracked are left out knowingly: nothing computes with them.
+    torch's counters num_batches_tracked are ignored, since nothing computes with them.
 
     Args:
       state_dict: names to arrays.
-      entries: one for every tensor.
-      model: what it is to fit, for the message.
+      entries: one entry for every tensor.
+      model: name of the model, for messages.
 
     Raises:
-      DataError: unless every tensor is used, every entry filled and every shape right; all that is wrong is listed.
+      DataError: unless every tensor is used, every entry is filled and every shape is right; all problems are listed.
     """
     norms = {entry.name.removesuffix(".running_mean") for entry in entries if entry.path[-1] == "mean"}
     counters = {f"{name}.num_batches_tracked" for name in norms}
@@ -150,9 +150,9 @@ def to_variables(state_dict: StateDict, entries: list[Entry], model: str) -> dic
 
 
 def to_state_dict(variables: Mapping[str, Any], entries: list[Entry], model: str) -> dict[str, np.ndarray]:
-    """The tensors of `variables`, which must be the tree of `entries`, by their torch names.
+    """The tensors of `variables`, which must be the tree of `entries`, by torch name.
 
-    torch's load_state_dict sets num_batches_tracked by itself.
+    num_batches_tracked is left to torch's load_state_dict.
 
     Raises:
       DataError: unless every leaf has an entry, every entry a leaf, and every shape is right.
@@ -181,7 +181,7 @@ def _check(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Any], wh
 
 
 def listed(names: list[Any]) -> str:
-    """The first of `names`, which come from a file, as a message can hold them, and how many more there are."""
+    """The first of `names`, which come from a file, in a form for messages, and the number of further ones."""
     first = ", ".join(printable(name)[:_MAX_NAME] for name in names[:_MAX_NAMES])
     return first if len(names) <= _MAX_NAMES else f"{first} and {len(names) - _MAX_NAMES} more"
 

@@ -15,15 +15,15 @@ SEPARATOR = "/"
 
 
 def save_variables(path: Path, variables: Mapping[str, Any]) -> None:
-    """Write `variables` to `path`, whole or not at all.
+    """Write `variables` to `path` atomically.
 
-    A tensor is named by the way to it, collection first: ``params/head/layer_1/kernel``,
-    ``batch_stats/backbone/stage_1/conv_1/norm/mean``. Shapes and dtypes are those of the leaves; kernels are
-    [in, out] and HWIO. A collection without leaves is not in the file.
+    A tensor's name is its path, starting with the collection: ``params/head/layer_1/kernel``,
+    ``batch_stats/backbone/stage_1/conv_1/norm/mean``. Shapes and dtypes are those of the leaves; kernels are [in, out]
+    and HWIO. A collection without leaves is not in the file.
 
     Args:
-      path: a .safetensors file, overwritten where it exists.
-      variables: collections of nested dicts of arrays, as linen's ``init`` gives them.
+      path: a .safetensors file; an existing one is overwritten.
+      variables: collections of nested dicts of arrays, as from linen's ``init``.
 
     Raises:
       OSError: if it cannot be written.
@@ -37,7 +37,7 @@ def save_variables(path: Path, variables: Mapping[str, Any]) -> None:
 
 
 def read_variables(path: Path) -> dict[str, dict[str, Any]]:
-    """The variables in a file of `save_variables`, as NumPy arrays; ready for ``model.apply``.
+    """Read the variables in a file of `save_variables` as NumPy arrays, ready for ``model.apply``.
 
     Example::
 
@@ -60,7 +60,7 @@ def read_variables(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def first_not_finite(variables: dict[str, Any]) -> str | None:
-    """The name, levels joined by "/", of the first array that holds a NaN or an infinity; None where all are finite."""
+    """The name, with levels joined by "/", of the first array that holds NaN or infinity; None if all are finite."""
     for name, leaf in flatten_dict(variables, sep=SEPARATOR).items():
         if not np.isfinite(np.asarray(leaf)).all():
             return str(name)
