@@ -1,10 +1,10 @@
 """Augmentation of image batches on the device, inside the compiled step. Nothing here imports more than jax and numpy.
 
-What torchvision does to one Pillow image at a time, with the same pixels: RandomPerspective (bilinear, fill 0), then
-RandomRotation (nearest, fill 0, about the centre). Random numbers and warps are apart: `draw_perspective` and
-`draw_angles` are functions of a key alone, `warp_perspective` and `rotate` of their parameters alone. Colour images
-are rotated, cropped and flipped: `rotate_crop_flip`. Beside the paper's augmentation: `resized_crop_flip`,
-`color_jitter`, and `mix` (mixup and cutmix).
+`augment` applies torchvision's RandomPerspective (bilinear, fill 0) and RandomRotation (nearest, fill 0, about the
+centre) to a batch, with the same pixels as Pillow. Random numbers and warps are separate: `draw_perspective` and
+`draw_angles` depend only on a key, `warp_perspective` and `rotate` only on their parameters. `rotate_crop_flip`
+rotates, crops and flips colour images. Besides the paper's augmentation there are `resized_crop_flip`, `color_jitter`
+and `mix` (mixup and cutmix).
 """
 
 from pspinal_jax.augment.color import adjust_color, color_jitter, draw_color

@@ -1,4 +1,4 @@
-"""Brightness, contrast and saturation of a batch, as torchvision's ColorJitter changes them on the device."""
+"""Brightness, contrast and saturation of a batch, changed on the device like torchvision's ColorJitter."""
 
 import functools
 
@@ -24,10 +24,10 @@ def draw_color(key: jax.Array, count: int, strength: float) -> jax.Array:
 
 @jax.jit
 def adjust_color(images: jax.Array, factors: jax.Array) -> jax.Array:
-    """Images with other brightness, contrast and saturation, in this order; clipped after each, rounded at the end.
+    """Change brightness, contrast and saturation, in this order, with clipping after each and rounding at the end.
 
-    brightness: f x; contrast: f x + (1 - f) m, m the mean grey of the image; saturation: f x + (1 - f) g, g the grey of
-    the pixel. torchvision takes the three in random order, and truncates after each.
+    brightness: f x; contrast: f x + (1 - f) m, where m is the image's mean grey; saturation: f x + (1 - f) g, where g
+    is the pixel's grey. torchvision applies the three in random order and truncates after each.
 
     Args:
       images: uint8 [N, H, W, C], C 1 (saturation changes nothing) or 3.
@@ -61,6 +61,6 @@ def adjust_color(images: jax.Array, factors: jax.Array) -> jax.Array:
 
 
 def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
-    """`adjust_color` by factors that `draw_color` draws; raises as they do."""
+    """`adjust_color` with factors from `draw_color`; raises like they do."""
     check_images(images)
     return adjust_color(images, draw_color(key, len(images), strength))

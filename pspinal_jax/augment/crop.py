@@ -1,7 +1,7 @@
-"""Random crops with flips, a whole batch in one reading: after a rotation, or of random area and aspect.
+"""Random crops with flips, for a whole batch in one gather: after a rotation, or of random area and aspect ratio.
 
-Crops of random area and aspect: Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 6: an area
-evenly distributed between a least part and the whole of the image, with an aspect between 3/4 and 4/3.
+Crops of random area and aspect ratio follow Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section
+6: the area is uniform between a minimum and the whole image, and the aspect ratio is between 3/4 and 4/3.
 """
 
 import functools
@@ -18,11 +18,11 @@ _MAX_TRIES = 10
 
 
 class CropAugmentation(NamedTuple):
-    """How strongly to augment; the defaults are those of the Caltech-101, STL-10, Fruits-360 and Bird-225 scripts.
+    """Strength of augmentation, with the defaults of the Caltech-101, STL-10, Fruits-360 and Bird-225 scripts.
 
     Attributes:
       degrees: angles are uniform in ± this.
-      flip_probability: of left and right being swapped, per image.
+      flip_probability: probability of swapping left and right, per image.
     """
 
     degrees: float = 15.0
@@ -33,11 +33,11 @@ PUBLISHED_CROP = CropAugmentation()
 
 
 class View(NamedTuple):
-    """What happens to each image of a batch.
+    """The transformation of each image of a batch.
 
     Attributes:
       angles: float32 [N], degrees, counter-clockwise about the centre.
-      corners: int32 [N, 2], (row, column) of the rotated image where the crop begins.
+      corners: int32 [N, 2], (row, column) of the rotated image at which the crop begins.
       flips: bool [N], whether left and right of the crop are swapped.
     """
 
@@ -104,9 +104,9 @@ def apply_view(images: jax.Array, view: View, size: int) -> jax.Array:
 def rotate_crop_flip(
     key: jax.Array, images: jax.Array, size: int, settings: CropAugmentation = PUBLISHED_CROP
 ) -> jax.Array:
-    """Images rotated, cropped and flipped as torchvision's RandomRotation, RandomCrop and RandomHorizontalFlip do.
+    """Rotate, crop and flip images like torchvision's RandomRotation, RandomCrop and RandomHorizontalFlip.
 
-    A function of its arguments: the same key gives the same images, in a plain call, under jit or in a compiled loop.
+    The same key gives the same images, in a plain call, under jit, and in a compiled loop.
 
     Example::
 
@@ -118,9 +118,9 @@ def rotate_crop_flip(
 
     Args:
       key: a JAX random key.
-      images: uint8 [N, H, W, C]; the recipes resize to 230 x 230, without keeping the aspect.
+      images: uint8 [N, H, W, C]; the recipes resize to 230 x 230 without keeping the aspect ratio.
       size: side S of the crop in pixels; static under jit.
-      settings: how strongly; static under jit.
+      settings: strength; static under jit.
 
     Returns:
       uint8 [N, S, S, C].
@@ -135,12 +135,12 @@ def rotate_crop_flip(
 
 
 class ResizedCrop(NamedTuple):
-    """How to crop.
+    """Settings of random resized crops.
 
     Attributes:
-      min_area: smallest area of a crop, as a part of the image's; the largest is 1.
-      aspect: largest ratio of the sides; its logarithm is uniform in ± this one's.
-      flip_probability: of left and right being swapped, per image.
+      min_area: smallest area of a crop, as a fraction of the image's; the largest is 1.
+      aspect: largest aspect ratio; the logarithm of the ratio is uniform in ± the logarithm of this.
+      flip_probability: probability of swapping left and right, per image.
     """
 
     min_area: float = 0.25
@@ -152,11 +152,11 @@ USUAL = ResizedCrop()
 
 
 class Boxes(NamedTuple):
-    """What happens to each image of a batch, in parts of its height and width.
+    """The crop of each image of a batch, in fractions of its height and width.
 
     Attributes:
-      corners: float32 [N, 2], (row, column) where the crop begins, 0 .. 1.
-      sides: float32 [N, 2], (height, width) of the crop, above 0; within the image.
+      corners: float32 [N, 2], (row, column) at which the crop begins, 0 .. 1.
+      sides: float32 [N, 2], (height, width) of the crop, above 0 and within the image.
       flips: bool [N], whether left and right of the crop are swapped.
     """
 
@@ -193,7 +193,7 @@ def draw_boxes(key: jax.Array, count: int, settings: ResizedCrop = USUAL) -> Box
 
 @functools.partial(jax.jit, static_argnames="size")
 def apply_boxes(images: jax.Array, boxes: Boxes, size: int) -> jax.Array:
-    """The boxes of `images`, each resized to `size` (bilinear, without antialiasing) and flipped.
+    """Crop `images` to the boxes, resize to `size` (bilinear, without antialiasing) and flip.
 
     Args:
       images: uint8 [N, H, W, C].
@@ -221,16 +221,16 @@ def apply_boxes(images: jax.Array, boxes: Boxes, size: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("size", "settings"))
 def resized_crop_flip(key: jax.Array, images: jax.Array, size: int, settings: ResizedCrop = USUAL) -> jax.Array:
-    """Images cropped to a random area and aspect, resized to `size`, flipped.
+    """Crop images to a random area and aspect ratio, resize to `size` and flip.
 
-    As torchvision's RandomResizedCrop and RandomHorizontalFlip, but from images that are squares of one size already,
-    and without antialiasing: a crop larger than `size` is read at every few pixels.
+    Like torchvision's RandomResizedCrop and RandomHorizontalFlip, but from square images of one size and without
+    antialiasing, so that crops larger than `size` are subsampled.
 
     Args:
       key: a JAX random key.
       images: uint8 [N, H, W, C].
       size: side S of the result in pixels; static under jit.
-      settings: how strongly; static under jit.
+      settings: settings of the crop; static under jit.
 
     Returns:
       uint8 [N, S, S, C], a function of the arguments.

@@ -1,11 +1,11 @@
-"""Mixup and cutmix: training examples of a batch mixed with each other, and their labels with them.
+"""Mixup and cutmix, which mix the training examples of a batch with each other, and their labels.
 
 mixup: Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412, section 2:
-x = lam x_i + (1 - lam) x_j, the loss lam l(x, y_i) + (1 - lam) l(x, y_j), lam from Beta(alpha, alpha). One lam a
-batch, and j runs over a permutation of the batch, as in the authors' program.
+x = lam x_i + (1 - lam) x_j, the loss lam l(x, y_i) + (1 - lam) l(x, y_j), lam from Beta(alpha, alpha). There is one lam
+per batch, and j is a permutation of the batch, as in the authors' program.
 cutmix: Yun, Han, Oh, Chun, Choe, Yoo, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
 Features", arXiv:1905.04899, section 3.1: a box of sides W sqrt(1 - lam) and H sqrt(1 - lam) about a uniform centre,
-cut at the edges, comes from x_j; lam is then the part of the area that is left of x_i.
+clipped at the edges, comes from x_j; lam is then the fraction of the area that remains of x_i.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ class Mixed(NamedTuple):
     """The labels of a mixed batch.
 
     Attributes:
-      labels: integers [B], of the examples themselves.
-      others: integers [B], of what each was mixed with.
+      labels: integers [B], labels of the examples.
+      others: integers [B], labels of the examples that they were mixed with.
       lam: float32 [B], 0 .. 1, the weight of `labels`; the others have 1 - lam.
     """
 
@@ -32,28 +32,28 @@ class Mixed(NamedTuple):
 
     @property
     def main(self) -> jax.Array:
-        """Integers [B], the label that has the larger weight."""
+        """Integers [B], the label with the larger weight."""
         return jnp.where(self.lam >= 0.5, self.labels, self.others)
 
 
 def mix(
     key: jax.Array, inputs: jax.Array, labels: jax.Array, *, mixup: float = 0.0, cutmix: float = 0.0
 ) -> tuple[jax.Array, Mixed]:
-    """A batch with each example mixed with another one of it; with both methods, one of them at random.
+    """Mix each example of a batch with another one; with both methods, by one of them at random.
 
     Args:
       key: a JAX random key.
-      inputs: images [B, H, W, C] or, for mixup alone, examples of any shape [B, ...]. Whole-numbered ones are rounded
-        to the nearest.
+      inputs: images [B, H, W, C] or, for mixup alone, examples of any shape [B, ...]. Integers are rounded to the
+        nearest.
       labels: integers [B].
       mixup: alpha of mixup, 0 for none.
       cutmix: alpha of cutmix, 0 for none.
 
     Returns:
-      (inputs, of the same shape and dtype, their `Mixed` labels).
+      (inputs of the same shape and dtype, their `Mixed` labels).
 
     Raises:
-      ValueError: if both are 0, either is negative, or inputs without height and width are to be cut.
+      ValueError: if both are 0, either is negative, or cutmix gets inputs without height and width.
     """
     if min(mixup, cutmix) < 0 or not mixup + cutmix > 0:
         raise ValueError(f"mixup and cutmix must be at least 0, and one of them above, got {mixup!r} and {cutmix!r}")
