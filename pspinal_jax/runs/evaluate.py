@@ -313,7 +313,7 @@ def _write(folder: Path, evaluated: Evaluated) -> list[Path]:
     _list_others(folder)
     plot_confusion(evaluated.scored.confusion(len(classes)), classes, confusion, title)
     try:
-        plot_mistakes(evaluated.mistakes(), mistakes, f"{name}: the surest mistakes")
+        plot_mistakes(evaluated.mistakes(), mistakes, f"{name}: the most confident mistakes")
     except DataError as error:  # an image that has gone since
         warn(f"{mistakes} was not drawn: {error}")
     return [path for path in paths if path.exists()]

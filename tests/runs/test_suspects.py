@@ -110,7 +110,7 @@ def test_suspects_of_pictures(pictures, tiny_flags, tmp_path, monkeypatch):
         assert min(sheet.size) > 200
     assert main(["report", str(tmp_path / "cached")]) == 0
     page = (tmp_path / "cached" / "report.html").read_text()
-    assert "Labels to look at" in page and "looks like" in page
+    assert "Labels that look wrong" in page and "looks like" in page
     monkeypatch.setattr(
         suspects, "load_recipe_of", lambda config: dataclasses.replace(recipe_of(config), cache_features=False)
     )
