@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Name = TypeVar("Name")
 
 MAX_RESTARTS = 3
-"""How often, by default, a group of workers is started again and a task given to another worker."""
+"""Default number of restarts of a group of workers, and of a task whose worker is lost."""
 
 
 def train(
@@ -36,25 +36,24 @@ def train(
     run_config: "RunConfig | None" = None,
     **changes: Any,
 ) -> Run:
-    """`pspinal_jax.train` as one run over the workers of Ray Train's JaxTrainer.
+    """Run `pspinal_jax.train` as one run on the workers of Ray Train's JaxTrainer.
 
-    Where a worker is lost, Ray starts the group again, and the run goes on from its newest checkpoint: with as many
-    workers, the result is that of a run that lost none. Without `ray.init` before, Ray connects to the cluster in the
-    variable RAY_ADDRESS, or starts one of this machine.
+    If a worker is lost, Ray restarts the group, and the run resumes from its newest checkpoint. With the same number of
+    workers, the result equals that of an uninterrupted run. Without an earlier `ray.init`, Ray connects to the cluster
+    in the variable RAY_ADDRESS, or starts one on this machine.
 
     Args:
-      recipe: as of `pspinal_jax.train`.
-      scaling_config: how many workers and what each of them has; they compute on CPU unless it says `use_gpu` or
-        `use_tpu`.
-      run_config: by default `MAX_RESTARTS` restarts, and Ray's own state in the folder .ray beside the run directory.
-      **changes: as of `pspinal_jax.train`. All machines see `workdir` and the data under the same paths.
+      recipe: as for `pspinal_jax.train`.
+      scaling_config: number and resources of the workers, which compute on CPU unless it has `use_gpu` or `use_tpu`.
+      run_config: by default `MAX_RESTARTS` restarts, with Ray's state in the folder .ray next to the run directory.
+      **changes: as for `pspinal_jax.train`. All machines must see `workdir` and the data under the same paths.
 
     Returns:
       The finished run.
 
     Raises:
-      UsageError: if Ray is not installed, or as `pspinal_jax.train`.
-      PSpinalError: as `pspinal_jax.train`, once the restarts are used up.
+      UsageError: if Ray is not installed, or like `pspinal_jax.train`.
+      PSpinalError: like `pspinal_jax.train`, once the restarts are used up.
       RunError: if workers were lost more often.
     """
     _require_ray()

@@ -100,11 +100,11 @@ class CompareConfig:
     workers: int | None = None
     """loop: number of trainings at a time; by default the number of this process's cores."""
     engine: Engine = "threads"
-    """threads: train on this machine. ray: train on a Ray cluster, each training on one core, and again on another
-    worker if its own is lost. The results are the same."""
+    """threads: train on this machine; ray: train on a Ray cluster, with one core per training, which is repeated on
+    another worker if its worker is lost. The results are the same."""
     ray_address: str | None = None
-    """ray: address of the cluster, HOST:PORT of its head or auto; by default RAY_ADDRESS, or else a new cluster of this
-    machine's cores."""
+    """ray: address of the cluster, HOST:PORT of its head or auto; by default RAY_ADDRESS, or else a new cluster on this
+    machine."""
 
     def __post_init__(self) -> None:
         for name in ("trials", "num_seeds", "splits", "layer_width", "num_layers", "batch_size", "epochs", "workers"):
