@@ -248,23 +248,23 @@ def page(table: dict) -> str:
         "",
         f"Each run is `pspinal-jax {table['train']}`:",
         "batch norm, dropout, selection on validation data, and a second training on all data; 1,400 images of 8x8.",
-        f"Undisturbed it took {table['undisturbed_seconds']} s. A run is killed, started again with the same command,",
-        "killed again, and in the end left alone. Then its last checkpoint (checksums of every leaf of parameters,",
-        "running statistics, optimiser state and best parameters), metrics.jsonl, result.json and curves.png are",
-        "compared with the undisturbed run's, bit for bit, but for the times in them:",
+        f"Undisturbed it took {table['undisturbed_seconds']} s. A run is killed, restarted with the same command,",
+        "killed again, and at last left to finish. Then its last checkpoint (checksums of every leaf of parameters,",
+        "running statistics, optimizer state and best parameters), metrics.jsonl, result.json and curves.png are",
+        "compared bit for bit with those of the undisturbed run, except for times:",
         "",
         *(
             f"- {name}: {'equal' if not unequal else 'DIFFERENT: ' + ', '.join(unequal)}"
             for name, unequal in table["runs"].items()
         ),
         "",
-        "Seconds are since the start of the process; epochs and steps are those done by then in both trainings. Most",
-        "moments are aimed at something that the run does, at its start or somewhere in its usual length; others are",
-        "random.",
-        "Exit status -9 and -15 are the signal's own; -15 is seen only before the command has begun. 0 is a stop that",
-        'saved, or had nothing to save, and said how to go on; "ended" says that the run was about to end and did.',
+        "Seconds count from the start of the process; epochs and steps are those finished by then in both trainings.",
+        "Most moments are aimed at a phase of the run, at its start or within its usual duration; others are random.",
+        "Exit status -9 and -15 are the signal's own; -15 occurs only before the command has started. 0 is a stop",
+        'that saved, or had nothing to save, and printed how to resume; "ended" means that the run was about to end',
+        "and did.",
         "",
-        "| | run | signal | after s | doing | stage | epochs | steps | exit status | said | went on from step |",
+        "| | run | signal | after s | doing | stage | epochs | steps | exit status | said | resumed from step |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for index, row in enumerate(table["kills"], 1):
