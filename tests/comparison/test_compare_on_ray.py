@@ -19,6 +19,7 @@ from pspinal_jax.comparison.search import Comparer
 from pspinal_jax.comparison.settings import CompareConfig
 from pspinal_jax.comparison.trial_log import Key, TrialLog
 
+FEWER = ["--heads", "progressive", "dense", "--trials", "4", "--num-seeds", "2", "--no-floors"]
 CLUSTER = """
 import ray
 print(ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20)["gcs_address"], flush=True)
@@ -32,7 +33,7 @@ def cluster(monkeypatch, tmp_path):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # no token is written into the user's home
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    environment = os.environ | {"MARK": str(tmp_path)}
+    environment = os.environ | {"MARK": str(tmp_path), "RAY_worker_niceness": "0"}
     command = [sys.executable, "-c", CLUSTER]
     with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=-3, text=True) as process:
         yield process.stdout.readline().strip()
@@ -53,8 +54,11 @@ def working(folder):
 @pytest.mark.slow
 def test_compare_on_ray_that_lost_a_worker_is_the_comparison_of_threads(tmp_path, cluster):
     write_data(tmp_path)
-    finish(start(tmp_path, "alone"))
-    process, trials = start(tmp_path, "ray", more=["--engine", "ray", "--ray-address", cluster]), tmp_path / "ray"
+    finish(start(tmp_path, "alone", more=FEWER))
+    process, trials = (
+        start(tmp_path, "ray", more=[*FEWER, "--engine", "ray", "--ray-address", cluster]),
+        tmp_path / "ray",
+    )
     killed = []
     while process.poll() is None and not killed:
         if (trials / "trials.jsonl").exists() and b'"trial"' in (trials / "trials.jsonl").read_bytes():

@@ -19,10 +19,10 @@ import pspinal_jax.ray
 data, folder = map(Path, sys.argv[1:])
 MARK = f"PSPINAL_JAX_TEST={folder}".encode()
 os.environ["PSPINAL_JAX_TEST"] = str(folder)
-SETTINGS = {
+RUN = {
     **{"data__path": data, "data__num_classes": 4, "data__num_validation": 32, "batch_size": 16, "eval_batch_size": 16},
     **{"model__layer_width": 64, "model__num_layers": 3, "optimizer__name": "sgd", "optimizer__learning_rate": 0.02},
-    **{"optimizer__schedule": "constant", "epochs": 12, "checkpoint_seconds": 0},
+    **{"optimizer__schedule": "constant", "epochs": 8, "checkpoint_seconds": 0},
 }
 seen = {"lines": [], "killed": []}
 
@@ -43,8 +43,8 @@ def workers():
 
 
 def kill(workdir):
-    """Process 1 after two epochs, process 0, which holds the run directory, after six."""
-    for primary, epochs in ((False, 2), (True, 6)):
+    """Process 1 after an epoch, process 0, which holds the run directory, after four."""
+    for primary, epochs in ((False, 1), (True, 4)):
         while len(lines(workdir)) < epochs:
             time.sleep(0.02)
         first = int((workdir / ".lock").read_text().split()[1])
@@ -56,7 +56,7 @@ def kill(workdir):
 
 def train(name):
     os.chdir(folder)
-    return pspinal_jax.ray.train("digits", ScalingConfig(num_workers=2), workdir=name, **SETTINGS)
+    return pspinal_jax.ray.train("digits", ScalingConfig(num_workers=2), workdir=name, **RUN)
 
 
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20)

@@ -14,7 +14,8 @@ import pspinal_jax.ray
 from pspinal_jax.errors import UsageError
 from pspinal_jax.runs.result import load_variables
 
-QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}  # no token is written into the user's home
+# No token is written into the user's home, and workers wait for no other process of the machine.
+SETTINGS = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
 @pytest.mark.slow
@@ -22,13 +23,13 @@ def test_a_run_on_ray_that_lost_each_worker_is_the_one_that_lost_none(tmp_path):
     pytest.importorskip("ray")
     data = write_four_classes(tmp_path / "four.npz")
     command = [sys.executable, str(Path(__file__).with_name("ray_driver.py")), str(data), str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert len(set(seen["killed"])) == 2
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     chex.assert_trees_all_equal(load_variables(killed)[0], load_variables(whole)[0])
-    assert metrics(killed) == metrics(whole) and len(metrics(whole)) == 12
+    assert metrics(killed) == metrics(whole) and len(metrics(whole)) == 8
     # It went on from a checkpoint: the first epoch's seconds are those of before the kill.
     assert (killed / "metrics.jsonl").read_text().splitlines()[0] == seen["lines"][0]
 
