@@ -55,13 +55,10 @@ def working(folder):
 def test_compare_on_ray_that_lost_a_worker_is_the_comparison_of_threads(tmp_path, cluster):
     write_data(tmp_path)
     finish(start(tmp_path, "alone", more=FEWER))
-    process, trials = (
-        start(tmp_path, "ray", more=[*FEWER, "--engine", "ray", "--ray-address", cluster]),
-        tmp_path / "ray",
-    )
-    killed = []
+    process = start(tmp_path, "ray", more=[*FEWER, "--engine", "ray", "--ray-address", cluster])
+    trials, killed = tmp_path / "ray" / "trials.jsonl", []
     while process.poll() is None and not killed:
-        if (trials / "trials.jsonl").exists() and b'"trial"' in (trials / "trials.jsonl").read_bytes():
+        if trials.exists() and b'"trial"' in trials.read_bytes():
             for worker in list(working(tmp_path))[:1]:
                 os.kill(worker, signal.SIGKILL)
                 killed.append(worker)
