@@ -428,7 +428,7 @@ def test_a_comparison_of_an_earlier_version_goes_on_as_it_was(finished, tmp_path
     (tmp_path / "trials.jsonl").write_text(text)
     found = run(tmp_path, refit=True, save=True)
     assert (tmp_path / "trials.jsonl").read_text() == text
-    assert "was begun by an earlier version and goes on so" in capsys.readouterr().err
+    assert "was begun by an earlier version; it resumes without" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"metric is macro_f1, but .* recorded accuracy alone; choose another"):
         run(tmp_path, metric="macro_f1")
     assert [*found["methods"]] == [*known] and not found["protocol"]["refit"]

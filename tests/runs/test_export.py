@@ -343,7 +343,7 @@ def test_the_export_says_until_when_newer_versions_read_it(exported, tmp_path):
     (tmp_path / "runs" / "one" / "export").mkdir(parents=True)
     (tmp_path / "runs" / "one" / "export" / "export.json").write_text('{"guaranteed_until": "2026-01-30"}')
     lines = [text for _, text in ending_exports(tmp_path, datetime.date(2026, 2, 1))]
-    assert len(lines) == 2 and f"{tmp_path / 'mine'}: newer" in lines[0] and "until 2026-01-31 only" in lines[0]
+    assert len(lines) == 2 and f"{tmp_path / 'mine'}: JAX" in lines[0] and "until 2026-01-31 only" in lines[0]
     assert f"pspinal-jax export {tmp_path / 'runs' / 'one' / 'export'} writes it again" in lines[1]
     assert not list(ending_exports(tmp_path, datetime.date(2026, 1, 30)))
 

@@ -212,4 +212,4 @@ def test_no_memory_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr("pspinal_jax.__main__.import_module", fill)
     assert main(["recipes"]) == 1
-    assert capsys.readouterr().err == "error: this machine's memory is not enough: Unable to allocate 3 TiB\n"
+    assert capsys.readouterr().err == "error: out of memory: Unable to allocate 3 TiB\n"

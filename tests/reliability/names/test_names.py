@@ -177,7 +177,7 @@ def test_lists_with_nul_may_hold_newlines_and_any_bytes():
     assert list(map(str, read_list(b"0\0001\0002\0"))) == ["0", "1", "2"]
     assert list(map(str, read_list(b".\0./a.png\0"))) == [".", "a.png"]
     assert read_list(b"") == read_list(b"\n \n\0") == []
-    with pytest.raises(UsageError, match="UTF-16 that is damaged"):
+    with pytest.raises(UsageError, match="damaged list in UTF-16"):
         read_list(b"\xff\xfea")
 
 
