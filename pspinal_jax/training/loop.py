@@ -197,7 +197,7 @@ class Trainer:
                     return
                 if self._synchronize() or progress.epoch == 1:
                     self._save()
-                self.stop_if_asked()
+                self._stop_if_received()
                 self._plan_epoch(order)
 
     def _plan_epoch(self, order: Callable[..., jax.Array]) -> None:
@@ -250,7 +250,7 @@ class Trainer:
                         break
                     if self._synchronize():
                         self._save()
-                    self.stop_if_asked()
+                    self._stop_if_received()
                 start = time.perf_counter()
 
     def _check_finite(self, totals: dict[str, list[Any]]) -> None:
@@ -376,6 +376,9 @@ class Trainer:
     def stop_if_asked(self) -> None:
         """Save and raise `Stopped` if a signal has come; called by all processes."""
         self._synchronize()
+        self._stop_if_received()
+
+    def _stop_if_received(self) -> None:
         if self._received:
             self._save()
             if self.store is not None:

@@ -210,13 +210,16 @@ def _filled(state: nnx.State, plain: Mapping[str, Any]) -> nnx.State:
 
 
 def _seeded(random: nnx.State, key: jax.Array) -> nnx.State:
-    """The streams of `random` begun anew, each with a key of its own."""
+    """The streams of `random` begun anew, each with a key of its own, or with one for each layer of a stack."""
+
+    def begun(index: int, leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.zeros_like(leaf)
+        own = jax.random.fold_in(key, index)
+        return jax.random.split(own, leaf.shape) if leaf.shape else own
+
     leaves, structure = jax.tree.flatten(random)
-    new = [
-        jax.random.fold_in(key, index) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
-        for index, leaf in enumerate(leaves)
-    ]
-    seeded: nnx.State = jax.tree.unflatten(structure, new)
+    seeded: nnx.State = jax.tree.unflatten(structure, [begun(*each) for each in enumerate(leaves)])
     return seeded
 
 

@@ -51,13 +51,15 @@ def in_nnx(head, variables):
         return module(features)
 
     def training(features, key):
-        def loss(module, features):
+        def loss(params, rest, features):  # in parts: nnx's tree mode differentiates by all variables of a module
+            module = nnx.merge(graph, params, rest, copy=True)
             logits = module(features, rngs=key)
-            return objective(logits), logits
+            return objective(logits), (logits, to_linen(module).get("batch_stats", {}))
 
         module.train()
-        (grads, grad_features), logits = nnx.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))(module, features)
-        new_stats = to_linen(module).get("batch_stats", {})
+        graph, params, rest = nnx.split(module, nnx.Param, ...)
+        grad = jax.jit(jax.grad(loss, argnums=(0, 2), has_aux=True))
+        (grads, grad_features), (logits, new_stats) = grad(params, rest, features)
         return logits, (dict(nnx.to_pure_dict(grads)), grad_features), new_stats
 
     return evaluate, training, to_linen(module)

@@ -17,11 +17,14 @@ def run(*command, cwd, **environment):
     return ran.stdout
 
 
-def make_environment(folder, what):
-    """Install `what` and what it requires into a new environment in `folder`; gives its folder of commands."""
+def make_environment(folder, what, *, constrained=True):
+    """Install `what` and what it requires into a new environment in `folder`; gives its folder of commands.
+
+    What it requires has the versions of constraints.txt or, if not `constrained`, those that a newcomer gets.
+    """
     run(sys.executable, "-m", "venv", folder, cwd=folder)
     commands = folder / ("Scripts" if os.name == "nt" else "bin")
     constraints = REPOSITORY / "constraints.txt"
-    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", constraints, what]
-    run(commands / "python", *install, cwd=folder)
+    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", what]
+    run(commands / "python", *install, *(["-c", constraints] if constrained else []), cwd=folder)
     return commands

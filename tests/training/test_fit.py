@@ -1,8 +1,13 @@
 """`fit` trains anyone's model: linen, nnx, functions; arrays and iterables; what it gives back."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,7 @@ import pspinal_jax
 from pspinal_jax.errors import DataError, RunError, UsageError
 from pspinal_jax.interop.nnx import ProgressiveSpinalHead as NnxHead
 from pspinal_jax.training import keys
+from pspinal_jax.training.models import as_model
 from pspinal_jax.training.programs import Programs
 from pspinal_jax.weights.variables import read_variables
 
@@ -118,6 +124,46 @@ def test_fit_nnx_module_stays_and_its_statistics_move():
     # Dropout draws anew in every step: the same training without it ends elsewhere.
     module.layers[2].rate = 0.0
     assert not np.allclose(fit(module, (X, Y), epochs=8).predict(X), result.predict(X))
+
+
+def test_fit_nnx_module_in_tree_mode_is_the_same():
+    graph = fit(NnxNet(nnx.Rngs(0)), (X, Y))
+    before = {name: getattr(flax.config, name) for name in ("nnx_graph_mode", "nnx_graph_updates")}
+    try:
+        for name in before:
+            flax.config.update(name, False)
+        tree = fit(NnxNet(nnx.Rngs(0)), (X, Y))
+        assert np.array_equal(tree.predict(X), graph.predict(X))
+        np.testing.assert_allclose(tree.variables(X), tree.predict(X), rtol=1e-5, atol=1e-6)
+    finally:
+        for name, value in before.items():
+            flax.config.update(name, value)
+
+
+class NnxStack(nnx.Module):
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: nnx.Dropout(0.5, rngs=rngs))
+        self.layers = make(rngs.split(3))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def test_nnx_layers_in_a_stack_draw_masks_of_their_own():
+    model = as_model(NnxStack(nnx.Rngs(0)))
+    variables = model.init(jax.random.key(0), X)
+    kept, _ = model.apply(variables, np.ones((400, 6), np.float32), train=True, rngs={"dropout": jax.random.key(1)})
+    assert set(np.unique(kept)) == {0.0, 8.0} and 0.05 < (np.asarray(kept) > 0).mean() < 0.2  # an eighth
+
+
+@pytest.mark.slow
+def test_tests_of_nnx_pass_in_tree_mode():
+    tests = Path(__file__).parents[1]
+    files = [tests / "interop" / f"test_interop_{name}.py" for name in ("behaviour", "equality")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "nnx", *files]
+    environment = os.environ | {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}
+    ran = subprocess.run(command, env=environment, cwd=tests.parent, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:]
 
 
 class NnxHeadNet(nnx.Module):
