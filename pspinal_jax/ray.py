@@ -208,4 +208,4 @@ def _require_ray() -> None:
     try:
         import ray  # noqa: F401
     except ImportError:
-        raise UsageError("Ray is not installed: pip install 'pspinal-jax[ray]'") from None
+        raise UsageError("Ray is not installed; in the checkout: pip install '.[ray]'") from None
