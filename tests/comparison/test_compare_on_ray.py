@@ -96,7 +96,7 @@ def test_a_training_on_a_worker_is_the_one_here():
     [
         ("--engine ray --mode vmap", "error: mode is vmap, but engine ray gives each training a core"),
         ("--ray-address auto", "error: --ray-address is auto, but engine is threads; give engine ray"),
-        ("--engine ray", "error: Ray is not installed: pip install 'pspinal-jax[ray]'"),
+        ("--engine ray", "error: Ray is not installed; in the checkout: pip install '.[ray]'"),
     ],
 )
 def test_compare_refuses_an_engine_in_one_line(words, line, tmp_path, capsys, monkeypatch):

@@ -36,5 +36,5 @@ def test_a_run_on_ray_that_lost_each_worker_is_the_one_that_lost_none(tmp_path):
 
 def test_ray_that_is_not_installed_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"Ray is not installed: pip install 'pspinal-jax\[ray\]'"):
+    with pytest.raises(UsageError, match=r"Ray is not installed; in the checkout: pip install '.\[ray\]'"):
         pspinal_jax.ray.train("digits", None)
