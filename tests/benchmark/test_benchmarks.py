@@ -203,7 +203,8 @@ def test_depth_reports_compile_and_run_time(tmp_path, capsys):
     results = json.loads((tmp_path / "results.json").read_text())
     assert ["L 1" in results["entries"][0]["title"], "L 2" in results["entries"][1]["title"]] == [True, True]
     for entry in results["entries"]:
-        assert list(entry["alternatives"]) == list(head.AT_DEPTH) and "s of the first call" in entry["bars"]
+        ours = [name for name in entry["alternatives"] if "PyTorch" not in name]  # with torch, eager PyTorch too
+        assert ours == list(head.AT_DEPTH) and "s of the first call" in entry["bars"]
         assert all(each["first_call"] > each["median"] > 0 for each in entry["alternatives"].values())
     assert (tmp_path / "results.png").exists()
     assert "scan, packed parameters" in capsys.readouterr().out
