@@ -4,6 +4,9 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
+import socket
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -125,10 +128,17 @@ def cluster(address: str | None = None, cores: int | None = None) -> Iterator[No
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     own: dict[str, Any] = {"num_cpus": cores, "include_dashboard": False} if address == "local" else {}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    host, _, port = address.rpartition(":")
     try:
+        if host and port.isdecimal():  # Ray itself would try for many minutes
+            socket.create_connection((host.rpartition("/")[2].strip("[]"), int(port)), timeout=20).close()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # JAX's about forks: what Ray forks becomes another program at once
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray's own print a stack trace and abort
+                signal.signal(number, handler)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"the Ray cluster {address} cannot be reached: {reason}") from error

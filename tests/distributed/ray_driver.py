@@ -1,6 +1,6 @@
 """Run as a script: DATA FOLDER. Two runs on two workers of Ray; the second loses each of them once, with SIGKILL.
 
-Prints as JSON what stood in the second's metrics.jsonl at the first kill, and the numbers of the processes killed.
+Prints as JSON what stood in the second's metrics.jsonl at the last kill, and the numbers of the processes killed.
 """
 
 import json
@@ -49,7 +49,7 @@ def kill(workdir):
             time.sleep(0.02)
         first = int((workdir / ".lock").read_text().split()[1])
         (process,) = [pid for pid in workers() if (pid == first) == primary]
-        seen["lines"] = seen["lines"] or lines(workdir)
+        seen["lines"] = lines(workdir)
         os.kill(process, signal.SIGKILL)
         seen["killed"].append(process)
 

@@ -58,7 +58,11 @@ TRAINS = re.compile(r"pspinal_jax\.(train|fit|compare)\(|benchmark\.step\(")
         pytest.param(
             page,
             id=page.name,
-            marks=[pytest.mark.slow] if TRAINS.search(page.read_text()) else [],
+            marks=[
+                *([pytest.mark.slow] if TRAINS.search(page.read_text()) else []),
+                # Ray's own, about itself.
+                *([pytest.mark.filterwarnings("ignore::DeprecationWarning")] if page.name == "scaling.md" else []),
+            ],
         )
         for page in PAGES
         if blocks(page, "python")
