@@ -1,4 +1,4 @@
-"""A vision transformer of jax-image-models (nnx) with the progressive head as its classifier, trained on digits.
+"""A vision transformer of jax-image-models (nnx) and the progressive head on its features, trained on digits.
 
 In a checkout: pip install '.[jimm]'
 """

@@ -36,7 +36,7 @@ from pspinal_jax.runs.scores import Scored, calibration_error, log_softmax
 from pspinal_jax.training.fitted import HistoryLog
 from pspinal_jax.training.images import streaming_split
 from pspinal_jax.training.loop import Trainer
-from pspinal_jax.training.programs import padded_split
+from pspinal_jax.training.programs import of_seed, padded_split
 from pspinal_jax.weights.variables import read_variables, save_variables
 
 CALIBRATION = "calibration.safetensors"
@@ -243,7 +243,7 @@ def _of_seeds(trainer: Trainer) -> Iterator[Any]:
     """The selected variables of each seed."""
     count, trees = len(trainer.seed_states.seeds), trainer.seed_states.variables(best=True)
     for index in range(count):
-        yield jax.tree.map(lambda leaf, index=index: leaf[index], trees) if count > 1 else trees
+        yield of_seed(trees, index) if count > 1 else trees
 
 
 class _Fold(NamedTuple):

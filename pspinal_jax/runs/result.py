@@ -23,6 +23,7 @@ from pspinal_jax.runs.directory import RunDirectory, load_recipe_of
 from pspinal_jax.runs.scores import averages, scores_by_class, summary
 from pspinal_jax.training.costs import total_costs
 from pspinal_jax.training.loop import Trainer
+from pspinal_jax.training.programs import of_seed
 from pspinal_jax.training.sharding import make_mesh, replicated_on
 from pspinal_jax.training.stages import TrainingProgress
 from pspinal_jax.weights.variables import first_not_finite, read_variables
@@ -221,7 +222,7 @@ def load_variables(run: Path, seed_index: int | None = None) -> Loaded:
             "was replaced, or a newer one is missing; train in another workdir"
         )
     index = _best_seed(recipe, progress) if seed_index is None else seed_index
-    variables = selected if count == 1 else jax.tree.map(lambda leaf: leaf[index], selected)
+    variables = selected if count == 1 else of_seed(selected, index)
     if recipe.cache_features:
         variables = add_backbone(directory, variables)
         if listed := misfits(flatten_dict(variables), flatten_dict(whole)):

@@ -18,7 +18,7 @@ from pspinal_jax.files import differences, expanded, held, json_text, write_json
 from pspinal_jax.training.examples import EvaluatedSplit, one_example
 from pspinal_jax.training.loop import REPORT
 from pspinal_jax.training.models import Model
-from pspinal_jax.training.programs import Programs, SeedStates, padded_split
+from pspinal_jax.training.programs import Programs, SeedStates, of_seed, padded_split
 from pspinal_jax.training.stages import per_seed
 from pspinal_jax.training.step import count_rows
 
@@ -235,10 +235,7 @@ class Fit:
 
     def _of_seeds(self) -> list[Any]:
         count = len(self._seed_states.seeds)
-        if count == 1:
-            return [self._trees]
-        pick = partial(jax.lax.index_in_dim, keepdims=False)
-        return [jax.tree.map(partial(pick, index=index), self._trees) for index in range(count)]
+        return [self._trees] if count == 1 else [of_seed(self._trees, index) for index in range(count)]
 
     def _check(self, arrays: Any, example: Any, name: str) -> None:
         found = one_example(arrays)

@@ -413,9 +413,7 @@ class SeedStates:
     def set_trees(self, trees: dict[str, Any], step: int) -> None:
         """Resume from a checkpoint's arrays, saved after `step` steps of the stage."""
         for group in self._groups:
-            picked = dict(trees)
-            if len(self._groups) > 1:
-                picked = jax.tree.map(partial(lax.index_in_dim, index=group.which, keepdims=False), trees)
+            picked = dict(of_seed(trees, group.which) if len(self._groups) > 1 else trees)
             steps: Any = np.full(group.state.step.shape, step, np.int32)
             best = picked.pop("best")
             group.best, group.state = self._programs.place((best, TrainState(step=steps, **picked)))
@@ -427,6 +425,12 @@ class SeedStates:
 
 def _shape(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
+
+
+@partial(jax.jit, static_argnums=1)
+def of_seed(trees: Any, index: int) -> Any:
+    """The arrays of one seed, of those of K with a leading axis; compiled, as jax moves an index to the device."""
+    return jax.tree.map(lambda leaf: leaf[index], trees)
 
 
 def _stack(trees: list[Any]) -> Any:

@@ -31,9 +31,10 @@ options = {"num_seeds": 2, "ema_decay": 0.9, "gradient_clip": 1.0, "micro_batche
 run = pspinal_jax.train("digits", workdir=workdir, retrain=True, **small, **options)
 run.evaluate()
 run.predict(images[:3])
-result = pspinal_jax.fit(pspinal_jax.ProgressiveSpinalHead(3, 8), (images / 255, labels), num_seeds=2, epochs=2)
-result.evaluate(images / 255, labels)
 features = images.reshape(len(images), -1) / 255
+result = pspinal_jax.fit(pspinal_jax.ProgressiveSpinalHead(3, 8), (features, labels), num_seeds=2, epochs=2)
+result.evaluate(features, labels)
+result.predict(features)
 comparison = pspinal_jax.compare(features, labels, trials=2, num_seeds=2, epochs=2, batch_size=16, progress=False)
 comparison.best_model.predict_proba(features[:3])
 print("tensorflow_datasets" in sys.modules)
