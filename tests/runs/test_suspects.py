@@ -98,6 +98,7 @@ def test_suspects_of_changed_data_are_refused(run, tmp_path):
         path.write_bytes(held)
 
 
+@pytest.mark.slow
 def test_suspects_of_pictures(pictures, tiny_flags, tmp_path, monkeypatch):
     """Of cached features they are a sheet of pictures too; a backbone of random numbers has none to give."""
     command = ["train", "folder", "--data.path", str(pictures), *tiny_flags, "--epochs", "1", "--freeze", "backbone"]

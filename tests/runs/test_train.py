@@ -246,7 +246,8 @@ def single_runs(recipe, tmp_path_factory):
     return recipe, runs, [train(dataclasses.replace(recipe, seed=seed), options(run)) for seed, run in enumerate(runs)]
 
 
-@pytest.mark.parametrize("mode", [pytest.param("loop", marks=pytest.mark.slow), "vmap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
 def test_seed_j_equals_the_single_run_with_that_seed(single_runs, tmp_path, mode):
     recipe, runs, singles = single_runs
     result = train(dataclasses.replace(recipe, num_seeds=2, seed_mode=mode), options(tmp_path / "both"))
@@ -284,6 +285,7 @@ def test_retraining_uses_all_training_data_for_the_selected_epochs(finished, rec
     chex.assert_trees_all_equal(last["best"]["params"], last["params"])  # kept is the selected epoch, the last one here
 
 
+@pytest.mark.slow
 def test_the_papers_protocol_reports_last_and_best_on_test(recipe, tmp_path):
     paper = dataclasses.replace(
         recipe, protocol="paper", data=dataclasses.replace(recipe.data, drop_remainder=False), batch_size=20
@@ -341,6 +343,7 @@ def test_init_from_starts_from_the_other_runs_parameters(finished, recipe, tmp_p
         train(wider, options(tmp_path / "wider", init_from=finished[0]))
 
 
+@pytest.mark.slow
 def test_init_from_keeps_hidden_layers_and_statistics_where_the_classes_are_others(
     finished, recipe, arrays, tmp_path, capsys
 ):

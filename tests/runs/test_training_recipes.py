@@ -96,6 +96,7 @@ def test_what_is_reported_is_what_is_kept_and_the_settings_come_back(finished):
     assert dataclasses.replace(load_recipe_of(config), card=recipe.card, mesh=recipe.mesh) == recipe
 
 
+@pytest.mark.slow
 def test_balanced_training_is_selected_by_balanced_accuracy(finished):
     predictions, labels = np.array([[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]]), np.array([0, 0, 0, 1, 2])
     np.testing.assert_allclose(balanced_accuracy(predictions, labels), [1 / 3, (1 / 3 + 1 + 1) / 3])

@@ -147,6 +147,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(t
             pspinal_jax.fit(nn.Dense(3), (X, Y), epochs=1, **{name: tmp_path / "file" / "inside"})
 
 
+@pytest.mark.slow
 def test_a_run_holds_its_costs_and_its_report_shows_them(peak, npz_path, tmp_path, capsys):
     flags = "--epochs 2 --batch-size 8 --eval-batch-size 16 --data.num-classes 3 --data.num-validation 24 --no-retrain"
     model = "--model.layer-width 6 --model.num-layers 2"

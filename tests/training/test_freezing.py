@@ -81,6 +81,7 @@ def test_a_frozen_backbone_stays_bit_for_bit(head_layout):
     assert (16, 6) not in shapes and (6, 4) in shapes
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_is_the_head_trained_on_its_features():
     # SGD: AdamW makes much of the rounding in the gradients of biases that batch norm cancels.
     run = programs(frozen=("backbone",), optimizer="sgd")

@@ -162,7 +162,8 @@ def test_what_is_frozen_has_no_average():
     chex.assert_trees_all_equal(found[-1].variables["params"], found[0].params)
 
 
-@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_step_with_all_of_it_is_the_plain_one_written_out(micro_batches):
     """Shifted and mixed batch, weighted loss, clipped gradient, momentum; without dropout and batch norm."""
     head = ProgressiveSpinalHead(num_classes=3, layer_width=5, num_layers=2, dropout_rate=0.0)
