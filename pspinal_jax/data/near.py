@@ -1,7 +1,7 @@
-"""Images that look alike: copies in another format, size or quality; most cropped or mirrored copies are missed.
+"""Images that look alike: copies in another format, size or quality, or mirrored; most cropped copies are missed.
 
 Two images are near where their looks, grey thumbnails of 16 by 16 pixels without their mean, have a cosine of at least
-`NEAR`. docs/unknown.md has what that finds.
+`NEAR`, one of them perhaps mirrored left to right. docs/unknown.md has what that finds.
 """
 
 import base64
@@ -36,9 +36,11 @@ def find_pairs(looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     rows = looks - looks.mean(1, keepdims=True, dtype=np.float32)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1.0)
+    mirrored = rows.reshape(-1, _SIDE, _SIDE)[:, :, ::-1].reshape(rows.shape)
     size, found = max(1, _CHUNK // (4 * max(1, len(rows)))), [np.zeros((0, 3))]
     for start in range(0, len(rows), size):
-        cosines = rows[start : start + size] @ rows[start:].T
+        block = rows[start : start + size]
+        cosines = np.maximum(block @ rows[start:].T, block @ mirrored[start:].T)
         first, second = np.nonzero(cosines >= NEAR)
         found.append(np.column_stack([first + start, second + start, cosines[first, second]])[second > first])
     pairs = np.concatenate(found)

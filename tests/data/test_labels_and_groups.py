@@ -147,6 +147,7 @@ def copied(tmp_path):
         "smaller": lambda image: image.resize((36, 36)),
         "grey": lambda image: image.convert("L"),
         "worse": lambda image: Image.open(_jpeg(image)),
+        "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     }
     for label, first in (("a", 0), ("b", 100)):
         (tmp_path / "set" / label).mkdir(parents=True)
@@ -169,10 +170,11 @@ def test_images_that_look_alike_are_found_and_counted(copied):
     names = [
         tuple(sorted(contents.name(i).rpartition("/")[2] for i in pair)) for pair in contents.near_pairs().tolist()
     ]
-    assert sorted(names) == sorted([("0.png", "smaller.png"), ("1.png", "grey.png"), ("2.png", "worse.png")] * 2)
+    changed = [("0.png", "smaller.png"), ("1.png", "grey.png"), ("2.png", "worse.png"), ("3.png", "mirrored.png")]
+    assert sorted(names) == sorted(changed * 2)
     train = np.arange(len(data.train))
     counts, text = contents.find_copies(train, train[:0], len(train) + np.arange(len(data.test)))
-    assert counts["near_pairs"] == 6 and counts["test_near_train"] > 0
+    assert counts["near_pairs"] == 8 and counts["test_near_train"] > 0
     assert f"{counts['test_near_train']} of {len(data.test)} test examples look like ones in train: test " in text
 
 
@@ -180,7 +182,7 @@ def test_group_near_keeps_them_on_one_side(copied):
     data = read(copied, group="near")
     contents = data.contents()
     sides = [[data.place(index)[0] for index in pair] for pair in contents.near_pairs().tolist()]
-    assert len(sides) == 6 and all(one == other for one, other in sides) and len(data.test) > 4
+    assert len(sides) == 8 and all(one == other for one, other in sides) and len(data.test) > 4
 
 
 def test_near_pairs_of_nothing_and_of_one_grey():
