@@ -1,6 +1,7 @@
 """`train --distributed`: two processes on this machine, two simulated devices each."""
 
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,19 @@ def test_a_killed_process_ends_the_other_and_both_resume(data, whole, tmp_path, 
     for resumed in run_to_the_end(tmp_path, arguments):
         assert resumed.seen["from"] > 0
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_of_four_processes_none_blames_one_that_lives_and_no_log_is_left(data, tmp_path):
+    (temporary := tmp_path / "temporary").mkdir()
+    arguments = small(data, tmp_path / "run")
+    ended = run(tmp_path, arguments, processes=4, devices=1, STOP="2:6:SIGKILL", seconds=60, TMPDIR=str(temporary))
+    assert [process.status for process in ended] == [1, 1, -9, 1]
+    for index in (0, 1, 3):
+        (line,) = [line for line in ended[index].err.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: process {index} of 4 lost contact with another process (")
+        assert not re.search(r"\b(process|task) [0-9]", line.removeprefix(f"error: process {index} of 4"))
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.slow
