@@ -280,7 +280,7 @@ def _ignore_late_reads() -> None:
 
     sys.unraisablehook = filtered
     logging.getLogger("asyncio").addFilter(_is_news)
-    warnings.filterwarnings("ignore", r"coroutine '(Store|async_serialize).*' was never awaited", RuntimeWarning)
+    warnings.filterwarnings("ignore", r"coroutine '(Store|async_|_read_).*' was never awaited", RuntimeWarning)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
