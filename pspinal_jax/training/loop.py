@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from pspinal_jax.distributed import barrier, gather, is_primary
+from pspinal_jax.distributed import count as process_count
 from pspinal_jax.errors import RunError
 from pspinal_jax.progress import progress_bar, say
 from pspinal_jax.recipes.typed import typed
@@ -379,6 +380,8 @@ class Trainer:
         self._stop_if_received()
 
     def _stop_if_received(self) -> None:
+        if process_count() == 1:  # the signal may have come after the last look, during a save
+            self._received = self.stop.received or 0
         if self._received:
             self._save()
             if self.store is not None:

@@ -270,7 +270,11 @@ def answer(command, run):
         return status, errors, None
     if command == "export":
         return status, errors, (output / "params.safetensors").read_bytes()
-    result = json.loads((run / {"train": "result.json", "evaluate": "evaluation.json"}[command]).read_text())
+    written = run / {"train": "result.json", "evaluate": "evaluation.json"}[command]
+    if not written.is_file():  # scores that cannot be written are printed
+        assert "warning: " in errors and written.name in errors
+        return status, errors, None
+    result = json.loads(written.read_text())
     return status, errors, result["test_accuracy" if command == "train" else "accuracy"]
 
 
@@ -305,7 +309,7 @@ def test_damaged_run_directories(finished, answers, tmp_path, command, which, ho
             path.mkdir()
     status, errors, said = answer(command, run)
     assert_clear(status, errors, (command, str(path.relative_to(run)), how))
-    assert status or said == answers[command][2], (command, str(path.relative_to(run)), how, errors)
+    assert status or said in (None, answers[command][2]), (command, str(path.relative_to(run)), how, errors)
 
 
 @cases(50)
