@@ -36,7 +36,7 @@ def arguments(images, workdir, *flags):
     text = (
         f"train folder --data.path {images} --workdir {workdir} --model.backbone resnet18 --model.weights None "
         f"--data.image-size 32 --batch-size 8 --eval-batch-size 8 --model.layer-width 8 --epochs {EPOCHS} "
-        "--data.validation-fraction 0.2 --data.no-drop-remainder --optimizer.name sgd --optimizer.learning-rate 0.01"
+        "--data.validation-fraction 0.2 --data.no-drop-remainder --optimizer.name sgd --optimizer.learning-rate 0.001"
     )
     return [*text.split(), *flags]
 
