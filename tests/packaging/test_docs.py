@@ -60,8 +60,12 @@ TRAINS = re.compile(r"pspinal_jax\.(train|fit|compare)\(|benchmark\.step\(")
             id=page.name,
             marks=[
                 *([pytest.mark.slow] if TRAINS.search(page.read_text()) else []),
-                # Ray's own, about itself.
-                *([pytest.mark.filterwarnings("ignore::DeprecationWarning")] if page.name == "scaling.md" else []),
+                # Ray's own about itself; and JAX's, where an earlier page ran it: Ray forks to start its servers.
+                *(
+                    [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:os.fork:RuntimeWarning")]
+                    if page.name == "scaling.md"
+                    else []
+                ),
             ],
         )
         for page in PAGES
