@@ -73,7 +73,7 @@ def step(
       model: model, as for `fit`.
       batch: (x, y), arrays [B, ...] with the B examples of one step, or trees of them.
       peers: name -> function that does the same step in another way; it is timed in turn, until its result is ready.
-      precision: precision of matrix products in JAX and PyTorch, set for this process: float32, tf32 or bfloat16.
+      precision: precision of matrix products in JAX and PyTorch during the call: float32, tf32 or bfloat16.
       rounds: number of timings of each alternative.
       seconds_per_round: approximate duration of each timing.
       **training: optimizer, loss, metrics, augment and mesh, as for `fit`, and the fields of `FitOptions`.
@@ -87,10 +87,10 @@ def step(
       PSpinalError: like `fit`.
     """
     from pspinal_jax.benchmark.steps import time_step
-    from pspinal_jax.benchmark.timing import machine_settings, set_precision
+    from pspinal_jax.benchmark.timing import machine_settings, products_in
     from pspinal_jax.training.costs import measured_peak
 
-    set_precision(precision)
     peaks = {} if (peak := measured_peak(precision)) is None else {precision: peak}
     settings = machine_settings((precision,), peaks=peaks, rounds=rounds, seconds_per_round=seconds_per_round)
-    return time_step(model, batch, peers=peers, settings=settings, precision=precision, **training)
+    with products_in(precision):
+        return time_step(model, batch, peers=peers, settings=settings, precision=precision, **training)

@@ -21,7 +21,7 @@ import jax
 
 from pspinal_jax.benchmark import BENCHMARKS, SECTIONS
 from pspinal_jax.benchmark.report import format_record, plot_entries, write_suite_report, write_tables
-from pspinal_jax.benchmark.timing import Case, Precision, has_torch, machine_settings, set_precision
+from pspinal_jax.benchmark.timing import Case, Precision, has_torch, machine_settings, products_in
 from pspinal_jax.environment import device, versions
 from pspinal_jax.errors import RunError, UsageError, printable
 from pspinal_jax.files import check_target, write_json
@@ -121,8 +121,8 @@ def measure(
         say(f"{name}: {case.name}")
         further[:] = [each for each in further if each != case.name]
         try:
-            set_precision(case.precision)
-            entry = case.run()
+            with products_in(case.precision):
+                entry = case.run()
             if entry is not None:
                 _add(entries, entry)
                 record.setdefault("comparison_seconds", time.monotonic() - begun)

@@ -8,10 +8,11 @@ the same arithmetic only if both are set to it:
 - bfloat16: layers compute in bfloat16; what stays float32 may use TF32.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -128,15 +129,23 @@ def torch_device() -> str:
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-def set_precision(precision: Precision) -> None:
-    """Set the products of this process, JAX's and (where it is installed) PyTorch's."""
-    jax.config.update("jax_default_matmul_precision", _IN_JAX[precision])
-    if has_torch():
-        import torch
+@contextlib.contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Compute this process's products, JAX's and (where it is installed) PyTorch's, in `precision`; then as before."""
+    name = "jax_default_matmul_precision"
+    with contextlib.ExitStack() as after:
+        after.callback(jax.config.update, name, jax.config.values[name])
+        jax.config.update(name, _IN_JAX[precision])  # not JAX's context manager, which leaves other threads alone
+        if has_torch():
+            import torch
 
-        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
-        torch.backends.cudnn.allow_tf32 = precision != "float32"
-        torch.backends.cudnn.benchmark = True  # as XLA, which tries a convolution's algorithms too
+            after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+            # As XLA, cuDNN tries a convolution's algorithms.
+            for flag, value in (("allow_tf32", precision != "float32"), ("benchmark", True)):
+                after.callback(setattr, torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
+                setattr(torch.backends.cudnn, flag, value)
+        yield
 
 
 def layer_dtype(precision: Precision) -> Literal["float32", "bfloat16"]:

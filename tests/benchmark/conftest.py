@@ -3,13 +3,12 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def precision():
-    """Benchmarks set the precision of all products of their process, and its compilation cache."""
-    names = ("jax_default_matmul_precision", "jax_enable_compilation_cache")
-    before = {name: jax.config.values[name] for name in names}
+def compilation_cache():
+    """A benchmark switches the compilation cache of its process."""
+    name = "jax_enable_compilation_cache"
+    before = jax.config.values[name]
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update(name, before)
 
 
 @pytest.fixture

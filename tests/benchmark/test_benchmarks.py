@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import importlib
 import json
 import math
 import time
+from importlib.util import find_spec
 
 import flax.linen as nn
 import jax
@@ -158,11 +160,16 @@ def test_no_round_but_two_begins_after_the_deadline():
         assert len(time_interleaved({"": lambda count: None}, **how)[""].seconds) == rounds
 
 
-def test_a_cases_precision_is_set_before_it_runs():
-    seen = []
+def test_a_cases_precision_is_set_while_it_runs():
+    def precisions():
+        torch = importlib.import_module("torch") if find_spec("torch") else None
+        theirs = torch and (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+        return jax.config.jax_default_matmul_precision, theirs
+
+    before, seen = precisions(), []
     note = lambda: seen.append(jax.config.jax_default_matmul_precision)  # noqa: E731
     run.measure("machine", [Case(name, note, name) for name in ("tf32", "float32")], lambda record: None)
-    assert seen == ["tensorfloat32", "highest"]
+    assert seen == ["tensorfloat32", "highest"] and precisions() == before
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

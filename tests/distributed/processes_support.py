@@ -99,7 +99,8 @@ def _ended(folder, index, process):
     observed = folder / f"observed_{index}.json"
     seen = json.loads(observed.read_text()) if observed.exists() else None
     out, err = ((folder / f"{name}_{index}").read_text().splitlines(keepends=True) for name in ("out", "err"))
-    own = re.sub(r"\[Gloo\][^\n]*\n?", "", "".join(out))  # of native code, whose lines may run into each other
+    # Without native code's lines, which its threads write in pieces that run into each other.
+    own = re.sub(r"\[Gloo\][^\n]*\n?|^[^\n]* peer ranks[^\n]*\n?|^[\d ]*\n", "", "".join(out), flags=re.MULTILINE)
     return Ended(process.returncode, own, "".join(err), seen)
 
 
