@@ -1,4 +1,4 @@
-"""How many planted wrong labels the suspects find: the table in docs/unknown_and_suspects.md.
+"""How many planted wrong labels the suspects find: the table in docs/unknown.md.
 
     python results/suspects.py CALTECH_FEATURES.npz FRUITS_FEATURES.npz
 
